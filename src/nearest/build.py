@@ -1,0 +1,34 @@
+"""Build a memory from a model's name and paths of documents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nearest.corpus.documents import EncodingErrors, read_documents
+from nearest.encode.identity import load_model_and_tokenizer
+from nearest.memory.memory import Memory
+
+
+def build(
+    model_name: str,
+    corpus: Sequence[str | Path],
+    out: str | Path,
+    *,
+    encoding_errors: EncodingErrors = "strict",
+    **options: Any,
+) -> Memory:
+    """Read documents, encode them with a Hugging Face model, and write the memory `out`.
+
+    Args:
+        model_name: a folder or a hub name.
+        corpus: .txt, .md and .jsonl files, or folders of them.
+        out: the memory's folder; it must not exist, or be empty.
+        encoding_errors: what to do with text that is not UTF-8.
+        **options: as in `memory.writer.BuildOptions`.
+
+    Raises:
+        NearestError: the model, corpus, settings or folder cannot be used; nothing is left behind.
+    """
+    documents = read_documents(corpus, encoding_errors=encoding_errors)
+    model, tokenizer = load_model_and_tokenizer(model_name)
+    return Memory.build(model, tokenizer, documents, out, **options)

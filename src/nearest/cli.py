@@ -1,0 +1,363 @@
+"""The `nearest` command: reads arguments, calls the verbs, and prints what they return.
+
+Reports go to stdout (`--json`: one object a line), logs and progress to stderr. A mistake of the
+user's is one message and exit code 2, never a traceback. Heavy imports wait for their command.
+"""
+
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from nearest import reports
+from nearest.errors import NearestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nearest.memory.memory import Memory
+
+app = typer.Typer(
+    help="A memory for language models: look a corpus up while predicting, with sources.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+TextPaths = Annotated[
+    list[Path], typer.Option("--text", help="Text to score: .txt, .md, .jsonl or a folder.")
+]
+Window = Annotated[int | None, typer.Option(help="Tokens of context; the model's own, up to 512.")]
+Stride = Annotated[int | None, typer.Option(help="New tokens a window; half the window.")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
+]
+Force = Annotated[bool, typer.Option(help="Accept a model other than the one that built it.")]
+Lam = Annotated[float | None, typer.Option("--lam", help="Weight of the memory, 0 to 1.")]
+Temperature = Annotated[float | None, typer.Option(help="Temperature of the neighbours' softmax.")]
+K = Annotated[int | None, typer.Option("--k", help="Number of neighbours.")]
+Distances = Annotated[
+    Literal["keys", "index"] | None, typer.Option(help="Distances of stored keys, or the index's.")
+]
+Encoding = Annotated[
+    Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
+]
+Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_factory string.')]
+Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune the index to.")]
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn the errors a user can mend, and an interruption, into a message and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except NearestError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        except KeyboardInterrupt:
+            err.print("[bold red]stopped:[/] what was begun has been taken back; run it again")
+        raise typer.Exit(2)
+
+    return run
+
+
+@app.callback()
+def _prepare() -> None:
+    """Keep stdout for reports: notes go to stderr, and libraries' own progress bars stay away."""
+
+    def note(message: Warning | str, *_: Any) -> None:
+        err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+
+    warnings.showwarning = note  # type: ignore[assignment]
+
+
+@app.command()
+@explained
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.")],
+    corpus: Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Files or folders.")],
+    out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
+    key_layer: Annotated[
+        Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states are keys.")
+    ] = "last_ffn_input",
+    window: Window = None,
+    stride: Stride = None,
+    index: Spec = "auto",
+    metric: Annotated[
+        Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")
+    ] = "l2",
+    recall: Recall = 0.95,
+    batch_size: BatchSize = None,
+    encoding_errors: Encoding = "strict",
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory of documents (.txt, .md, .jsonl, folders of them)."""
+    quiet_libraries()
+    from nearest.build import build as build_memory
+
+    with reports.live_progress(err) as progress:
+        memory = build_memory(
+            model,
+            corpus,
+            out_path,
+            encoding_errors=encoding_errors,
+            key_layer=key_layer,
+            window=window,
+            stride=stride,
+            index=index,
+            metric=metric,
+            recall=recall,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    show_info(memory, as_json)
+
+
+@app.command()
+@explained
+def info(memory: MemoryPath, as_json: AsJson = False) -> None:
+    """Say what a memory holds, how it is searched and what was tuned."""
+    from nearest.memory.memory import Memory
+
+    show_info(Memory.open(memory), as_json)
+
+
+@app.command()
+@explained
+def verify(memory: MemoryPath, as_json: AsJson = False) -> None:
+    """Read everything and find what is damaged."""
+    from nearest.memory.verify import verify as problems_of
+
+    with reports.live_progress(err) as progress:
+        problems = problems_of(memory, progress)
+    if as_json:
+        typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
+    elif not problems:
+        out.print(f"{escape(str(memory))} is sound")
+    if problems:
+        raise NearestError(
+            f"{memory} is damaged: {'; '.join(problems)}. Restore it from a copy, or rebuild it"
+        )
+
+
+@app.command()
+@explained
+def index(
+    memory: MemoryPath,
+    spec: Spec = "auto",
+    recall: Recall = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Give a memory another index, as a new generation."""
+    from nearest.memory.memory import Memory
+    from nearest.memory.writer import rebuild_index
+
+    with reports.live_progress(err) as progress:
+        rebuild_index(memory, spec, recall, progress)
+    show_info(Memory.open(memory), as_json)
+
+
+@app.command()
+@explained
+def tune(
+    memory: MemoryPath,
+    text: TextPaths,
+    method: Annotated[Literal["knn"], typer.Option(help="What to tune.")] = "knn",
+    model: ModelName = None,
+    window: Window = None,
+    stride: Stride = None,
+    batch_size: BatchSize = None,
+    distances: Distances = "keys",
+    encoding_errors: Encoding = "strict",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find λ, temperature and k on text that is not scored later, and store them in the memory."""
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.tune import tune as tune_memory
+
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        tuned = tune_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            method=method,
+            tokenizer=tokenizer,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            distances=distances or "keys",
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps({"method": method, **tuned.as_json()}))
+    else:
+        settings = tuned.settings
+        out.print(
+            f"λ {settings.lam:g}, temperature {settings.temperature:g}, k {settings.k}: nll "
+            f"{tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens; stored"
+        )
+
+
+@app.command(name="eval")
+@explained
+def evaluate(
+    memory: MemoryPath,
+    text: TextPaths,
+    method: Annotated[str, typer.Option(help="base, knn, or several with commas.")] = "base,knn",
+    model: ModelName = None,
+    lam: Lam = None,
+    temperature: Temperature = None,
+    k: K = None,
+    distances: Distances = None,
+    window: Window = None,
+    stride: Stride = None,
+    score_eos: Annotated[bool, typer.Option(help="Predict each document's end too.")] = False,
+    batch_size: BatchSize = None,
+    encoding_errors: Encoding = "strict",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well text is predicted, by the base model and with the memory."""
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.evaluate import evaluate as evaluate_memory
+
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        results = evaluate_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            [name.strip() for name in method.split(",")],
+            tokenizer=tokenizer,
+            window=window,
+            stride=stride,
+            score_eos=score_eos,
+            batch_size=batch_size,
+            force=force,
+            progress=progress,
+            lam=lam,
+            temperature=temperature,
+            k=k,
+            distances=distances,
+        )
+    if as_json:
+        for result in results:
+            typer.echo(json.dumps(result.as_json()))
+    else:
+        out.print(reports.results_table(results))
+
+
+@app.command()
+@explained
+def generate(
+    memory: MemoryPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    method: Annotated[Literal["base", "knn"], typer.Option(help="How to predict.")] = "knn",
+    sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
+    model: ModelName = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
+    lam: Lam = None,
+    temperature: Temperature = None,
+    k: K = None,
+    distances: Distances = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt; with --sources, shade each token by how much the memory decided it."""
+    quiet_libraries()
+    import torch
+
+    from nearest.generate import generate as continue_prompt
+
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    torch.manual_seed(seed)
+    generation = continue_prompt(
+        loaded,
+        tokenizer,
+        opened,
+        prompt,
+        method=method,
+        sources=sources,
+        force=force,
+        settings={"lam": lam, "temperature": temperature, "k": k, "distances": distances},
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=sample,
+    )
+    if as_json:
+        typer.echo(json.dumps(generation.as_json()))
+    else:
+        out.print(reports.shaded_generation(generation, show))
+
+
+@app.command()
+@explained
+def demo(
+    out_path: Annotated[
+        Path, typer.Option("--out", help="Folder for the memory and report.")
+    ] = Path("demo"),
+) -> None:
+    """The whole story offline, in minutes: build, tune, evaluate, generate, report.html."""
+    quiet_libraries()
+    from nearest.demo.run import run_demo
+
+    run_demo(out_path, out, err)
+
+
+def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTrainedModel, Any]":
+    """Open a memory and load the model that built it, or the one named instead."""
+    from nearest.encode.identity import load_model_and_tokenizer
+    from nearest.memory.memory import Memory
+
+    opened = Memory.open(memory)
+    return opened, *load_model_and_tokenizer(model or opened.manifest.model.name)
+
+
+def show_info(memory: "Memory", as_json: bool) -> None:
+    """Print what a memory holds."""
+    if as_json:
+        typer.echo(json.dumps(reports.memory_info(memory)))
+    else:
+        out.print(reports.info_table(memory))
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' advice and progress bars out of the way of our own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the `nearest` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Documents as token ids, each starting with one context token that is never predicted."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.corpus.documents import Document
+from nearest.errors import CorpusError
+
+# A Hugging Face tokenizer: texts in, {"input_ids": lists of ids} out.
+Tokenizer = Callable[..., Any]
+
+_BATCH_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenisedDocument:
+    """A document and its token ids [length], the context token first."""
+
+    document: Document
+    tokens: Int[np.ndarray, " length"]
+
+
+def tokenise(
+    documents: Iterable[Document], tokenizer: Tokenizer, start_token: int, vocab_size: int
+) -> Iterator[TokenisedDocument]:
+    """Token ids of each document, `start_token` in front (BOS, or EOS where there is none).
+
+    Documents are tokenised in batches of about a megabyte, so a corpus streams through.
+
+    Raises:
+        CorpusError: the tokenizer gives an id that the model's vocabulary does not have.
+    """
+    for batch in _batches(documents):
+        texts = [document.text for document in batch]
+        all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, all_ids, strict=True):
+            tokens = np.empty(len(ids) + 1, dtype=np.int64)
+            tokens[0] = start_token
+            tokens[1:] = ids
+            check_vocabulary(tokens, vocab_size, document.origin)
+            yield TokenisedDocument(document, tokens)
+
+
+def check_vocabulary(tokens: Int[np.ndarray, " length"], vocab_size: int, origin: str) -> None:
+    """Refuse token ids outside [0, vocab_size) (CorpusError)."""
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+        wrong = int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
+        raise CorpusError(
+            f"token {wrong} in {origin} is outside the model's vocabulary of {vocab_size:,}: "
+            "use the model's own tokenizer, or resize its embeddings"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest of uint16 and uint32 that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""The whole story offline: a small real model and a corpus that every CPython carries."""

@@ -1,0 +1,85 @@
+"""Which model and tokenizer a memory belongs to: fingerprints that travel in its manifest."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nearest.errors import ModelError
+
+_SAMPLES_PER_TENSOR = 65_536
+# Scripts, digits, spaces and code: tokenizers with one vocabulary but other rules differ here.
+_PROBE = "The 3rd  naïve café’s\n\tdef f(x_1):  return x**2  # § 1-204.06 — Ω 中文 🙂"
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Hex hash of every parameter's name and shape, and of up to 65,536 values of each.
+
+    The same weights give the same hash in any dtype that holds them exactly and on any device;
+    reading all of a large model's weights would make every attach slow.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        step = max(1, -(-flat.numel() // _SAMPLES_PER_TENSOR))
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex hash of a tokenizer's vocabulary and of what it makes of a probe text."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()
+
+
+def start_token(tokenizer: Any) -> int:
+    """The token each document starts with: BOS, or EOS where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError(
+        "the tokenizer has neither a BOS nor an EOS token to start documents with: "
+        "set tokenizer.bos_token"
+    )
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of token ids the model accepts and predicts."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest input the model was made for, None where its configuration does not say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """The hub name a model was loaded by, or its folder's absolute path."""
+    name = str(model.config._name_or_path)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, Any]:
+    """Load a causal language model and its tokenizer from a folder or the Hugging Face hub.
+
+    Raises:
+        ModelError: it cannot be found or read, with the library's own reason.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face causal "
+            "language model, or the name of one on the hub"
+        ) from error
+    if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.float()  # most CPUs have no fast half precision, and results are steadier
+    return model.eval(), tokenizer

@@ -1,0 +1,117 @@
+"""Find where a model's keys are, without a table of architectures.
+
+`last_hidden` is the input of the output embeddings. `last_ffn_input` (Khandelwal et al., 2020,
+arXiv:1911.00172) is the input of the last block's feed-forward network after its norm: the first
+weight matrix that a forward pass enters after the last block's attention has been left.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nearest.errors import ModelError, SettingError
+
+KeyLayerName = Literal["last_ffn_input", "last_hidden"]
+_MIXER = re.compile("attention|attn|mixer", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class KeyLayer:
+    """The module whose input is the key, its path in the model, and the key's dimension."""
+
+    name: KeyLayerName
+    path: str
+    module: nn.Module
+    dim: int
+
+
+def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
+    """Find a key layer by one probe of the model with two tokens.
+
+    Raises:
+        SettingError: `name` is no key layer.
+        ModelError: the model has no such layer, or is in training mode.
+    """
+    if name not in get_args(KeyLayerName):
+        raise SettingError(f"key layer {name!r} is unknown: choose last_ffn_input or last_hidden")
+    if model.training:
+        raise ModelError(
+            "the model is in training mode, where dropout blurs keys: call model.eval()"
+        )
+    module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
+    path = next(path for path, candidate in model.named_modules() if candidate is module)
+    with captured_input(module) as seen:
+        _probe(model)
+    return KeyLayer(name, path, module, seen[0].shape[-1])  # type: ignore[arg-type]
+
+
+@contextmanager
+def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first input of every call of `module` while the context lasts."""
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else next(iter(kwargs.values()))).detach())
+
+    handle = module.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _output_embeddings(model: PreTrainedModel) -> nn.Module:
+    module: nn.Module | None = model.get_output_embeddings()
+    if module is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings: load it with a language-model head "
+            "(AutoModelForCausalLM)"
+        )
+    return module
+
+
+def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
+    """The first module with a weight matrix entered after the last block's attention."""
+    events: list[nn.Module | None] = []  # a matrix entered, or None: an attention left
+    handles = []
+    for module in _last_block(model).modules():
+        if _MIXER.search(type(module).__name__):
+            handles.append(module.register_forward_hook(lambda *_: events.append(None)))
+        elif any(weight.ndim >= 2 for weight in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(lambda m, _: events.append(m)))
+    try:
+        _probe(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if None in events:
+        after = events[len(events) - events[::-1].index(None) :]
+        if after and after[0] is not None:
+            return after[0]
+    raise ModelError(
+        f"{type(model).__name__} has no feed-forward layer after the attention of its last block: "
+        "use the key layer last_hidden (--key-layer last_hidden)"
+    )
+
+
+def _last_block(model: PreTrainedModel) -> nn.Module:
+    """The last element of the module list that holds most of the model's weights."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ModelError(
+            f"{type(model).__name__} has no list of blocks to look for a feed-forward layer in: "
+            "use the key layer last_hidden (--key-layer last_hidden)"
+        )
+    stack = max(stacks, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
+    return stack[-1]
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel) -> None:
+    model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)

@@ -1,0 +1,31 @@
+"""Exceptions whose message says what is wrong, why, and how to mend it."""
+
+from importlib.util import find_spec
+
+
+class NearestError(Exception):
+    """Base of everything a user can mend; the command line prints it and exits with code 2."""
+
+
+class CorpusError(NearestError):
+    """A document, file or folder that cannot be read as it stands."""
+
+
+class FolderError(NearestError):
+    """A memory folder that is missing, damaged, locked, of a newer format, or cannot be written."""
+
+
+class ModelError(NearestError):
+    """A model or tokenizer that does not fit the memory or lacks what is asked of it."""
+
+
+class SettingError(NearestError):
+    """A value outside the range in which it means something."""
+
+
+def require(module: str, extra: str) -> None:
+    """Fail where an optional dependency is used, with the cure, unless it is installed."""
+    if find_spec(module) is None:
+        raise NearestError(
+            f"{module} is needed here but not installed: pip install 'nearest[{extra}]'"
+        )

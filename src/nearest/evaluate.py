@@ -1,0 +1,221 @@
+"""Score text by the base model and with a memory, in one pass of the model over it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from transformers import PreTrainedModel
+
+from nearest.errors import SettingError
+from nearest.memory.memory import Memory
+from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
+from nearest.models.scoring import ScoredInput, Scorer
+from nearest.progress import Progress, no_progress
+from nearest.retrieval.knn import KnnLM, KnnSettings
+
+BASE = "base"
+METHODS = (BASE, "knn")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method's figures on a text; nll is the mean in nats a token.
+
+    Attributes:
+        nll_low, nll_high: 95 % interval of nll by document bootstrap; None for a single document.
+        ppl: perplexity a token.
+        word_ppl: perplexity a white-space word; None where the text was given as tokens.
+        bpb: bits a UTF-8 byte; None where the text was given as tokens.
+        foss: fraction of saved searches; None for the base model.
+        seconds: of the base model and, for a method, of its own part.
+        added_ms: milliseconds a token that the method adds to the base model.
+        delta_nll, delta_low, delta_high: difference in nll to the first method, paired by document.
+        document_nll: summed nll of each document, in nats.
+        document_tokens: tokens predicted in each document.
+    """
+
+    method: str
+    tokens: int
+    nll: float
+    nll_low: float | None
+    nll_high: float | None
+    ppl: float
+    word_ppl: float | None
+    bpb: float | None
+    foss: float | None
+    tok_s: float
+    seconds: float
+    added_ms: float
+    lam: float | None
+    temperature: float | None
+    k: int | None
+    delta_nll: float | None
+    delta_low: float | None
+    delta_high: float | None
+    document_nll: Float[np.ndarray, " documents"] = field(repr=False)
+    document_tokens: Int[np.ndarray, " documents"] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable JSON keys."""
+        arrays = ("document_nll", "document_tokens")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+
+
+@overload
+def evaluate(
+    model: PreTrainedModel,
+    memory: Memory | None,
+    documents: ScoredInput,
+    method: str = "knn",
+    **options: Any,
+) -> Result: ...
+
+
+@overload
+def evaluate(
+    model: PreTrainedModel,
+    memory: Memory | None,
+    documents: ScoredInput,
+    method: Sequence[str],
+    **options: Any,
+) -> list[Result]: ...
+
+
+def evaluate(
+    model: PreTrainedModel,
+    memory: Memory | None,
+    documents: ScoredInput,
+    method: str | Sequence[str] = "knn",
+    *,
+    tokenizer: Any = None,
+    window: int | None = None,
+    stride: int | None = None,
+    score_eos: bool = False,
+    batch_size: int | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Result | list[Result]:
+    """Perplexity of documents by one method, or by several in one pass.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        memory: what to look up; None where only the base model is asked for.
+        documents: documents, strings, or arrays of token ids whose first token is context only.
+        method: "base", "knn", or several; the first of several is what the others are compared to.
+        tokenizer: the model's; loaded from where the model came from when not given.
+        window, stride: as in `build`; the memory's own when not given.
+        score_eos: predict the end of each document too.
+        batch_size: windows a forward pass.
+        force: accept another model than the one that built the memory.
+        progress: told (stage, done, total).
+        **settings: lam, temperature, k, distances of the memory's method; what is not given comes
+            from `tune`'s result in the memory, else from the paper's defaults.
+
+    Returns:
+        A Result, or a list of them where several methods were asked for.
+
+    Raises:
+        NearestError: model, memory, text or settings cannot be used.
+    """
+    methods = [method] if isinstance(method, str) else list(method)
+    knn = _prepare_knn(memory, methods, settings)
+    scorer = Scorer.prepare(
+        model,
+        memory,
+        documents,
+        tokenizer=tokenizer,
+        window=window,
+        stride=stride,
+        score_eos=score_eos,
+        batch_size=batch_size,
+        force=force,
+    )
+    sums = {name: np.zeros(len(scorer.text.documents)) for name in methods}
+    base_seconds = knn_seconds = 0.0
+    for scored in scorer.batches(progress, "evaluate"):
+        base_seconds += scored.seconds
+        log_probs = {BASE: scored.lm_log_probs}
+        if knn is not None:
+            started = time.perf_counter()
+            log_probs["knn"] = knn.target_log_probs(
+                scored.lm_log_probs, scored.keys, torch.from_numpy(scored.batch.targets)
+            )
+            knn_seconds += time.perf_counter() - started
+        for name in methods:
+            np.add.at(sums[name], scored.batch.documents, -log_probs[name].double().numpy())
+    results = [
+        _result(
+            scorer,
+            name,
+            sums[name],
+            sums[methods[0]] if name != methods[0] else None,
+            base_seconds,
+            0.0 if name == BASE else knn_seconds,
+            None if name == BASE or knn is None else knn.settings,
+        )
+        for name in methods
+    ]
+    return results[0] if isinstance(method, str) else results
+
+
+def _prepare_knn(
+    memory: Memory | None, methods: Sequence[str], settings: dict[str, Any]
+) -> KnnLM | None:
+    for name in methods:
+        if name not in METHODS:
+            raise SettingError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
+    if not methods or len(set(methods)) != len(methods):
+        raise SettingError("name at least one method, and each only once")
+    if "knn" not in methods:
+        return None
+    if memory is None:
+        raise SettingError("method knn needs a memory: pass one")
+    return KnnLM(memory, KnnSettings.resolve(memory, **settings))
+
+
+def _result(
+    scorer: Scorer,
+    method: str,
+    nll: Float[np.ndarray, " documents"],
+    compared_to: Float[np.ndarray, " documents"] | None,
+    base_seconds: float,
+    own_seconds: float,
+    settings: KnnSettings | None,
+) -> Result:
+    text = scorer.text
+    counts = np.array([len(tokens) - 1 for tokens in text.documents])
+    tokens, total = int(counts.sum()), float(nll.sum())
+    interval = bootstrap_interval(nll, counts)
+    delta = Interval(None, None)
+    delta_nll = None
+    if compared_to is not None:
+        delta_nll = float((nll - compared_to).sum() / tokens)
+        delta = bootstrap_interval(nll - compared_to, counts)
+    seconds = base_seconds + own_seconds
+    return Result(
+        method=method,
+        tokens=tokens,
+        nll=total / tokens,
+        nll_low=interval.low,
+        nll_high=interval.high,
+        ppl=perplexity(total, tokens),
+        word_ppl=perplexity(total, text.words) if text.words else None,
+        bpb=bits_per_byte(total, text.utf8_bytes) if text.utf8_bytes else None,
+        foss=None if settings is None else 0.0,
+        tok_s=tokens / seconds,
+        seconds=seconds,
+        added_ms=1000 * own_seconds / tokens,
+        lam=None if settings is None else settings.lam,
+        temperature=None if settings is None else settings.temperature,
+        k=None if settings is None else settings.k,
+        delta_nll=delta_nll,
+        delta_low=delta.low,
+        delta_high=delta.high,
+        document_nll=nll,
+        document_tokens=counts,
+    )

@@ -1,0 +1,203 @@
+"""Files on disk: arrays and JSON, whole or not at all, with checksums and a writer's lock.
+
+Knows nothing of what the arrays mean. No pickle, ever: `.npy` is opened with `allow_pickle=False`.
+"""
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from nearest.errors import FolderError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one rename: a reader, or a kill, sees the old file or the new."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_file(path.parent)
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn a full or failing disk into a FolderError that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space",
+            errno.EFBIG: "a file would exceed the size limit (ulimit -f): raise it",
+            errno.EACCES: "permission is denied: choose a folder you may write to",
+            errno.EPERM: "permission is denied: choose a folder you may write to",
+            errno.EROFS: "the file system is read-only: choose another folder",
+        }
+        reason = reasons.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise FolderError(f"cannot write to {folder}: {reason}, then run again") from error
+
+
+@contextmanager
+def writer_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's one writer's lock.
+
+    The lock is the kernel's, on the folder itself: it leaves no file behind and a crashed writer's
+    lock is gone with its process.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderError(
+                f"{folder} is being written by another process: wait for it to finish, or end it"
+            ) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+class ArrayFile:
+    """A `.npy` file written row by row, so that an array larger than memory never exists as one.
+
+    Rows are appended, or, when `rows` is known beforehand, written anywhere. Space for known rows
+    is reserved at once: a full disk is then found before any work, as an error and not as a crash
+    of a memory map. Rows never written are zero.
+    """
+
+    def __init__(
+        self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...] = (), rows: int = 0
+    ) -> None:
+        self._dtype = np.dtype(dtype)
+        self._row_shape = row_shape
+        self._row_bytes = self._dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+        self._rows = rows
+        self._file = path.open("wb", buffering=0)
+        self._start = self._write_header()
+        if rows:
+            try:
+                os.posix_fallocate(self._file.fileno(), self._start, rows * self._row_bytes)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._file.truncate(self._start + rows * self._row_bytes)
+
+    def _write_header(self) -> int:
+        """Write the header for the present shape; numpy pads it so that its length is constant."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header,
+            {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": (self._rows, *self._row_shape),
+            },
+        )
+        self._pwrite(header.getvalue(), 0)
+        return header.tell()
+
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            written = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows [n, *row_shape] at the end."""
+        first = self._rows
+        self._rows += len(rows)
+        self.write(first, rows)
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Write rows [n, *row_shape] at row number `first`; they must lie inside the array."""
+        if rows.shape[1:] != self._row_shape or not 0 <= first <= self._rows - len(rows):
+            raise ValueError(f"rows {rows.shape} at {first} do not fit [{self._rows}, ...]")
+        if len(rows):
+            data = np.ascontiguousarray(rows, dtype=self._dtype)
+            self._pwrite(data.data, self._start + first * self._row_bytes)
+
+    def close(self) -> int:
+        """Write the final header, make the file durable, and return the number of rows."""
+        self._write_header()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-map a `.npy` file read-only after checking that it is what the manifest says.
+
+    Raises FolderError when the file is missing, truncated, or of another dtype or shape.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version)
+            if read is None:
+                raise ValueError(f"npy format {version} is not written by nearest")
+            found_shape, fortran, found_dtype = read(file)
+            start = file.tell()
+    except (OSError, ValueError) as error:
+        raise FolderError(
+            f"{path} cannot be read as an array ({error}): restore it from a copy, or rebuild"
+        ) from error
+    if fortran or found_shape != shape or found_dtype != dtype:
+        raise FolderError(
+            f"{path} holds {found_dtype} {found_shape}, the manifest says {dtype} {shape}: "
+            "restore it from a copy, or rebuild"
+        )
+    expected = start + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+    if path.stat().st_size != expected:
+        raise FolderError(
+            f"{path} has {path.stat().st_size:,} bytes, its header says {expected:,}: "
+            "restore it from a copy, or rebuild"
+        )
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)

@@ -1,0 +1,149 @@
+"""Continue a prompt with a memory attached, and name the documents that carried each token."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nearest.encode.identity import start_token
+from nearest.errors import SettingError
+from nearest.memory.memory import Memory
+from nearest.models.attach import TokenSources, attach
+
+_CONTEXT_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """A token of the continuation and the share of its probability that the memory gave."""
+
+    text: str
+    memory_weight: float
+
+
+@dataclass(frozen=True)
+class DocumentShare:
+    """How much of the continuation one document carried, and its strongest passage.
+
+    `weight`: sum over tokens of the memory's weight times the document's share of it, divided by
+    the number of tokens. The passage is the stored text around one entry, with the token it gave.
+    """
+
+    id: str
+    metadata: Mapping[str, Any]
+    weight: float
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt's continuation; tokens and documents only where sources were asked for."""
+
+    prompt: str
+    text: str
+    tokens: list[GeneratedToken]
+    documents: list[DocumentShare]
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: Memory,
+    prompt: str,
+    *,
+    method: str = "knn",
+    sources: bool = True,
+    force: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **generation: Any,
+) -> Generation:
+    """Continue `prompt` with `model.generate`, the memory attached.
+
+    Args:
+        model, tokenizer: those that built the memory.
+        memory: what to look up.
+        prompt: may be empty.
+        method: "base" or "knn".
+        sources: name, for every token, what the memory gave it.
+        force: accept another model than the one that built the memory.
+        settings: lam, temperature, k, distances; else as tuned.
+        **generation: passed on to `model.generate` (max_new_tokens, num_beams, do_sample, …).
+
+    Raises:
+        NearestError: model, memory or settings cannot be used.
+    """
+    if method not in ("base", "knn"):
+        raise SettingError(f"method {method!r} is unknown: choose base or knn")
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    inputs = torch.tensor([[start_token(tokenizer), *prompt_ids]], device=model.device)
+    _check_length(model, inputs.shape[1], generation.get("max_new_tokens"))
+    arguments: dict[str, Any] = {
+        "input_ids": inputs,
+        "attention_mask": torch.ones_like(inputs),
+        "pad_token_id": start_token(tokenizer),
+        **generation,
+    }
+    if method == "base":
+        output = model.generate(**arguments)  # type: ignore[operator]
+        return Generation(prompt, _new_text(tokenizer, output[0], inputs), [], [])
+    with attach(
+        model, memory, method, tokenizer=tokenizer, force=force, **(settings or {})
+    ) as session:
+        output = model.generate(**arguments)  # type: ignore[operator]
+        named = session.sources(0) if sources else []
+    return Generation(
+        prompt,
+        _new_text(tokenizer, output[0], inputs),
+        [GeneratedToken(tokenizer.decode([t.token]), t.memory_weight) for t in named],
+        _document_shares(tokenizer, memory, named),
+    )
+
+
+def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and prompt + (new or 0) > positions:
+        raise SettingError(
+            f"the prompt's {prompt} tokens and {new} new ones exceed the model's {positions} "
+            "positions: shorten the prompt, or ask for fewer (--max-new-tokens)"
+        )
+
+
+def _new_text(tokenizer: Any, output: torch.Tensor, inputs: torch.Tensor) -> str:
+    return str(tokenizer.decode(output[inputs.shape[1] :], skip_special_tokens=True))
+
+
+def _document_shares(
+    tokenizer: Any, memory: Memory, named: list[TokenSources]
+) -> list[DocumentShare]:
+    """Documents by what they carried, most first, each with its strongest entry's passage."""
+    totals: dict[int, float] = {}
+    strongest: dict[int, tuple[float, int]] = {}  # document → (weight, position)
+    for token in named:
+        for source in token.sources:
+            weight = token.memory_weight * source.weight / len(named)
+            totals[source.document] = totals.get(source.document, 0.0) + weight
+            candidate = (weight, source.position)
+            strongest[source.document] = max(strongest.get(source.document, candidate), candidate)
+    shares = []
+    for number, weight in sorted(totals.items(), key=lambda item: -item[1]):
+        document, ids = memory.document(number), memory.document_tokens(number).tolist()
+        value = strongest[number][1] + 1
+        shares.append(
+            DocumentShare(
+                document.id,
+                document.metadata,
+                weight,
+                tokenizer.decode(ids[max(1, value - _CONTEXT_TOKENS) : value]),
+                tokenizer.decode([ids[value]]),
+                tokenizer.decode(ids[value + 1 : value + 1 + _CONTEXT_TOKENS]),
+            )
+        )
+    return shares

@@ -1,0 +1,242 @@
+"""FAISS indexes: built from any factory string, tuned to a measured recall, read and searched.
+
+The pitfalls of earlier code are met here, each in one place: ids of -1 in short lists, `nprobe` set
+on a wrapper that ignores it, inner products of the wrong sign, and files of unknown origin.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.errors import FolderError, SettingError
+from nearest.index.distances import key_distances
+from nearest.index.library import load_faiss
+from nearest.index.neighbours import Metric, Neighbours, VectorIndex, sort_nearest_first
+
+EXACT = "exact"
+AUTO = "auto"
+_EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
+_ADD_ROWS = 65_536
+_RECALL_QUERIES = 256
+_RECALL_AT = 100
+
+
+@dataclass(frozen=True)
+class SearchParameters:
+    """How an approximate index is searched, and the recall that was measured with it.
+
+    `candidates`: at least so many entries are fetched before re-ranking by the stored keys.
+    """
+
+    nprobe: int | None = None
+    candidates: int = _RECALL_AT
+    recall: float | None = None
+
+
+class ApproximateIndex:
+    """A FAISS index whose ids are entry ids."""
+
+    def __init__(self, index: Any, metric: Metric, nprobe: int | None = None) -> None:
+        self._index = index
+        self._metric = metric
+        ivf = _ivf_of(index)
+        if ivf is not None and nprobe is not None:
+            ivf.nprobe = nprobe
+
+    @property
+    def entries(self) -> int:
+        """Number of vectors in the index."""
+        return int(self._index.ntotal)
+
+    @property
+    def dim(self) -> int:
+        """Dimension of its vectors."""
+        return int(self._index.d)
+
+    def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest entries by the index's own codes."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        distances, ids = self._index.search(queries, k)
+        if self._metric == "ip":
+            distances = -distances
+        distances[ids < 0] = np.inf
+        return Neighbours(ids, distances)
+
+    def write(self, path: Path) -> None:
+        """Write the FAISS file; a failing disk raises OSError."""
+        faiss = load_faiss()
+        with path.open("wb") as file:
+            failed: list[OSError] = []
+
+            def write(data: bytes) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # an exception cannot cross FAISS; it is raised below
+                    failed.append(error)
+                    return 0
+
+            try:
+                faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, 1 << 20))
+            except RuntimeError:
+                if failed:
+                    raise failed[0] from None
+                raise
+
+
+def read_index(
+    file: BufferedReader, sha256: str, metric: Metric, nprobe: int | None
+) -> ApproximateIndex:
+    """Read a FAISS file, after its checksum has matched and not before.
+
+    Raises:
+        FolderError: the file is not the one the manifest describes.
+    """
+    faiss = load_faiss()
+    file.seek(0)
+    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        raise FolderError(
+            f"{file.name} is damaged (its checksum differs from the manifest): "
+            "rebuild it with `nearest index`"
+        )
+    file.seek(0)
+    index = faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
+    return ApproximateIndex(index, metric, nprobe)
+
+
+def resolve_spec(spec: str, entries: int) -> str:
+    """Turn "auto" into exact search for small memories, else into lists of 8-bit codes."""
+    if spec != AUTO:
+        return spec
+    if entries < _EXACT_BELOW:
+        return EXACT
+    return f"IVF{2 ** round(np.log2(entries**0.5))},SQ8"
+
+
+def build_index(
+    keys: Float[np.ndarray, "n dim"],
+    ids: Int[np.ndarray, " m"],
+    spec: str,
+    metric: Metric,
+    rng: np.random.Generator,
+) -> Any:
+    """Train and fill a FAISS index over keys[ids], with those ids.
+
+    Raises:
+        SettingError: FAISS does not know the factory string, or it does not fit the keys.
+    """
+    faiss = load_faiss()
+    dim = keys.shape[1]
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        index = faiss.index_factory(dim, spec, kind)
+        ivf = _ivf_of(index)
+        if not _keeps_ids(index):
+            index = faiss.IndexIDMap(index)
+        if not index.is_trained:
+            index.train(_rows(keys, _training_sample(ids, ivf, rng)))
+        for start in range(0, len(ids), _ADD_ROWS):
+            block = ids[start : start + _ADD_ROWS]
+            index.add_with_ids(_rows(keys, block), block)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1].split(": ")[-1]
+        raise SettingError(
+            f"FAISS cannot build the index {spec!r} over {len(ids):,} keys of {dim} dims "
+            f"({reason}): choose another index_factory string, or auto"
+        ) from error
+    return index
+
+
+def tune_search(
+    index: Any,
+    keys: Float[np.ndarray, "n dim"],
+    ids: Int[np.ndarray, " m"],
+    metric: Metric,
+    exact: VectorIndex,
+    target: float,
+    rng: np.random.Generator,
+) -> SearchParameters:
+    """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
+
+    The sample is of the memory's own keys, each with itself left out. First the lists probed are
+    doubled, then, where the codes are too coarse, the candidates. The best measured recall is
+    recorded whether or not it reaches the target.
+    """
+    sample = np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
+    queries = _rows(keys, sample)
+    at = min(_RECALL_AT, len(ids) - 1)
+    if at < 1:
+        return SearchParameters(recall=1.0)
+    truth = _without_self(exact.search(queries, at + 1), sample, at)
+    ivf = _ivf_of(index)
+    nlist = None if ivf is None else int(ivf.nlist)
+
+    def measured(parameters: SearchParameters) -> SearchParameters:
+        found = ApproximateIndex(index, metric, parameters.nprobe).search(
+            queries, min(parameters.candidates + 1, len(ids))
+        )
+        exact_distances = key_distances(keys, queries, found.ids, metric)
+        ranked = sort_nearest_first(Neighbours(found.ids, exact_distances), at + 1)
+        return replace(parameters, recall=recall(_without_self(ranked, sample, at), truth))
+
+    best = measured(SearchParameters(nprobe=None if nlist is None else min(4, nlist)))
+    while (best.recall or 0) < target:
+        trials = []
+        if nlist is not None and best.nprobe is not None and best.nprobe < nlist:
+            trials.append(measured(replace(best, nprobe=min(2 * best.nprobe, nlist))))
+        if best.candidates < min(16 * _RECALL_AT, len(ids)):
+            trials.append(measured(replace(best, candidates=2 * best.candidates)))
+        better = [trial for trial in trials if (trial.recall or 0) > (best.recall or 0) + 1e-3]
+        if not better:
+            break
+        best = max(better, key=lambda trial: trial.recall or 0)
+    return best
+
+
+def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:
+    """Share of the true neighbours that were found, mean over queries."""
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
+    return float(np.mean(hits) / truth.shape[1])
+
+
+def _ivf_of(index: Any) -> Any | None:
+    """The inverted-file index inside any wrapper, or None: `nprobe` counts only there."""
+    faiss = load_faiss()
+    try:
+        return faiss.extract_index_ivf(faiss.downcast_index(index))
+    except RuntimeError:
+        return None
+
+
+def _keeps_ids(index: Any) -> bool:
+    """Whether an index stores the ids it is given; the others need an id map around them."""
+    faiss = load_faiss()
+    if isinstance(index, faiss.IndexPreTransform):
+        return _keeps_ids(faiss.downcast_index(index.index))
+    return isinstance(index, faiss.IndexIVF | faiss.IndexIDMap)
+
+
+def _training_sample(
+    ids: Int[np.ndarray, " m"], ivf: Any | None, rng: np.random.Generator
+) -> Int[np.ndarray, " s"]:
+    """Rows for k-means: 64 a centroid is enough for lists, 64 × 256 for product quantisers."""
+    wanted = max(64 * 256, 64 * int(ivf.nlist) if ivf is not None else 0)
+    return np.sort(rng.choice(ids, size=min(wanted, len(ids)), replace=False))
+
+
+def _rows(
+    keys: Float[np.ndarray, "n dim"], ids: Int[np.ndarray, " m"]
+) -> Float[np.ndarray, "m dim"]:
+    return np.ascontiguousarray(keys[ids], dtype=np.float32)
+
+
+def _without_self(
+    found: Neighbours, own: Int[np.ndarray, " q"], at: int
+) -> Int[np.ndarray, "q at"]:
+    """Ids without each query's own entry, cut to `at`."""
+    order = np.argsort(found.ids == own[:, None], axis=1, kind="stable")
+    return np.take_along_axis(found.ids, order, 1)[:, :at]

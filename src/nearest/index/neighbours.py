@@ -1,0 +1,35 @@
+"""What a search gives back, and the one convention for distances."""
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Metric = Literal["l2", "ip"]
+NO_ENTRY = -1
+
+
+class Neighbours(NamedTuple):
+    """Entries found for each query, nearest first.
+
+    Distances are squared L2, or the inner product negated, so that smaller is always nearer. Where
+    fewer entries were found than asked for, the id is -1 and the distance +inf.
+    """
+
+    ids: Int[np.ndarray, "q k"]  # int64
+    distances: Float[np.ndarray, "q k"]  # float32
+
+
+class VectorIndex(Protocol):
+    """Anything that finds the nearest entries of queries."""
+
+    def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest entries of each query, nearest first by this index's own distances."""
+
+
+def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
+    """The k nearest of each row, in ascending distance."""
+    order = np.argsort(found.distances, axis=1)[:, :k]
+    return Neighbours(
+        np.take_along_axis(found.ids, order, 1), np.take_along_axis(found.distances, order, 1)
+    )

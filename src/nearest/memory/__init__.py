@@ -1,0 +1,1 @@
+"""Layer 4: the memory folder: its manifest, segments, and how a generation is written and read."""

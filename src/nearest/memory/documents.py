@@ -1,0 +1,110 @@
+"""The documents of a segment: compressed JSON lines that can be read from anywhere.
+
+`documents.jsonl.zst` is an ordinary zstd file (any zstd reads it) of several frames, each a run of
+whole lines; `frames.npy` says which document and byte each frame starts with.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import zstandard
+from jaxtyping import Int
+
+from nearest.corpus.documents import Document
+from nearest.errors import FolderError
+from nearest.folder import ArrayFile
+
+FRAME_DTYPE = np.dtype(np.int64)
+_FRAME_BYTES = 1 << 18
+
+
+class DocumentWriter:
+    """Append documents to `documents.jsonl.zst` and `frames.npy` in a segment's folder."""
+
+    def __init__(self, documents_path: Path, frames_path: Path) -> None:
+        self._file = documents_path.open("wb")
+        self._frames = ArrayFile(frames_path, FRAME_DTYPE, (2,))
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._first = 0
+        self.documents = 0
+        self.frames = 0
+
+    def append(self, document: Document) -> None:
+        """Add one document: id, text and metadata."""
+        record = {"id": document.id, "text": document.text, "metadata": dict(document.metadata)}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._lines.append(line)
+        self._bytes += len(line)
+        self.documents += 1
+        if self._bytes >= _FRAME_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            self._frames.append(np.array([[self._first, self._file.tell()]], FRAME_DTYPE))
+            self._file.write(zstandard.ZstdCompressor().compress(b"".join(self._lines)))
+            self.frames += 1
+            self._lines, self._bytes, self._first = [], 0, self.documents
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Finish both files and make them durable, unless the writing failed."""
+        with self._file, self._frames:
+            if kind is None:
+                self._flush()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+class DocumentReader:
+    """Read any document of a segment by its number; one decompressed frame is kept."""
+
+    def __init__(self, file: BinaryIO, frames: Int[np.ndarray, "frames 2"], documents: int) -> None:
+        self._file = file
+        self._frames = frames
+        self._documents = documents
+        self._cached: tuple[int, list[bytes]] = (-1, [])
+
+    def __getitem__(self, number: int) -> Document:
+        """The document with this number in the segment."""
+        frame = int(np.searchsorted(self._frames[:, 0], number, side="right")) - 1
+        if self._cached[0] != frame:
+            self._cached = (frame, self._read_frame(frame))
+        try:
+            record: dict[str, Any] = json.loads(
+                self._cached[1][number - int(self._frames[frame, 0])]
+            )
+            return Document(record["id"], record["text"], record["metadata"], record["id"])
+        except (IndexError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def _read_frame(self, frame: int) -> list[bytes]:
+        start = int(self._frames[frame, 1])
+        last = frame + 1 == len(self._frames)
+        size = -1 if last else int(self._frames[frame + 1, 1]) - start
+        try:
+            self._file.seek(start)
+            compressed = self._file.read(size)
+            return zstandard.ZstdDecompressor().decompress(compressed).split(b"\n")[:-1]
+        except (ValueError, OSError, zstandard.ZstdError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> FolderError:
+        return FolderError(
+            f"{self._file.name} is damaged ({error}): restore it from a copy, or rebuild"
+        )

@@ -1,0 +1,164 @@
+"""The manifest: the one file that says which others live, and what they are."""
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from nearest.errors import FolderError
+from nearest.folder import sha256_of, write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Immutable, and strict when read: an unknown or missing field is an error."""
+
+
+class FileRecord(_Record, frozen=True):
+    """A file below the memory folder, with what it must be."""
+
+    path: str
+    size: Count
+    sha256: Digest
+
+    @classmethod
+    def of(cls, folder: Path, path: str) -> "FileRecord":
+        """Describe a file that is completely written."""
+        return cls(path, (folder / path).stat().st_size, sha256_of(folder / path))
+
+
+class ModelRecord(_Record, frozen=True):
+    """Which model and tokenizer made the keys and the tokens."""
+
+    name: str
+    fingerprint: Digest
+    tokenizer_fingerprint: Digest
+    vocab_size: Positive
+    start_token: Count
+
+
+class KeysRecord(_Record, frozen=True):
+    """What the keys are, and how documents were windowed to make them."""
+
+    layer: str
+    module: str
+    dim: Positive
+    dtype: Literal["float16"]
+    metric: Literal["l2", "ip"]
+    window: Positive
+    stride: Positive
+
+
+class IndexRecord(_Record, frozen=True):
+    """How the segment's keys are searched; `file` is None when they are scanned exactly.
+
+    `recall`: measured recall@100 after re-ranking, of at least `candidates` entries, by the keys.
+    """
+
+    spec: str
+    file: FileRecord | None
+    nprobe: Positive | None
+    candidates: Positive
+    recall: float | None
+    recall_target: float
+
+
+class SegmentRecord(_Record, frozen=True):
+    """One part of the corpus with its access paths."""
+
+    name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
+    tokens: Positive
+    documents: Positive
+    entries: Positive
+    frames: Positive
+    files: dict[str, FileRecord]
+    index: IndexRecord
+
+
+class Manifest(_Record, frozen=True):
+    """A generation of a memory."""
+
+    format: int
+    generation: Positive
+    created_by: str
+    model: ModelRecord
+    keys: KeysRecord
+    segments: list[SegmentRecord]
+    settings: dict[str, dict[str, Any]]
+
+    def file_records(self) -> list[FileRecord]:
+        """Every live file."""
+        return [
+            record
+            for segment in self.segments
+            for record in [*segment.files.values(), segment.index.file]
+            if record is not None
+        ]
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a memory folder.
+
+    Raises:
+        FolderError: there is none, it is of a newer format, or it is not a valid manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.exists():
+            raise FolderError(f"{folder} does not exist: build it with `nearest build`") from error
+        raise FolderError(
+            f"{folder} is not a memory (it has no {MANIFEST}; an interrupted build leaves none): "
+            "build it with `nearest build`"
+        ) from error
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read ({error.strerror}): check it") from error
+    try:
+        found = msgspec.json.decode(data, type=_FormatOnly).format
+        if found > FORMAT:
+            raise FolderError(
+                f"{folder} has format {found}, this version reads up to {FORMAT}: "
+                "upgrade it (pip install --upgrade nearest)"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FolderError(
+            f"{path} is not a valid manifest ({error}): restore it from a copy, or rebuild"
+        ) from error
+    for record in manifest.file_records():
+        _check_file(folder, record)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish a generation: before the rename the old one stands, after it the new one."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    write_atomically(folder / MANIFEST, data + b"\n")
+
+
+def _check_file(folder: Path, record: FileRecord) -> None:
+    """Refuse a path that leaves the folder, and a file that is missing or of another size."""
+    relative = PurePosixPath(record.path)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise FolderError(
+            f"the manifest of {folder} names {record.path!r}, outside the folder: do not use it"
+        )
+    path = folder / relative
+    if path.is_symlink() or not path.is_file():
+        raise FolderError(f"{path} is missing: restore it from a copy, or rebuild")
+    if path.stat().st_size != record.size:
+        raise FolderError(
+            f"{path} has {path.stat().st_size:,} bytes, the manifest says {record.size:,}: "
+            "restore it from a copy, or rebuild"
+        )

@@ -1,0 +1,158 @@
+"""A memory, opened for reading: search its entries, and say where each comes from.
+
+An entry is a position of the corpus. Its key is the model's hidden state there, its value the next
+token of the same document, so values and provenance need no arrays of their own. Entry ids are
+int64 and count through all segments.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.corpus.documents import Document
+from nearest.errors import FolderError
+from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.memory.manifest import Manifest, read_manifest
+from nearest.memory.segment import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DistanceSource = Literal["keys", "index"]
+
+
+class Place(NamedTuple):
+    """Where an entry stands: its document's number in the memory, and the position in it."""
+
+    document: int
+    position: int
+
+
+class Memory:
+    """A corpus with its access paths, as of one generation."""
+
+    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.segments = segments
+        self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
+        self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open the present generation of a memory folder; the files are checked, not read.
+
+        Raises:
+            FolderError: it is no memory, damaged, or of a newer format.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        try:
+            return cls._open_generation(folder, manifest)
+        except (FolderError, FileNotFoundError):
+            moved_to = read_manifest(folder)  # a writer may have published while files were opened
+            if moved_to.generation == manifest.generation:
+                raise
+            return cls._open_generation(folder, moved_to)
+
+    @classmethod
+    def _open_generation(cls, folder: Path, manifest: Manifest) -> Self:
+        return cls(folder, manifest, [Segment(folder, manifest, r) for r in manifest.segments])
+
+    @classmethod
+    def build(
+        cls,
+        model: "PreTrainedModel",
+        tokenizer: Any,
+        documents: Iterable[Document | str],
+        path: str | Path,
+        **options: Any,
+    ) -> Self:
+        """Make a memory of documents and open it; options as in `memory.writer.BuildOptions`."""
+        from nearest.memory.writer import BuildOptions, build_memory
+
+        build_memory(Path(path), documents, model, tokenizer, BuildOptions(**options))
+        return cls.open(path)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries that can be found: tokens that have a successor in their document."""
+        return sum(segment.record.entries for segment in self.segments)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens stored, each document's context token included."""
+        return int(self._first_entry[-1])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self._first_document[-1])
+
+    def search(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int,
+        distances: DistanceSource = "keys",
+    ) -> Neighbours:
+        """The k nearest entries of each query (fewer columns if the memory holds fewer).
+
+        Args:
+            queries: float32 hidden states of the memory's key layer.
+            k: number of neighbours, at least 1.
+            distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
+                index's own order and distances, as earlier implementations do.
+        """
+        parts = []
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            search = segment.search_by_keys if distances == "keys" else segment.search_by_index
+            found = search(queries, k)
+            if first:
+                found = Neighbours(np.where(found.ids < 0, NO_ENTRY, found.ids + first), found[1])
+            parts.append(found)
+        if len(parts) == 1:
+            return parts[0]
+        return sort_nearest_first(
+            Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))), k
+        )
+
+    def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The token that follows each entry (int64); -1 for id -1."""
+        values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            local = ids - first
+            inside = (local >= 0) & (local < segment.record.tokens)
+            values[inside] = segment.tokens[local[inside] + 1]
+        return values
+
+    def place(self, entry: int) -> Place:
+        """The document and position of an entry."""
+        number = int(np.searchsorted(self._first_entry, entry, side="right")) - 1
+        segment, local = self.segments[number], entry - int(self._first_entry[number])
+        document = int(np.searchsorted(segment.offsets, local, side="right")) - 1
+        return Place(
+            int(self._first_document[number]) + document, local - int(segment.offsets[document])
+        )
+
+    def document(self, number: int) -> Document:
+        """A document's id, text and metadata."""
+        segment, local = self._segment_of_document(number)
+        return segment.documents[local]
+
+    def document_tokens(self, number: int) -> Int[np.ndarray, " length"]:
+        """A document's token ids, its context token first."""
+        segment, local = self._segment_of_document(number)
+        return segment.tokens[segment.offsets[local] : segment.offsets[local + 1]]
+
+    def _segment_of_document(self, number: int) -> tuple[Segment, int]:
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
+        segment = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        return self.segments[segment], number - int(self._first_document[segment])
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """What `tune` found for a method; empty when it was not tuned."""
+        return dict(self.manifest.settings.get(method, {}))

@@ -1,0 +1,115 @@
+"""One part of a memory's corpus with its access paths, opened for reading."""
+
+import weakref
+from functools import cached_property
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.corpus.tokens import token_dtype
+from nearest.errors import FolderError
+from nearest.folder import open_array
+from nearest.index.approximate import read_index
+from nearest.index.distances import key_distances
+from nearest.index.exact import ExactIndex
+from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
+from nearest.memory.documents import FRAME_DTYPE, DocumentReader
+from nearest.memory.manifest import IndexRecord, KeysRecord, Manifest, SegmentRecord
+
+OFFSET_DTYPE = np.dtype(np.int64)
+KEY_DTYPE = np.dtype(np.float16)
+
+
+class Segment:
+    """Tokens, documents, keys and index of one segment; entry ids here count from 0.
+
+    Every file is opened at once, so that a reader keeps its generation even when a writer replaces
+    it; the index is read on the first search.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, record: SegmentRecord) -> None:
+        self.record = record
+        self._keys_record: KeysRecord = manifest.keys
+        paths = {name: folder / file.path for name, file in record.files.items()}
+        try:
+            self.tokens: Int[np.ndarray, " n"] = open_array(
+                paths["tokens"], token_dtype(manifest.model.vocab_size), (record.tokens,)
+            )
+            self.offsets: Int[np.ndarray, " documents_plus_1"] = np.array(
+                open_array(paths["offsets"], OFFSET_DTYPE, (record.documents + 1,))
+            )
+            self.keys: Float[np.ndarray, "n dim"] = open_array(
+                paths["keys"], KEY_DTYPE, (record.tokens, manifest.keys.dim)
+            )
+            frames = open_array(paths["frames"], FRAME_DTYPE, (record.frames, 2))
+            self.documents = DocumentReader(
+                self._held_open(paths["documents"]), frames, record.documents
+            )
+        except KeyError as error:
+            raise FolderError(
+                f"the manifest of {folder} names no {error} file for segment {record.name}: "
+                "restore it from a copy, or rebuild"
+            ) from error
+        file = record.index.file
+        self._index_file = None if file is None else self._held_open(folder / file.path)
+
+    def _held_open(self, path: Path) -> BufferedReader:
+        """Open a file for as long as this segment lives."""
+        file = path.open("rb")
+        weakref.finalize(self, file.close)
+        return file
+
+    @property
+    def index_record(self) -> IndexRecord:
+        """How this segment is searched."""
+        return self.record.index
+
+    @cached_property
+    def entries(self) -> Int[np.ndarray, " m"]:
+        """Positions that have a value: all but the last of each document."""
+        return valued_entries(self.offsets)
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """The index that the manifest names, read after its checksum has matched."""
+        record = self.record.index
+        if record.file is None or self._index_file is None:
+            return self.exact_index()
+        index = read_index(
+            self._index_file, record.file.sha256, self._keys_record.metric, record.nprobe
+        )
+        if index.dim != self._keys_record.dim or index.entries != self.record.entries:
+            raise FolderError(
+                f"{record.file.path} holds {index.entries:,} vectors of {index.dim} dims, the "
+                f"manifest says {self.record.entries:,} of {self._keys_record.dim}: "
+                "rebuild it with `nearest index`"
+            )
+        return index
+
+    def exact_index(self) -> ExactIndex:
+        """Exhaustive search over this segment's keys."""
+        return ExactIndex(self.keys, self.entries, self._keys_record.metric)
+
+    def search_by_keys(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest by the stored keys, among the candidates that the index finds."""
+        wanted = min(max(k, self.record.index.candidates), self.record.entries)
+        found = self.index.search(queries, wanted)
+        distances = key_distances(self.keys, queries, found.ids, self._keys_record.metric)
+        return sort_nearest_first(Neighbours(found.ids, distances), k)
+
+    def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest by the index's own codes, with its own distances."""
+        return self.index.search(queries, min(k, self.record.entries))
+
+
+def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:
+    """Positions in a run of documents that are followed by a token of the same document.
+
+    >>> valued_entries(np.array([0, 3, 5]))
+    array([0, 1, 3])
+    """
+    valued = np.ones(int(offsets[-1]), dtype=bool)
+    valued[offsets[1:] - 1] = False
+    return np.flatnonzero(valued)

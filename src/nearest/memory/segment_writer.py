@@ -1,0 +1,203 @@
+"""Write one segment: its corpus, its keys, its index, in that order, each streaming."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearest.corpus.batches import WindowBatch, batch_windows
+from nearest.corpus.tokens import TokenisedDocument, token_dtype
+from nearest.encode.forward import encode_keys
+from nearest.encode.layers import KeyLayer
+from nearest.errors import CorpusError, ModelError, SettingError
+from nearest.folder import ArrayFile, fsync_file, open_array
+from nearest.index.approximate import (
+    EXACT,
+    ApproximateIndex,
+    SearchParameters,
+    build_index,
+    resolve_spec,
+    tune_search,
+)
+from nearest.index.exact import ExactIndex
+from nearest.index.neighbours import Metric
+from nearest.memory.documents import DocumentWriter
+from nearest.memory.manifest import FileRecord, IndexRecord, KeysRecord, SegmentRecord
+from nearest.memory.segment import KEY_DTYPE, OFFSET_DTYPE, valued_entries
+from nearest.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FILES = {
+    "tokens": "tokens.npy",
+    "offsets": "offsets.npy",
+    "documents": "documents.jsonl.zst",
+    "frames": "frames.npy",
+    "keys": "keys.npy",
+}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """A FAISS factory string, "exact" or "auto", and the recall@100 its search is tuned to."""
+
+    spec: str
+    recall: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise SettingError(f"the recall target must lie in (0, 1], got {self.recall}")
+
+
+def write_segment(
+    root: Path,
+    name: str,
+    documents: Iterable[TokenisedDocument],
+    model: "PreTrainedModel",
+    layer: KeyLayer,
+    keys: KeysRecord,
+    vocab_size: int,
+    batch_size: int,
+    choice: IndexChoice,
+    progress: Progress,
+) -> SegmentRecord:
+    """Write a segment's files below `root` and describe them; nothing refers to them yet."""
+    folder = root / "segments" / name
+    folder.mkdir(parents=True)
+    offsets, frames = _write_corpus(folder, documents, token_dtype(vocab_size), progress)
+    total = int(offsets[-1])
+    entries = valued_entries(offsets)
+    if not len(entries):
+        raise CorpusError("the corpus holds no token that follows another: give it longer text")
+    tokens = open_array(folder / _FILES["tokens"], token_dtype(vocab_size), (total,))
+    batches = batch_windows(_documents_of(tokens, offsets), keys.window, keys.stride, batch_size)
+    _write_keys(folder, offsets, batches, model, layer, len(entries), progress)
+    index = write_index(
+        root,
+        folder / "index.faiss",
+        open_array(folder / _FILES["keys"], KEY_DTYPE, (total, keys.dim)),
+        entries,
+        keys.metric,
+        choice,
+        progress,
+    )
+    return SegmentRecord(
+        name=name,
+        tokens=total,
+        documents=len(offsets) - 1,
+        entries=len(entries),
+        frames=frames,
+        files={
+            kind: FileRecord.of(root, f"segments/{name}/{file}") for kind, file in _FILES.items()
+        },
+        index=index,
+    )
+
+
+def write_index(
+    root: Path,
+    path: Path,
+    keys: Float[np.ndarray, "n dim"],
+    entries: Int[np.ndarray, " m"],
+    metric: Metric,
+    choice: IndexChoice,
+    progress: Progress,
+) -> IndexRecord:
+    """Build, tune and write the index over keys[entries]; an exact one needs no file."""
+    spec = resolve_spec(choice.spec, len(entries))
+    exact = ExactIndex(keys, entries, metric)
+    if spec == EXACT:
+        return _index_record(spec, None, SearchParameters(recall=1.0), choice)
+    rng = np.random.default_rng(_SEED)
+    progress(f"index {spec}", 0, len(entries))
+    index = build_index(keys, entries, spec, metric, rng)
+    parameters = tune_search(index, keys, entries, metric, exact, choice.recall, rng)
+    ApproximateIndex(index, metric).write(path)
+    fsync_file(path)
+    progress(f"index {spec}", len(entries), len(entries))
+    file = FileRecord.of(root, path.relative_to(root).as_posix())
+    return _index_record(spec, file, parameters, choice)
+
+
+def _index_record(
+    spec: str, file: FileRecord | None, parameters: SearchParameters, choice: IndexChoice
+) -> IndexRecord:
+    return IndexRecord(
+        spec, file, parameters.nprobe, parameters.candidates, parameters.recall, choice.recall
+    )
+
+
+def _write_corpus(
+    folder: Path,
+    documents: Iterable[TokenisedDocument],
+    dtype: "np.dtype[np.unsignedinteger]",
+    progress: Progress,
+) -> tuple[Int[np.ndarray, " documents_plus_1"], int]:
+    """Write tokens, offsets and documents; returns the offsets and the number of text frames."""
+    offsets = [0]
+    store = DocumentWriter(folder / _FILES["documents"], folder / _FILES["frames"])
+    with ArrayFile(folder / _FILES["tokens"], dtype) as tokens, store:
+        for item in documents:
+            tokens.append(item.tokens.astype(dtype))
+            store.append(item.document)
+            offsets.append(offsets[-1] + len(item.tokens))
+            progress("tokens", offsets[-1], None)
+    if len(offsets) == 1:
+        raise CorpusError("the corpus holds no documents: give it at least one")
+    with ArrayFile(folder / _FILES["offsets"], OFFSET_DTYPE) as file:
+        file.append(np.array(offsets, OFFSET_DTYPE))
+    return np.array(offsets, OFFSET_DTYPE), store.frames
+
+
+def _documents_of(
+    tokens: Int[np.ndarray, " n"], offsets: Int[np.ndarray, " documents_plus_1"]
+) -> Iterator[Int[np.ndarray, " length"]]:
+    for start, stop in pairwise(offsets):
+        yield tokens[start:stop]
+
+
+def _write_keys(
+    folder: Path,
+    offsets: Int[np.ndarray, " documents_plus_1"],
+    batches: Iterable[WindowBatch],
+    model: "PreTrainedModel",
+    layer: KeyLayer,
+    total: int,
+    progress: Progress,
+) -> None:
+    """Encode every valued position; rows of document ends stay zero and are never looked up."""
+    done = 0
+    with ArrayFile(folder / _FILES["keys"], KEY_DTYPE, (layer.dim,), rows=int(offsets[-1])) as file:
+        progress("keys", 0, total)
+        for batch in batches:
+            keys = encode_keys(model, layer, batch.inputs, batch.predicts)
+            _check_range(keys, batch, layer)
+            rows = keys.half().numpy()
+            entries = offsets[batch.documents] + batch.positions
+            breaks = np.flatnonzero(np.diff(entries) != 1) + 1
+            for start, stop in zip([0, *breaks], [*breaks, len(entries)], strict=True):
+                file.write(int(entries[start]), rows[start:stop])
+            done += len(entries)
+            progress("keys", done, total)
+
+
+def _check_range(keys: Float[Tensor, "n dim"], batch: WindowBatch, layer: KeyLayer) -> None:
+    """Refuse keys that float16 cannot hold: NaN, infinite, or beyond ±65,504."""
+    largest = float(np.finfo(KEY_DTYPE).max)
+    if bool(keys.abs().amax() <= largest):  # False for NaN too
+        return
+    wrong = ~(np.abs(keys.numpy()) <= largest)
+    bad = int(np.flatnonzero(wrong.any(axis=1))[0])
+    value = keys.numpy()[bad][wrong[bad]][0]
+    raise ModelError(
+        f"the key {layer.name} is {value:g} at token {batch.positions[bad]} of document number "
+        f"{batch.documents[bad] + 1}, which float16 keys cannot hold: check the model's weights, "
+        "load it in float32, or try the other key layer (--key-layer)"
+    )

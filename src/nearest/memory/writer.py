@@ -1,0 +1,196 @@
+"""Write generations of a memory: build one, give it another index, store tuned settings.
+
+New files are written beside the live ones; the manifest's rename publishes them. Until then a kill
+leaves the old generation, and on any error the files begun are taken away.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nearest import __version__
+from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.tokens import tokenise
+from nearest.corpus.windows import choose_windows
+from nearest.encode.forward import default_batch_size
+from nearest.encode.identity import (
+    max_positions,
+    model_fingerprint,
+    model_name,
+    start_token,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from nearest.encode.layers import KeyLayerName, find_key_layer
+from nearest.errors import FolderError, SettingError
+from nearest.folder import disk_errors_explained, writer_lock
+from nearest.index.approximate import AUTO
+from nearest.index.neighbours import Metric
+from nearest.memory.manifest import (
+    FORMAT,
+    MANIFEST,
+    KeysRecord,
+    Manifest,
+    ModelRecord,
+    read_manifest,
+    write_manifest,
+)
+from nearest.memory.segment import Segment
+from nearest.memory.segment_writer import (
+    IndexChoice,
+    write_index,
+    write_segment,
+)
+from nearest.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a memory is built; every default is what the command line uses."""
+
+    key_layer: KeyLayerName = "last_ffn_input"
+    window: int | None = None  # 512, or the model's positions where those are fewer
+    stride: int | None = None  # half the window
+    index: str = AUTO
+    metric: Metric = "l2"
+    recall: float = 0.95
+    batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("l2", "ip"):
+            raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SettingError(f"the batch size must be at least 1, got {self.batch_size}")
+        IndexChoice(self.index, self.recall)
+
+
+def build_memory(
+    path: Path,
+    documents: Iterable[Document | str],
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    options: BuildOptions,
+) -> None:
+    """Make a memory of documents in a new folder.
+
+    Raises:
+        NearestError: the corpus, model, settings or folder cannot be used; nothing is left behind.
+    """
+    layer = find_key_layer(model, options.key_layer)
+    positions = max_positions(model)
+    window, stride = choose_windows(options.window, options.stride, positions)
+    model_record = ModelRecord(
+        name=model_name(model),
+        fingerprint=model_fingerprint(model),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=vocabulary_size(model),
+        start_token=start_token(tokenizer),
+    )
+    keys = KeysRecord(layer.name, layer.path, layer.dim, "float16", options.metric, window, stride)
+    unique = with_unique_ids(as_documents(documents))
+    with _new_folder(path):
+        segment = write_segment(
+            path,
+            "000001",
+            tokenise(unique, tokenizer, model_record.start_token, model_record.vocab_size),
+            model,
+            layer,
+            keys,
+            model_record.vocab_size,
+            default_batch_size(model, window) if options.batch_size is None else options.batch_size,
+            IndexChoice(options.index, options.recall),
+            options.progress,
+        )
+        created_by = f"nearest {__version__}"
+        write_manifest(
+            path, Manifest(FORMAT, 1, created_by, model_record, keys, [segment], settings={})
+        )
+
+
+def rebuild_index(
+    path: Path, spec: str, recall: float = 0.95, progress: Progress = no_progress
+) -> None:
+    """Give every segment another index, as a new generation."""
+    choice = IndexChoice(spec, recall)
+    with _changing(path) as manifest:
+        generation = manifest.generation + 1
+        segments = []
+        for record in manifest.segments:
+            segment = Segment(path, manifest, record)
+            file = path / "segments" / record.name / f"g{generation:06d}.index.faiss"
+            index = write_index(
+                path, file, segment.keys, segment.entries, manifest.keys.metric, choice, progress
+            )
+            segments.append(msgspec.structs.replace(record, index=index))
+        write_manifest(
+            path, msgspec.structs.replace(manifest, generation=generation, segments=segments)
+        )
+
+
+def store_settings(path: Path, method: str, settings: dict[str, Any]) -> None:
+    """Remember what was tuned for a method, as a new generation."""
+    with _changing(path) as manifest:
+        write_manifest(
+            path,
+            msgspec.structs.replace(
+                manifest,
+                generation=manifest.generation + 1,
+                settings={**manifest.settings, method: settings},
+            ),
+        )
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Lock a folder for a first generation; on any error, take away what was begun."""
+    if path.exists() and not path.is_dir():
+        raise FolderError(f"{path} is a file: give the memory another path")
+    created = not path.exists()
+    with disk_errors_explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with writer_lock(path):
+        if (path / MANIFEST).exists():
+            raise FolderError(f"{path} is already a memory: give another path, or delete it first")
+        if unknown := sorted(item.name for item in path.iterdir() if item.name != "segments"):
+            raise FolderError(
+                f"{path} is not empty (it holds {unknown[0]!r}): give the memory its own folder"
+            )
+        try:
+            with disk_errors_explained(path):
+                shutil.rmtree(path / "segments", ignore_errors=True)  # an interrupted build's
+                yield
+        except BaseException:
+            shutil.rmtree(path / "segments", ignore_errors=True)
+            if created:
+                path.rmdir()
+            raise
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[Manifest]:
+    """Lock a memory for its next generation; afterwards, remove files that no manifest names."""
+    manifest = read_manifest(path)
+    with writer_lock(path):
+        manifest = read_manifest(path)
+        try:
+            with disk_errors_explained(path):
+                yield manifest
+        finally:
+            _remove_unnamed_files(path, read_manifest(path))
+
+
+def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
+    """Clear what interrupted writers and earlier generations left; readers hold theirs open."""
+    named = {path / record.path for record in manifest.file_records()}
+    for file in sorted((path / "segments").glob("*/*")):
+        if file not in named:
+            file.unlink()

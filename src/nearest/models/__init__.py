@@ -1,0 +1,1 @@
+"""Layer 6: a Hugging Face model with a memory attached."""

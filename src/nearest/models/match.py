@@ -1,0 +1,53 @@
+"""Whether a model is the one whose hidden states a memory holds."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
+from nearest.encode.layers import KeyLayer, find_key_layer
+from nearest.errors import ModelError
+from nearest.memory.memory import Memory
+
+
+def matching_key_layer(
+    memory: Memory, model: PreTrainedModel, tokenizer: Any = None, *, force: bool = False
+) -> KeyLayer:
+    """The layer of `model` whose hidden states can be looked up in `memory`.
+
+    Args:
+        memory: the memory to look up.
+        model: the model that built it.
+        tokenizer: checked too where given.
+        force: accept other weights or another tokenizer of the same dimensions, at the risk of
+            neighbours that mean nothing.
+
+    Raises:
+        ModelError: weights, tokenizer or key layer differ from those that built the memory.
+    """
+    record, keys = memory.manifest.model, memory.manifest.keys
+    layer = find_key_layer(model, keys.layer)
+    if layer.dim != keys.dim:
+        raise ModelError(
+            f"the keys have {keys.dim} dims but this model gives {layer.dim}: the memory was built "
+            f"with {record.name!r}. Load that model, or build a memory with this one"
+        )
+    if force:
+        return layer
+    cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
+    if model_fingerprint(model) != record.fingerprint:
+        raise ModelError(
+            f"this model's weights differ from those that built {memory.path}, so its hidden "
+            f"states and the stored keys cannot be compared. {cure} meaningless neighbours"
+        )
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != record.tokenizer_fingerprint:
+        raise ModelError(
+            f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
+            f"mean the same text. {cure} wrong words"
+        )
+    if layer.path != keys.module:
+        raise ModelError(
+            f"the key layer {keys.layer} is {layer.path!r} in this model but was {keys.module!r} "
+            f"when {memory.path} was built. {cure} meaningless neighbours"
+        )
+    return layer

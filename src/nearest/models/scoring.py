@@ -1,0 +1,105 @@
+"""What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from transformers import AutoTokenizer, PreTrainedModel
+
+from nearest.corpus.documents import Document
+from nearest.corpus.text import Text
+from nearest.corpus.windows import choose_windows
+from nearest.encode.forward import ScoredBatch, score_documents
+from nearest.encode.identity import max_positions, model_name, start_token, vocabulary_size
+from nearest.encode.layers import KeyLayer, find_key_layer
+from nearest.errors import ModelError
+from nearest.memory.memory import Memory
+from nearest.models.match import matching_key_layer
+from nearest.progress import Progress
+
+# Documents, plain strings, or arrays of token ids.
+ScoredInput = Iterable[Document | str | Int[np.ndarray, " length"]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A text, and how the model reads it: the memory's key layer and windows."""
+
+    model: PreTrainedModel
+    text: Text
+    layer: KeyLayer
+    window: int
+    stride: int
+    batch_size: int | None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: PreTrainedModel,
+        memory: Memory | None,
+        documents: ScoredInput,
+        *,
+        tokenizer: Any = None,
+        window: int | None = None,
+        stride: int | None = None,
+        score_eos: bool = False,
+        force: bool = False,
+        batch_size: int | None = None,
+    ) -> "Scorer":
+        """Check that model, memory, tokenizer and text fit together.
+
+        Windows not given are the memory's, so that queries are made as keys were. A tokenizer not
+        given is loaded from where the model came from, when there is text to tokenise.
+
+        Raises:
+            NearestError: they do not fit.
+        """
+        items = list(documents)
+        arrays = [item for item in items if isinstance(item, np.ndarray)]
+        vocab_size = vocabulary_size(model)
+        if items and len(arrays) == len(items):
+            text = Text.from_tokens(arrays, vocab_size)
+        else:
+            tokenizer = tokenizer or _own_tokenizer(model)
+            text = Text.from_documents(
+                (item for item in items if not isinstance(item, np.ndarray)),
+                tokenizer,
+                start_token(tokenizer),
+                vocab_size,
+                tokenizer.eos_token_id if score_eos else None,
+            )
+        if memory is None:
+            layer = find_key_layer(model, "last_hidden")
+        else:
+            layer = matching_key_layer(memory, model, tokenizer, force=force)
+            if window is None and stride is None:
+                window, stride = memory.manifest.keys.window, memory.manifest.keys.stride
+        window, stride = choose_windows(window, stride, max_positions(model))
+        return cls(model, text, layer, window, stride, batch_size)
+
+    def batches(self, progress: Progress, stage: str) -> Iterator[ScoredBatch]:
+        """Every prediction of the text exactly once."""
+        done, total = 0, self.text.predictions
+        progress(stage, 0, total)
+        for scored in score_documents(
+            self.model,
+            self.layer,
+            self.text.documents,
+            self.window,
+            self.stride,
+            self.batch_size,
+        ):
+            yield scored
+            done += len(scored.lm_log_probs)
+            progress(stage, done, total)
+
+
+def _own_tokenizer(model: PreTrainedModel) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_name(model))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "text needs a tokenizer, and none is where the model came from: pass tokenizer=…"
+        ) from error

@@ -1,0 +1,204 @@
+"""What the command line shows: tables, progress, and text shaded by its sources."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from nearest.progress import Progress as Report
+
+if TYPE_CHECKING:
+    from nearest.evaluate import Result
+    from nearest.generate import DocumentShare, Generation
+    from nearest.memory.memory import Memory
+
+_SHADE = (255, 196, 61)  # of a token that came from the memory alone
+
+
+@contextmanager
+def live_progress(console: Console) -> Iterator[Report]:
+    """A bar for each stage, with its rate and the time left."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        _Counts(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=60) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                for task in tasks.values():  # a stage of unknown length ends when the next begins
+                    bars.update(task, total=bars.tasks[task].completed)
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield report
+
+
+class _Counts(ProgressColumn):
+    """`done/total` and the rate, in the stage's own unit."""
+
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f"/{int(task.total):,}"
+        speed = task.finished_speed or task.speed
+        rate = f" ({speed:,.0f}/s)" if speed else ""
+        return Text(f"{int(task.completed):,}{total}{rate}")
+
+
+def results_table(results: Sequence["Result"]) -> RenderableType:
+    """A column a method, and below how each compares to the first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", style="dim")
+    for result in results:
+        table.add_column(result.method, justify="right")
+    rows: dict[str, Callable[[Result], str]] = {
+        "tokens": lambda r: f"{r.tokens:,}",
+        "nll (nats a token)": lambda r: f"{r.nll:.4f}",
+        "95 % interval": lambda r: _interval(r.nll_low, r.nll_high),
+        "token perplexity": lambda r: _number(r.ppl, ".2f"),
+        "word perplexity": lambda r: _number(r.word_ppl, ",.1f"),
+        "bits per byte": lambda r: _number(r.bpb, ".4f"),
+        "FoSS": lambda r: _number(r.foss, ".2f"),
+        "tokens a second": lambda r: f"{r.tok_s:,.0f}",
+        "seconds": lambda r: f"{r.seconds:.1f}",
+        "added ms a token": lambda r: f"{r.added_ms:.3f}",
+        "λ": lambda r: _number(r.lam, "g"),
+        "temperature": lambda r: _number(r.temperature, "g"),
+        "k": lambda r: _number(r.k, "d"),
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(result) for result in results))
+    differences = [
+        f"{result.method} − {results[0].method}: {result.delta_nll:+.4f} nats a token, "
+        f"paired 95 % interval {_interval(result.delta_low, result.delta_high)}"
+        for result in results
+        if result.delta_nll is not None
+    ]
+    return Group(table, *differences)
+
+
+def info_table(memory: "Memory") -> RenderableType:
+    """What a memory holds."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in memory_info(memory).items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        table.add_row(name.replace("_", " "), escape(_plain(value)))
+    return table
+
+
+def memory_info(memory: "Memory") -> dict[str, Any]:
+    """The figures of `nearest info`."""
+    manifest = memory.manifest
+    sizes: dict[str, int] = {}
+    for segment in manifest.segments:
+        for kind, file in segment.files.items():
+            sizes[kind] = sizes.get(kind, 0) + file.size
+        if segment.index.file is not None:
+            sizes["index"] = sizes.get("index", 0) + segment.index.file.size
+    return {
+        "memory": str(memory.path),
+        "format": manifest.format,
+        "generation": manifest.generation,
+        "documents": memory.documents,
+        "tokens": memory.tokens,
+        "entries": memory.entries,
+        "bytes": sum(sizes.values()),
+        "bytes_per_entry": round(sum(sizes.values()) / memory.entries, 1),
+        "files": sizes,
+        "model": manifest.model.name,
+        "keys": f"{manifest.keys.layer} ({manifest.keys.module}), {manifest.keys.dim} dims, "
+        f"{manifest.keys.dtype}, {manifest.keys.metric}",
+        "windows": f"{manifest.keys.window} with a stride of {manifest.keys.stride}",
+        **{
+            f"index_of_segment_{segment.name}": {
+                "spec": segment.index.spec,
+                "nprobe": segment.index.nprobe,
+                "candidates": segment.index.candidates,
+                "recall@100": segment.index.recall,
+                "recall_target": segment.index.recall_target,
+            }
+            for segment in manifest.segments
+        },
+        **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
+    }
+
+
+def shaded_generation(generation: "Generation", most: int) -> RenderableType:
+    """The continuation, each token shaded by the memory's weight, and the documents behind it."""
+    text = Text(generation.prompt, style="bold")
+    if not generation.tokens:
+        return text.append(generation.text, style="not bold")
+    for token in generation.tokens:
+        text.append(token.text, style=_shade(token.memory_weight))
+    legend = Text("from the memory: ")
+    for percent in (0, 25, 50, 75, 100):
+        legend.append(f" {percent} % ", style=_shade(percent / 100))
+    parts: list[RenderableType] = [text, Text(), legend, Text()]
+    if not generation.documents:
+        return Group(*parts, Text("no token came from the memory"))
+    return Group(*parts, _documents_table(generation.documents, most))
+
+
+def _documents_table(documents: Sequence["DocumentShare"], most: int) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("share", justify="right")
+    table.add_column("document", overflow="fold")
+    table.add_column("strongest passage", overflow="fold")
+    for document in documents[:most]:
+        passage = Text("…" + _one_line(document.before))
+        passage.append(_one_line(document.token), style=_shade(1.0))
+        passage.append(_one_line(document.after) + "…")
+        name = Text(document.id)
+        if title := document.metadata.get("title"):
+            name.append(f"\n{title}", style="dim")
+        table.add_row(f"{document.weight:.1%}", name, passage)
+    left = documents[most:]
+    rest = f"{len(left)} more documents: {sum(item.weight for item in left):.1%}" if left else ""
+    return Group(table, Text(rest, style="dim"))
+
+
+def _shade(weight: float) -> Style:
+    """From no colour (0) to full colour (1), dark text on light so that both stay readable."""
+    if weight < 0.02:
+        return Style(bold=False)
+    red, green, blue = (round(255 + (part - 255) * weight) for part in _SHADE)
+    return Style(bold=False, color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "⏎")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"[{low:.4f}, {high:.4f}]"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
