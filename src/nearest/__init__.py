@@ -11,19 +11,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nearest.corpus.documents import Document, read_documents
     from nearest.errors import NearestError
-    from nearest.evaluate import evaluate
     from nearest.memory.memory import Memory
     from nearest.models.attach import attach
-    from nearest.tune import tune
+    from nearest.verbs.evaluate import evaluate
+    from nearest.verbs.tune import tune
 
 _HOMES = {
     "Document": "nearest.corpus.documents",
     "Memory": "nearest.memory.memory",
     "NearestError": "nearest.errors",
     "attach": "nearest.models.attach",
-    "evaluate": "nearest.evaluate",
+    "evaluate": "nearest.verbs.evaluate",
     "read_documents": "nearest.corpus.documents",
-    "tune": "nearest.tune",
+    "tune": "nearest.verbs.tune",
 }
 
 __all__ = [

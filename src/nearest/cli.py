@@ -109,7 +109,7 @@ def build(
 ) -> None:
     """Make a memory of documents (.txt, .md, .jsonl, folders of them)."""
     quiet_libraries()
-    from nearest.build import build as build_memory
+    from nearest.verbs.build import build as build_memory
 
     with reports.live_progress(err) as progress:
         memory = build_memory(
@@ -191,7 +191,7 @@ def tune(
     """Find λ, temperature and k on text that is not scored later, and store them in the memory."""
     quiet_libraries()
     from nearest.corpus.documents import read_documents
-    from nearest.tune import tune as tune_memory
+    from nearest.verbs.tune import tune as tune_memory
 
     opened, loaded, tokenizer = open_with_model(memory, model)
     with reports.live_progress(err) as progress:
@@ -240,7 +240,7 @@ def evaluate(
     """Measure how well text is predicted, by the base model and with the memory."""
     quiet_libraries()
     from nearest.corpus.documents import read_documents
-    from nearest.evaluate import evaluate as evaluate_memory
+    from nearest.verbs.evaluate import evaluate as evaluate_memory
 
     opened, loaded, tokenizer = open_with_model(memory, model)
     with reports.live_progress(err) as progress:
@@ -292,7 +292,7 @@ def generate(
     quiet_libraries()
     import torch
 
-    from nearest.generate import generate as continue_prompt
+    from nearest.verbs.generate import generate as continue_prompt
 
     opened, loaded, tokenizer = open_with_model(memory, model)
     torch.manual_seed(seed)

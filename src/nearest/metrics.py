@@ -7,7 +7,7 @@ other. Two methods are compared by resampling their difference on the same docum
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 _RESAMPLES = 2_000
 _SEED = 0
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    totals: Float[np.ndarray, " documents"], counts: Float[np.ndarray, " documents"]
+    totals: Float[np.ndarray, " documents"], counts: Real[np.ndarray, " documents"]
 ) -> Interval:
     """95 % percentile interval of Σ totals / Σ counts over resampled documents.
 

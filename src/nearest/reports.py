@@ -23,9 +23,9 @@ from rich.text import Text
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
-    from nearest.evaluate import Result
-    from nearest.generate import DocumentShare, Generation
     from nearest.memory.memory import Memory
+    from nearest.verbs.evaluate import Result
+    from nearest.verbs.generate import DocumentShare, Generation
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
+from nearest.corpus.tokens import Tokens
 from nearest.corpus.windows import Window, windows
 
 _BATCHES_SORTED_TOGETHER = 32
@@ -27,14 +28,14 @@ class WindowBatch:
 
 
 def batch_windows(
-    documents: Iterable[Int[np.ndarray, " length"]], window: int, stride: int, batch_size: int
+    documents: Iterable[Tokens], window: int, stride: int, batch_size: int
 ) -> Iterator[WindowBatch]:
     """Cut documents into windows and batch them, each batch at most batch_size * window inputs.
 
     Windows of a few batches at a time are sorted by length, so that short documents share wide
     batches and little is spent on padding; memory stays bounded for a corpus of any size.
     """
-    planned: list[tuple[int, Int[np.ndarray, " length"], Window]] = []
+    planned: list[tuple[int, Tokens, Window]] = []
     inputs = 0
     budget = batch_size * window
     for number, tokens in enumerate(documents):
@@ -48,7 +49,7 @@ def batch_windows(
 
 
 def _sorted_batches(
-    planned: list[tuple[int, Int[np.ndarray, " length"], Window]], budget: int
+    planned: list[tuple[int, Tokens, Window]], budget: int
 ) -> Iterator[WindowBatch]:
     planned = sorted(planned, key=lambda item: item[2].length, reverse=True)
     while planned:
@@ -57,7 +58,7 @@ def _sorted_batches(
         planned = planned[rows:]
 
 
-def _batch(rows: list[tuple[int, Int[np.ndarray, " length"], Window]]) -> WindowBatch:
+def _batch(rows: list[tuple[int, Tokens, Window]]) -> WindowBatch:
     width = max(part.length for _, _, part in rows)
     inputs = np.zeros((len(rows), width), dtype=np.int64)
     predicts = np.zeros((len(rows), width), dtype=bool)

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
 
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
-from nearest.corpus.tokens import Tokenizer, check_vocabulary, tokenise
+from nearest.corpus.tokens import Tokenizer, Tokens, check_vocabulary, tokenise
 from nearest.errors import CorpusError
 
 _GIVEN = "the token arrays given"
@@ -17,7 +16,7 @@ _GIVEN = "the token arrays given"
 class Text:
     """Documents as int64 token ids, the context token first; no words or bytes for bare tokens."""
 
-    documents: list[Int[np.ndarray, " length"]]
+    documents: list[Tokens]
     words: int | None
     utf8_bytes: int | None
 
@@ -47,7 +46,7 @@ class Text:
         return cls(arrays, words, utf8_bytes)._checked()
 
     @classmethod
-    def from_tokens(cls, arrays: Sequence[Int[np.ndarray, " length"]], vocab_size: int) -> "Text":
+    def from_tokens(cls, arrays: Sequence[Tokens], vocab_size: int) -> "Text":
         """Take documents that are token ids already; the first token of each is context only."""
         for tokens in arrays:
             check_vocabulary(tokens, vocab_size, _GIVEN)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError
+
+# One document's token ids; each has a length of its own.
+Tokens = Integer[np.ndarray, "_"]
 
 # A Hugging Face tokenizer: texts in, {"input_ids": lists of ids} out.
 Tokenizer = Callable[..., Any]
@@ -21,7 +24,7 @@ class TokenisedDocument:
     """A document and its token ids [length], the context token first."""
 
     document: Document
-    tokens: Int[np.ndarray, " length"]
+    tokens: Tokens
 
 
 def tokenise(
@@ -45,7 +48,7 @@ def tokenise(
             yield TokenisedDocument(document, tokens)
 
 
-def check_vocabulary(tokens: Int[np.ndarray, " length"], vocab_size: int, origin: str) -> None:
+def check_vocabulary(tokens: Tokens, vocab_size: int, origin: str) -> None:
     """Refuse token ids outside [0, vocab_size) (CorpusError)."""
     if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         wrong = int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nearest.corpus.batches import WindowBatch, batch_windows
+from nearest.corpus.tokens import Tokens
 from nearest.encode.layers import KeyLayer, captured_input
 
 
@@ -95,7 +96,7 @@ class ScoredBatch:
 def score_documents(
     model: PreTrainedModel,
     layer: KeyLayer,
-    documents: Iterable[Int[np.ndarray, " length"]],
+    documents: Iterable[Tokens],
     window: int,
     stride: int,
     batch_size: int | None = None,

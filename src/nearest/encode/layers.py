@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from nearest.errors import ModelError, SettingError
 
-KeyLayerName = Literal["last_ffn_input", "last_hidden"]
+LanguageModel = PreTrainedModel  # for layers that need not know transformers
 _MIXER = re.compile("attention|attn|mixer", re.IGNORECASE)
 
 
@@ -25,7 +25,7 @@ _MIXER = re.compile("attention|attn|mixer", re.IGNORECASE)
 class KeyLayer:
     """The module whose input is the key, its path in the model, and the key's dimension."""
 
-    name: KeyLayerName
+    name: str
     path: str
     module: nn.Module
     dim: int
@@ -38,7 +38,7 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         SettingError: `name` is no key layer.
         ModelError: the model has no such layer, or is in training mode.
     """
-    if name not in get_args(KeyLayerName):
+    if name not in ("last_ffn_input", "last_hidden"):
         raise SettingError(f"key layer {name!r} is unknown: choose last_ffn_input or last_hidden")
     if model.training:
         raise ModelError(
@@ -48,7 +48,7 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
     path = next(path for path, candidate in model.named_modules() if candidate is module)
     with captured_input(module) as seen:
         _probe(model)
-    return KeyLayer(name, path, module, seen[0].shape[-1])  # type: ignore[arg-type]
+    return KeyLayer(name, path, module, seen[0].shape[-1])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The keys stay in their file as float16; numba has no such type, so the kernel re
 and lets the processor widen them. `key_distances_reference` is the same in plain numpy.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
@@ -62,6 +62,7 @@ def _widen_float16(_context: Any, half: Any) -> Any:
 _widen: Any = intrinsic(_widen_float16)
 
 
+@no_type_check  # numba compiles the bare function
 @numba.njit(
     "void(Array(uint16, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], boolean, "
     "float32[:, ::1])",

@@ -1,6 +1,6 @@
 """What a search gives back, and the one convention for distances."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ class Neighbours(NamedTuple):
     distances: Float[np.ndarray, "q k"]  # float32
 
 
+@runtime_checkable
 class VectorIndex(Protocol):
     """Anything that finds the nearest entries of queries."""
 

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import zstandard
@@ -51,7 +51,7 @@ class DocumentWriter:
             self.frames += 1
             self._lines, self._bytes, self._first = [], 0, self.documents
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "DocumentWriter":
         return self
 
     def __exit__(

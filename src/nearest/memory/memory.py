@@ -7,21 +7,19 @@ int64 and count through all segments.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.corpus.documents import Document
-from nearest.errors import FolderError
+from nearest.corpus.tokens import Tokens
+from nearest.errors import FolderError, SettingError
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.segment import Segment
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-DistanceSource = Literal["keys", "index"]
+DISTANCES = ("keys", "index")
 
 
 class Place(NamedTuple):
@@ -42,7 +40,7 @@ class Memory:
         self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path) -> "Memory":
         """Open the present generation of a memory folder; the files are checked, not read.
 
         Raises:
@@ -59,19 +57,31 @@ class Memory:
             return cls._open_generation(folder, moved_to)
 
     @classmethod
-    def _open_generation(cls, folder: Path, manifest: Manifest) -> Self:
+    def _open_generation(cls, folder: Path, manifest: Manifest) -> "Memory":
         return cls(folder, manifest, [Segment(folder, manifest, r) for r in manifest.segments])
 
     @classmethod
     def build(
         cls,
-        model: "PreTrainedModel",
+        model: Any,
         tokenizer: Any,
         documents: Iterable[Document | str],
         path: str | Path,
         **options: Any,
-    ) -> Self:
-        """Make a memory of documents and open it; options as in `memory.writer.BuildOptions`."""
+    ) -> "Memory":
+        """Make a memory of documents in a new folder, and open it.
+
+        Args:
+            model: a Hugging Face causal language model in evaluation mode.
+            tokenizer: its tokenizer.
+            documents: documents or plain strings; they are read once, as a stream.
+            path: the folder, which must not exist or be empty.
+            **options: as in `memory.writer.BuildOptions`.
+
+        Raises:
+            NearestError: something cannot be used; nothing is left behind.
+        """
+        # Building needs torch and transformers; opening and looking up do not wait for them.
         from nearest.memory.writer import BuildOptions, build_memory
 
         build_memory(Path(path), documents, model, tokenizer, BuildOptions(**options))
@@ -96,7 +106,7 @@ class Memory:
         self,
         queries: Float[np.ndarray, "q dim"],
         k: int,
-        distances: DistanceSource = "keys",
+        distances: str = "keys",
     ) -> Neighbours:
         """The k nearest entries of each query (fewer columns if the memory holds fewer).
 
@@ -106,6 +116,8 @@ class Memory:
             distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
                 index's own order and distances, as earlier implementations do.
         """
+        if distances not in DISTANCES:
+            raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             search = segment.search_by_keys if distances == "keys" else segment.search_by_index
@@ -142,7 +154,7 @@ class Memory:
         segment, local = self._segment_of_document(number)
         return segment.documents[local]
 
-    def document_tokens(self, number: int) -> Int[np.ndarray, " length"]:
+    def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""
         segment, local = self._segment_of_document(number)
         return segment.tokens[segment.offsets[local] : segment.offsets[local + 1]]

@@ -6,7 +6,7 @@ from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from nearest.corpus.tokens import token_dtype
 from nearest.errors import FolderError
@@ -34,7 +34,7 @@ class Segment:
         self._keys_record: KeysRecord = manifest.keys
         paths = {name: folder / file.path for name, file in record.files.items()}
         try:
-            self.tokens: Int[np.ndarray, " n"] = open_array(
+            self.tokens: Integer[np.ndarray, " n"] = open_array(
                 paths["tokens"], token_dtype(manifest.model.vocab_size), (record.tokens,)
             )
             self.offsets: Int[np.ndarray, " documents_plus_1"] = np.array(

@@ -4,16 +4,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nearest.corpus.batches import WindowBatch, batch_windows
-from nearest.corpus.tokens import TokenisedDocument, token_dtype
+from nearest.corpus.tokens import TokenisedDocument, Tokens, token_dtype
 from nearest.encode.forward import encode_keys
-from nearest.encode.layers import KeyLayer
+from nearest.encode.layers import KeyLayer, LanguageModel
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.folder import ArrayFile, fsync_file, open_array
 from nearest.index.approximate import (
@@ -30,9 +29,6 @@ from nearest.memory.documents import DocumentWriter
 from nearest.memory.manifest import FileRecord, IndexRecord, KeysRecord, SegmentRecord
 from nearest.memory.segment import KEY_DTYPE, OFFSET_DTYPE, valued_entries
 from nearest.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FILES = {
     "tokens": "tokens.npy",
@@ -60,7 +56,7 @@ def write_segment(
     root: Path,
     name: str,
     documents: Iterable[TokenisedDocument],
-    model: "PreTrainedModel",
+    model: LanguageModel,
     layer: KeyLayer,
     keys: KeysRecord,
     vocab_size: int,
@@ -157,8 +153,8 @@ def _write_corpus(
 
 
 def _documents_of(
-    tokens: Int[np.ndarray, " n"], offsets: Int[np.ndarray, " documents_plus_1"]
-) -> Iterator[Int[np.ndarray, " length"]]:
+    tokens: Integer[np.ndarray, " n"], offsets: Int[np.ndarray, " documents_plus_1"]
+) -> Iterator[Tokens]:
     for start, stop in pairwise(offsets):
         yield tokens[start:stop]
 
@@ -167,7 +163,7 @@ def _write_keys(
     folder: Path,
     offsets: Int[np.ndarray, " documents_plus_1"],
     batches: Iterable[WindowBatch],
-    model: "PreTrainedModel",
+    model: LanguageModel,
     layer: KeyLayer,
     total: int,
     progress: Progress,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast, get_args
 
 import msgspec
 
@@ -26,7 +26,7 @@ from nearest.encode.identity import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from nearest.encode.layers import KeyLayerName, find_key_layer
+from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, writer_lock
 from nearest.index.approximate import AUTO
@@ -48,25 +48,22 @@ from nearest.memory.segment_writer import (
 )
 from nearest.progress import Progress, no_progress
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How a memory is built; every default is what the command line uses."""
 
-    key_layer: KeyLayerName = "last_ffn_input"
+    key_layer: str = "last_ffn_input"
     window: int | None = None  # 512, or the model's positions where those are fewer
     stride: int | None = None  # half the window
     index: str = AUTO
-    metric: Metric = "l2"
+    metric: str = "l2"
     recall: float = 0.95
     batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
-        if self.metric not in ("l2", "ip"):
+        if self.metric not in get_args(Metric):
             raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
         if self.batch_size is not None and self.batch_size < 1:
             raise SettingError(f"the batch size must be at least 1, got {self.batch_size}")
@@ -76,7 +73,7 @@ class BuildOptions:
 def build_memory(
     path: Path,
     documents: Iterable[Document | str],
-    model: "PreTrainedModel",
+    model: LanguageModel,
     tokenizer: Any,
     options: BuildOptions,
 ) -> None:
@@ -95,7 +92,8 @@ def build_memory(
         vocab_size=vocabulary_size(model),
         start_token=start_token(tokenizer),
     )
-    keys = KeysRecord(layer.name, layer.path, layer.dim, "float16", options.metric, window, stride)
+    metric = cast(Metric, options.metric)
+    keys = KeysRecord(layer.name, layer.path, layer.dim, "float16", metric, window, stride)
     unique = with_unique_ids(as_documents(documents))
     with _new_folder(path):
         segment = write_segment(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -113,7 +113,7 @@ class Session:
         vars(model)["forward"] = self._wrap_forward(model.forward)
         vars(model)["generate"] = self._wrap_generate(cast(Any, model.generate))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Session":
         return self
 
     def __exit__(

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
+from nearest.corpus.tokens import Tokens
 from nearest.corpus.windows import choose_windows
 from nearest.encode.forward import ScoredBatch, score_documents
 from nearest.encode.identity import max_positions, model_name, start_token, vocabulary_size
@@ -20,7 +20,7 @@ from nearest.models.match import matching_key_layer
 from nearest.progress import Progress
 
 # Documents, plain strings, or arrays of token ids.
-ScoredInput = Iterable[Document | str | Int[np.ndarray, " length"]]
+ScoredInput = Iterable[Document | str | Tokens]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import warnings
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearest.errors import SettingError
-from nearest.memory.memory import DistanceSource, Memory
+from nearest.memory.memory import DISTANCES, Memory
 from nearest.retrieval.distribution import (
     interpolate,
     knn_weights,
@@ -25,7 +25,7 @@ class KnnSettings:
     lam: float = 0.25
     temperature: float = 1.0
     k: int = 1024
-    distances: DistanceSource = "keys"
+    distances: str = "keys"
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
@@ -34,11 +34,11 @@ class KnnSettings:
             raise SettingError(f"temperature must be above 0 and finite, got {self.temperature}")
         if self.k < 1:
             raise SettingError(f"k must be at least 1, got {self.k}")
-        if self.distances not in get_args(DistanceSource):
+        if self.distances not in DISTANCES:
             raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
 
     @classmethod
-    def resolve(cls, memory: Memory, **given: Any) -> Self:
+    def resolve(cls, memory: Memory, **given: Any) -> "KnnSettings":
         """Settings as given, else as tuned, else the defaults; k at most the memory's entries."""
         names = {field.name for field in fields(cls)}
         if unknown := sorted(set(given) - names):

@@ -81,7 +81,7 @@ def tune(
     if method != "knn":
         raise SettingError(f"method {method!r} cannot be tuned: choose knn")
     ks = tuple(sorted({min(k, memory.entries) for k in KS}))
-    widest = KnnSettings(k=ks[-1], distances=distances)  # type: ignore[arg-type]
+    widest = KnnSettings(k=ks[-1], distances=distances)
     scorer = Scorer.prepare(
         model,
         memory,

@@ -1,0 +1,1 @@
+"""Layer 7: what one does with a memory; each verb stands alone."""

@@ -1,0 +1,136 @@
+"""Small random models and a byte tokenizer, so that every test is quick and needs no network."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Tiny arrays gain nothing from threads, and on a busy machine threads that wait cost seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from nearest import Memory
+from nearest.corpus.documents import Document
+
+BYTES_AND_SPECIALS = 258
+POSITIONS = 64
+
+WORDS = ["court", "shall", "the", "of", "law", "section", "person", "district", "mayor", "council"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, BOS 0 and EOS 1 in front."""
+    alphabet = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def make_model(kind: str = "gpt2", vocab_size: int = BYTES_AND_SPECIALS) -> PreTrainedModel:
+    """A random model whose predictions are far from uniform (weights enlarged)."""
+    common = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1}
+    config = {
+        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=POSITIONS, **common),
+        "llama": lambda: LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=POSITIONS,
+            pad_token_id=1,
+            **common,
+        ),
+    }[kind]()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for weight in model.parameters():
+            weight.data.mul_(4)
+    return model
+
+
+def make_documents(count: int, words: int, seed: int = 0) -> list[Document]:
+    """Documents of random words, some much longer than others."""
+    rng = np.random.default_rng(seed)
+    return [
+        Document(
+            f"doc-{i}",
+            " ".join(rng.choice(WORDS, size=int(rng.integers(2, words)))),
+            {"title": f"Title {i}"},
+        )
+        for i in range(count)
+    ]
+
+
+def random_documents() -> list[Document]:
+    """Texts in which hardly any context stands twice, so that no two keys are equally near."""
+    rng = np.random.default_rng(0)
+    return [
+        Document(f"doc-{i}", bytes(rng.integers(33, 127, size=size)).decode())
+        for i, size in enumerate(rng.integers(40, 200, size=10))
+    ]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> PreTrainedModel:
+    return make_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> str:
+    """The tiny model and tokenizer as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def build_memory(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Memory]:
+    """Build a memory of documents with a model, in a fresh folder."""
+
+    def build(
+        model: PreTrainedModel, documents: list[Document] | None = None, **options: Any
+    ) -> Memory:
+        path = Path(tmp_path_factory.mktemp("memories")) / "test.memory"
+        documents = make_documents(12, 30) if documents is None else documents
+        return Memory.build(model, tiny_tokenizer, documents, path, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_memory(build_memory: Callable[..., Memory], tiny_model: PreTrainedModel) -> Memory:
+    return build_memory(tiny_model)

@@ -1,0 +1,74 @@
+"""An independent kNN-LM: no cache, no index, no batches, no code of ours beyond opening files."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nearest import Memory
+
+
+def ffn_entry(model: PreTrainedModel) -> torch.nn.Module:
+    """The module whose input is the key `last_ffn_input`, by name."""
+    if model.config.model_type == "gpt2":
+        return model.transformer.h[-1].mlp.c_fc
+    return model.model.layers[-1].mlp.gate_proj
+
+
+def keys_and_logits(
+    model: PreTrainedModel, tokens: Tensor, layer: str = "last_ffn_input"
+) -> tuple[Tensor, Tensor]:
+    """float32 keys [length, dim] and logits [length, vocab] of one sequence, in one plain pass."""
+    module = ffn_entry(model) if layer == "last_ffn_input" else model.get_output_embeddings()
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None]).logits[0]
+    handle.remove()
+    return seen[0][0].float(), logits.float()
+
+
+def stored_pairs(memory: Memory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(entry ids, keys, values) of a one-segment memory, straight from its files."""
+    folder = memory.path / "segments" / "000001"
+    tokens = np.load(folder / "tokens.npy")
+    offsets = np.load(folder / "offsets.npy")
+    keys = np.load(folder / "keys.npy").astype(np.float64)
+    ids = [i for a, b in pairwise(offsets) for i in range(a, b - 1)]
+    return np.array(ids), keys[ids], tokens[np.array(ids) + 1].astype(np.int64)
+
+
+def knn_lm_log_probs(
+    memory: Memory,
+    keys: Tensor,
+    logits: Tensor,
+    lam: float,
+    temperature: float,
+    k: int,
+    metric: str = "l2",
+) -> np.ndarray:
+    """log(λ·p_kNN + (1−λ)·p_LM) in float64, [length, vocab], by comparing with every stored key.
+
+    Rows whose k-th and next neighbour are equally far, so that either may be chosen, and whose
+    choice would show, are NaN.
+    """
+    _, stored, values = stored_pairs(memory)
+    lm = torch.log_softmax(logits.double(), -1).numpy()
+    mixed = np.empty_like(lm)
+    for row, query in enumerate(keys.double().numpy()):
+        gaps = stored - query
+        distances = (gaps**2).sum(1) if metric == "l2" else -(stored * query).sum(1)
+        order = np.argsort(distances, kind="stable")
+        nearest, following = order[:k], order[k : k + 1]
+        weights = np.exp(-(distances[nearest] - distances[nearest[0]]) / temperature)
+        weights /= weights.sum()
+        gap = distances[following] - distances[nearest[-1]]
+        if (gap < 1e-6 * (stored**2).sum(1).max()).any() and weights[-1] > 1e-6:
+            mixed[row] = np.nan
+            continue
+        knn = np.bincount(values[nearest], weights, minlength=lm.shape[1])
+        with np.errstate(divide="ignore"):
+            mixed[row] = np.logaddexp(lm[row] + np.log1p(-lam), np.log(knn) + np.log(lam))
+    return mixed

@@ -1,0 +1,260 @@
+"""Evaluation and tuning against the oracle, one window at a time."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conftest import make_documents, make_model, make_tokenizer, random_documents
+from nearest import Document, Memory, evaluate, tune
+from nearest.corpus.windows import windows
+from nearest.errors import CorpusError, ModelError, SettingError
+from nearest.metrics import bootstrap_interval, perplexity
+from nearest.verbs.tune import LAMS, TEMPERATURES
+from oracle import keys_and_logits, knn_lm_log_probs
+
+SETTINGS = {"lam": 0.4, "temperature": 30.0, "k": 50}
+TOKENIZER = make_tokenizer()
+TEXT = make_documents(6, 40, seed=9)
+TEXT_TOKENS = [
+    np.array([0, *TOKENIZER(d.text, add_special_tokens=False)["input_ids"]]) for d in TEXT
+]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) -> Memory:
+    return build_memory(model, random_documents())
+
+
+def oracle_nll(model: PreTrainedModel, memory: Memory, method: str) -> np.ndarray:
+    """Summed nll of each document, every window on its own."""
+    keys = memory.manifest.keys
+    sums = []
+    for tokens in TEXT_TOKENS:
+        total = 0.0
+        for part in windows(len(tokens), keys.window, keys.stride):
+            inputs = torch.from_numpy(tokens[part.start : part.stop])
+            hidden, logits = keys_and_logits(model, inputs)
+            if method == "knn":
+                log_probs = knn_lm_log_probs(memory, hidden, logits, **SETTINGS)
+            else:
+                log_probs = torch.log_softmax(logits.double(), -1).numpy()
+            for position in range(part.first, part.stop):
+                total -= log_probs[position - part.start, tokens[position + 1]]
+        sums.append(total)
+    return np.array(sums)
+
+
+def test_every_document_equals_the_oracle(model: PreTrainedModel, memory: Memory) -> None:
+    results = evaluate(model, memory, TEXT, ["base", "knn"], tokenizer=TOKENIZER, **SETTINGS)
+    for result in results:
+        expected = oracle_nll(model, memory, result.method)
+        np.testing.assert_allclose(result.document_nll, expected, rtol=1e-4)
+        counts = [len(tokens) - 1 for tokens in TEXT_TOKENS]
+        assert result.document_tokens.tolist() == counts
+        assert result.tokens == sum(counts)
+        assert result.nll == pytest.approx(expected.sum() / sum(counts), rel=1e-4)
+
+
+def test_units_of_perplexity(model: PreTrainedModel, memory: Memory) -> None:
+    """Token, word and byte figures divide the same nll by different numbers."""
+    result = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER)
+    total = result.document_nll.sum()
+    words = sum(len(document.text.split()) for document in TEXT)
+    size = sum(len(document.text.encode()) for document in TEXT)
+    assert result.ppl == pytest.approx(math.exp(total / result.tokens))
+    assert result.word_ppl == pytest.approx(math.exp(total / words))
+    assert result.bpb == pytest.approx(total / math.log(2) / size)
+    # every token of this tokenizer is one byte, so two of the figures must agree
+    assert result.bpb == pytest.approx(math.log2(result.ppl))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_batch_size_and_order_change_nothing(
+    model: PreTrainedModel, memory: Memory, batch_size: int
+) -> None:
+    expected = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **SETTINGS)
+    backwards = evaluate(
+        model, memory, TEXT[::-1], tokenizer=TOKENIZER, batch_size=batch_size, **SETTINGS
+    )
+    np.testing.assert_allclose(backwards.document_nll[::-1], expected.document_nll, rtol=1e-5)
+
+
+def test_token_arrays_are_documents_too(model: PreTrainedModel, memory: Memory) -> None:
+    text = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **SETTINGS)
+    tokens = evaluate(model, memory, TEXT_TOKENS, **SETTINGS)
+    np.testing.assert_allclose(tokens.document_nll, text.document_nll, rtol=1e-6)
+    assert (tokens.word_ppl, tokens.bpb) == (None, None)
+
+
+def test_the_end_of_a_document_is_scored_only_on_request(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    without = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER)
+    with_end = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER, score_eos=True)
+    assert (with_end.document_tokens - without.document_tokens).tolist() == [1] * len(TEXT)
+    ended = [np.append(tokens, 1) for tokens in TEXT_TOKENS]
+    explicit = evaluate(model, memory, ended, "base")
+    np.testing.assert_allclose(with_end.document_nll, explicit.document_nll, rtol=1e-6)
+
+
+def test_the_paired_difference(model: PreTrainedModel, memory: Memory) -> None:
+    base, knn = evaluate(model, memory, TEXT, ["base", "knn"], tokenizer=TOKENIZER, **SETTINGS)
+    assert (base.delta_nll, base.delta_low, base.delta_high) == (None, None, None)
+    assert knn.delta_nll == pytest.approx(knn.nll - base.nll)
+    assert knn.delta_low is not None
+    assert knn.delta_low <= knn.delta_nll <= knn.delta_high
+    assert (base.foss, knn.foss) == (None, 0.0)
+    assert (base.added_ms, base.lam) == (0.0, None)
+    assert knn.added_ms > 0
+    assert knn.seconds > base.seconds
+
+
+def test_distances_of_keys_and_of_index_agree_for_an_exact_index(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    by_keys = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **SETTINGS)
+    by_index = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, distances="index", **SETTINGS)
+    np.testing.assert_allclose(by_index.document_nll, by_keys.document_nll, rtol=1e-4)
+
+
+def test_an_approximate_index_probed_fully_equals_the_exact_one(
+    model: PreTrainedModel, memory: Memory, build_memory: Callable[..., Memory]
+) -> None:
+    listed = build_memory(model, random_documents(), index="IVF8,Flat", recall=1.0)
+    assert listed.manifest.segments[0].index.recall == 1.0
+    expected = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **SETTINGS)
+    found = evaluate(model, listed, TEXT, tokenizer=TOKENIZER, **SETTINGS)
+    assert found.nll == pytest.approx(expected.nll, rel=0.01)
+
+
+def test_tuning_finds_the_best_of_the_sweep_and_evaluation_uses_it(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    memory = build_memory(model)
+    tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
+    assert tuned.nll == tuned.grid.min()
+    assert tuned.base_nll == pytest.approx(tuned.grid[0, 0, 0])  # λ = 0
+    reopened = Memory.open(memory.path)
+    assert reopened.manifest.generation == 2
+    by_default = evaluate(model, reopened, TEXT, tokenizer=TOKENIZER)
+    assert by_default.nll == pytest.approx(tuned.nll, rel=1e-5)
+    found = (by_default.lam, by_default.temperature, by_default.k)
+    assert found == (tuned.settings.lam, tuned.settings.temperature, tuned.settings.k)
+    assert evaluate(model, reopened, TEXT, tokenizer=TOKENIZER, lam=0.9).lam == 0.9
+
+
+def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Memory) -> None:
+    tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER, store=False)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        t, k, lam = (int(rng.integers(n)) for n in tuned.grid.shape)
+        result = evaluate(
+            model,
+            memory,
+            TEXT,
+            tokenizer=TOKENIZER,
+            lam=LAMS[lam],
+            temperature=TEMPERATURES[t],
+            k=tuned.ks[k],
+        )
+        assert tuned.grid[t, k, lam] == pytest.approx(result.nll, rel=1e-5)
+    assert Memory.open(memory.path).manifest.generation == 1
+
+
+def test_tuned_k_never_exceeds_a_small_memory(build_memory: Callable[..., Memory]) -> None:
+    model = make_model()
+    memory = build_memory(model, [Document("one", "abcabcabcabd")])
+    tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
+    assert max(tuned.ks) == memory.entries == 12
+    assert evaluate(model, Memory.open(memory.path), TEXT, tokenizer=TOKENIZER).k <= 12
+
+
+def test_the_tokenizer_is_found_where_the_model_came_from(
+    model_folder: str, build_memory: Callable[..., Memory]
+) -> None:
+    from nearest.encode.identity import load_model_and_tokenizer
+
+    model, _ = load_model_and_tokenizer(model_folder)
+    memory = build_memory(model)
+    found = evaluate(model, memory, TEXT, **SETTINGS)
+    assert found.nll == pytest.approx(
+        evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **SETTINGS).nll
+    )
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "error", "message"),
+    [
+        ([], {}, CorpusError, "no token to predict"),
+        ([np.array([0])], {}, CorpusError, "no token to predict"),
+        ([np.array([0, 999])], {}, CorpusError, "token 999"),
+        ([np.array([0, -1])], {}, CorpusError, "token -1"),
+        (TEXT, {"method": "magic"}, SettingError, "choose among base, knn"),
+        (TEXT, {"method": ["knn", "knn"]}, SettingError, "only once"),
+        (TEXT, {"method": []}, SettingError, "at least one"),
+        (TEXT, {"window": 65}, SettingError, "longer than the model's 64 positions"),
+        (TEXT, {"window": 8, "stride": 8}, SettingError, "below the window"),
+        (TEXT, {"lam": -0.1}, SettingError, "lam must lie inside"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    model: PreTrainedModel,
+    memory: Memory,
+    documents: list[Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(model, memory, documents, tokenizer=TOKENIZER, **options)
+
+
+def test_knn_needs_a_memory_and_base_does_not(model: PreTrainedModel, memory: Memory) -> None:
+    with pytest.raises(SettingError, match="needs a memory"):
+        evaluate(model, None, TEXT, tokenizer=TOKENIZER)
+    alone = evaluate(model, None, TEXT, "base", tokenizer=TOKENIZER, window=64, stride=32)
+    with_memory = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER)
+    np.testing.assert_allclose(alone.document_nll, with_memory.document_nll, rtol=1e-6)
+
+
+def test_text_without_a_tokenizer_says_so(model: PreTrainedModel, memory: Memory) -> None:
+    with pytest.raises(ModelError, match="pass tokenizer="):
+        evaluate(model, memory, TEXT)
+
+
+def test_bootstrap_of_equal_documents_is_a_point() -> None:
+    interval = bootstrap_interval(np.full(9, 6.0), np.full(9, 2.0))
+    assert interval == (3.0, 3.0)
+
+
+def test_bootstrap_approaches_the_normal_interval() -> None:
+    rng = np.random.default_rng(0)
+    totals = rng.normal(5, 1, size=4000)
+    low, high = bootstrap_interval(totals, np.ones(4000))
+    spread = 1.96 * totals.std() / math.sqrt(4000)
+    assert low == pytest.approx(totals.mean() - spread, abs=0.005)
+    assert high == pytest.approx(totals.mean() + spread, abs=0.005)
+
+
+def test_bootstrap_weighs_documents_by_their_tokens() -> None:
+    """A long document moves the mean as a whole."""
+    totals, counts = np.array([0.0, 900.0]), np.array([100.0, 300.0])
+    assert bootstrap_interval(totals, counts) == (0.0, 3.0)
+
+
+def test_one_document_has_no_interval() -> None:
+    assert bootstrap_interval(np.array([3.0]), np.array([1.0])) == (None, None)
+
+
+def test_perplexity_of_the_impossible_is_finite() -> None:
+    assert perplexity(math.inf, 1) == math.exp(700)

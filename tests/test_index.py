@@ -1,0 +1,256 @@
+"""Every index against brute force, and the pitfalls of earlier code, each by name."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nearest.errors import FolderError, SettingError
+from nearest.folder import sha256_of
+from nearest.index.approximate import (
+    ApproximateIndex,
+    build_index,
+    read_index,
+    recall,
+    resolve_spec,
+    tune_search,
+)
+from nearest.index.distances import key_distances, key_distances_reference
+from nearest.index.exact import ExactIndex
+from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
+
+METRICS = ["l2", "ip"]
+
+
+def brute_force(
+    keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric: Metric
+) -> np.ndarray:
+    """Distances [q, m] to keys[ids] in float64."""
+    rows, wide = keys[ids].astype(np.float64), queries.astype(np.float64)
+    if metric == "ip":
+        return -(wide @ rows.T)
+    return ((wide[:, None] - rows) ** 2).sum(-1)
+
+
+@pytest.fixture(scope="module")
+def keys() -> np.ndarray:
+    """Clustered, as hidden states are."""
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(20, 16)) * 3
+    return (centres[rng.integers(20, size=4000)] + rng.normal(size=(4000, 16))).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    """Two thirds of the rows: the others must never be found."""
+    return np.flatnonzero(np.arange(4000) % 3)
+
+
+@pytest.fixture(scope="module")
+def queries(keys: np.ndarray) -> np.ndarray:
+    """Like the keys, and none of those that can be found."""
+    return keys[::3][:50].astype(np.float32) + 0.01
+
+
+def test_kernel_equals_reference(keys: np.ndarray, queries: np.ndarray) -> None:
+    ids = np.random.default_rng(3).integers(-1, 4000, size=(50, 33))
+    for metric in METRICS:
+        found = key_distances(keys, queries, ids, metric)
+        expected = key_distances_reference(keys, queries, ids, metric)
+        assert (found[ids < 0] == np.inf).all()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@given(st.integers(0, 0xFFFF))
+@settings(max_examples=500)
+def test_kernel_widens_every_float16_exactly(bits: int) -> None:
+    """Subnormals, both zeros and the largest values included; −x·1 is −x for the inner product."""
+    key = np.array([[bits]], dtype=np.uint16).view(np.float16)
+    if not np.isfinite(key).all():
+        return
+    found = key_distances(key, np.ones((1, 1), np.float32), np.zeros((1, 1), np.int64), "ip")
+    assert found[0, 0] == -np.float32(key[0, 0])
+
+
+def test_kernel_reads_a_read_only_map(tmp_path: Path, keys: np.ndarray) -> None:
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    ids = np.arange(12).reshape(3, 4)
+    found = key_distances(mapped, keys[:3].astype(np.float32), ids, "l2")
+    np.testing.assert_allclose(found, key_distances_reference(keys, keys[:3], ids, "l2"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("block", [1 << 26, 16 * 4 * 100])
+def test_exact_equals_brute_force(
+    keys: np.ndarray,
+    ids: np.ndarray,
+    queries: np.ndarray,
+    metric: Metric,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nearest.index.exact._BLOCK_BYTES", block)
+    found = ExactIndex(keys, ids, metric).search(queries, 20)
+    truth = brute_force(keys, ids, queries, metric)
+    np.testing.assert_allclose(found.distances, np.sort(truth)[:, :20], rtol=1e-4, atol=1e-3)
+    of_found = np.take_along_axis(truth, np.searchsorted(ids, found.ids), 1)
+    np.testing.assert_allclose(of_found, np.sort(truth)[:, :20], rtol=1e-4, atol=1e-3)
+    assert all(len(set(row)) == 20 for row in found.ids)
+
+
+def test_exact_fills_up_with_no_entry(keys: np.ndarray, queries: np.ndarray) -> None:
+    found = ExactIndex(keys, np.array([7, 9]), "l2").search(queries, 4)
+    assert set(found.ids[:, :2].ravel()) == {7, 9}
+    assert (found.ids[:, 2:] == -1).all()
+    assert np.isinf(found.distances[:, 2:]).all()
+
+
+SPECS = [
+    "Flat",
+    "HNSW16",
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "IVF16,PQ8x4",
+    "IVF16,PQ8x4fs",
+    "PCA8,IVF16,SQ8",
+    "OPQ8_16,IVF16,PQ8x4",
+    "IDMap,Flat",
+    "IVF16,PQ8x4,RFlat",
+]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_any_factory_string_finds_the_true_neighbours_and_only_listed_ids(
+    keys: np.ndarray,
+    ids: np.ndarray,
+    queries: np.ndarray,
+    spec: str,
+    metric: Metric,
+    tmp_path: Path,
+) -> None:
+    """Also after writing and reading; inner products must not find the worst instead."""
+    rng = np.random.default_rng(0)
+    index = build_index(keys, ids, spec, metric, rng)
+    exact = ExactIndex(keys, ids, metric)
+    parameters = tune_search(index, keys, ids, metric, exact, 0.95, rng)
+    path = tmp_path / "index.faiss"
+    ApproximateIndex(index, metric).write(path)
+    with path.open("rb") as file:
+        read = read_index(file, sha256_of(path), metric, parameters.nprobe)
+    assert (read.entries, read.dim) == (len(ids), 16)
+    found = read.search(queries, max(100, parameters.candidates))
+    assert np.isin(found.ids[found.ids >= 0], ids).all()
+    assert (np.diff(np.nan_to_num(found.distances, posinf=1e30), axis=1) >= 0).all()
+    distances = key_distances(keys, queries, found.ids, metric)
+    ranked = sort_nearest_first(Neighbours(found.ids, distances), 100)
+    assert parameters.recall is not None
+    assert 0.65 < parameters.recall <= 1
+    assert recall(ranked.ids, exact.search(queries, 100).ids) > parameters.recall - 0.2
+
+
+@pytest.mark.parametrize("spec", ["IVF16,Flat", "PCA8,IVF16,Flat", "IDMap,IVF16,Flat"])
+def test_nprobe_counts_under_every_wrapper(
+    keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, spec: str
+) -> None:
+    index = build_index(keys, ids, spec, "l2", np.random.default_rng(0))
+    narrow = ApproximateIndex(index, "l2", nprobe=1).search(queries, 400)
+    wide = ApproximateIndex(index, "l2", nprobe=16).search(queries, 400)
+    assert (wide.ids >= 0).all()
+    assert (narrow.ids < 0).any()  # one list is too short for 400
+    assert np.isinf(narrow.distances[narrow.ids < 0]).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_index_distances_are_of_one_sign(
+    keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric: Metric
+) -> None:
+    """Squared L2 (not its root), and minus the inner product."""
+    index = build_index(keys, ids, "IVF4,Flat", metric, np.random.default_rng(0))
+    found = ApproximateIndex(index, metric, nprobe=4).search(queries, 5)
+    truth = brute_force(keys, ids, queries, metric)
+    np.testing.assert_allclose(found.distances, np.sort(truth)[:, :5], rtol=1e-3, atol=1e-2)
+
+
+def test_recall_is_measured_without_the_query_itself(keys: np.ndarray, ids: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    index = build_index(keys, ids, "IVF16,Flat", "l2", rng)
+    exact = ExactIndex(keys, ids, "l2")
+    parameters = tune_search(index, keys, ids, "l2", exact, 0.9, np.random.default_rng(5))
+    sample = np.sort(np.random.default_rng(5).choice(ids, size=256, replace=False))
+    rows = keys[sample].astype(np.float32)
+    found = ApproximateIndex(index, "l2", parameters.nprobe).search(rows, 101)
+    truth = brute_force(keys, ids, rows, "l2").argsort(1)[:, 1:101]
+    hits = [
+        len(set(a[a != own]) & set(ids[b]))
+        for a, own, b in zip(found.ids, sample, truth, strict=True)
+    ]
+    assert parameters.recall == pytest.approx(np.mean(hits) / 100, abs=0.01)
+    assert parameters.recall >= 0.9
+
+
+def test_an_unreachable_target_records_the_best_recall(keys: np.ndarray, ids: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    index = build_index(keys, ids, "HNSW4", "l2", rng)
+    exact = ExactIndex(keys, ids, "l2")
+    parameters = tune_search(index, keys, ids, "l2", exact, 1.0, rng)
+    assert parameters.recall is not None
+    assert parameters.recall > 0.5
+
+
+def test_recall_of_known_rows() -> None:
+    truth = np.array([[1, 2], [3, 4]])
+    assert recall(np.array([[2, 9], [4, 3]]), truth) == 0.75
+    assert recall(np.array([[-1, -1], [-1, -1]]), truth) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "entries", "resolved"),
+    [
+        ("auto", 49_999, "exact"),
+        ("auto", 1_000_000, "IVF1024,SQ8"),
+        ("HNSW32", 10, "HNSW32"),
+        ("exact", 10**9, "exact"),
+    ],
+)
+def test_choice_of_index(spec: str, entries: int, resolved: str) -> None:
+    assert resolve_spec(spec, entries) == resolved
+
+
+@pytest.mark.parametrize("spec", ["nonsense", "IVF16,PQ7x4", "IVF100000,Flat", ""])
+def test_a_string_faiss_refuses_is_explained(keys: np.ndarray, ids: np.ndarray, spec: str) -> None:
+    with pytest.raises(SettingError, match="choose another index_factory string"):
+        build_index(keys, ids, spec, "l2", np.random.default_rng(0))
+
+
+def test_a_damaged_index_is_not_even_parsed(
+    keys: np.ndarray, ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "index.faiss"
+    ApproximateIndex(build_index(keys, ids, "Flat", "l2", np.random.default_rng(0)), "l2").write(
+        path
+    )
+    checksum = sha256_of(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("parsed before it was checked"))
+    with path.open("rb") as file, pytest.raises(FolderError, match="damaged"):
+        read_index(file, checksum, "l2", None)
+
+
+def test_a_full_disk_while_writing_is_an_os_error(keys: np.ndarray, ids: np.ndarray) -> None:
+    index = ApproximateIndex(build_index(keys, ids, "Flat", "l2", np.random.default_rng(0)), "l2")
+    with pytest.raises(OSError, match="No space left"):
+        index.write(Path("/dev/full"))
+
+
+def test_sorting_keeps_pairs_together() -> None:
+    found = Neighbours(np.array([[5, 6, -1, 7]]), np.array([[3.0, 1.0, np.inf, 2.0]], np.float32))
+    ranked = sort_nearest_first(found, 3)
+    assert ranked.ids.tolist() == [[6, 7, 5]]
+    assert ranked.distances.tolist() == [[1.0, 2.0, 3.0]]
