@@ -54,6 +54,9 @@ Encoding = Annotated[
     Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
 ]
 Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_factory string.')]
+Nprobe = Annotated[
+    int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
+]
 Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune the index to.")]
 
 
@@ -103,6 +106,7 @@ def build(
         Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")
     ] = "l2",
     recall: Recall = 0.95,
+    nprobe: Nprobe = None,
     batch_size: BatchSize = None,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
@@ -123,6 +127,7 @@ def build(
             index=index,
             metric=metric,
             recall=recall,
+            nprobe=nprobe,
             batch_size=batch_size,
             progress=progress,
         )
@@ -162,14 +167,16 @@ def index(
     memory: MemoryPath,
     spec: Spec = "auto",
     recall: Recall = 0.95,
+    nprobe: Nprobe = None,
     as_json: AsJson = False,
 ) -> None:
     """Give a memory another index, as a new generation."""
     from nearest.memory.memory import Memory
+    from nearest.memory.segment_writer import IndexChoice
     from nearest.memory.writer import rebuild_index
 
     with reports.live_progress(err) as progress:
-        rebuild_index(memory, spec, recall, progress)
+        rebuild_index(memory, IndexChoice(spec, recall, nprobe), progress)
     show_info(Memory.open(memory), as_json)
 
 

@@ -159,12 +159,13 @@ def tune_search(
     exact: VectorIndex,
     target: float,
     rng: np.random.Generator,
+    nprobe: int | None = None,
 ) -> SearchParameters:
     """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
 
     The sample is of the memory's own keys, each with itself left out. First the lists probed are
     doubled, then, where the codes are too coarse, the candidates. The best measured recall is
-    recorded whether or not it reaches the target.
+    recorded whether or not it reaches the target. With `nprobe` given, recall is only measured.
     """
     sample = np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
     queries = _rows(keys, sample)
@@ -183,6 +184,8 @@ def tune_search(
         ranked = sort_nearest_first(Neighbours(found.ids, exact_distances), at + 1)
         return replace(parameters, recall=recall(_without_self(ranked, sample, at), truth))
 
+    if nprobe is not None and nlist is not None:
+        return measured(SearchParameters(nprobe=min(nprobe, nlist)))
     best = measured(SearchParameters(nprobe=None if nlist is None else min(4, nlist)))
     while (best.recall or 0) < target:
         trials = []

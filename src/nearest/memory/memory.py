@@ -115,9 +115,19 @@ class Memory:
             k: number of neighbours, at least 1.
             distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
                 index's own order and distances, as earlier implementations do.
+
+        Raises:
+            SettingError: k, the distances or the queries' dimension make no sense.
         """
         if distances not in DISTANCES:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
+        if k < 1:
+            raise SettingError(f"k must be at least 1, got {k}")
+        if queries.shape[1] != self.manifest.keys.dim:
+            raise SettingError(
+                f"queries have {queries.shape[1]} dims, the keys {self.manifest.keys.dim}: make "
+                "them with the model and key layer that built the memory"
+            )
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             search = segment.search_by_keys if distances == "keys" else segment.search_by_index
@@ -133,6 +143,10 @@ class Memory:
 
     def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The token that follows each entry (int64); -1 for id -1."""
+        if len(self.segments) == 1:  # no masks: this runs for a thousand entries a token
+            values: np.ndarray = self.segments[0].tokens[ids + 1].astype(np.int64)
+            values[ids < 0] = NO_ENTRY
+            return values
         values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             local = ids - first

@@ -16,6 +16,7 @@ from nearest.encode.layers import KeyLayer, LanguageModel
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.folder import ArrayFile, fsync_file, open_array
 from nearest.index.approximate import (
+    AUTO,
     EXACT,
     ApproximateIndex,
     SearchParameters,
@@ -42,14 +43,21 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class IndexChoice:
-    """A FAISS factory string, "exact" or "auto", and the recall@100 its search is tuned to."""
+    """A FAISS factory string, "exact" or "auto", and how it is searched.
 
-    spec: str
-    recall: float
+    `recall` is the recall@100 to tune for; with `nprobe` given there is nothing to tune, and the
+    recall is measured only.
+    """
+
+    spec: str = AUTO
+    recall: float = 0.95
+    nprobe: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
             raise SettingError(f"the recall target must lie in (0, 1], got {self.recall}")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise SettingError(f"nprobe must be at least 1, got {self.nprobe}")
 
 
 def write_segment(
@@ -114,7 +122,7 @@ def write_index(
     rng = np.random.default_rng(_SEED)
     progress(f"index {spec}", 0, len(entries))
     index = build_index(keys, entries, spec, metric, rng)
-    parameters = tune_search(index, keys, entries, metric, exact, choice.recall, rng)
+    parameters = tune_search(index, keys, entries, metric, exact, choice.recall, rng, choice.nprobe)
     ApproximateIndex(index, metric).write(path)
     fsync_file(path)
     progress(f"index {spec}", len(entries), len(entries))

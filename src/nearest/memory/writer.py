@@ -59,6 +59,7 @@ class BuildOptions:
     index: str = AUTO
     metric: str = "l2"
     recall: float = 0.95
+    nprobe: int | None = None
     batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
     progress: Progress = no_progress
 
@@ -67,7 +68,12 @@ class BuildOptions:
             raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
         if self.batch_size is not None and self.batch_size < 1:
             raise SettingError(f"the batch size must be at least 1, got {self.batch_size}")
-        IndexChoice(self.index, self.recall)
+        _ = self.index_choice
+
+    @property
+    def index_choice(self) -> IndexChoice:
+        """The index and how it is searched."""
+        return IndexChoice(self.index, self.recall, self.nprobe)
 
 
 def build_memory(
@@ -105,7 +111,7 @@ def build_memory(
             keys,
             model_record.vocab_size,
             default_batch_size(model, window) if options.batch_size is None else options.batch_size,
-            IndexChoice(options.index, options.recall),
+            options.index_choice,
             options.progress,
         )
         created_by = f"nearest {__version__}"
@@ -114,11 +120,8 @@ def build_memory(
         )
 
 
-def rebuild_index(
-    path: Path, spec: str, recall: float = 0.95, progress: Progress = no_progress
-) -> None:
+def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
     """Give every segment another index, as a new generation."""
-    choice = IndexChoice(spec, recall)
     with _changing(path) as manifest:
         generation = manifest.generation + 1
         segments = []

@@ -169,27 +169,25 @@ class Session:
             keys, lm_log_probs = encode_and_score(
                 self.model, self._layer, inputs.numpy(), wanted.numpy(), targets.numpy()
             )
-        retrieved = self.knn.retrieve(keys)
+        memory, retrieved = self.knn.memory, self.knn.retrieve(keys)
         lam = self.knn.lams(retrieved)
-        memory = lam * target_probs(retrieved.weights, retrieved.values, targets)
-        share = memory / (memory + (1 - lam) * lm_log_probs.exp())
+        from_memory = lam * target_probs(retrieved.weights, retrieved.values, targets)
+        share = from_memory / (from_memory + (1 - lam) * lm_log_probs.exp())
+        spoke = (retrieved.values == targets[:, None]) & (retrieved.weights > 0)
+        places = {entry: memory.place(entry) for entry in retrieved.ids[spoke].unique().tolist()}
+        numbers = sorted({place.document for place in places.values()})
+        names = {number: memory.document(number).id for number in numbers}  # in the file's order
         named = []
         for i, token in enumerate(targets.tolist()):
-            voted = (retrieved.values[i] == token) & (retrieved.weights[i] > 0)
-            weights = retrieved.weights[i][voted]
-            order = weights.argsort(descending=True)
-            entries, weights = retrieved.ids[i][voted][order], (weights / weights.sum())[order]
+            weights, order = retrieved.weights[i][spoke[i]].sort(descending=True)
+            entries = retrieved.ids[i][spoke[i]][order].tolist()
             sources = [
-                self._source(entry, weight)
-                for entry, weight in zip(entries.tolist(), weights.tolist(), strict=True)
+                Source(entry, place.document, names[place.document], place.position, weight)
+                for entry, weight in zip(entries, (weights / weights.sum()).tolist(), strict=True)
+                for place in [places[entry]]
             ]
             named.append(TokenSources(token, float(share[i].nan_to_num()), sources))
         return named
-
-    def _source(self, entry: int, weight: float) -> Source:
-        place = self.knn.memory.place(entry)
-        document = self.knn.memory.document(place.document)
-        return Source(entry, place.document, document.id, place.position, weight)
 
     @staticmethod
     def _row(generated: _Generated, row: int) -> tuple[Tensor, int]:

@@ -16,13 +16,10 @@ def knn_weights(distances: Float[Tensor, "q k"], temperature: float) -> Float[Te
 
     A neighbour at distance +inf (id −1) weighs nothing; a query without any neighbour gets zeros.
     """
-    weights = torch.softmax(_from_nearest(distances) / -temperature, dim=-1)
-    return torch.where(distances.isfinite().any(-1, keepdim=True), weights, 0.0)
-
-
-def _from_nearest(distances: Float[Tensor, "q k"]) -> Float[Tensor, "q k"]:
-    """Distances less the smallest of the row: dividing large ones first would lose their digits."""
-    return distances - distances.amin(-1, keepdim=True).nan_to_num(posinf=0.0)
+    nearest = distances.amin(-1, keepdim=True)
+    # Large distances lose digits when divided, small differences of them do not.
+    weights = torch.softmax((nearest - distances) / temperature, dim=-1)
+    return weights.masked_fill_(nearest == torch.inf, 0.0)
 
 
 def target_probs(
@@ -63,11 +60,11 @@ def target_probs_on_grid(
         temperatures: at which to weigh them.
         ks: ascending, each at most k_max.
     """
-    further = _from_nearest(distances)  # at least 0, so that exp never overflows
+    nearest = distances[:, :1].nan_to_num(posinf=0.0)  # subtracted so that exp never overflows
     bounds = list(zip([0, *ks[:-1]], ks, strict=True))
     probs = []
     for temperature in temperatures:
-        weights = torch.exp(further / -temperature)
+        weights = torch.exp((nearest - distances) / temperature)
         hits = weights * matches
         total = torch.stack([weights[:, a:b].sum(-1) for a, b in bounds], -1).cumsum(-1)
         matched = torch.stack([hits[:, a:b].sum(-1) for a, b in bounds], -1).cumsum(-1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nearest.encode.identity import start_token
+from nearest.encode.identity import max_positions, start_token
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.models.attach import TokenSources, attach
@@ -102,13 +102,16 @@ def generate(
     return Generation(
         prompt,
         _new_text(tokenizer, output[0], inputs),
-        [GeneratedToken(tokenizer.decode([t.token]), t.memory_weight) for t in named],
+        [
+            GeneratedToken(text, token.memory_weight)
+            for text, token in zip(_pieces(tokenizer, named), named, strict=True)
+        ],
         _document_shares(tokenizer, memory, named),
     )
 
 
 def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = max_positions(model)
     if positions is not None and prompt + (new or 0) > positions:
         raise SettingError(
             f"the prompt's {prompt} tokens and {new} new ones exceed the model's {positions} "
@@ -118,6 +121,19 @@ def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:
 
 def _new_text(tokenizer: Any, output: torch.Tensor, inputs: torch.Tensor) -> str:
     return str(tokenizer.decode(output[inputs.shape[1] :], skip_special_tokens=True))
+
+
+def _pieces(tokenizer: Any, named: list[TokenSources]) -> list[str]:
+    """The text each token adds; a character made of several tokens comes with the last of them."""
+    ids = [token.token for token in named]
+    pieces, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            text = done
+        pieces.append(text[len(done) :])
+        done = text
+    return pieces
 
 
 def _document_shares(

@@ -1,0 +1,91 @@
+"""What the benchmarks share: the corpora, the model, the machine, and how a record is printed."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from nearest import Document, read_documents
+from nearest.encode.identity import load_model_and_tokenizer
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "src" / "nearest" / "demo" / "general-gpt2-7m"
+T = TypeVar("T")
+
+
+def arguments(description: str, **more: Any) -> argparse.Namespace:
+    """`--corpora`, `--work`, and what a benchmark adds: name=default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--corpora", type=Path, default=ROOT.parent / "shared" / "corpora")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/nearest-benchmarks"))
+    for name, default in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def model_and_tokenizer() -> tuple[Any, Any]:
+    return load_model_and_tokenizer(str(MODEL))
+
+
+def first_documents(path: Path, tokenizer: Any, tokens: int) -> Iterator[Document]:
+    """Documents from the start of a corpus until they hold so many tokens, BOS included."""
+    held = 0
+    for document in read_documents([path]):
+        yield document
+        held += 1 + len(tokenizer(document.text, verbose=False)["input_ids"])
+        if held >= tokens:
+            return
+
+
+def stream_of_windows(documents: Iterator[Document], tokenizer: Any, window: int) -> list[Any]:
+    """The documents as one stream, cut into arrays of exactly `window` tokens."""
+    ids: list[int] = []
+    for document in documents:
+        ids += [tokenizer.bos_token_id, *tokenizer(document.text, verbose=False)["input_ids"]]
+    whole = len(ids) // window * window
+    return list(np.array(ids[:whole]).reshape(-1, window))
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def interleaved(rounds: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
+    """Each side once a round, in turn, so that a slow spell of the machine hits them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            seconds[name].append(side())
+            report(round_of=name, seconds=seconds[name][-1])
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(**record: Any) -> None:
+    """One JSON object a line."""
+    print(json.dumps(record, default=float), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu_threads": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

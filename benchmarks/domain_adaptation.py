@@ -1,0 +1,41 @@
+"""Domain adaptation on law: memory train-2m, tuned on valid, the whole of test.
+
+python benchmarks/domain_adaptation.py
+"""
+
+import shutil
+
+from common import arguments, machine, model_and_tokenizer, report, timed
+from nearest import Memory, evaluate, read_documents, tune
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    model, tokenizer = model_and_tokenizer()
+    law = options.corpora / "dclaw"
+    path = options.work / "domain.memory"
+    shutil.rmtree(path, ignore_errors=True)
+    build_seconds, memory = timed(
+        lambda: Memory.build(model, tokenizer, read_documents([law / "train-2m.jsonl"]), path)
+    )
+    tune_seconds, tuned = timed(
+        lambda: tune(model, memory, read_documents([law / "valid.jsonl"]), tokenizer=tokenizer)
+    )
+    report(
+        benchmark="domain_adaptation",
+        entries=memory.entries,
+        index=memory.segments[0].record.index.spec,
+        recall_at_100=memory.segments[0].record.index.recall,
+        build_seconds=build_seconds,
+        tune_seconds=tune_seconds,
+        **tuned.as_json(),
+        **machine(),
+    )
+    memory = Memory.open(path)
+    test = list(read_documents([law / "test.jsonl"]))
+    for result in evaluate(model, memory, test, ["base", "knn"], tokenizer=tokenizer):
+        report(benchmark="domain_adaptation", **result.as_json())
+
+
+if __name__ == "__main__":
+    main()

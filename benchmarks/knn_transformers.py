@@ -1,0 +1,155 @@
+"""Perplexity and time beside knn-transformers, with one FAISS file and the same windows.
+
+Needs the public code: `git clone https://github.com/neulab/knn-transformers` and pass its folder.
+Both sides see the same 512-token documents, the same model and the same index (IVF4096,PQ64, nprobe
+32, k 1024), and sum the nll of every token but the first of each document. The other side runs as
+its own tool does: a window at a time, loss from the model's output. Time is of the whole pass.
+
+    python benchmarks/knn_transformers.py --code path/to/knn-transformers
+"""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from common import (
+    arguments,
+    first_documents,
+    interleaved,
+    machine,
+    medians,
+    model_and_tokenizer,
+    report,
+    stream_of_windows,
+    timed,
+)
+from nearest import Memory, evaluate
+
+LAM, TEMPERATURE, K, NPROBE, SPEC = 0.8, 10.0, 1024, 32, "IVF4096,PQ64"
+
+
+def knn_transformers_wrapper(code: Path, memory: Memory) -> Any:
+    """Their kNN-LM over our files: the index by its path, the values as their array."""
+    sys.path.insert(0, str(code))
+    from knnlm import DIST, KEY_TYPE, KNNWrapper
+
+    segment = memory.segments[0]
+
+    class OverOurFiles(KNNWrapper):
+        def setup_faiss(self) -> tuple[Any, Any]:
+            index = faiss.read_index(str(memory.path / segment.record.index.file.path))
+            index.nprobe = self.probe
+            values = np.append(segment.tokens[1:], 0).astype(np.int64)[:, None]
+            self.vals = torch.from_numpy(values)
+            return index, index
+
+    # Their layer lookup wants nn.Linear's attribute, which GPT-2's head has.
+    return OverOurFiles(
+        dstore_size=memory.tokens,
+        dstore_dir=None,
+        dimension=memory.manifest.keys.dim,
+        knn_sim_func=DIST.l2,
+        knn_keytype=KEY_TYPE.last_ffn_input,
+        no_load_keys=True,
+        knn_gpu=False,
+        k=K,
+        lmbda=LAM,
+        knn_temp=TEMPERATURE,
+        probe=NPROBE,
+    )
+
+
+def their_nll(model: Any, documents: list[np.ndarray]) -> float:
+    """Summed nll, a window a forward pass, from the loss the model reports."""
+    total = 0.0
+    for document in documents:
+        inputs = torch.from_numpy(document)[None]
+        with torch.no_grad():
+            loss = model(input_ids=inputs, labels=inputs).loss
+        total += loss.item() * (len(document) - 1)
+    return total
+
+
+def main() -> None:
+    options = arguments(
+        __doc__, code=Path("knn-transformers"), memory_tokens=1_000_000, test_tokens=20_480
+    )
+    model, tokenizer = model_and_tokenizer()
+    law = options.corpora / "dclaw"
+    path = options.work / "knn-transformers.memory"
+    if not path.exists():
+        train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
+        Memory.build(model, tokenizer, train, path, index=SPEC, nprobe=NPROBE)
+    memory = Memory.open(path)
+    test = first_documents(law / "test.jsonl", tokenizer, options.test_tokens)
+    documents = stream_of_windows(test, tokenizer, 512)[: options.test_tokens // 512]
+    tokens = sum(len(document) - 1 for document in documents)
+    settings = {"lam": LAM, "temperature": TEMPERATURE, "k": K}
+    nll: dict[str, float] = {}
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        wrapper = knn_transformers_wrapper(options.code, memory)
+
+    def theirs() -> float:
+        wrapper.break_into(model)
+        seconds, total = timed(lambda: their_nll(model, documents))
+        wrapper.break_out()
+        nll["knn_transformers"] = total / tokens
+        return seconds
+
+    def ours(distances: str) -> float:
+        seconds, result = timed(
+            lambda: evaluate(
+                model, memory, documents, window=511, stride=510, distances=distances, **settings
+            )
+        )
+        nll[f"nearest_{distances}"] = result.nll
+        return seconds
+
+    def base() -> float:
+        seconds, total = timed(lambda: their_nll(model, documents))
+        nll["base"] = total / tokens
+        return seconds
+
+    def raw_search() -> float:
+        """The index's own part of the work: all queries at once, nothing else."""
+        return timed(lambda: index.search(queries, K))[0]
+
+    index = faiss.read_index(str(path / memory.segments[0].record.index.file.path))
+    index.nprobe = NPROBE
+    queries = memory.segments[0].keys[:tokens].astype(np.float32)
+    ours("index")  # reads the index and compiles before anything is timed
+    ours("keys")
+    seconds = interleaved(
+        3,
+        base=base,
+        knn_transformers=theirs,
+        nearest_index=lambda: ours("index"),
+        nearest_keys=lambda: ours("keys"),
+        raw_search=raw_search,
+    )
+    middle = medians(seconds)
+    report(
+        benchmark="knn_transformers",
+        index=f"{SPEC} nprobe {NPROBE} k {K}",
+        entries=memory.entries,
+        tokens=tokens,
+        seconds=seconds,
+        medians=middle,
+        ratio_index=middle["nearest_index"] / middle["knn_transformers"],
+        ratio_keys=middle["nearest_keys"] / middle["knn_transformers"],
+        ppl={name: float(np.exp(value)) for name, value in nll.items()},
+        ppl_ratio=float(np.exp(nll["nearest_index"] - nll["knn_transformers"])),
+        recall_at_100=memory.segments[0].record.index.recall,
+        **machine(),
+    )
+
+
+if __name__ == "__main__":
+    main()
