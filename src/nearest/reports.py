@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nearest.verbs.generate import DocumentShare, Generation
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
+_LEAST_SHARE = 0.005  # of the text, for a document to be shown
 
 
 @contextmanager
@@ -165,7 +166,8 @@ def _documents_table(documents: Sequence["DocumentShare"], most: int) -> Rendera
     table.add_column("share", justify="right")
     table.add_column("document", overflow="fold")
     table.add_column("strongest passage", overflow="fold")
-    for document in documents[:most]:
+    shown = [document for document in documents if document.weight >= _LEAST_SHARE][:most]
+    for document in shown:
         passage = Text("…" + _one_line(document.before))
         passage.append(_one_line(document.token), style=_shade(1.0))
         passage.append(_one_line(document.after) + "…")
@@ -173,7 +175,7 @@ def _documents_table(documents: Sequence["DocumentShare"], most: int) -> Rendera
         if title := document.metadata.get("title"):
             name.append(f"\n{title}", style="dim")
         table.add_row(f"{document.weight:.1%}", name, passage)
-    left = documents[most:]
+    left = documents[len(shown) :]
     rest = f"{len(left)} more documents: {sum(item.weight for item in left):.1%}" if left else ""
     return Group(table, Text(rest, style="dim"))
 

@@ -1,0 +1,66 @@
+"""One scored topic token by token: where the memory helped, and where it misled."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from transformers import PreTrainedModel
+
+from nearest.corpus.documents import Document
+from nearest.memory.memory import Memory
+from nearest.models.scoring import Scorer
+from nearest.progress import no_progress
+from nearest.retrieval.knn import KnnLM, KnnSettings
+from nearest.verbs.evaluate import Result
+
+_TOKENS = 220
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The beginning of a scored document: each token's text and gain in log-probability (nats).
+
+    A character made of several tokens comes as one, with the sum of their gains.
+    """
+
+    document: str
+    tokens: list[tuple[str, float]]
+
+
+def typical_document(base: Result, knn: Result) -> int:
+    """The number of the document whose change a token is the median: chosen by rule, not by eye."""
+    change = (knn.document_nll - base.document_nll) / base.document_tokens
+    return int(np.argsort(change)[len(change) // 2])
+
+
+def score_passage(
+    model: PreTrainedModel, tokenizer: Any, memory: Memory, document: Document
+) -> Passage:
+    """What the memory, as tuned, changes at every token of a document's beginning."""
+    scorer = Scorer.prepare(model, memory, [document], tokenizer=tokenizer)
+    knn = KnnLM(memory, KnnSettings.resolve(memory))
+    gains: Float[np.ndarray, " n"] = np.zeros(scorer.text.predictions)
+    for scored in scorer.batches(no_progress, "passage"):
+        targets = torch.from_numpy(scored.batch.targets)
+        mixed = knn.target_log_probs(scored.lm_log_probs, scored.keys, targets)
+        gains[scored.batch.positions] = (mixed - scored.lm_log_probs).double().numpy()
+    tokens = scorer.text.documents[0][1:]
+    return Passage(document.id, _pieces(tokenizer, tokens[:_TOKENS], gains[:_TOKENS]))
+
+
+def _pieces(
+    tokenizer: Any, tokens: Int[np.ndarray, " n"], gains: Float[np.ndarray, " n"]
+) -> list[tuple[str, float]]:
+    pieces: list[tuple[str, float]] = []
+    pending: list[int] = []
+    gain = 0.0
+    for token, its_gain in zip(tokens.tolist(), gains.tolist(), strict=True):
+        pending.append(token)
+        gain += its_gain
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd"):
+            pieces.append((text, gain))
+            pending, gain = [], 0.0
+    return pieces
