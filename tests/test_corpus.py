@@ -224,6 +224,8 @@ BAD_LINES = {
     "a comma too many": '{"text": "a",}',
     "a mark in the middle of the file": '\ufeff{"text": "a"}',
     "a number of 5,000 digits": '{"text": "a", "n": ' + "1" * 5000 + "}",
+    "not a number": '{"text": "a", "n": NaN}',
+    "no number either": '{"text": "a", "n": [-Infinity]}',
     "nested too deeply": '{"text": "a", "n": ' + "[" * 200_000 + "]" * 200_000 + "}",
     "an array": '["text"]',
     "a string": '"text"',
@@ -311,9 +313,9 @@ def test_the_byte_counts_from_the_start_of_a_jsonl_file(
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252"])
 def test_other_encodings_are_refused_rather_than_guessed(tmp_path: Path, encoding: str) -> None:
-    path = write(tmp_path / "a.txt", "“naïve café”, grüß Gott".replace("“", "").encode(
-        encoding, "replace"
-    ))  # fmt: skip
+    path = write(
+        tmp_path / "a.txt", "“naïve café”, grüß Gott".replace("“", "").encode(encoding, "replace")
+    )
     with pytest.raises(CorpusError, match="is not UTF-8 at byte"):
         read(path)
 
@@ -467,8 +469,9 @@ def test_the_first_document_is_there_before_the_second_file_is_read(tmp_path: Pa
     write(tmp_path / "corpus" / "b.jsonl", '{"text": "second"}\nbroken')
     write(tmp_path / "corpus" / "c.txt", b"\xff")
     stream = with_unique_ids(read_documents([tmp_path / "corpus", tmp_path / "missing"]))
-    assert next(stream) == Document(content_id("a.txt", "first"), "first", {"path": "a.txt"},
-                                    str(first))  # fmt: skip
+    assert next(stream) == Document(
+        content_id("a.txt", "first"), "first", {"path": "a.txt"}, str(first)
+    )
     assert next(stream).text == "second"
     with pytest.raises(CorpusError, match=r"b\.jsonl:2 is not JSON"):
         next(stream)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import make_documents, make_model, make_tokenizer, random_documents
-from nearest import Document, Memory, evaluate, tune
+from nearest import Document, Memory, attach, evaluate, tune
 from nearest.corpus.windows import windows
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.metrics import bootstrap_interval, perplexity
@@ -201,6 +201,7 @@ def test_the_tokenizer_is_found_where_the_model_came_from(
         ([np.array([0])], {}, CorpusError, "no token to predict"),
         ([np.array([0, 999])], {}, CorpusError, "token 999"),
         ([np.array([0, -1])], {}, CorpusError, "token -1"),
+        ([TEXT[0], np.array([0, 5])], {}, CorpusError, "mixed"),
         (TEXT, {"method": "magic"}, SettingError, "choose among base, knn"),
         (TEXT, {"method": ["knn", "knn"]}, SettingError, "only once"),
         (TEXT, {"method": []}, SettingError, "at least one"),
@@ -227,6 +228,12 @@ def test_knn_needs_a_memory_and_base_does_not(model: PreTrainedModel, memory: Me
     alone = evaluate(model, None, TEXT, "base", tokenizer=TOKENIZER, window=64, stride=32)
     with_memory = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER)
     np.testing.assert_allclose(alone.document_nll, with_memory.document_nll, rtol=1e-6)
+
+
+def test_an_attached_model_is_refused(model: PreTrainedModel, memory: Memory) -> None:
+    """Else the base model's figure would be the memory's."""
+    with attach(model, memory), pytest.raises(SettingError, match="detach"):
+        evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER)
 
 
 def test_text_without_a_tokenizer_says_so(model: PreTrainedModel, memory: Memory) -> None:

@@ -16,7 +16,7 @@ sizes = st.tuples(
 )  # length, window, stride
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(sizes)
 @example((1, 2, 1))
 @example((0, 2, 1))
@@ -33,7 +33,7 @@ def test_every_position_is_predicted_once_within_the_limits(size: tuple[int, int
         assert part.length == part.stop - part.start <= window
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(sizes)
 def test_context_is_what_the_windows_before_did_not_reach(size: tuple[int, int, int]) -> None:
     length, window, stride = size
@@ -125,6 +125,6 @@ def test_choices_that_cannot_work_are_refused(
 
 @pytest.mark.parametrize("module", [nearest.corpus.windows, nearest.memory.segment])
 def test_the_examples_in_the_documentation_hold(module: object) -> None:
-    results = doctest.testmod(module)  # type: ignore[arg-type]
+    results = doctest.testmod(module)
     assert results.attempted >= 1
     assert results.failed == 0

@@ -163,9 +163,9 @@ def tune_search(
 ) -> SearchParameters:
     """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
 
-    The sample is of the memory's own keys, each with itself left out. First the lists probed are
-    doubled, then, where the codes are too coarse, the candidates. The best measured recall is
-    recorded whether or not it reaches the target. With `nprobe` given, recall is only measured.
+    The sample is of the memory's own keys, each with itself left out. The lists probed or the
+    candidates are doubled, whichever gains more, until the target is reached or neither gains.
+    What was measured is recorded either way. With `nprobe` given, recall is only measured.
     """
     sample = np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
     queries = _rows(keys, sample)

@@ -37,8 +37,8 @@ class Segment:
             self.tokens: Integer[np.ndarray, " n"] = open_array(
                 paths["tokens"], token_dtype(manifest.model.vocab_size), (record.tokens,)
             )
-            self.offsets: Int[np.ndarray, " documents_plus_1"] = np.array(
-                open_array(paths["offsets"], OFFSET_DTYPE, (record.documents + 1,))
+            self.offsets: Int[np.ndarray, " documents_plus_1"] = open_array(
+                paths["offsets"], OFFSET_DTYPE, (record.documents + 1,)
             )
             self.keys: Float[np.ndarray, "n dim"] = open_array(
                 paths["keys"], KEY_DTYPE, (record.tokens, manifest.keys.dim)

@@ -24,7 +24,7 @@ from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
 from nearest.errors import NearestError, SettingError
 from nearest.memory.memory import Memory
-from nearest.models.match import matching_key_layer
+from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.retrieval.distribution import target_probs
 from nearest.retrieval.knn import KnnLM, KnnSettings
 
@@ -100,8 +100,7 @@ class Session:
     def __init__(
         self, model: PreTrainedModel, knn: KnnLM, tokenizer: Any = None, force: bool = False
     ) -> None:
-        if hasattr(model.forward, "nearest_session"):
-            raise SettingError("this model has a memory attached already: detach that one first")
+        refuse_attached(model)
         self.model = model
         self.knn = knn
         self._layer = matching_key_layer(knn.memory, model, tokenizer, force=force)

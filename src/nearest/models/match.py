@@ -6,8 +6,14 @@ from transformers import PreTrainedModel
 
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
 from nearest.encode.layers import KeyLayer, find_key_layer
-from nearest.errors import ModelError
+from nearest.errors import ModelError, SettingError
 from nearest.memory.memory import Memory
+
+
+def refuse_attached(model: PreTrainedModel) -> None:
+    """Refuse a model that predicts with a memory already (SettingError)."""
+    if hasattr(model.forward, "nearest_session"):
+        raise SettingError("this model has a memory attached already: detach that one first")
 
 
 def matching_key_layer(

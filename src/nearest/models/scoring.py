@@ -14,9 +14,9 @@ from nearest.corpus.windows import choose_windows
 from nearest.encode.forward import ScoredBatch, score_documents
 from nearest.encode.identity import max_positions, model_name, start_token, vocabulary_size
 from nearest.encode.layers import KeyLayer, find_key_layer
-from nearest.errors import ModelError
+from nearest.errors import CorpusError, ModelError
 from nearest.memory.memory import Memory
-from nearest.models.match import matching_key_layer
+from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress
 
 # Documents, plain strings, or arrays of token ids.
@@ -56,15 +56,19 @@ class Scorer:
         Raises:
             NearestError: they do not fit.
         """
+        refuse_attached(model)
         items = list(documents)
         arrays = [item for item in items if isinstance(item, np.ndarray)]
+        texts = [item for item in items if not isinstance(item, np.ndarray)]
         vocab_size = vocabulary_size(model)
-        if items and len(arrays) == len(items):
+        if arrays and texts:
+            raise CorpusError("documents and token arrays are mixed: give all as one or the other")
+        if arrays:
             text = Text.from_tokens(arrays, vocab_size)
         else:
             tokenizer = tokenizer or _own_tokenizer(model)
             text = Text.from_documents(
-                (item for item in items if not isinstance(item, np.ndarray)),
+                texts,
                 tokenizer,
                 start_token(tokenizer),
                 vocab_size,
