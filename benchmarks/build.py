@@ -25,8 +25,10 @@ from common import (
     timed,
 )
 from nearest import Memory
+from nearest.corpus.tokens import tokenise
 from nearest.corpus.windows import windows
 from nearest.encode.forward import default_batch_size
+from nearest.encode.identity import start_token, vocabulary_size
 
 
 def main() -> None:
@@ -45,13 +47,16 @@ def main() -> None:
             )
         )[0]
 
-    build_once = build()  # compiles kernels, warms the disk cache, and gives the tokens
-    memory = Memory.open(path)
-    stored = memory.segments[0].tokens.astype(np.int64)
+    start = start_token(tokenizer)
+    tokens = [d.tokens for d in tokenise(documents, tokenizer, start, vocabulary_size(model))]
+    stored = np.concatenate(tokens)
     whole = len(stored) // options.window * options.window
     packed = torch.from_numpy(stored[:whole]).view(-1, options.window)
-    lengths = np.diff(memory.segments[0].offsets)
-    read = sum(w.length for n in lengths for w in windows(n, options.window, options.stride))
+    read = sum(
+        part.length
+        for document in tokens
+        for part in windows(len(document), options.window, options.stride)
+    )
 
     @torch.inference_mode()
     def forward() -> float:
@@ -61,9 +66,9 @@ def main() -> None:
 
         return timed(passes)[0]
 
-    report(first_build=build_once, window_tokens=read, corpus_tokens=len(stored))
     middle = medians(interleaved(options.rounds, forward=forward, build=build))
-    per_window_token = middle["forward"] / whole
+    memory = Memory.open(path)
+    per_token = middle["forward"] / whole
     report(
         benchmark="build",
         window=options.window,
@@ -74,8 +79,8 @@ def main() -> None:
         index=memory.segments[0].record.index.spec,
         recall_at_100=memory.segments[0].record.index.recall,
         medians=middle,
-        ratio_to_packed=middle["build"] / (per_window_token * memory.tokens),
-        ratio_to_windows=middle["build"] / (per_window_token * read),
+        ratio_to_packed=middle["build"] / (per_token * memory.tokens),
+        ratio_to_windows=middle["build"] / (per_token * read),
         **machine(),
     )
 

@@ -1,5 +1,7 @@
 """Small random models and a byte tokenizer, so that every test is quick and needs no network."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +87,16 @@ def random_documents() -> list[Document]:
         Document(f"doc-{i}", bytes(rng.integers(33, 127, size=size)).decode())
         for i, size in enumerate(rng.integers(40, 200, size=10))
     ]
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest and sign it again: SHA-256 of itself with zeros for the checksum."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    change(manifest)
+    unsigned = "0" * 64
+    text = json.dumps({**manifest, "checksum": unsigned})
+    path.write_text(text.replace(unsigned, hashlib.sha256(text.encode()).hexdigest()))
 
 
 @pytest.fixture

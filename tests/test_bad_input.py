@@ -28,7 +28,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from conftest import make_documents, make_model, make_tokenizer
+from conftest import edit_manifest, make_documents, make_model, make_tokenizer
 from nearest import Memory
 from nearest.cli import app
 from nearest.folder import writer_lock
@@ -460,11 +460,11 @@ def test_a_memory_of_another_dimension_cannot_be_forced(
 
 
 def test_a_memory_of_another_key_layer(world: SimpleNamespace, memory: Path) -> None:
-    edit_json(memory / "manifest.json", lambda m: m["keys"].update(module="transformer.h.0.mlp"))
+    edit_manifest(memory, lambda m: m["keys"].update(module="transformer.h.0.mlp"))
     message = refused("eval", memory, "--text", world.text)
     assert "the key layer last_ffn_input is 'transformer.h.1.mlp.c_fc' in this model" in message
     assert "'transformer.h.0.mlp' when" in message
-    edit_json(memory / "manifest.json", lambda m: m["keys"].update(layer="first_hidden"))
+    edit_manifest(memory, lambda m: m["keys"].update(layer="first_hidden"))
     assert "first_hidden" in refused("eval", memory, "--text", world.text)
 
 
@@ -578,7 +578,7 @@ def test_indexes_that_cannot_work(
 def test_stored_settings_that_mean_nothing(
     world: SimpleNamespace, memory: Path, settings: dict[str, Any]
 ) -> None:
-    edit_json(memory / "manifest.json", lambda m: m.update(settings={"knn": settings}))
+    edit_manifest(memory, lambda m: m.update(settings={"knn": settings}))
     message = refused("eval", memory, "--text", world.text)
     assert next(iter(settings)) in message
 
@@ -605,7 +605,7 @@ READERS: dict[str, list[str]] = {
 def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb: str) -> None:
     arguments = [str(world.text) if word == "TEXT" else word for word in READERS[verb]]
     manifest = (memory / "manifest.json").read_bytes()
-    edit_json(memory / "manifest.json", lambda m: m.update(format=2))
+    edit_manifest(memory, lambda m: m.update(format=2))
     message = refused(verb, memory, *arguments)
     assert "has format 2, this version reads up to 1: upgrade it" in message
     assert "pip install --upgrade nearest" in message

@@ -484,7 +484,7 @@ def test_the_lock_is_released_after_an_error_and_is_not_shared(tmp_path: Path) -
     ],
 )
 def test_a_failing_disk_is_explained(tmp_path: Path, number: int, message: str) -> None:
-    original = OSError(number, os.strerror(number), "file.npy")
+    original = OSError(number, os.strerror(number), str(tmp_path / "file.npy"))
     with pytest.raises(FolderError) as caught, disk_errors_explained(tmp_path):
         raise original
     assert str(caught.value).startswith(f"cannot write to {tmp_path}: ")
@@ -500,6 +500,7 @@ def test_a_failing_disk_is_explained(tmp_path: Path, number: int, message: str) 
         KeyboardInterrupt("mine"),
         ConnectionResetError("mine"),
         FileNotFoundError(errno.ENOENT, "mine", "elsewhere.txt"),
+        PermissionError(errno.EACCES, "mine, of a document", "elsewhere.txt"),
     ],
 )
 def test_other_errors_pass_through(tmp_path: Path, error: BaseException) -> None:

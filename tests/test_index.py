@@ -1,5 +1,6 @@
 """Every index against brute force, and the pitfalls of earlier code, each by name."""
 
+import os
 from pathlib import Path
 
 import faiss
@@ -254,3 +255,27 @@ def test_sorting_keeps_pairs_together() -> None:
     ranked = sort_nearest_first(found, 3)
     assert ranked.ids.tolist() == [[6, 7, 5]]
     assert ranked.distances.tolist() == [[1.0, 2.0, 3.0]]
+
+
+def test_a_forked_process_can_search(keys: np.ndarray, queries: np.ndarray) -> None:
+    """As data loaders and pre-forking servers do."""
+    ids = np.arange(50 * 8).reshape(50, 8)
+    expected = key_distances(keys, queries, ids, "l2")
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(key_distances(keys, queries, ids, "l2"), expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_share_the_rows(
+    keys: np.ndarray, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(3).integers(-1, 4000, size=(50, 33))
+    expected = key_distances_reference(keys, queries, ids, "l2")
+    for threads in (1, 3, 64):
+        monkeypatch.setattr(faiss, "omp_get_max_threads", lambda threads=threads: threads)
+        found = key_distances(keys, queries, ids, "l2")
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    empty = key_distances(keys, queries[:0], ids[:0], "l2")
+    assert empty.shape == (0, 33)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import nearest.memory.documents
 import nearest.memory.manifest
 import nearest.memory.memory
-from conftest import make_documents
+from conftest import edit_manifest, make_documents
 from nearest import Document, Memory, NearestError, __version__
 from nearest.corpus.windows import windows
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
@@ -89,13 +89,6 @@ def snapshot(folder: Path) -> dict[str, bytes | str | None]:
         return item.read_bytes() if item.is_file() else None
 
     return {item.relative_to(folder).as_posix(): content(item) for item in folder.rglob("*")}
-
-
-def edit_manifest(folder: Path, change: Change) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def replace_file(folder: Path, kind: str, data: bytes | np.ndarray) -> None:

@@ -29,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
@@ -342,6 +342,11 @@ def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTraine
     from nearest.memory.memory import Memory
 
     opened = Memory.open(memory)
+    if not (model or opened.manifest.model.name):
+        raise NearestError(
+            f"{memory} does not say where its model is, for it was built from one in memory: "
+            "name it (--model)"
+        )
     return opened, *load_model_and_tokenizer(model or opened.manifest.model.name)
 
 

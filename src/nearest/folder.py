@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,12 +56,15 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder):
+            raise  # of something else, such as a document that is being read
         reasons = {
             errno.ENOSPC: "the disk is full: free some space",
             errno.EDQUOT: "the disk quota is used up: free some space",
             errno.EFBIG: "a file would exceed the size limit (ulimit -f): raise it",
             errno.EACCES: "permission is denied: choose a folder you may write to",
             errno.EPERM: "permission is denied: choose a folder you may write to",
+            errno.EIO: "the disk fails: choose another",
             errno.EROFS: "the file system is read-only: choose another folder",
         }
         reason = reasons.get(error.errno or 0)
@@ -105,14 +109,21 @@ class ArrayFile:
         self._row_bytes = self._dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
         self._rows = rows
         self._file = path.open("wb", buffering=0)
-        self._start = self._write_header()
-        if rows:
-            try:
-                os.posix_fallocate(self._file.fileno(), self._start, rows * self._row_bytes)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                self._file.truncate(self._start + rows * self._row_bytes)
+        try:
+            self._start = self._write_header()
+            if rows:
+                self._reserve(rows * self._row_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _reserve(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._file.fileno(), self._start, size)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._file.truncate(self._start + size)
 
     def _write_header(self) -> int:
         """Write the header for the present shape; numpy pads it so that its length is constant."""
@@ -136,9 +147,12 @@ class ArrayFile:
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows [n, *row_shape] at the end."""
-        first = self._rows
-        self._rows += len(rows)
-        self.write(first, rows)
+        first, self._rows = self._rows, self._rows + len(rows)
+        try:
+            self.write(first, rows)
+        except ValueError:
+            self._rows = first
+            raise
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Write rows [n, *row_shape] at row number `first`; they must lie inside the array."""
@@ -150,9 +164,9 @@ class ArrayFile:
 
     def close(self) -> int:
         """Write the final header, make the file durable, and return the number of rows."""
-        self._write_header()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._write_header()
+            os.fsync(self._file.fileno())
         return self._rows
 
     def __enter__(self) -> "ArrayFile":
@@ -181,11 +195,13 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.n
             read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version)
             if read is None:
                 raise ValueError(f"npy format {version} is not written by nearest")
-            found_shape, fortran, found_dtype = read(file)
+            with warnings.catch_warnings(action="ignore"):
+                found_shape, fortran, found_dtype = read(file)
             start = file.tell()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy's reader of damaged headers raises many kinds
         raise FolderError(
-            f"{path} cannot be read as an array ({error}): restore it from a copy, or rebuild"
+            f"{path} cannot be read as an array ({str(error).partition(chr(10))[0]}): "
+            "restore it from a copy, or rebuild"
         ) from error
     if fortran or found_shape != shape or found_dtype != dtype:
         raise FolderError(

@@ -29,7 +29,7 @@ def bootstrap_interval(
     with differences of nll it is the paired interval. No ends for fewer than two documents.
     """
     documents = len(totals)
-    if documents < 2:
+    if documents < 2 or not np.isfinite(totals).all():
         return Interval(None, None)
     rng = np.random.default_rng(_SEED)
     ratios = np.empty(_RESAMPLES)

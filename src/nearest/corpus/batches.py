@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.windows import Window, windows
+from nearest.errors import SettingError
 
 _BATCHES_SORTED_TOGETHER = 32
 
@@ -25,6 +26,12 @@ class WindowBatch:
     documents: Int[np.ndarray, " n"]  # number of the document in the stream
     positions: Int[np.ndarray, " n"]  # position in that document
     targets: Int[np.ndarray, " n"]  # the token that follows
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Refuse a batch of no windows (SettingError); None stands for a size chosen later."""
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"the batch size must be at least 1, got {batch_size}")
 
 
 def batch_windows(

@@ -9,7 +9,7 @@ import json
 import os
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """Stream the documents of files and folders (recursive, in sorted order).
 
+    That every path exists is checked at once, what it holds when it is read.
+
     Args:
         paths: files (.txt, .md, .jsonl) or folders; hidden files and folders are passed over.
         encoding_errors: "strict" refuses text that is not UTF-8; "replace" puts U+FFFD there.
@@ -43,29 +45,34 @@ def read_documents(
         CorpusError: a path is missing, a file is empty or of an unknown kind, text is not UTF-8, a
             JSONL line is malformed, or nothing is found at all.
     """
-    empty = True
+    given = [Path(path) for path in paths]
+    if not given:
+        raise CorpusError("no corpus was given: name at least one file or folder")
+    for path in given:
+        _check_exists(path)
+    return _read(given, encoding_errors)
+
+
+def _read(paths: Iterable[Path], encoding_errors: EncodingErrors) -> Iterator[Document]:
     for given in paths:
-        for path, name in _files(Path(given)):
-            empty = False
+        for path, name in _files(given):
             if path.suffix.lower() == ".jsonl":
                 yield from _read_jsonl(path, name, encoding_errors)
             else:
                 text = _decode(_read_bytes(path), path, 0, encoding_errors)
                 yield Document(_content_id(name, text), text, {"path": name}, str(path))
-    if empty:
-        raise CorpusError("no corpus was given: name at least one file or folder")
 
 
 def with_unique_ids(documents: Iterable[Document]) -> Iterator[Document]:
     """Pass documents through, refusing the second of two that share an id, with both places."""
     origins: dict[str, str] = {}
     for document in documents:
-        first = origins.setdefault(document.id, document.origin)
-        if first is not document.origin:
+        if document.id in origins:
             raise CorpusError(
-                f"document id {document.id!r} stands twice, in {first} and in {document.origin}: "
-                "ids must be unique; rename or remove one"
+                f"document id {document.id!r} stands twice, in {origins[document.id]} and in "
+                f"{document.origin}: ids must be unique; give them ids of their own, or remove one"
             )
+        origins[document.id] = document.origin
         yield document
 
 
@@ -73,11 +80,21 @@ def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
     """Let plain strings stand for documents; their ids are made of their text."""
     for document in documents:
         if isinstance(document, str):
-            if not document:
-                raise CorpusError("a document is empty: leave it out, or give it text")
-            yield Document(_content_id("text", document), document)
-        else:
-            yield document
+            document = Document("", document)
+        if not document.text:
+            raise CorpusError("a document is empty: leave it out, or give it text")
+        _check_storable([document.id, document.text, dict(document.metadata)], document.origin)
+        yield document if document.id else replace(document, id=_content_id("text", document.text))
+
+
+def _check_exists(given: Path) -> None:
+    try:
+        given.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorpusError(f"{given} does not exist: check the path of the corpus") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CorpusError(f"{given} cannot be read ({reason}): check its path") from error
 
 
 def _files(given: Path) -> Iterator[tuple[Path, str]]:
@@ -88,17 +105,33 @@ def _files(given: Path) -> Iterator[tuple[Path, str]]:
         yield given, given.name
     elif given.is_dir():
         found = False
-        for folder, subfolders, names in os.walk(given):
+        for folder, subfolders, names in os.walk(given, onerror=_refuse):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
                 if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                     found = True
+                    _check_name(path)
                     yield path, path.relative_to(given).as_posix()
         if not found:
             raise CorpusError(f"{given} holds no {', '.join(SUFFIXES)} file: name another folder")
     else:
         raise CorpusError(f"{given} does not exist: check the path of the corpus")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _refuse(error: OSError) -> None:
+    raise CorpusError(f"{error.filename} cannot be read ({error.strerror}): check it") from error
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{str(path)!r} has a name that is not UTF-8: rename it") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -131,7 +164,7 @@ def _read_jsonl(path: Path, name: str, errors: EncodingErrors) -> Iterator[Docum
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.removeprefix(BOM_UTF8 if offset == 0 else b"").strip():
                     lines += 1
                     text = _decode(line, path, offset, errors)
                     yield _parse_line(text, name, f"{path}:{number}")
@@ -144,8 +177,8 @@ def _read_jsonl(path: Path, name: str, errors: EncodingErrors) -> Iterator[Docum
 
 def _parse_line(line: str, name: str, origin: str) -> Document:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{origin} is not JSON ({error}): mend or remove the line") from error
     if not isinstance(record, dict):
         raise CorpusError(f"{origin} is not a JSON object: write {{'text': …}} on each line")
@@ -154,17 +187,26 @@ def _parse_line(line: str, name: str, origin: str) -> Document:
         raise CorpusError(f"{origin} has no 'text' string: every line needs one")
     if not text:
         raise CorpusError(f"{origin} has an empty 'text': remove the line, or give it text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{origin} has a lone surrogate (half of an escaped character) at character "
-            f"{error.start:,}: mend the escape"
-        ) from error
+    if "\\ud" in line.lower():
+        _check_storable([text, record], origin)
     given = record.pop("id", None)
     if given is not None and not isinstance(given, str | int):
         raise CorpusError(f"{origin} has an id that is neither text nor a whole number: change it")
     return Document(_content_id(name, text) if given is None else str(given), text, record, origin)
+
+
+def _check_storable(value: Any, origin: str) -> None:
+    """Refuse what JSON or UTF-8 cannot hold: sets, NaN, half of an escaped character."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{origin} has a lone surrogate (half of an escaped character): mend the escape"
+        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CorpusError(
+            f"{origin} has metadata that JSON cannot hold ({error}): change it"
+        ) from (error)
 
 
 def _content_id(name: str, text: str) -> str:

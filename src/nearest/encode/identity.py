@@ -62,7 +62,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def model_name(model: PreTrainedModel) -> str:
     """The hub name a model was loaded by, or its folder's absolute path."""
     name = str(model.config._name_or_path)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, Any]:
@@ -73,13 +73,26 @@ def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors, tokenizers: each raises its own kinds
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face causal "
             "language model, or the name of one on the hub"
         ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model {name!r} cannot be used: its files hold no weights for {missing[0]} "
+            f"({len(missing)} in all), which would be random: give a folder with a whole causal "
+            "language model"
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
+        )
     if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
         model = model.float()  # most CPUs have no fast half precision, and results are steadier
     return model.eval(), tokenizer

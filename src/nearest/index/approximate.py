@@ -104,7 +104,13 @@ def read_index(
             "rebuild it with `nearest index`"
         )
     file.seek(0)
-    index = faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
+    try:
+        index = faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
+    except RuntimeError as error:
+        raise FolderError(
+            f"{file.name} is no FAISS index ({str(error).strip().splitlines()[-1]}): "
+            "rebuild it with `nearest index`"
+        ) from error
     return ApproximateIndex(index, metric, nprobe)
 
 
@@ -115,6 +121,29 @@ def resolve_spec(spec: str, entries: int) -> str:
     if entries < _EXACT_BELOW:
         return EXACT
     return f"IVF{2 ** round(np.log2(entries**0.5))},SQ8"
+
+
+def check_spec(spec: str, dim: int) -> None:
+    """Refuse a factory string that FAISS does not know or that does not fit the dimension."""
+    if spec not in (AUTO, EXACT):
+        _make_index(spec, dim, "l2")
+
+
+def _make_index(spec: str, dim: int, metric: Metric) -> Any:
+    faiss = load_faiss()
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        return faiss.index_factory(dim, spec, kind)
+    except RuntimeError as error:
+        raise _refused(spec, dim, error) from error
+
+
+def _refused(spec: str, dim: int, error: RuntimeError) -> SettingError:
+    reason = str(error).strip().split("\n")[-1].split(": ")[-1]
+    return SettingError(
+        f"FAISS cannot build the index {spec!r} over keys of {dim} dims ({reason}): choose another "
+        "index_factory string, or auto"
+    )
 
 
 def build_index(
@@ -131,10 +160,9 @@ def build_index(
     """
     faiss = load_faiss()
     dim = keys.shape[1]
-    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    index = _make_index(spec, dim, metric)
+    ivf = _ivf_of(index)
     try:
-        index = faiss.index_factory(dim, spec, kind)
-        ivf = _ivf_of(index)
         if not _keeps_ids(index):
             index = faiss.IndexIDMap(index)
         if not index.is_trained:
@@ -143,11 +171,7 @@ def build_index(
             block = ids[start : start + _ADD_ROWS]
             index.add_with_ids(_rows(keys, block), block)
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1].split(": ")[-1]
-        raise SettingError(
-            f"FAISS cannot build the index {spec!r} over {len(ids):,} keys of {dim} dims "
-            f"({reason}): choose another index_factory string, or auto"
-        ) from error
+        raise _refused(spec, dim, error) from error
     return index
 
 

@@ -4,6 +4,8 @@ The keys stay in their file as float16; numba has no such type, so the kernel re
 and lets the processor widen them. `key_distances_reference` is the same in plain numpy.
 """
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numba
@@ -13,6 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from nearest.index.library import load_faiss
 from nearest.index.neighbours import Metric
 
 
@@ -27,13 +30,21 @@ def key_distances(
     Keys are float16, queries float32, the result float32; id -1 gives +inf.
     """
     distances = np.empty(ids.shape, dtype=np.float32)
-    _distances(
-        keys.view(np.uint16),
-        np.ascontiguousarray(queries, dtype=np.float32),
-        np.ascontiguousarray(ids),
-        metric == "l2",
-        distances,
-    )
+    bits = keys.view(np.uint16)
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    ids = np.ascontiguousarray(ids)
+
+    def work(part: slice) -> None:
+        _distances(bits, queries[part], ids[part], metric == "l2", distances[part])
+
+    # Threads of our own: numba's parallel loops end the process when they meet a fork.
+    threads = min(load_faiss().omp_get_max_threads(), len(queries))
+    if threads > 1:
+        bounds = np.linspace(0, len(queries), threads + 1).astype(int)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, itertools.starmap(slice, itertools.pairwise(bounds))))
+    else:
+        work(slice(None))
     return distances
 
 
@@ -66,12 +77,12 @@ _widen: Any = intrinsic(_widen_float16)
 @numba.njit(
     "void(Array(uint16, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], boolean, "
     "float32[:, ::1])",
-    parallel=True,
+    nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
     cache=True,
 )
 def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -> None:
-    for i in numba.prange(len(queries)):
+    for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
             entry = ids[i, j]

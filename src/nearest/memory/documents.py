@@ -27,7 +27,11 @@ class DocumentWriter:
 
     def __init__(self, documents_path: Path, frames_path: Path) -> None:
         self._file = documents_path.open("wb")
-        self._frames = ArrayFile(frames_path, FRAME_DTYPE, (2,))
+        try:
+            self._frames = ArrayFile(frames_path, FRAME_DTYPE, (2,))
+        except BaseException:
+            self._file.close()
+            raise
         self._lines: list[bytes] = []
         self._bytes = 0
         self._first = 0
@@ -101,7 +105,7 @@ class DocumentReader:
             self._file.seek(start)
             compressed = self._file.read(size)
             return zstandard.ZstdDecompressor().decompress(compressed).split(b"\n")[:-1]
-        except (ValueError, OSError, zstandard.ZstdError) as error:
+        except (ValueError, OSError, OverflowError, MemoryError, zstandard.ZstdError) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> FolderError:

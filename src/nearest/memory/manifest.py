@@ -1,5 +1,7 @@
 """The manifest: the one file that says which others live, and what they are."""
 
+import hashlib
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -10,6 +12,7 @@ from nearest.folder import sha256_of, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_UNSIGNED = "0" * 64
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -84,13 +87,19 @@ class SegmentRecord(_Record, frozen=True):
 class Manifest(_Record, frozen=True):
     """A generation of a memory."""
 
-    format: int
+    format: Positive
     generation: Positive
     created_by: str
     model: ModelRecord
     keys: KeysRecord
-    segments: list[SegmentRecord]
+    segments: Annotated[list[SegmentRecord], msgspec.Meta(min_length=1)]
     settings: dict[str, dict[str, Any]]
+    checksum: Digest = _UNSIGNED
+
+    def __post_init__(self) -> None:
+        names = [segment.name for segment in self.segments]
+        if len(set(names)) != len(names):
+            raise ValueError("a segment is listed twice")
 
     def file_records(self) -> list[FileRecord]:
         """Every live file."""
@@ -112,9 +121,23 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         FolderError: there is none, it is of a newer format, or it is not a valid manifest.
     """
+    while True:
+        data = _read(folder)
+        manifest = _decode(folder, data)
+        try:
+            for record in manifest.file_records():
+                _check_file(folder, record)
+        except FolderError:
+            if _read(folder) == data:
+                raise
+            continue  # a writer has published meanwhile, and removed the files of before
+        return manifest
+
+
+def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
             raise FolderError(f"{folder} does not exist: build it with `nearest build`") from error
@@ -124,6 +147,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise FolderError(f"{path} cannot be read ({error.strerror}): check it") from error
+
+
+def _decode(folder: Path, data: bytes) -> Manifest:
     try:
         found = msgspec.json.decode(data, type=_FormatOnly).format
         if found > FORMAT:
@@ -134,17 +160,28 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FolderError(
-            f"{path} is not a valid manifest ({error}): restore it from a copy, or rebuild"
+            f"{folder / MANIFEST} is not a valid manifest ({error}): restore it from a copy, "
+            "or rebuild"
         ) from error
-    for record in manifest.file_records():
-        _check_file(folder, record)
+    if _checksum(data, manifest.checksum) != manifest.checksum:
+        raise FolderError(
+            f"{folder / MANIFEST} is damaged (it differs from its own checksum): restore it from a "
+            "copy, or rebuild"
+        )
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish a generation: before the rename the old one stands, after it the new one."""
-    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    write_atomically(folder / MANIFEST, data + b"\n")
+    unsigned = msgspec.structs.replace(manifest, checksum=_UNSIGNED)
+    data = msgspec.json.format(msgspec.json.encode(unsigned), indent=1) + b"\n"
+    checksum = _checksum(data, _UNSIGNED)
+    write_atomically(folder / MANIFEST, data.replace(_UNSIGNED.encode(), checksum.encode()))
+
+
+def _checksum(data: bytes, checksum: str) -> str:
+    """Hex SHA-256 of a manifest's bytes with zeros in the place of its checksum."""
+    return hashlib.sha256(data.replace(checksum.encode(), _UNSIGNED.encode())).hexdigest()
 
 
 def _check_file(folder: Path, record: FileRecord) -> None:
@@ -155,10 +192,17 @@ def _check_file(folder: Path, record: FileRecord) -> None:
             f"the manifest of {folder} names {record.path!r}, outside the folder: do not use it"
         )
     path = folder / relative
-    if path.is_symlink() or not path.is_file():
-        raise FolderError(f"{path} is missing: restore it from a copy, or rebuild")
-    if path.stat().st_size != record.size:
+    try:
+        linked = path.resolve() != folder.resolve() / relative
+        status = path.stat()
+    except (OSError, ValueError):
+        raise FolderError(f"{path} is missing: restore it from a copy, or rebuild") from None
+    if linked or not stat.S_ISREG(status.st_mode):
         raise FolderError(
-            f"{path} has {path.stat().st_size:,} bytes, the manifest says {record.size:,}: "
+            f"{path} is missing (links count as such): restore it from a copy, or rebuild"
+        )
+    if status.st_size != record.size:
+        raise FolderError(
+            f"{path} has {status.st_size:,} bytes, the manifest says {record.size:,}: "
             "restore it from a copy, or rebuild"
         )

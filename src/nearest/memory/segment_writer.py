@@ -38,6 +38,7 @@ _FILES = {
     "frames": "frames.npy",
     "keys": "keys.npy",
 }
+SEGMENT_FILES = {*_FILES.values(), "index.faiss"}
 _SEED = 0
 
 

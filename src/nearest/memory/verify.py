@@ -19,7 +19,19 @@ def verify(path: Path, progress: Progress = no_progress) -> list[str]:
     Raises:
         FolderError: it cannot be opened at all.
     """
-    manifest = read_manifest(path)
+    while True:
+        manifest = read_manifest(path)
+        try:
+            problems = _problems(path, manifest, progress)
+        except (FolderError, FileNotFoundError):
+            if read_manifest(path) == manifest:
+                raise
+            continue
+        if not problems or read_manifest(path) == manifest:
+            return problems
+
+
+def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems = _checksum_problems(path, manifest, progress)
     if problems:
         return problems  # what is damaged cannot be trusted to describe itself

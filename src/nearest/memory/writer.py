@@ -6,7 +6,7 @@ leaves the old generation, and on any error the files begun are taken away.
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import msgspec
 
 from nearest import __version__
+from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
 from nearest.corpus.tokens import tokenise
 from nearest.corpus.windows import choose_windows
@@ -29,7 +30,7 @@ from nearest.encode.identity import (
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, writer_lock
-from nearest.index.approximate import AUTO
+from nearest.index.approximate import AUTO, check_spec
 from nearest.index.neighbours import Metric
 from nearest.memory.manifest import (
     FORMAT,
@@ -42,6 +43,7 @@ from nearest.memory.manifest import (
 )
 from nearest.memory.segment import Segment
 from nearest.memory.segment_writer import (
+    SEGMENT_FILES,
     IndexChoice,
     write_index,
     write_segment,
@@ -66,8 +68,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
             raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingError(f"the batch size must be at least 1, got {self.batch_size}")
+        check_batch_size(self.batch_size)
         _ = self.index_choice
 
     @property
@@ -89,6 +90,7 @@ def build_memory(
         NearestError: the corpus, model, settings or folder cannot be used; nothing is left behind.
     """
     layer = find_key_layer(model, options.key_layer)
+    check_spec(options.index, layer.dim)
     positions = max_positions(model)
     window, stride = choose_windows(options.window, options.stride, positions)
     model_record = ModelRecord(
@@ -150,30 +152,71 @@ def store_settings(path: Path, method: str, settings: dict[str, Any]) -> None:
         )
 
 
+def check_new(path: Path) -> None:
+    """Refuse a path at which no memory can be begun: a file, a memory, or a folder in use.
+
+    Raises:
+        FolderError: it is one of these.
+    """
+    try:
+        if path.is_file():
+            raise FolderError(f"{path} is a file: give the memory another path")
+        if (path / MANIFEST).exists():
+            raise FolderError(f"{path} is already a memory: give another path, or delete it first")
+        unknown = sorted(
+            item.relative_to(path).as_posix()
+            for item in path.rglob("*")
+            if not _is_leftover(path, item)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _no_folder(path, error) from error
+    if unknown:
+        raise FolderError(
+            f"{path} is not empty (it holds {unknown[0]!r}): give the memory its own folder"
+        )
+
+
+def _no_folder(path: Path, error: Exception) -> FolderError:
+    reason = getattr(error, "strerror", None) or error
+    return FolderError(f"{path} cannot be a folder ({reason}): give the memory another path")
+
+
 @contextmanager
 def _new_folder(path: Path) -> Iterator[None]:
     """Lock a folder for a first generation; on any error, take away what was begun."""
-    if path.exists() and not path.is_dir():
-        raise FolderError(f"{path} is a file: give the memory another path")
-    created = not path.exists()
-    with disk_errors_explained(path):
-        path.mkdir(parents=True, exist_ok=True)
+    check_new(path)
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with disk_errors_explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _no_folder(path, error) from error
     with writer_lock(path):
-        if (path / MANIFEST).exists():
-            raise FolderError(f"{path} is already a memory: give another path, or delete it first")
-        if unknown := sorted(item.name for item in path.iterdir() if item.name != "segments"):
-            raise FolderError(
-                f"{path} is not empty (it holds {unknown[0]!r}): give the memory its own folder"
-            )
+        check_new(path)  # now that no other writer can begin one
         try:
             with disk_errors_explained(path):
                 shutil.rmtree(path / "segments", ignore_errors=True)  # an interrupted build's
+                (path / f"{MANIFEST}.partial").unlink(missing_ok=True)
                 yield
         except BaseException:
-            shutil.rmtree(path / "segments", ignore_errors=True)
-            if created:
-                path.rmdir()
+            if not (path / MANIFEST).exists():  # else it has been published, and is whole
+                shutil.rmtree(path / "segments", ignore_errors=True)
+                with suppress(OSError):  # what others have put there stays
+                    for folder in created:
+                        folder.rmdir()
             raise
+
+
+def _is_leftover(path: Path, item: Path) -> bool:
+    """Whether an interrupted build may have left this; nothing else is ever taken away."""
+    place = item.relative_to(path).as_posix()
+    if place == f"{MANIFEST}.partial":
+        return item.is_file()
+    if item.is_symlink():
+        return False
+    if item.is_dir():
+        return place in ("segments", "segments/000001")
+    return place in {f"segments/000001/{name}" for name in SEGMENT_FILES}
 
 
 @contextmanager
@@ -192,6 +235,9 @@ def _changing(path: Path) -> Iterator[Manifest]:
 def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
     """Clear what interrupted writers and earlier generations left; readers hold theirs open."""
     named = {path / record.path for record in manifest.file_records()}
-    for file in sorted((path / "segments").glob("*/*")):
-        if file not in named:
-            file.unlink()
+    for segment in (path / "segments").iterdir():
+        if segment.is_symlink() or not segment.is_dir():
+            continue
+        for file in segment.iterdir():
+            if file not in named and (file.is_symlink() or file.is_file()):
+                file.unlink()

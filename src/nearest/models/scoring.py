@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel
 
+from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
@@ -57,6 +58,7 @@ class Scorer:
             NearestError: they do not fit.
         """
         refuse_attached(model)
+        check_batch_size(batch_size)
         items = list(documents)
         arrays = [item for item in items if isinstance(item, np.ndarray)]
         texts = [item for item in items if not isinstance(item, np.ndarray)]

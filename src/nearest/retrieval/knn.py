@@ -1,5 +1,6 @@
 """kNN-LM over a memory: settings, retrieval, and the two ways a mixture is asked for."""
 
+import operator
 import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class KnnSettings:
             raise SettingError(f"lam must lie inside [0, 1], got {self.lam}: it is a probability")
         if not 0 < self.temperature < float("inf"):
             raise SettingError(f"temperature must be above 0 and finite, got {self.temperature}")
-        if self.k < 1:
+        if operator.index(self.k) < 1:
             raise SettingError(f"k must be at least 1, got {self.k}")
         if self.distances not in DISTANCES:
             raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
@@ -45,7 +46,13 @@ class KnnSettings:
             raise SettingError(f"{unknown[0]!r} is no setting of knn: choose among {sorted(names)}")
         tuned = {name: v for name, v in memory.settings("knn").items() if name in names}
         chosen = {name: v for name, v in given.items() if v is not None}
-        settings = cls(**{**tuned, **chosen})
+        try:
+            settings = cls(**{**tuned, **chosen})
+        except TypeError as error:
+            raise SettingError(
+                f"settings {dict(tuned)} of {memory.path} are of the wrong kind: "
+                "tune it again (`nearest tune`)"
+            ) from error
         if settings.k > memory.entries:
             if "k" in chosen:
                 warnings.warn(

@@ -7,6 +7,7 @@ from typing import Any
 from nearest.corpus.documents import EncodingErrors, read_documents
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.memory.memory import Memory
+from nearest.memory.writer import check_new
 
 
 def build(
@@ -29,6 +30,7 @@ def build(
     Raises:
         NearestError: the model, corpus, settings or folder cannot be used; nothing is left behind.
     """
+    check_new(Path(out))  # before a model is loaded for nothing
     documents = read_documents(corpus, encoding_errors=encoding_errors)
     model, tokenizer = load_model_and_tokenizer(model_name)
     return Memory.build(model, tokenizer, documents, out, **options)

@@ -62,7 +62,11 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """The stable JSON keys."""
         arrays = ("document_nll", "document_tokens")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        return {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in values.items()
+        }
 
 
 @overload
