@@ -27,8 +27,9 @@ from common import (
 from nearest import Memory
 from nearest.corpus.tokens import tokenise
 from nearest.corpus.windows import windows
-from nearest.encode.forward import default_batch_size
+from nearest.encode.encoder import Encoder
 from nearest.encode.identity import start_token, vocabulary_size
+from nearest.encode.layers import find_key_layer
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
     path = options.work / "build.memory"
     corpus = options.corpora / "dclaw" / "train-2m.jsonl"
     documents = list(first_documents(corpus, tokenizer, options.tokens))
-    batch = default_batch_size(model, options.window)
+    layer = find_key_layer(model, "last_ffn_input")
+    batch = Encoder.of(model, layer, options.window, options.stride).batch_size
 
     def build() -> float:
         shutil.rmtree(path, ignore_errors=True)

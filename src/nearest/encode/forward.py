@@ -1,9 +1,6 @@
 """Forward passes over batches of windows: keys alone, or keys with what the model predicts."""
 
 import inspect
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nearest.corpus.batches import WindowBatch, batch_windows
-from nearest.corpus.tokens import Tokens
 from nearest.encode.layers import KeyLayer, captured_input
 
 
@@ -75,38 +70,3 @@ def _rows(
     if hidden.shape[:-1].numel() == wanted.numel():
         hidden = hidden.reshape(*shape, hidden.shape[-1])[wanted.to(hidden.device)]
     return hidden.reshape(-1, hidden.shape[-1]).float().cpu()
-
-
-def default_batch_size(model: PreTrainedModel, window: int) -> int:
-    """Windows in a batch such that their float32 logits take at most half a gigabyte."""
-    logits_bytes = 4 * window * model.config.get_text_config().vocab_size
-    return int(np.clip((1 << 29) // logits_bytes, 1, 16))
-
-
-@dataclass(frozen=True)
-class ScoredBatch:
-    """A batch of windows with what the model makes of its n predictions."""
-
-    batch: WindowBatch
-    keys: Float[Tensor, "n dim"]
-    lm_log_probs: Float[Tensor, " n"]
-    seconds: float
-
-
-def score_documents(
-    model: PreTrainedModel,
-    layer: KeyLayer,
-    documents: Iterable[Tokens],
-    window: int,
-    stride: int,
-    batch_size: int | None = None,
-) -> Iterator[ScoredBatch]:
-    """Score every token but the first of each document exactly once, timing the model's part."""
-    if batch_size is None:
-        batch_size = default_batch_size(model, window)
-    for batch in batch_windows(documents, window, stride, batch_size):
-        started = time.perf_counter()
-        keys, log_probs = encode_and_score(
-            model, layer, batch.inputs, batch.predicts, batch.targets
-        )
-        yield ScoredBatch(batch, keys, log_probs, time.perf_counter() - started)

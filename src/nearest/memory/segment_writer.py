@@ -1,6 +1,6 @@
 """Write one segment: its corpus, its keys, its index, in that order, each streaming."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from nearest.corpus.batches import WindowBatch, batch_windows
-from nearest.corpus.tokens import TokenisedDocument, Tokens, token_dtype
-from nearest.encode.forward import encode_keys
-from nearest.encode.layers import KeyLayer, LanguageModel
+from nearest.corpus.batches import WindowBatch
+from nearest.corpus.tokens import TokenisedDocument, token_dtype
+from nearest.encode.encoder import Encoder
+from nearest.encode.layers import KeyLayer
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.folder import ArrayFile, fsync_file, open_array
 from nearest.index.approximate import (
@@ -27,7 +27,7 @@ from nearest.index.approximate import (
 from nearest.index.exact import ExactIndex
 from nearest.index.neighbours import Metric
 from nearest.memory.documents import DocumentWriter
-from nearest.memory.manifest import FileRecord, IndexRecord, KeysRecord, SegmentRecord
+from nearest.memory.manifest import FileRecord, IndexRecord, SegmentRecord
 from nearest.memory.segment import KEY_DTYPE, OFFSET_DTYPE, valued_entries
 from nearest.progress import Progress
 
@@ -65,31 +65,28 @@ def write_segment(
     root: Path,
     name: str,
     documents: Iterable[TokenisedDocument],
-    model: LanguageModel,
-    layer: KeyLayer,
-    keys: KeysRecord,
-    vocab_size: int,
-    batch_size: int,
+    encoder: Encoder,
+    metric: Metric,
     choice: IndexChoice,
     progress: Progress,
 ) -> SegmentRecord:
     """Write a segment's files below `root` and describe them; nothing refers to them yet."""
     folder = root / "segments" / name
     folder.mkdir(parents=True)
-    offsets, frames = _write_corpus(folder, documents, token_dtype(vocab_size), progress)
+    dtype = token_dtype(encoder.vocab_size)
+    offsets, frames = _write_corpus(folder, documents, dtype, progress)
     total = int(offsets[-1])
     entries = valued_entries(offsets)
     if not len(entries):
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
-    tokens = open_array(folder / _FILES["tokens"], token_dtype(vocab_size), (total,))
-    batches = batch_windows(_documents_of(tokens, offsets), keys.window, keys.stride, batch_size)
-    _write_keys(folder, offsets, batches, model, layer, len(entries), progress)
+    tokens = open_array(folder / _FILES["tokens"], dtype, (total,))
+    _write_keys(folder, tokens, offsets, encoder, len(entries), progress)
     index = write_index(
         root,
         folder / "index.faiss",
-        open_array(folder / _FILES["keys"], KEY_DTYPE, (total, keys.dim)),
+        open_array(folder / _FILES["keys"], KEY_DTYPE, (total, encoder.layer.dim)),
         entries,
-        keys.metric,
+        metric,
         choice,
         progress,
     )
@@ -161,33 +158,25 @@ def _write_corpus(
     return np.array(offsets, OFFSET_DTYPE), store.frames
 
 
-def _documents_of(
-    tokens: Integer[np.ndarray, " n"], offsets: Int[np.ndarray, " documents_plus_1"]
-) -> Iterator[Tokens]:
-    for start, stop in pairwise(offsets):
-        yield tokens[start:stop]
-
-
 def _write_keys(
     folder: Path,
+    tokens: Integer[np.ndarray, " n"],
     offsets: Int[np.ndarray, " documents_plus_1"],
-    batches: Iterable[WindowBatch],
-    model: LanguageModel,
-    layer: KeyLayer,
+    encoder: Encoder,
     total: int,
     progress: Progress,
 ) -> None:
     """Encode every valued position; rows of document ends stay zero and are never looked up."""
-    done = 0
-    with ArrayFile(folder / _FILES["keys"], KEY_DTYPE, (layer.dim,), rows=int(offsets[-1])) as file:
+    layer, done = encoder.layer, 0
+    documents = (tokens[start:stop] for start, stop in pairwise(offsets))
+    with ArrayFile(folder / _FILES["keys"], KEY_DTYPE, (layer.dim,), rows=len(tokens)) as file:
         progress("keys", 0, total)
-        for batch in batches:
-            keys = encode_keys(model, layer, batch.inputs, batch.predicts)
+        for batch, keys in encoder.keys(documents):
             _check_range(keys, batch, layer)
             rows = keys.half().numpy()
             entries = offsets[batch.documents] + batch.positions
             breaks = np.flatnonzero(np.diff(entries) != 1) + 1
-            for start, stop in zip([0, *breaks], [*breaks, len(entries)], strict=True):
+            for start, stop in pairwise([0, *breaks, len(entries)]):
                 file.write(int(entries[start]), rows[start:stop])
             done += len(entries)
             progress("keys", done, total)

@@ -17,15 +17,12 @@ from nearest import __version__
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
 from nearest.corpus.tokens import tokenise
-from nearest.corpus.windows import choose_windows
-from nearest.encode.forward import default_batch_size
+from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
-    max_positions,
     model_fingerprint,
     model_name,
     start_token,
     tokenizer_fingerprint,
-    vocabulary_size,
 )
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import FolderError, SettingError
@@ -91,30 +88,23 @@ def build_memory(
     """
     layer = find_key_layer(model, options.key_layer)
     check_spec(options.index, layer.dim)
-    positions = max_positions(model)
-    window, stride = choose_windows(options.window, options.stride, positions)
+    encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)
     model_record = ModelRecord(
         name=model_name(model),
         fingerprint=model_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=vocabulary_size(model),
+        vocab_size=encoder.vocab_size,
         start_token=start_token(tokenizer),
     )
     metric = cast(Metric, options.metric)
-    keys = KeysRecord(layer.name, layer.path, layer.dim, "float16", metric, window, stride)
+    keys = KeysRecord(
+        layer.name, layer.path, layer.dim, "float16", metric, encoder.window, encoder.stride
+    )
     unique = with_unique_ids(as_documents(documents))
+    tokenised = tokenise(unique, tokenizer, model_record.start_token, model_record.vocab_size)
     with _new_folder(path):
         segment = write_segment(
-            path,
-            "000001",
-            tokenise(unique, tokenizer, model_record.start_token, model_record.vocab_size),
-            model,
-            layer,
-            keys,
-            model_record.vocab_size,
-            default_batch_size(model, window) if options.batch_size is None else options.batch_size,
-            options.index_choice,
-            options.progress,
+            path, "000001", tokenised, encoder, metric, options.index_choice, options.progress
         )
         created_by = f"nearest {__version__}"
         write_manifest(

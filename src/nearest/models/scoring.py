@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
-from nearest.corpus.windows import choose_windows
-from nearest.encode.forward import ScoredBatch, score_documents
-from nearest.encode.identity import max_positions, model_name, start_token, vocabulary_size
-from nearest.encode.layers import KeyLayer, find_key_layer
+from nearest.encode.encoder import Encoder, ScoredBatch
+from nearest.encode.identity import model_name, start_token, vocabulary_size
+from nearest.encode.layers import find_key_layer
 from nearest.errors import CorpusError, ModelError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
@@ -26,14 +24,10 @@ ScoredInput = Iterable[Document | str | Tokens]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A text, and how the model reads it: the memory's key layer and windows."""
+    """A text, and the model that reads it with the memory's key layer and windows."""
 
-    model: PreTrainedModel
     text: Text
-    layer: KeyLayer
-    window: int
-    stride: int
-    batch_size: int | None
+    encoder: Encoder
 
     @classmethod
     def prepare(
@@ -58,7 +52,6 @@ class Scorer:
             NearestError: they do not fit.
         """
         refuse_attached(model)
-        check_batch_size(batch_size)
         items = list(documents)
         arrays = [item for item in items if isinstance(item, np.ndarray)]
         texts = [item for item in items if not isinstance(item, np.ndarray)]
@@ -82,21 +75,13 @@ class Scorer:
             layer = matching_key_layer(memory, model, tokenizer, force=force)
             if window is None and stride is None:
                 window, stride = memory.manifest.keys.window, memory.manifest.keys.stride
-        window, stride = choose_windows(window, stride, max_positions(model))
-        return cls(model, text, layer, window, stride, batch_size)
+        return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
     def batches(self, progress: Progress, stage: str) -> Iterator[ScoredBatch]:
         """Every prediction of the text exactly once."""
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for scored in score_documents(
-            self.model,
-            self.layer,
-            self.text.documents,
-            self.window,
-            self.stride,
-            self.batch_size,
-        ):
+        for scored in self.encoder.scores(self.text.documents):
             yield scored
             done += len(scored.lm_log_probs)
             progress(stage, done, total)

@@ -1,0 +1,81 @@
+"""A model made ready to read documents: where its keys are, and how long texts are cut for it."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nearest.corpus.batches import WindowBatch, batch_windows, check_batch_size
+from nearest.corpus.tokens import Tokens
+from nearest.corpus.windows import choose_windows
+from nearest.encode.forward import encode_and_score, encode_keys
+from nearest.encode.identity import max_positions, vocabulary_size
+from nearest.encode.layers import KeyLayer, LanguageModel
+
+_LOGITS_BYTES = 1 << 29
+_MOST_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A batch of windows with what the model makes of its n predictions."""
+
+    batch: WindowBatch
+    keys: Float[Tensor, "n dim"]
+    lm_log_probs: Float[Tensor, " n"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Reads documents window by window; every token but the first of each is predicted once."""
+
+    model: LanguageModel
+    layer: KeyLayer
+    window: int
+    stride: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        layer: KeyLayer,
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int | None = None,
+    ) -> "Encoder":
+        """Fill in what is not given: windows by the model's positions, a batch by its vocabulary.
+
+        Raises:
+            SettingError: windows lose tokens or exceed the model's positions, or a batch is empty.
+        """
+        check_batch_size(batch_size)
+        window, stride = choose_windows(window, stride, max_positions(model))
+        if batch_size is None:  # such that the logits of a batch stay within half a gigabyte
+            fitting = _LOGITS_BYTES // (4 * window * vocabulary_size(model))
+            batch_size = min(max(fitting, 1), _MOST_WINDOWS)
+        return cls(model, layer, window, stride, batch_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model accepts and predicts."""
+        return vocabulary_size(self.model)
+
+    def keys(
+        self, documents: Iterable[Tokens]
+    ) -> Iterator[tuple[WindowBatch, Float[Tensor, "n dim"]]]:
+        """The key of every position that predicts, without what the model does above it."""
+        for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
+            yield batch, encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
+
+    def scores(self, documents: Iterable[Tokens]) -> Iterator[ScoredBatch]:
+        """The key of every prediction and the model's log-probability of it, timed."""
+        for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
+            started = time.perf_counter()
+            keys, log_probs = encode_and_score(
+                self.model, self.layer, batch.inputs, batch.predicts, batch.targets
+            )
+            yield ScoredBatch(batch, keys, log_probs, time.perf_counter() - started)
