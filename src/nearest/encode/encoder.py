@@ -15,7 +15,9 @@ from nearest.encode.identity import max_positions, vocabulary_size
 from nearest.encode.layers import KeyLayer, LanguageModel
 
 _LOGITS_BYTES = 1 << 29
-_MOST_WINDOWS = 16
+# On a CPU larger batches only leave its caches (benchmarks/batch_size.py).
+_BATCH_TOKENS_CPU = 2_048
+_BATCH_TOKENS_GPU = 8_192
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Encoder:
         stride: int | None = None,
         batch_size: int | None = None,
     ) -> "Encoder":
-        """Fill in what is not given: windows by the model's positions, a batch by its vocabulary.
+        """Fill in what is not given: windows by the model's positions, a batch by its device.
 
         Raises:
             SettingError: windows lose tokens or exceed the model's positions, or a batch is empty.
@@ -55,8 +57,9 @@ class Encoder:
         check_batch_size(batch_size)
         window, stride = choose_windows(window, stride, max_positions(model))
         if batch_size is None:  # such that the logits of a batch stay within half a gigabyte
-            fitting = _LOGITS_BYTES // (4 * window * vocabulary_size(model))
-            batch_size = min(max(fitting, 1), _MOST_WINDOWS)
+            quick = _BATCH_TOKENS_CPU if model.device.type == "cpu" else _BATCH_TOKENS_GPU
+            tokens = min(quick, _LOGITS_BYTES // (4 * vocabulary_size(model)))
+            batch_size = max(1, tokens // window)
         return cls(model, layer, window, stride, batch_size)
 
     @property
