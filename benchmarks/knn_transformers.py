@@ -82,7 +82,7 @@ def main() -> None:
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
-    path = options.work / "knn-transformers.memory"
+    path = options.work / f"knn-transformers-{options.memory_tokens}.memory"
     if not path.exists():
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         Memory.build(model, tokenizer, train, path, index=SPEC, nprobe=NPROBE)

@@ -9,11 +9,11 @@ from typing import Any
 
 # Tiny arrays gain nothing from threads, and on a busy machine threads that wait cost seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +25,10 @@ from transformers import (
 
 from nearest import Memory
 from nearest.corpus.documents import Document
+
+# A busy machine must not decide a test.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 BYTES_AND_SPECIALS = 258
 POSITIONS = 64

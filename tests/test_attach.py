@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from conftest import make_model, random_documents
@@ -38,6 +44,7 @@ def generate(world: SimpleNamespace, prompt: Tensor, **options: Any) -> Any:
             "do_sample": False,
             "pad_token_id": 1,
             "eos_token_id": None,
+            "no_repeat_ngram_size": 1,  # else a random model repeats one token
             "return_dict_in_generate": True,
             "output_scores": True,
             **options,
@@ -51,12 +58,20 @@ def oracle_log_probs(world: SimpleNamespace, tokens: Tensor, **settings: Any) ->
     return knn_lm_log_probs(world.memory, keys, logits, **{**SETTINGS, **settings})
 
 
-def check_greedy(world: SimpleNamespace, sequence: Tensor, prompt: int) -> None:
-    """Every new token is the oracle's most probable one, to within rounding."""
+def check_greedy(
+    world: SimpleNamespace, sequence: Tensor, prompt: int, scores: list[Tensor] | None = None
+) -> None:
+    """Every new token is the oracle's most probable that is not banned for standing before.
+
+    The scores are its distribution but for the banned: those must not come back to life.
+    """
     log_probs = oracle_log_probs(world, sequence)
-    for position in range(prompt - 1, len(sequence) - 1):
-        chosen = log_probs[position, sequence[position + 1]]
-        assert chosen > log_probs[position].max() - 1e-4
+    for step, position in enumerate(range(prompt - 1, len(sequence) - 1)):
+        expected = log_probs[position].copy()
+        expected[sequence[: position + 1]] = -np.inf
+        assert expected[sequence[position + 1]] > expected.max() - 1e-4
+        if scores is not None:
+            np.testing.assert_allclose(scores[step].exp(), np.exp(expected), atol=1e-4)
 
 
 def prompts(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -79,9 +94,9 @@ def test_greedy_equals_the_oracle(world: SimpleNamespace, options: dict[str, Any
     prompt = prompts(1, 7)
     alone = generate(world, prompt).sequences
     with attach(world.model, world.memory, **SETTINGS):
-        found = generate(world, prompt, **options).sequences
-    assert not torch.equal(found, alone)  # else the memory was not there
-    check_greedy(world, found[0], prompt=7)
+        output = generate(world, prompt, **options)
+    assert not torch.equal(output.sequences, alone)  # else the memory was not there
+    check_greedy(world, output.sequences[0], 7, [scores[0] for scores in output.scores])
 
 
 def test_assisted_decoding_equals_the_oracle(world: SimpleNamespace) -> None:
@@ -96,11 +111,15 @@ def test_assisted_decoding_equals_the_oracle(world: SimpleNamespace) -> None:
 
 def test_sampling_draws_from_the_oracle_distribution(world: SimpleNamespace) -> None:
     prompt = prompts(1, 7)
+    torch.manual_seed(0)
     with attach(world.model, world.memory, **SETTINGS):
         output = generate(world, prompt, do_sample=True, top_k=0, temperature=1.0)
     log_probs = oracle_log_probs(world, output.sequences[0])
     for step, scores in enumerate(output.scores):
-        np.testing.assert_allclose(scores[0].exp(), np.exp(log_probs[6 + step]), atol=1e-4)
+        allowed = scores[0].isfinite()
+        assert allowed.sum() > 200
+        expected = np.exp(log_probs[6 + step])[allowed]
+        np.testing.assert_allclose(scores[0][allowed].exp(), expected, atol=1e-4)
 
 
 def test_beam_scores_equal_the_oracle(world: SimpleNamespace) -> None:
@@ -114,7 +133,7 @@ def test_beam_scores_equal_the_oracle(world: SimpleNamespace) -> None:
 
 
 def test_left_padded_rows_equal_rows_alone(world: SimpleNamespace) -> None:
-    long, short = prompts(1, 7), prompts(1, 4, seed=1)
+    long, short = prompts(1, 7), prompts(1, 4, seed=2)
     padding = torch.full((1, 3), 1)
     batch = torch.cat([long, torch.cat([padding, short], 1)])
     mask = torch.ones_like(batch)
@@ -312,6 +331,97 @@ def test_sources_end_with_the_row(world: SimpleNamespace) -> None:
         assert [source.token for source in session.sources(0)] == expected
 
 
+@pytest.mark.parametrize(
+    "how", ["argument", "tensor", "configuration", "positional configuration", "stop string"]
+)
+def test_padding_is_never_a_source_token(world: SimpleNamespace, how: str) -> None:
+    """However the end of a row was asked for, what pads it afterwards was not generated."""
+    prompt = prompts(1, 6)
+    batch = torch.cat([prompt, prompts(1, 6, seed=1)])
+    with attach(world.model, world.memory, **SETTINGS) as session:
+        plain = generate(world, batch).sequences[:, 6:].tolist()
+        stop = next(token for token in plain[0][2:] if token not in plain[1])
+        expected = plain[0][: plain[0].index(stop) + 1]
+        config = GenerationConfig(
+            eos_token_id=stop,
+            pad_token_id=3,
+            max_new_tokens=NEW,
+            do_sample=False,
+            no_repeat_ngram_size=1,
+        )
+        mask = torch.ones_like(batch)
+        if how == "configuration":
+            world.model.generate(batch, attention_mask=mask, generation_config=config)
+        elif how == "positional configuration":
+            world.model.generate(batch, config, attention_mask=mask)
+        elif how == "stop string":
+            ends = StoppingCriteriaList([_EndsRow(0, 6 + len(expected))])
+            generate(world, batch, pad_token_id=3, eos_token_id=257, stopping_criteria=ends)
+        else:
+            ids = torch.tensor([stop]) if how == "tensor" else stop
+            generate(world, batch, pad_token_id=3, eos_token_id=ids)
+        assert [source.token for source in session.sources(0)] == expected
+        assert [source.token for source in session.sources(1)] == plain[1]
+
+
+class _EndsRow(StoppingCriteria):
+    """Ends one row at a length, as a stop string may."""
+
+    def __init__(self, row: int, length: int) -> None:
+        self.row, self.length = row, length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[self.row] = input_ids.shape[1] >= self.length
+        return done
+
+
+def test_left_padding_without_a_mask_is_inferred_as_generate_does(world: SimpleNamespace) -> None:
+    short = prompts(1, 4, seed=1)
+    padded = torch.cat([torch.full((1, 3), 3), short], 1)
+    with attach(world.model, world.memory, **SETTINGS) as session:
+        generate(world, short)
+        expected = session.sources(0)
+        world.model.generate(
+            padded,
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=3,
+            eos_token_id=257,
+            no_repeat_ngram_size=1,
+        )
+        found = session.sources(0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.token == other.token
+        assert one.memory_weight == pytest.approx(other.memory_weight, abs=1e-4)
+
+
+def test_disabled_may_be_nested_and_is_of_one_thread(world: SimpleNamespace) -> None:
+    tokens = prompts(1, 9)
+    base = world.model(input_ids=tokens).logits
+    elsewhere: list[Tensor] = []
+    with attach(world.model, world.memory, **SETTINGS) as session:
+        generate(world, tokens)
+        mixed = world.model(input_ids=tokens).logits
+        with session.disabled():
+            session.sources(0)  # which is disabled inside itself
+            assert torch.equal(world.model(input_ids=tokens).logits, base)
+            thread = threading.Thread(
+                target=lambda: elsewhere.append(world.model(input_ids=tokens).logits)
+            )
+            thread.start()
+            thread.join()
+    torch.testing.assert_close(elsewhere[0], mixed)
+
+
+def test_the_loss_heeds_the_models_own_arguments(world: SimpleNamespace) -> None:
+    tokens = prompts(2, 20)
+    with attach(world.model, world.memory, **SETTINGS):
+        mean = world.model(input_ids=tokens, labels=tokens).loss
+        summed = world.model(input_ids=tokens, labels=tokens, num_items_in_batch=100).loss
+    torch.testing.assert_close(summed, mean * 38 / 100)
+
+
 def test_sources_before_generating_says_so(world: SimpleNamespace) -> None:
     with (
         attach(world.model, world.memory) as session,
@@ -324,7 +434,7 @@ def test_another_model_is_refused_unless_forced(world: SimpleNamespace) -> None:
     other = make_model(world.model.config.model_type)
     with torch.no_grad():
         next(iter(other.parameters())).add_(0.01)
-    with pytest.raises(ModelError, match="weights differ"):
+    with pytest.raises(ModelError, match="not those that built"):
         attach(other, world.memory)
     attach(other, world.memory, force=True).detach()
 
@@ -360,7 +470,7 @@ def test_training_mode_is_refused(world: SimpleNamespace) -> None:
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"distances": "cosine"}, "choose keys or index"),
         ({"lambda_": 0.5}, "is no setting of knn"),
-        ({"method": "retromaton"}, "choose knn"),
+        ({"method": "retromaton"}, "choose among knn"),
     ],
 )
 def test_settings_out_of_range_are_refused(

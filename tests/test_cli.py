@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -430,10 +429,8 @@ def test_info_loads_neither_torch_nor_transformers(world: SimpleNamespace) -> No
     assert "transformers" not in loaded
 
 
-def test_help_is_quick_and_names_every_verb() -> None:
-    started = time.perf_counter()
+def test_help_names_every_verb() -> None:
     done = subprocess.run([NEAREST, "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 5
     for verb in ("build", "info", "verify", "index", "tune", "eval", "generate", "demo"):
         assert f" {verb} " in done.stdout
     assert done.stderr == ""

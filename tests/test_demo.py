@@ -132,7 +132,7 @@ def hostile_story() -> Story:
         result("knn", [30.0, 45.0], [10, 10]), delta_nll=-0.45, delta_low=-1.0, delta_high=0.1
     )
     share = DocumentShare(HOSTILE, {"title": HOSTILE}, 0.6, HOSTILE, HOSTILE, HOSTILE)
-    generation = Generation(HOSTILE, HOSTILE, [GeneratedToken(HOSTILE, 0.4)], [share])
+    generation = Generation(HOSTILE, HOSTILE, [GeneratedToken(HOSTILE, 0.4, [])], [share])
     grid = np.full((len(TEMPERATURES), len(KS), len(LAMS)), 3.0)
     return Story(
         python=HOSTILE,

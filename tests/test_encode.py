@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     FalconConfig,
     Gemma2Config,
     GPTJConfig,
@@ -20,9 +21,12 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, random_documents
+from nearest import Memory, attach, evaluate
 from nearest.encode.forward import encode_and_score, encode_keys
 from nearest.encode.identity import (
     model_fingerprint,
@@ -34,7 +38,7 @@ from nearest.errors import ModelError, SettingError
 from oracle import keys_and_logits
 
 SMALL = {
-    "vocab_size": 61,
+    "vocab_size": 258,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -44,7 +48,7 @@ SMALL = {
 ARCHITECTURES: dict[str, tuple[Any, str]] = {
     "gpt_neox": (GPTNeoXConfig(**SMALL), "mlp.dense_h_to_4h"),
     "gptj": (
-        GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+        GPTJConfig(vocab_size=258, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
         "mlp.fc_in",
     ),
     "opt": (
@@ -88,6 +92,38 @@ def test_last_hidden_equals_the_last_hidden_state(name: str) -> None:
     with torch.no_grad():
         states = model(input_ids=torch.from_numpy(tokens), output_hidden_states=True)
     torch.testing.assert_close(keys, states.hidden_states[-1][0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_architecture_evaluates_as_it_predicts_when_attached(
+    name: str, build_memory: Callable[..., Memory]
+) -> None:
+    """Two ways to the same mixture: scoring windows, and the model's own forward pass."""
+    model = build(ARCHITECTURES[name][0])
+    memory = build_memory(model, random_documents(), window=64, stride=32)
+    tokens = np.random.default_rng(0).integers(2, 258, size=(2, 20))
+    settings = {"lam": 0.5, "temperature": 3.0, "k": 20}
+    expected = evaluate(model, memory, list(tokens), **settings)
+    rows = torch.from_numpy(tokens)
+    with attach(model, memory, **settings), torch.no_grad():
+        log_probs = model(input_ids=rows).logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+        order = torch.tensor([4, 2])
+        picked = model(input_ids=rows, logits_to_keep=order).logits
+        torch.testing.assert_close(picked, model(input_ids=rows).logits[:, order])
+        model.generate(rows[:, :5], max_new_tokens=3, pad_token_id=1, eos_token_id=None)
+    np.testing.assert_allclose(-log_probs.sum(1), expected.document_nll, rtol=1e-4)
+
+
+def test_a_model_that_sees_the_next_token_is_refused() -> None:
+    config = BertConfig(**SMALL, is_decoder=False)
+    with pytest.raises(ModelError, match="not causal"):
+        find_key_layer(build(config), "last_hidden")
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=258, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2)
+    with pytest.raises(ModelError, match="encoder–decoder"):
+        find_key_layer(T5ForConditionalGeneration(config).eval(), "last_hidden")
 
 
 def test_mamba_has_no_feed_forward_layer_and_the_cure_is_named() -> None:

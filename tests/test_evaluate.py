@@ -173,6 +173,21 @@ def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Me
     assert Memory.open(memory.path).manifest.generation == 1
 
 
+def test_a_coarse_index_is_tuned_as_it_is_evaluated(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    """The candidates that are re-ranked must not depend on k, or the sweep describes nothing."""
+    memory = build_memory(model, random_documents(), index="IVF4,PQ4x4", nprobe=2)
+    tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
+    by_default = evaluate(model, Memory.open(memory.path), TEXT, tokenizer=TOKENIZER)
+    assert by_default.nll == pytest.approx(tuned.nll, rel=1e-5)
+    for k in tuned.ks:
+        settings = {"lam": 0.5, "temperature": TEMPERATURES[10], "k": k, "candidates": tuned.ks[-1]}
+        result = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **settings)
+        expected = tuned.grid[10, tuned.ks.index(k), LAMS.index(0.5)]
+        assert result.nll == pytest.approx(expected, rel=1e-5)
+
+
 def test_tuned_k_never_exceeds_a_small_memory(build_memory: Callable[..., Memory]) -> None:
     model = make_model()
     memory = build_memory(model, [Document("one", "abcabcabcabd")])
@@ -202,6 +217,8 @@ def test_the_tokenizer_is_found_where_the_model_came_from(
         ([np.array([0, 999])], {}, CorpusError, "token 999"),
         ([np.array([0, -1])], {}, CorpusError, "token -1"),
         ([TEXT[0], np.array([0, 5])], {}, CorpusError, "mixed"),
+        ("one text", {}, CorpusError, "list of documents"),
+        ([np.array([0, 5])], {"score_eos": True}, SettingError, "score_eos needs text"),
         (TEXT, {"method": "magic"}, SettingError, "choose among base, knn"),
         (TEXT, {"method": ["knn", "knn"]}, SettingError, "only once"),
         (TEXT, {"method": []}, SettingError, "at least one"),
@@ -259,6 +276,11 @@ def test_bootstrap_weighs_documents_by_their_tokens() -> None:
     """A long document moves the mean as a whole."""
     totals, counts = np.array([0.0, 900.0]), np.array([100.0, 300.0])
     assert bootstrap_interval(totals, counts) == (0.0, 3.0)
+
+
+def test_bootstrap_passes_over_documents_without_predictions() -> None:
+    with_empty = bootstrap_interval(np.array([1.0, 0.0, 5.0]), np.array([1, 0, 2]))
+    assert with_empty == bootstrap_interval(np.array([1.0, 5.0]), np.array([1, 2]))
 
 
 def test_one_document_has_no_interval() -> None:

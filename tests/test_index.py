@@ -1,6 +1,8 @@
 """Every index against brute force, and the pitfalls of earlier code, each by name."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import faiss
@@ -14,6 +16,7 @@ from nearest.folder import sha256_of
 from nearest.index.approximate import (
     ApproximateIndex,
     build_index,
+    check_spec,
     read_index,
     recall,
     resolve_spec,
@@ -257,15 +260,50 @@ def test_sorting_keeps_pairs_together() -> None:
     assert ranked.distances.tolist() == [[1.0, 2.0, 3.0]]
 
 
-def test_a_forked_process_can_search(keys: np.ndarray, queries: np.ndarray) -> None:
-    """As data loaders and pre-forking servers do."""
-    ids = np.arange(50 * 8).reshape(50, 8)
-    expected = key_distances(keys, queries, ids, "l2")
-    child = os.fork()
-    if child == 0:
-        same = np.array_equal(key_distances(keys, queries, ids, "l2"), expected)
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
+FORKED = """
+import os, numpy as np
+from nearest.index.approximate import ApproximateIndex, build_index
+from nearest.index.distances import key_distances
+from nearest.index.exact import ExactIndex
+keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)
+ids, queries = np.arange(3000), keys[:64].astype(np.float32)
+index = ApproximateIndex(build_index(keys, ids, "IVF8,Flat", "l2", np.random.default_rng(0)), "l2")
+def search():
+    near = index.search(queries, 9).ids
+    exact = ExactIndex(keys, ids, "l2").search(queries, 9).ids
+    return [near, exact, key_distances(keys, queries, near, "l2")]
+before = search()
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(map(np.array_equal, search(), before)) else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_can_search() -> None:
+    """As data loaders and pre-forking servers do, after a search with threads in the parent."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=environment, timeout=120)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "nprobe", "entries", "message"),
+    [
+        ("nonsense", None, None, "choose another index_factory string"),
+        ("IVF200,Flat", None, 100, "more lists than the memory has entries"),
+        ("exact", 4, None, "no lists to probe"),
+        ("HNSW16", 4, None, "no lists to probe"),
+        ("auto", 4, 100, "no lists to probe"),
+    ],
+)
+def test_what_no_index_can_be_made_of_is_refused_early(
+    spec: str, nprobe: int | None, entries: int | None, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        check_spec(spec, 16, nprobe, entries)
+    check_spec("PCA8,IVF16,SQ8", 16, 4, 100)
+    check_spec("auto", 16, None, 100)
 
 
 def test_threads_share_the_rows(

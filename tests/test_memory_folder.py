@@ -346,7 +346,7 @@ def test_two_segments_are_one_memory(
         ({"index": "no such index"}, "FAISS cannot build the index 'no such index'"),
         ({"index": ""}, "FAISS cannot build the index ''"),
         ({"index": "PQ7"}, "FAISS cannot build the index 'PQ7'"),
-        ({"index": "IVF100000,Flat"}, "FAISS cannot build the index 'IVF100000,Flat'"),
+        ({"index": "IVF100000,Flat"}, "the index 'IVF100000,Flat' has more lists than"),
     ],
 )
 def test_settings_that_cannot_work_leave_nothing_behind(
@@ -927,7 +927,6 @@ def killed(tmp_path_factory: pytest.TempPathFactory, approximate: Memory) -> Pat
         text=True,
         timeout=120,
         check=True,
-        env={**os.environ, "NUMBA_THREADING_LAYER": "workqueue"},  # the other does not fork
     )
     statuses = json.loads(done.stdout.splitlines()[-1])
     assert [os.WIFSIGNALED(s) and os.WTERMSIG(s) for s in statuses] == [signal.SIGKILL] * len(
@@ -1345,26 +1344,26 @@ def test_a_failed_change_leaves_everything_as_it_was(
 @pytest.mark.parametrize("spec", ["no such index", "IVF100000,Flat", "PQ7"])
 def test_an_index_that_cannot_be_built_changes_nothing(folder: Path, spec: str) -> None:
     before = snapshot(folder)
-    with pytest.raises(SettingError, match=f"FAISS cannot build the index '{spec}'"):
+    with pytest.raises(SettingError, match=f"the index '{spec}'"):
         rebuild_index(folder, IndexChoice(spec))
     with pytest.raises(SettingError, match="recall target"):
         rebuild_index(folder, IndexChoice("auto", recall=2.0))
     assert snapshot(folder) == before
 
 
-def test_a_change_removes_rubbish_but_nothing_outside(folder: Path, tmp_path: Path) -> None:
+def test_a_change_removes_its_own_rubbish_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "mine.txt").write_text("mine")
     (folder / "segments/000002").symlink_to(outside)
     (folder / SEGMENT / "g000009.index.faiss").write_bytes(b"an interrupted writer's")
     (folder / SEGMENT / "link").symlink_to(outside / "mine.txt")
+    (folder / SEGMENT / "notes.txt").write_text("a user's")
     rebuild_index(folder, IndexChoice("exact"))
     assert snapshot(outside) == {"mine.txt": b"mine"}
     assert verify(folder) == []
-    assert {item.name for item in (folder / SEGMENT).iterdir()} == {
-        Path(path).name for path in FILES.values()
-    }
+    live = {Path(path).name for path in FILES.values()}
+    assert {item.name for item in (folder / SEGMENT).iterdir()} == {*live, "link", "notes.txt"}
 
 
 def test_a_stray_folder_does_not_stop_a_change(folder: Path) -> None:

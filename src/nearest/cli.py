@@ -37,13 +37,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a li
 TextPaths = Annotated[
     list[Path], typer.Option("--text", help="Text to score: .txt, .md, .jsonl or a folder.")
 ]
-Window = Annotated[int | None, typer.Option(help="Tokens of context; the model's own, up to 512.")]
-Stride = Annotated[int | None, typer.Option(help="New tokens a window; half the window.")]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens a window; the memory's own, or at building the model's, up to 512."),
+]
+Stride = Annotated[
+    int | None, typer.Option(help="New tokens a window; the memory's own, or half the window.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
 ]
-Force = Annotated[bool, typer.Option(help="Accept a model other than the one that built it.")]
+Force = Annotated[
+    bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
+]
 Lam = Annotated[float | None, typer.Option("--lam", help="Weight of the memory, 0 to 1.")]
 Temperature = Annotated[float | None, typer.Option(help="Temperature of the neighbours' softmax.")]
 K = Annotated[int | None, typer.Option("--k", help="Number of neighbours.")]
@@ -74,7 +81,7 @@ def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except NearestError as error:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         except KeyboardInterrupt:
-            err.print("[bold red]stopped:[/] what was begun has been taken back; run it again")
+            err.print("[bold red]stopped:[/] nothing half-written was left; run it again")
         raise typer.Exit(2)
 
     return run
@@ -82,7 +89,7 @@ def explained(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @app.callback()
 def _prepare() -> None:
-    """Keep stdout for reports: notes go to stderr, and libraries' own progress bars stay away."""
+    """Keep stdout for reports: notes go to stderr."""
 
     def note(message: Warning | str, *_: Any) -> None:
         err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)

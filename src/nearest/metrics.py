@@ -26,8 +26,11 @@ def bootstrap_interval(
     """95 % percentile interval of Σ totals / Σ counts over resampled documents.
 
     With the nll of each document and its number of tokens this is the interval of the mean nll;
-    with differences of nll it is the paired interval. No ends for fewer than two documents.
+    with differences of nll it is the paired interval. No ends for fewer than two documents
+    in which anything is predicted.
     """
+    scored = counts > 0
+    totals, counts = totals[scored], counts[scored]
     documents = len(totals)
     if documents < 2 or not np.isfinite(totals).all():
         return Interval(None, None)

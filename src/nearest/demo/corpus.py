@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 
 def split_topics(topics: Mapping[str, str]) -> Split:
-    """Split topics by length and name alone, so that every Python version splits them alike.
+    """Split topics by rule alone: what repeats, then length, then name.
 
     Chapters go to the memory; a hash of the name sends a quarter of the others there, a quarter to
     tuning and half to the test.

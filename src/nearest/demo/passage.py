@@ -14,6 +14,7 @@ from nearest.models.scoring import Scorer
 from nearest.progress import no_progress
 from nearest.retrieval.knn import KnnLM, KnnSettings
 from nearest.verbs.evaluate import Result
+from nearest.verbs.generate import decode_pieces
 
 _TOKENS = 220
 
@@ -54,13 +55,10 @@ def _pieces(
     tokenizer: Any, tokens: Int[np.ndarray, " n"], gains: Float[np.ndarray, " n"]
 ) -> list[tuple[str, float]]:
     pieces: list[tuple[str, float]] = []
-    pending: list[int] = []
     gain = 0.0
-    for token, its_gain in zip(tokens.tolist(), gains.tolist(), strict=True):
-        pending.append(token)
-        gain += its_gain
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd"):
+    for text, its_gain in zip(decode_pieces(tokenizer, [], tokens.tolist()), gains, strict=True):
+        gain += float(its_gain)
+        if text:  # else a character that the next token goes on with
             pieces.append((text, gain))
-            pending, gain = [], 0.0
+            gain = 0.0
     return pieces

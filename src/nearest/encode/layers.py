@@ -36,7 +36,7 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
 
     Raises:
         SettingError: `name` is no key layer.
-        ModelError: the model has no such layer, or is in training mode.
+        ModelError: the model has no such layer, is not causal, or is in training mode.
     """
     if name not in ("last_ffn_input", "last_hidden"):
         raise SettingError(f"key layer {name!r} is unknown: choose last_ffn_input or last_hidden")
@@ -44,10 +44,19 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         raise ModelError(
             "the model is in training mode, where dropout blurs keys: call model.eval()"
         )
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} is an encoder–decoder: load a causal model")
     module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
     path = next(path for path, candidate in model.named_modules() if candidate is module)
     with captured_input(module) as seen:
         _probe(model)
+        _probe(model, second_token=1)
+    first, other = (states.reshape(2, -1)[0] for states in seen)
+    if not torch.allclose(first, other, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ModelError(
+            f"{type(model).__name__} is not causal: its state at a token changes with the next "
+            "one, which it is to predict. Load a causal language model"
+        )
     return KeyLayer(name, path, module, seen[0].shape[-1])
 
 
@@ -113,5 +122,5 @@ def _last_block(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel) -> None:
-    model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
+def _probe(model: PreTrainedModel, second_token: int = 0) -> None:
+    model(input_ids=torch.tensor([[0, second_token]], device=model.device), use_cache=False)

@@ -123,10 +123,30 @@ def resolve_spec(spec: str, entries: int) -> str:
     return f"IVF{2 ** round(np.log2(entries**0.5))},SQ8"
 
 
-def check_spec(spec: str, dim: int) -> None:
-    """Refuse a factory string that FAISS does not know or that does not fit the dimension."""
+def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = None) -> None:
+    """Refuse an index before any key is made for it.
+
+    Raises:
+        SettingError: FAISS does not know the string, it does not fit the dimension or needs more
+            entries, or lists are to be probed where there are none.
+        NearestError: FAISS is not installed.
+    """
+    load_faiss()
+    if entries is not None:
+        spec = resolve_spec(spec, entries)
+    ivf = None
     if spec not in (AUTO, EXACT):
-        _make_index(spec, dim, "l2")
+        index = _make_index(spec, dim, "l2")
+        ivf = _ivf_of(index)
+    if ivf is not None and entries is not None and ivf.nlist > entries:
+        raise SettingError(
+            f"the index {spec!r} has more lists than the memory has entries ({entries:,}): choose "
+            "fewer lists, or auto"
+        )
+    if nprobe is not None and ivf is None and spec != AUTO:
+        raise SettingError(
+            f"the index {spec!r} has no lists to probe: leave nprobe out, or choose an IVF index"
+        )
 
 
 def _make_index(spec: str, dim: int, metric: Metric) -> Any:

@@ -84,12 +84,12 @@ class DocumentReader:
     def __getitem__(self, number: int) -> Document:
         """The document with this number in the segment."""
         frame = int(np.searchsorted(self._frames[:, 0], number, side="right")) - 1
-        if self._cached[0] != frame:
-            self._cached = (frame, self._read_frame(frame))
+        cached, lines = self._cached  # read once: another thread may replace it
+        if cached != frame:
+            lines = self._read_frame(frame)
+            self._cached = (frame, lines)
         try:
-            record: dict[str, Any] = json.loads(
-                self._cached[1][number - int(self._frames[frame, 0])]
-            )
+            record: dict[str, Any] = json.loads(lines[number - int(self._frames[frame, 0])])
             return Document(record["id"], record["text"], record["metadata"], record["id"])
         except (IndexError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
@@ -100,10 +100,10 @@ class DocumentReader:
     def _read_frame(self, frame: int) -> list[bytes]:
         start = int(self._frames[frame, 1])
         last = frame + 1 == len(self._frames)
-        size = -1 if last else int(self._frames[frame + 1, 1]) - start
         try:
-            self._file.seek(start)
-            compressed = self._file.read(size)
+            fd = self._file.fileno()
+            stop = os.fstat(fd).st_size if last else int(self._frames[frame + 1, 1])
+            compressed = os.pread(fd, stop - start, start)
             return zstandard.ZstdDecompressor().decompress(compressed).split(b"\n")[:-1]
         except (ValueError, OSError, OverflowError, MemoryError, zstandard.ZstdError) as error:
             raise self._damaged(error) from error

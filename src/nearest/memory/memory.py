@@ -107,6 +107,7 @@ class Memory:
         queries: Float[np.ndarray, "q dim"],
         k: int,
         distances: str = "keys",
+        candidates: int = 0,
     ) -> Neighbours:
         """The k nearest entries of each query (fewer columns if the memory holds fewer).
 
@@ -115,6 +116,7 @@ class Memory:
             k: number of neighbours, at least 1.
             distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
                 index's own order and distances, as earlier implementations do.
+            candidates: re-rank at least so many; what the index was tuned to when fewer.
 
         Raises:
             SettingError: k, the distances or the queries' dimension make no sense.
@@ -130,8 +132,10 @@ class Memory:
             )
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
-            search = segment.search_by_keys if distances == "keys" else segment.search_by_index
-            found = search(queries, k)
+            if distances == "keys":
+                found = segment.search_by_keys(queries, k, candidates)
+            else:
+                found = segment.search_by_index(queries, k)
             if first:
                 found = Neighbours(np.where(found.ids < 0, NO_ENTRY, found.ids + first), found[1])
             parts.append(found)

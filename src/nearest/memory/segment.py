@@ -16,7 +16,7 @@ from nearest.index.distances import key_distances
 from nearest.index.exact import ExactIndex
 from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
 from nearest.memory.documents import FRAME_DTYPE, DocumentReader
-from nearest.memory.manifest import IndexRecord, KeysRecord, Manifest, SegmentRecord
+from nearest.memory.manifest import KeysRecord, Manifest, SegmentRecord
 
 OFFSET_DTYPE = np.dtype(np.int64)
 KEY_DTYPE = np.dtype(np.float16)
@@ -61,11 +61,6 @@ class Segment:
         weakref.finalize(self, file.close)
         return file
 
-    @property
-    def index_record(self) -> IndexRecord:
-        """How this segment is searched."""
-        return self.record.index
-
     @cached_property
     def entries(self) -> Int[np.ndarray, " m"]:
         """Positions that have a value: all but the last of each document."""
@@ -92,9 +87,11 @@ class Segment:
         """Exhaustive search over this segment's keys."""
         return ExactIndex(self.keys, self.entries, self._keys_record.metric)
 
-    def search_by_keys(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest by the stored keys, among the candidates that the index finds."""
-        wanted = min(max(k, self.record.index.candidates), self.record.entries)
+    def search_by_keys(
+        self, queries: Float[np.ndarray, "q dim"], k: int, candidates: int
+    ) -> Neighbours:
+        """The k nearest by the stored keys, among at least so many that the index finds."""
+        wanted = min(max(k, candidates, self.record.index.candidates), self.record.entries)
         found = self.index.search(queries, wanted)
         distances = key_distances(self.keys, queries, found.ids, self._keys_record.metric)
         return sort_nearest_first(Neighbours(found.ids, distances), k)

@@ -21,6 +21,7 @@ from nearest.index.approximate import (
     ApproximateIndex,
     SearchParameters,
     build_index,
+    check_spec,
     resolve_spec,
     tune_search,
 )
@@ -79,6 +80,7 @@ def write_segment(
     entries = valued_entries(offsets)
     if not len(entries):
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
+    check_spec(choice.spec, encoder.layer.dim, choice.nprobe, len(entries))
     tokens = open_array(folder / _FILES["tokens"], dtype, (total,))
     _write_keys(folder, tokens, offsets, encoder, len(entries), progress)
     index = write_index(
@@ -113,6 +115,7 @@ def write_index(
     progress: Progress,
 ) -> IndexRecord:
     """Build, tune and write the index over keys[entries]; an exact one needs no file."""
+    check_spec(choice.spec, keys.shape[1], choice.nprobe, len(entries))
     spec = resolve_spec(choice.spec, len(entries))
     exact = ExactIndex(keys, entries, metric)
     if spec == EXACT:

@@ -4,6 +4,7 @@ New files are written beside the live ones; the manifest's rename publishes them
 leaves the old generation, and on any error the files begun are taken away.
 """
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,8 @@ from nearest.memory.segment_writer import (
 )
 from nearest.progress import Progress, no_progress
 
+_LATER_INDEX = re.compile(r"g\d{6}\.index\.faiss")
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -87,7 +90,7 @@ def build_memory(
         NearestError: the corpus, model, settings or folder cannot be used; nothing is left behind.
     """
     layer = find_key_layer(model, options.key_layer)
-    check_spec(options.index, layer.dim)
+    check_spec(options.index, layer.dim, options.nprobe)
     encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)
     model_record = ModelRecord(
         name=model_name(model),
@@ -229,5 +232,6 @@ def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
         if segment.is_symlink() or not segment.is_dir():
             continue
         for file in segment.iterdir():
-            if file not in named and (file.is_symlink() or file.is_file()):
+            ours = file.name in SEGMENT_FILES or _LATER_INDEX.fullmatch(file.name)
+            if ours and file not in named and (file.is_symlink() or file.is_file()):
                 file.unlink()

@@ -8,7 +8,7 @@ last position, while assisted decoding scores several.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,11 +22,11 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
-from nearest.errors import NearestError, SettingError
+from nearest.errors import NearestError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.retrieval.distribution import target_probs
-from nearest.retrieval.knn import KnnLM, KnnSettings
+from nearest.retrieval.knn import MEMORY_METHODS, KnnLM, KnnSettings, check_method
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Source:
     entry: int
     document: int
     document_id: str
+    metadata: Mapping[str, Any]
     position: int  # of the entry in its document's tokens; the token it gave stands one later
     weight: float
 
@@ -58,8 +59,9 @@ class _Generated:
 
     sequences: Tensor
     prompt_length: int
-    first: list[int]  # of each row: where its tokens start after left padding
+    first: list[int]  # of each prompt: where its tokens start after left padding
     stops: set[int]
+    pad: int | None
 
 
 def attach(
@@ -89,8 +91,7 @@ def attach(
         ModelError: the model does not fit the memory.
         SettingError: a setting is unknown or out of range, or the model has a memory attached.
     """
-    if method != "knn":
-        raise SettingError(f"method {method!r} is unknown: choose knn")
+    check_method(method, MEMORY_METHODS)
     return Session(model, KnnLM(memory, KnnSettings.resolve(memory, **settings)), tokenizer, force)
 
 
@@ -104,7 +105,7 @@ class Session:
         self.model = model
         self.knn = knn
         self._layer = matching_key_layer(knn.memory, model, tokenizer, force=force)
-        self._enabled = True
+        self._base_only = threading.local()
         self._forward_lock = threading.Lock()
         self._generate_lock = threading.Lock()
         self._generated: _Generated | None = None
@@ -138,12 +139,13 @@ class Session:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model alone, for as long as the context lasts."""
-        self._enabled = False
+        """The base model alone in this thread, for as long as the context lasts."""
+        before = getattr(self._base_only, "here", False)
+        self._base_only.here = True
         try:
             yield
         finally:
-            self._enabled = True
+            self._base_only.here = before
 
     def sources(self, row: int = 0) -> list[TokenSources]:
         """Where each new token of a row of the last `generate` came from.
@@ -156,7 +158,10 @@ class Session:
             IndexError: there is no such row.
         """
         if self._generated is None:
-            raise NearestError("nothing to name sources of: call model.generate(input_ids=…) first")
+            raise NearestError(
+                "nothing to name sources of: call model.generate with input_ids first (embeddings "
+                "cannot be read again)"
+            )
         tokens, prompt_length = self._row(self._generated, row)
         if len(tokens) == prompt_length:
             return []
@@ -175,15 +180,21 @@ class Session:
         spoke = (retrieved.values == targets[:, None]) & (retrieved.weights > 0)
         places = {entry: memory.place(entry) for entry in retrieved.ids[spoke].unique().tolist()}
         numbers = sorted({place.document for place in places.values()})
-        names = {number: memory.document(number).id for number in numbers}  # in the file's order
+        documents = {number: memory.document(number) for number in numbers}  # in the file's order
         named = []
         for i, token in enumerate(targets.tolist()):
             weights, order = retrieved.weights[i][spoke[i]].sort(descending=True)
             entries = retrieved.ids[i][spoke[i]][order].tolist()
             sources = [
-                Source(entry, place.document, names[place.document], place.position, weight)
+                Source(
+                    entry,
+                    places[entry].document,
+                    documents[places[entry].document].id,
+                    documents[places[entry].document].metadata,
+                    places[entry].position,
+                    weight,
+                )
                 for entry, weight in zip(entries, (weights / weights.sum()).tolist(), strict=True)
-                for place in [places[entry]]
             ]
             named.append(TokenSources(token, float(share[i].nan_to_num()), sources))
         return named
@@ -195,9 +206,11 @@ class Session:
         if not 0 <= row < rows:
             raise IndexError(f"row {row} is outside the {rows} generated")
         first = generated.first[row * len(generated.first) // rows]
-        new = generated.sequences[row, generated.prompt_length :]
-        stops = [i for i, token in enumerate(new.tolist()) if token in generated.stops]
+        new = generated.sequences[row, generated.prompt_length :].tolist()
+        stops = [i for i, token in enumerate(new) if token in generated.stops]
         length = stops[0] + 1 if stops else len(new)
+        while not stops and length and new[length - 1] == generated.pad:
+            length -= 1  # a row ended by something else, such as a stop string, is padded too
         prompt = generated.prompt_length - first
         return generated.sequences[row, first:][: prompt + length].cpu(), prompt
 
@@ -206,36 +219,51 @@ class Session:
 
         @functools.wraps(original)  # generate() reads the signature to decide what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._enabled:
+            if getattr(self._base_only, "here", False):
                 return original(*args, **kwargs)
-            given = signature.bind_partial(*args, **kwargs)
-            named = given.arguments | given.arguments.get("kwargs", {})
+            named = signature.bind_partial(*args, **kwargs).arguments
+            rest = named.pop("kwargs", {})
+            tokens = named.get("input_ids")
+            shape = (named["inputs_embeds"] if tokens is None else tokens).shape[:2]
             as_tuple = kwargs.pop("return_dict", None) is False
             # Hooks on one module would mix up two threads' keys.
             with self._forward_lock, captured_input(self._layer.module) as seen:
                 output = original(*args, return_dict=True, **kwargs)
-            output.logits = self._mix(seen[-1], output.logits, named.get("logits_to_keep", 0))
+            keep = named.get("logits_to_keep", 0)
+            output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
             if named.get("labels") is not None:
                 output.loss = self.model.loss_function(
-                    logits=output.logits, labels=named["labels"], vocab_size=output.logits.shape[-1]
+                    logits=output.logits,
+                    labels=named["labels"],
+                    vocab_size=output.logits.shape[-1],
+                    **rest,
                 )
             return output.to_tuple() if as_tuple else output
 
         forward.nearest_session = self  # type: ignore[attr-defined]
         return forward
 
+    def _queries(
+        self, hidden: Tensor, shape: torch.Size, keep: int | Tensor
+    ) -> Float[Tensor, "q dim"]:
+        """Captured states of the positions that get logits, in their order."""
+        if self._layer.name == "last_ffn_input":  # the head's own input is cut already
+            hidden = slice_logits_to_keep(hidden.reshape(*shape, -1), keep)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix(
-        self, hidden: Tensor, logits: Float[Tensor, "*shape vocab"], keep: int | Tensor
+        self, queries: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
     ) -> Float[Tensor, "*shape vocab"]:
         """Log-probabilities of base and memory together, for every position that has logits."""
-        if hidden.shape[:-1] != logits.shape[:-1]:
-            hidden = slice_logits_to_keep(hidden, keep)
-        keys = hidden.reshape(-1, hidden.shape[-1]).float().cpu()
+        keys = queries.float().cpu()
         lm_log_probs = logits.float().log_softmax(-1)
         mixed = self.knn.log_probs(lm_log_probs.reshape(len(keys), -1), keys)
         return mixed.reshape(logits.shape)
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             if not self._generate_lock.acquire(blocking=False):
@@ -246,27 +274,36 @@ class Session:
             try:
                 self._generated = None
                 output = original(*args, **kwargs)
-                self._generated = self._remember(output, args, kwargs)
+                named = signature.bind_partial(*args, **kwargs).arguments
+                self._generated = self._remember(output, named | named.pop("kwargs", {}))
                 return output
             finally:
                 self._generate_lock.release()
 
         return generate
 
-    def _remember(
-        self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Generated | None:
-        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    def _remember(self, output: Any, named: dict[str, Any]) -> _Generated | None:
+        prompt = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
         sequences = getattr(output, "sequences", output)
         if not isinstance(prompt, Tensor) or not isinstance(sequences, Tensor):
             return None
-        mask = kwargs.get("attention_mask")
+        stops = _token_ids(self._generation_option(named, "eos_token_id"))
+        pad = next(iter(_token_ids(self._generation_option(named, "pad_token_id"))), None)
+        mask = named.get("attention_mask")
+        if mask is None and pad is not None and pad not in stops:
+            mask = prompt != pad  # as generate() infers it
         first = [0] * len(prompt) if mask is None else mask.int().argmax(dim=1).tolist()
-        config = kwargs.get("generation_config") or self.model.generation_config
-        stops = kwargs.get("eos_token_id", config.eos_token_id)
-        return _Generated(
-            sequences,
-            prompt.shape[1],
-            first,
-            set() if stops is None else {stops} if isinstance(stops, int) else set(stops),
-        )
+        return _Generated(sequences, prompt.shape[1], first, set(stops), pad)
+
+    def _generation_option(self, named: dict[str, Any], name: str) -> Any:
+        """What generate() goes by: its argument, else the configuration given, else the model's."""
+        if name in named:
+            return named[name]
+        given = getattr(named.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name) if given is None else given
+
+
+def _token_ids(value: int | list[int] | Tensor | None) -> list[int]:
+    """Zero, one or several token ids, however they were given, as a list."""
+    ids: list[int] = torch.as_tensor([] if value is None else value).reshape(-1).tolist()
+    return ids

@@ -43,8 +43,8 @@ def matching_key_layer(
     cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
     if model_fingerprint(model) != record.fingerprint:
         raise ModelError(
-            f"this model's weights differ from those that built {memory.path}, so its hidden "
-            f"states and the stored keys cannot be compared. {cure} meaningless neighbours"
+            f"this model's weights (or their precision) are not those that built {memory.path}, "
+            f"so its states and the stored keys cannot be compared. {cure} meaningless neighbours"
         )
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != record.tokenizer_fingerprint:
         raise ModelError(

@@ -13,7 +13,7 @@ from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
 from nearest.encode.identity import model_name, start_token, vocabulary_size
 from nearest.encode.layers import find_key_layer
-from nearest.errors import CorpusError, ModelError
+from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress
@@ -52,16 +52,28 @@ class Scorer:
             NearestError: they do not fit.
         """
         refuse_attached(model)
+        if isinstance(documents, str | Document):
+            raise CorpusError("one document is given: give a list of documents")
         items = list(documents)
         arrays = [item for item in items if isinstance(item, np.ndarray)]
         texts = [item for item in items if not isinstance(item, np.ndarray)]
         vocab_size = vocabulary_size(model)
+        for item in items:
+            if not isinstance(item, Document | str | np.ndarray):
+                raise CorpusError(
+                    f"a document is given as {type(item).__name__}: give a Document, a string, or "
+                    "a numpy array of token ids"
+                )
+        if score_eos and arrays:
+            raise SettingError("score_eos needs text: end the token arrays with EOS yourself")
         if arrays and texts:
             raise CorpusError("documents and token arrays are mixed: give all as one or the other")
         if arrays:
             text = Text.from_tokens(arrays, vocab_size)
         else:
             tokenizer = tokenizer or _own_tokenizer(model)
+            if score_eos and tokenizer.eos_token_id is None:
+                raise ModelError("the tokenizer has no EOS token to score: set tokenizer.eos_token")
             text = Text.from_documents(
                 texts,
                 tokenizer,

@@ -1,8 +1,9 @@
 """kNN-LM over a memory: settings, retrieval, and the two ways a mixture is asked for."""
 
-import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,16 @@ from nearest.retrieval.distribution import (
     vocabulary_probs,
 )
 
+BASE = "base"
+MEMORY_METHODS = ("knn",)
+METHODS = (BASE, *MEMORY_METHODS)
+
+
+def check_method(method: str, known: Sequence[str] = METHODS) -> None:
+    """Refuse a method that is not known here (SettingError)."""
+    if method not in known:
+        raise SettingError(f"method {method!r} is unknown: choose among {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class KnnSettings:
@@ -27,13 +38,20 @@ class KnnSettings:
     temperature: float = 1.0
     k: int = 1024
     distances: str = "keys"
+    candidates: int = 0  # at least so many are fetched and re-ranked by their keys
 
     def __post_init__(self) -> None:
+        for name in ("lam", "temperature"):
+            if not isinstance(getattr(self, name), Real):
+                raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("k", "candidates"):
+            if not isinstance(getattr(self, name), Integral):
+                raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not 0 <= self.lam <= 1:
             raise SettingError(f"lam must lie inside [0, 1], got {self.lam}: it is a probability")
         if not 0 < self.temperature < float("inf"):
             raise SettingError(f"temperature must be above 0 and finite, got {self.temperature}")
-        if operator.index(self.k) < 1:
+        if self.k < 1:
             raise SettingError(f"k must be at least 1, got {self.k}")
         if self.distances not in DISTANCES:
             raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
@@ -47,12 +65,13 @@ class KnnSettings:
         tuned = {name: v for name, v in memory.settings("knn").items() if name in names}
         chosen = {name: v for name, v in given.items() if v is not None}
         try:
-            settings = cls(**{**tuned, **chosen})
-        except TypeError as error:
+            cls(**tuned)
+        except (SettingError, TypeError) as error:
             raise SettingError(
-                f"settings {dict(tuned)} of {memory.path} are of the wrong kind: "
-                "tune it again (`nearest tune`)"
+                f"the settings stored in {memory.path} make no sense: {tuned}. Tune it again "
+                "(`nearest tune`)"
             ) from error
+        settings = cls(**{**tuned, **chosen})
         if settings.k > memory.entries:
             if "k" in chosen:
                 warnings.warn(
@@ -82,7 +101,9 @@ class KnnLM:
     def retrieve(self, keys: Float[Tensor, "q dim"]) -> Retrieved:
         """Look hidden states up; keys are float32 on the CPU, and so is what comes back."""
         settings = self.settings
-        found = self.memory.search(keys.numpy(), settings.k, settings.distances)
+        found = self.memory.search(
+            keys.numpy(), settings.k, settings.distances, settings.candidates
+        )
         return Retrieved(
             torch.from_numpy(found.ids),
             torch.from_numpy(self.memory.values(found.ids)),

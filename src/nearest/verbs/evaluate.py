@@ -15,10 +15,7 @@ from nearest.memory.memory import Memory
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.knn import KnnLM, KnnSettings
-
-BASE = "base"
-METHODS = (BASE, "knn")
+from nearest.retrieval.knn import BASE, KnnLM, KnnSettings, check_method
 
 
 @dataclass(frozen=True)
@@ -171,8 +168,7 @@ def _prepare_knn(
     memory: Memory | None, methods: Sequence[str], settings: dict[str, Any]
 ) -> KnnLM | None:
     for name in methods:
-        if name not in METHODS:
-            raise SettingError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
+        check_method(name)
     if not methods or len(set(methods)) != len(methods):
         raise SettingError("name at least one method, and each only once")
     if "knn" not in methods:

@@ -10,17 +10,23 @@ from transformers import PreTrainedModel
 from nearest.encode.identity import max_positions, start_token
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
-from nearest.models.attach import TokenSources, attach
+from nearest.models.attach import Source, TokenSources, attach
+from nearest.retrieval.knn import BASE, check_method
 
 _CONTEXT_TOKENS = 12
+_SOURCES_A_TOKEN = 5
 
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A token of the continuation and the share of its probability that the memory gave."""
+    """A token of the continuation, the share of its probability that the memory gave, and who gave.
+
+    The sources are the strongest few; their weights are of the memory's share.
+    """
 
     text: str
     memory_weight: float
+    sources: list[Source]
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ def generate(
     Raises:
         NearestError: model, memory or settings cannot be used.
     """
-    if method not in ("base", "knn"):
-        raise SettingError(f"method {method!r} is unknown: choose base or knn")
+    check_method(method)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     inputs = torch.tensor([[start_token(tokenizer), *prompt_ids]], device=model.device)
     _check_length(model, inputs.shape[1], generation.get("max_new_tokens"))
@@ -91,20 +96,23 @@ def generate(
         "pad_token_id": start_token(tokenizer),
         **generation,
     }
-    if method == "base":
+    if method == BASE:
         output = model.generate(**arguments)  # type: ignore[operator]
-        return Generation(prompt, _new_text(tokenizer, output[0], inputs), [], [])
-    with attach(
-        model, memory, method, tokenizer=tokenizer, force=force, **(settings or {})
-    ) as session:
-        output = model.generate(**arguments)  # type: ignore[operator]
-        named = session.sources(0) if sources else []
+        named: list[TokenSources] = []
+    else:
+        with attach(
+            model, memory, method, tokenizer=tokenizer, force=force, **(settings or {})
+        ) as session:
+            output = model.generate(**arguments)  # type: ignore[operator]
+            named = session.sources(0) if sources else []
+    new = output[0, inputs.shape[1] :].tolist()
+    pieces = decode_pieces(tokenizer, prompt_ids, [token.token for token in named])
     return Generation(
         prompt,
-        _new_text(tokenizer, output[0], inputs),
+        _text_after(tokenizer, prompt_ids, new),
         [
-            GeneratedToken(text, token.memory_weight)
-            for text, token in zip(_pieces(tokenizer, named), named, strict=True)
+            GeneratedToken(text, token.memory_weight, token.sources[:_SOURCES_A_TOKEN])
+            for text, token in zip(pieces, named, strict=True)
         ],
         _document_shares(tokenizer, memory, named),
     )
@@ -119,16 +127,20 @@ def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:
         )
 
 
-def _new_text(tokenizer: Any, output: torch.Tensor, inputs: torch.Tensor) -> str:
-    return str(tokenizer.decode(output[inputs.shape[1] :], skip_special_tokens=True))
+def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    """What tokens add to the text before them; some tokenizers drop a first token's space."""
+    whole = str(tokenizer.decode(before + ids, skip_special_tokens=True))
+    return whole[len(str(tokenizer.decode(before, skip_special_tokens=True))) :]
 
 
-def _pieces(tokenizer: Any, named: list[TokenSources]) -> list[str]:
-    """The text each token adds; a character made of several tokens comes with the last of them."""
-    ids = [token.token for token in named]
-    pieces, done = [], ""
+def decode_pieces(tokenizer: Any, before: list[int], ids: list[int]) -> list[str]:
+    """The text that each token adds to those before it, special tokens too.
+
+    A character made of several tokens comes with the last of them.
+    """
+    pieces, done = [], tokenizer.decode(before)
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = tokenizer.decode(before + ids[:end])
         if text.endswith("\ufffd") and end < len(ids):
             text = done
         pieces.append(text[len(done) :])
@@ -152,14 +164,17 @@ def _document_shares(
     for number, weight in sorted(totals.items(), key=lambda item: -item[1]):
         document, ids = memory.document(number), memory.document_tokens(number).tolist()
         value = strongest[number][1] + 1
+        first, last = max(1, value - _CONTEXT_TOKENS), value + 1 + _CONTEXT_TOKENS
+        at = value - first
+        passage = decode_pieces(tokenizer, ids[max(1, first - 2) : first], ids[first:last])
         shares.append(
             DocumentShare(
                 document.id,
                 document.metadata,
                 weight,
-                tokenizer.decode(ids[max(1, value - _CONTEXT_TOKENS) : value]),
-                tokenizer.decode([ids[value]]),
-                tokenizer.decode(ids[value + 1 : value + 1 + _CONTEXT_TOKENS]),
+                "".join(passage[:at]),
+                passage[at],
+                "".join(passage[at + 1 :]),
             )
         )
     return shares

@@ -1,7 +1,7 @@
 """Find λ, temperature and k on held-out text: retrieve once, then sweep as array mathematics."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import nll_over_lams, target_probs_on_grid
-from nearest.retrieval.knn import KnnSettings
+from nearest.retrieval.knn import MEMORY_METHODS, KnnSettings, check_method
 
 TEMPERATURES = tuple(round(2 ** (i / 2), 2) for i in range(-4, 25))  # 0.25 … 4096, by √2
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98
@@ -38,12 +37,8 @@ class Tuned:
 
     def as_json(self) -> dict[str, Any]:
         """What was found, as stored in the memory."""
-        settings = self.settings
         return {
-            "lam": settings.lam,
-            "temperature": settings.temperature,
-            "k": settings.k,
-            "distances": settings.distances,
+            **asdict(self.settings),
             "tuned_nll": self.nll,
             "tuned_base_nll": self.base_nll,
             "tuned_tokens": self.tokens,
@@ -78,10 +73,9 @@ def tune(
     Raises:
         NearestError: model, memory, text or settings cannot be used.
     """
-    if method != "knn":
-        raise SettingError(f"method {method!r} cannot be tuned: choose knn")
+    check_method(method, MEMORY_METHODS)
     ks = tuple(sorted({min(k, memory.entries) for k in KS}))
-    widest = KnnSettings(k=ks[-1], distances=distances)
+    widest = KnnSettings(k=ks[-1], distances=distances, candidates=ks[-1])
     scorer = Scorer.prepare(
         model,
         memory,
@@ -97,7 +91,7 @@ def tune(
         targets = torch.from_numpy(scored.batch.targets)
         for start in range(0, len(targets), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
-            found = memory.search(scored.keys[part].numpy(), widest.k, widest.distances)
+            found = memory.search(scored.keys[part].numpy(), widest.k, distances)
             matches = torch.from_numpy(memory.values(found.ids)) == targets[part][:, None]
             ascending = torch.from_numpy(found.distances)
             memory_probs.append(target_probs_on_grid(ascending, matches, TEMPERATURES, ks))
@@ -106,7 +100,10 @@ def tune(
     grid = _sweep(base, torch.cat(memory_probs))
     best = np.unravel_index(int(np.nanargmin(grid)), grid.shape)
     tuned = Tuned(
-        settings=KnnSettings(LAMS[best[2]], TEMPERATURES[best[0]], ks[best[1]], widest.distances),
+        # The best k was chosen among the widest's candidates, and is to be fetched among them.
+        settings=replace(
+            widest, lam=LAMS[best[2]], temperature=TEMPERATURES[best[0]], k=ks[best[1]]
+        ),
         nll=float(grid[best]),
         base_nll=float(-base.log().mean()),
         tokens=len(base),
