@@ -32,7 +32,7 @@ from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import ArrayFile, open_array, sha256_of, writer_lock
 from nearest.index.approximate import ApproximateIndex
-from nearest.index.library import load_faiss
+from nearest.index.faiss_module import load_faiss
 from nearest.memory.documents import DocumentReader, DocumentWriter
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.segment import Segment

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from nearest.errors import FolderError, SettingError
 from nearest.index.distances import key_distances
-from nearest.index.library import load_faiss
+from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric, Neighbours, VectorIndex, sort_nearest_first
 
 EXACT = "exact"

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from nearest.index.library import load_faiss
+from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric
 
 

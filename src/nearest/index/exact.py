@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from nearest.index.library import load_faiss
+from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
 _BLOCK_BYTES = 1 << 26
