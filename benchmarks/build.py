@@ -27,25 +27,27 @@ from common import (
 from nearest import Memory
 from nearest.corpus.tokens import tokenise
 from nearest.corpus.windows import windows
-from nearest.encode.encoder import Encoder
 from nearest.encode.identity import start_token, vocabulary_size
-from nearest.encode.layers import find_key_layer
 
 
 def main() -> None:
-    options = arguments(__doc__, tokens=1_000_000, window=512, stride=256, rounds=3)
+    options = arguments(__doc__, tokens=1_000_000, window=512, stride=256, rounds=3, batch_size=4)
     model, tokenizer = model_and_tokenizer()
     path = options.work / "build.memory"
     corpus = options.corpora / "dclaw" / "train-2m.jsonl"
     documents = list(first_documents(corpus, tokenizer, options.tokens))
-    layer = find_key_layer(model, "last_ffn_input")
-    batch = Encoder.of(model, layer, options.window, options.stride).batch_size
 
     def build() -> float:
         shutil.rmtree(path, ignore_errors=True)
         return timed(
             lambda: Memory.build(
-                model, tokenizer, documents, path, window=options.window, stride=options.stride
+                model,
+                tokenizer,
+                documents,
+                path,
+                window=options.window,
+                stride=options.stride,
+                batch_size=options.batch_size,
             )
         )[0]
 
@@ -63,7 +65,7 @@ def main() -> None:
     @torch.inference_mode()
     def forward() -> float:
         def passes() -> None:
-            for rows in packed.split(batch):
+            for rows in packed.split(options.batch_size):
                 model.base_model(input_ids=rows, use_cache=False)
 
         return timed(passes)[0]
@@ -75,7 +77,7 @@ def main() -> None:
         benchmark="build",
         window=options.window,
         stride=options.stride,
-        batch_size=batch,
+        batch_size=options.batch_size,
         tokens=memory.tokens,
         window_tokens=read,
         index=memory.segments[0].record.index.spec,
