@@ -15,7 +15,7 @@ from nearest.encode.identity import max_positions, vocabulary_size
 from nearest.encode.layers import KeyLayer, LanguageModel
 
 _LOGITS_BYTES = 1 << 29
-# On a CPU larger batches only leave its caches (benchmarks/batch_size.py).
+# On a CPU larger batches are no quicker, and often slower (benchmarks/batch_size.py).
 _BATCH_TOKENS_CPU = 2_048
 _BATCH_TOKENS_GPU = 8_192
 
