@@ -4,8 +4,6 @@ The keys stay in their file as float16; numba has no such type, so the kernel re
 and lets the processor widen them. `key_distances_reference` is the same in plain numpy.
 """
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numba
@@ -15,8 +13,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric
+from nearest.index.threads import in_threads
 
 
 def key_distances(
@@ -37,14 +35,7 @@ def key_distances(
     def work(part: slice) -> None:
         _distances(bits, queries[part], ids[part], metric == "l2", distances[part])
 
-    # Threads of our own: numba's parallel loops end the process when they meet a fork.
-    threads = min(load_faiss().omp_get_max_threads(), len(queries))
-    if threads > 1:
-        bounds = np.linspace(0, len(queries), threads + 1).astype(int)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, itertools.starmap(slice, itertools.pairwise(bounds))))
-    else:
-        work(slice(None))
+    in_threads(work, len(queries))
     return distances
 
 

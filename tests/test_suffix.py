@@ -1,0 +1,128 @@
+"""Suffix arrays: sorted as defined, and matches equal to a scan of every entry."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nearest.index import suffix
+from nearest.index.suffix import longest_matches, longest_matches_reference, sort_suffixes
+from nearest.memory.segment import valued_entries
+
+START = 0
+
+
+def corpus(documents: list[list[int]], dtype: type = np.uint16) -> tuple[np.ndarray, np.ndarray]:
+    """Documents with their start token, and the positions that have a value."""
+    whole = [[START, *tokens] for tokens in documents]
+    offsets = np.cumsum([0, *map(len, whole)])
+    return np.concatenate(whole).astype(dtype), valued_entries(offsets)
+
+
+def left_context(tokens: np.ndarray, position: int) -> list[int]:
+    start = position
+    while tokens[start] != START:
+        start -= 1
+    return tokens[start : position + 1][::-1].tolist()
+
+
+small_documents = st.lists(
+    st.lists(st.integers(1, 3), min_size=0, max_size=12), min_size=1, max_size=8
+).filter(lambda documents: any(documents))
+
+
+@given(small_documents)
+def test_entries_are_sorted_by_their_reversed_left_context(documents: list[list[int]]) -> None:
+    tokens, entries = corpus(documents)
+    suffixes = sort_suffixes(tokens, entries)
+    contexts = [left_context(tokens, position) for position in suffixes]
+    assert contexts == sorted(contexts)
+    assert sorted(suffixes.tolist()) == entries.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@given(
+    documents=small_documents,
+    query=st.lists(st.integers(0, 4), min_size=0, max_size=15),
+    most=st.integers(1, 12),
+)
+@settings(max_examples=150)
+def test_matches_equal_a_scan(
+    dtype: type, documents: list[list[int]], query: list[int], most: int
+) -> None:
+    tokens, entries = corpus(documents, dtype)
+    suffixes = sort_suffixes(tokens, entries)
+    context = np.array([START, *query])  # a start token may stand in the middle, too
+    ends = np.arange(len(context))
+    found = longest_matches(tokens, suffixes, START, context, ends, most)
+    truth = longest_matches_reference(tokens, suffixes, START, context, ends, most)
+    for ours, theirs in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@given(documents=small_documents, query=st.lists(st.integers(1, 3), min_size=1, max_size=15))
+def test_a_match_is_as_long_as_it_says_and_none_is_longer(
+    documents: list[list[int]], query: list[int]
+) -> None:
+    tokens, entries = corpus(documents)
+    suffixes = sort_suffixes(tokens, entries)
+    context = np.array([START, *query])
+    found = longest_matches(tokens, suffixes, START, context, np.array([len(query)]), 1000)
+    wanted = [START, *query][::-1]
+    shared = {}
+    for position in entries.tolist():
+        own = left_context(tokens, position)
+        same = [a == b for a, b in zip(own, wanted, strict=False)]
+        shared[position] = [*same, False].index(False)
+    matching = {position: length for position, length in shared.items() if length}
+    given_ids = found.ids[0][found.ids[0] >= 0].tolist()
+    lengths = found.lengths[0][: len(given_ids)].tolist()
+    assert dict(zip(given_ids, lengths, strict=True)) == matching
+    assert lengths == sorted(lengths, reverse=True)
+    assert found.longest[0] == lengths.count(lengths[0]) if lengths else found.longest[0] == 0
+
+
+def test_matches_stop_at_document_starts() -> None:
+    """The text before a document is not its context, though it stands beside it in the array."""
+    tokens, entries = corpus([[1, 2, 3], [5, 6], [7, 5, 6]])
+    suffixes = sort_suffixes(tokens, entries)
+    context = np.array([START, 1, 2, 3, START, 5])
+    found = longest_matches(tokens, suffixes, START, context, np.array([5]), 8)
+    assert found.ids[0, :2].tolist() == [5, 9]
+    assert found.lengths[0, :2].tolist() == [2, 1]
+
+
+def test_a_match_longer_than_the_limit_counts_as_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated = [1] * (suffix.MAX_MATCH + 40)
+    tokens, entries = corpus([repeated])
+    suffixes = sort_suffixes(tokens, entries)
+    context = np.array([START, *repeated])
+    found = longest_matches(tokens, suffixes, START, context, np.array([len(context) - 1]), 4)
+    assert found.lengths[0].tolist() == [suffix.MAX_MATCH] * 4
+    assert found.longest[0] == 40
+
+
+def test_real_text_against_a_scan(dclaw_tokens: np.ndarray) -> None:
+    tokens = dclaw_tokens
+    offsets = np.append(np.flatnonzero(tokens == START), len(tokens))
+    memory, text = tokens[: offsets[50]], tokens[offsets[50] : offsets[52]].astype(np.int64)
+    suffixes = sort_suffixes(memory, valued_entries(offsets[:51]))
+    ends = np.linspace(0, len(text) - 1, 8).astype(int)
+    found = longest_matches(memory, suffixes, START, text, ends, 64)
+    truth = longest_matches_reference(memory, suffixes, START, text, ends, 64)
+    for ours, theirs in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def dclaw_tokens() -> np.ndarray:
+    """Characters of law as tokens: real repetition without a tokenizer."""
+    path = Path(__file__).parents[2] / "shared" / "corpora" / "dclaw" / "valid.jsonl"
+    if not path.exists():
+        pytest.skip("the corpora are not here")
+    import json
+
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()[:60]]
+    return np.concatenate([[START, *text[:600].encode()] for text in texts]).astype(np.uint16)
