@@ -22,7 +22,7 @@ from nearest.demo.corpus import Split, repeated_share, split_topics, write_jsonl
 from nearest.demo.passage import Passage, score_passage, typical_document
 from nearest.demo.report import Story, Writing, render
 from nearest.errors import FolderError
-from nearest.retrieval.knn import KnnSettings
+from nearest.retrieval.settings import Settings
 from nearest.verbs.evaluate import Result
 from nearest.verbs.generate import DocumentShare, GeneratedToken, Generation
 from nearest.verbs.tune import KS, LAMS, TEMPERATURES, Tuned
@@ -145,7 +145,9 @@ def hostile_story() -> Story:
             ["e"],
         ),
         entries=100,
-        tuned=Tuned(KnnSettings(LAMS[10], TEMPERATURES[0], KS[0]), 3.0, 4.0, 50, grid),
+        tuned=Tuned(
+            "knn", Settings(LAMS[10], TEMPERATURES[0], k=KS[0]), 3.0, 4.0, 50, grid, "k", KS
+        ),
         base=base,
         knn=knn,
         passage=Passage(HOSTILE, [(HOSTILE, 1.0), (HOSTILE, -0.2), ("x", 0.0)]),

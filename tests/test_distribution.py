@@ -1,38 +1,122 @@
-"""The mathematics of kNN-LM against closed forms and plain loops."""
+"""The mathematics of weighing and mixing against closed forms and plain loops."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
+from nearest.index.suffix import MAX_MATCH
+from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import (
-    interpolate,
-    knn_weights,
+    Component,
+    candidate_weights,
+    component_probs,
+    component_weights_reference,
+    mixed_log_probs,
     nll_over_lams,
-    target_probs,
-    target_probs_on_grid,
     vocabulary_probs,
 )
 
 INF = float("inf")
 
 
+def candidates(
+    distances: np.ndarray,
+    values: np.ndarray | None = None,
+    lengths: np.ndarray | None = None,
+    columns: tuple[int, int, int] | None = None,
+) -> Candidates:
+    found = np.asarray(distances, dtype=np.float32)
+    shape = found.shape
+    ids = np.where(np.isinf(found), -1, np.arange(shape[1]))
+    values = np.zeros(shape, np.int64) if values is None else np.asarray(values)
+    lengths = np.zeros(shape, np.int16) if lengths is None else np.asarray(lengths, np.int16)
+    columns = columns or (shape[1], 0, 0)
+    return Candidates(ids, values, found, lengths, columns, np.ones(shape[0], dtype=bool))
+
+
+def weights_of(found: Candidates, temperature: float, power: float = 0.0) -> np.ndarray:
+    component = Component(("dense",), temperature, power)
+    return candidate_weights(found, [component], np.ones((len(found.ids), 1))).candidates
+
+
 def test_weights_closed_form() -> None:
-    distances = torch.tensor([[0.0, 2.0 * np.log(3.0), INF]], dtype=torch.float32)
-    torch.testing.assert_close(knn_weights(distances, 2.0), torch.tensor([[0.75, 0.25, 0.0]]))
+    found = candidates(np.array([[0.0, 2.0 * np.log(3.0), INF]]))
+    np.testing.assert_allclose(weights_of(found, 2.0), [[0.75, 0.25, 0.0]], rtol=1e-6)
+
+
+def test_match_lengths_weigh_as_their_power() -> None:
+    found = candidates(np.array([[5.0, 5.0, INF]]), lengths=np.array([[1, 3, 0]]))
+    np.testing.assert_allclose(weights_of(found, 2.0, 2.0), [[4 / 20, 16 / 20, 0]], rtol=1e-6)
 
 
 def test_without_neighbours_nothing_has_weight() -> None:
-    assert knn_weights(torch.full((1, 3), INF), 1.0).tolist() == [[0.0, 0.0, 0.0]]
+    component = Component(("dense",), 1.0)
+    weights, lm = candidate_weights(candidates(np.full((1, 3), INF)), [component], np.ones((1, 1)))
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+    assert lm.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6, -1e4])
 def test_weights_do_not_overflow(offset: float) -> None:
     """Large distances, and inner products (negative distances), keep their differences."""
-    weights = knn_weights(torch.tensor([[offset, offset + 1]], dtype=torch.float32), 1.0)
-    torch.testing.assert_close(weights[0, 0] / weights[0, 1], torch.tensor(np.e).float())
+    weights = weights_of(candidates(np.array([[offset, offset + 1]])), 1.0)
+    np.testing.assert_allclose(weights[0, 0] / weights[0, 1], np.e, rtol=1e-5)
+
+
+def random_candidates(seed: int) -> Candidates:
+    rng = np.random.default_rng(seed)
+    distances = rng.random((6, 12)) * 20 + 400
+    distances[3, 4:9] = INF
+    distances[4, :9] = INF
+    distances[5] = INF
+    values = rng.integers(0, 4, (6, 12))
+    values[np.isinf(distances)] = -1
+    lengths = np.where(np.isinf(distances), 0, rng.integers(0, MAX_MATCH + 1, (6, 12)))
+    return candidates(distances, values, lengths, (4, 3, 5))
+
+
+COMPONENTS = [
+    Component(("dense",), 0.5),
+    Component(("dense", "pointers"), 3.0, 1.5),
+    Component(("suffix",), 100.0, 4.0),
+    Component(("dense", "suffix"), 8.0, 2.0),
+]
+
+
+@given(st.integers(0, 2**31))
+def test_kernels_equal_the_reference(seed: int) -> None:
+    found = random_candidates(seed)
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(len(COMPONENTS) + 1), size=6)[:, :-1]
+    tokens = rng.integers(0, 4, 6)
+    expected, left = np.zeros(found.ids.shape), np.ones(6)
+    probs = np.zeros((6, len(COMPONENTS)))
+    for n, component in enumerate(COMPONENTS):
+        columns = found.of(*component.sources)
+        own = component_weights_reference(
+            found.distances[:, columns].astype(float),
+            found.lengths[:, columns],
+            component.temperature,
+            component.length_power,
+        )
+        expected[:, columns] += own * shares[:, n, None]
+        left -= np.where(own.sum(1) > 0, shares[:, n], 0)
+        probs[:, n] = (own * (found.values[:, columns] == tokens[:, None])).sum(1)
+    weights, lm = candidate_weights(found, COMPONENTS, shares)
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    np.testing.assert_allclose(lm, left, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(1) + lm, 1, atol=1e-5)
+    np.testing.assert_allclose(component_probs(found, COMPONENTS, tokens), probs, atol=1e-5)
+
+
+def test_sources_stand_side_by_side() -> None:
+    found = random_candidates(0)
+    assert found.of("dense") == slice(0, 4)
+    assert found.of("pointers") == slice(4, 7)
+    assert found.of("dense", "pointers") == slice(0, 7)
+    assert found.of("pointers", "suffix") == slice(4, 12)
 
 
 def test_votes_add_up_by_value_and_ignore_missing_ones() -> None:
@@ -40,9 +124,6 @@ def test_votes_add_up_by_value_and_ignore_missing_ones() -> None:
     values = torch.tensor([[3, 1, 3, -1]])
     expected = torch.tensor([[0.0, 0.2, 0.0, 0.8]])
     torch.testing.assert_close(vocabulary_probs(weights, values, 4), expected)
-    for token in range(4):
-        found = target_probs(weights, values, torch.tensor([token]))
-        torch.testing.assert_close(found, expected[:, token])
 
 
 @given(st.floats(0, 1, width=32), st.integers(0, 2**31))
@@ -52,37 +133,19 @@ def test_the_mixture_is_the_weighted_sum_and_sums_to_one(lam: float, seed: int) 
     memory = torch.rand(3, 7, generator=generator)
     memory[:, 2] = 0
     memory /= memory.sum(-1, keepdim=True)
-    mixed = interpolate(lm, memory, torch.full((3, 1), lam)).exp()
+    mixed = mixed_log_probs(lm, lam * memory, torch.full((3, 1), 1 - lam)).exp()
     torch.testing.assert_close(mixed, lam * memory + (1 - lam) * lm.exp(), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mixed.sum(-1), torch.ones(3))
 
 
 def test_a_token_neither_knows_has_probability_zero_not_nan() -> None:
-    mixed = interpolate(torch.tensor([-INF]), torch.tensor([0.0]), torch.tensor([0.5]))
+    mixed = mixed_log_probs(torch.tensor([-INF]), torch.tensor([0.0]), torch.tensor([0.5]))
     assert mixed.tolist() == [-INF]
 
 
-def random_neighbours(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    distances = torch.rand(6, 9, generator=generator).sort(-1).values * 20 + 400
-    distances[4, 5:] = INF
-    distances[5] = INF
-    values = torch.randint(0, 4, (6, 9), generator=generator)
-    values[distances == INF] = -1
-    return distances, values, torch.randint(0, 4, (6,), generator=generator)
-
-
-@given(st.integers(0, 2**31))
-def test_the_grid_equals_one_computation_each(seed: int) -> None:
-    distances, values, targets = random_neighbours(seed)
-    temperatures, ks = (0.01, 0.5, 3.0, 100.0), (1, 4, 5, 9)
-    matches = values == targets[:, None]
-    grid = target_probs_on_grid(distances, matches, temperatures, ks)
-    for i, temperature in enumerate(temperatures):
-        for j, k in enumerate(ks):
-            weights = knn_weights(distances[:, :k], temperature)
-            expected = target_probs(weights, values[:, :k], targets)
-            torch.testing.assert_close(grid[:, i, j], expected, atol=1e-6, rtol=1e-4)
+def test_shares_that_exceed_one_by_rounding_leave_nothing_not_nan() -> None:
+    mixed = mixed_log_probs(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1e-7]))
+    assert mixed.tolist() == [0.0]
 
 
 def test_nll_over_lams() -> None:

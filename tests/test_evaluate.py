@@ -167,7 +167,7 @@ def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Me
             tokenizer=TOKENIZER,
             lam=LAMS[lam],
             temperature=TEMPERATURES[t],
-            k=tuned.ks[k],
+            k=tuned.variants[k],
         )
         assert tuned.grid[t, k, lam] == pytest.approx(result.nll, rel=1e-5)
     assert Memory.open(memory.path).manifest.generation == 1
@@ -181,10 +181,15 @@ def test_a_coarse_index_is_tuned_as_it_is_evaluated(
     tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
     by_default = evaluate(model, Memory.open(memory.path), TEXT, tokenizer=TOKENIZER)
     assert by_default.nll == pytest.approx(tuned.nll, rel=1e-5)
-    for k in tuned.ks:
-        settings = {"lam": 0.5, "temperature": TEMPERATURES[10], "k": k, "candidates": tuned.ks[-1]}
+    for k in tuned.variants:
+        settings = {
+            "lam": 0.5,
+            "temperature": TEMPERATURES[10],
+            "k": k,
+            "candidates": tuned.variants[-1],
+        }
         result = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **settings)
-        expected = tuned.grid[10, tuned.ks.index(k), LAMS.index(0.5)]
+        expected = tuned.grid[10, tuned.variants.index(k), LAMS.index(0.5)]
         assert result.nll == pytest.approx(expected, rel=1e-5)
 
 
@@ -192,7 +197,7 @@ def test_tuned_k_never_exceeds_a_small_memory(build_memory: Callable[..., Memory
     model = make_model()
     memory = build_memory(model, [Document("one", "abcabcabcabd")])
     tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
-    assert max(tuned.ks) == memory.entries == 12
+    assert max(tuned.variants) == memory.entries == 12
     assert evaluate(model, Memory.open(memory.path), TEXT, tokenizer=TOKENIZER).k <= 12
 
 

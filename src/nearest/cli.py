@@ -54,6 +54,20 @@ Force = Annotated[
 Lam = Annotated[float | None, typer.Option("--lam", help="Weight of the memory, 0 to 1.")]
 Temperature = Annotated[float | None, typer.Option(help="Temperature of the neighbours' softmax.")]
 K = Annotated[int | None, typer.Option("--k", help="Number of neighbours.")]
+LengthPower = Annotated[
+    float | None, typer.Option(help="Weigh entries by (1 + match length) to this power.")
+]
+MinKnns = Annotated[
+    float | None, typer.Option(help="Search when fewer pointers are left; inf: always, 0: never.")
+]
+MaxKnns = Annotated[int | None, typer.Option(help="Pointers and cluster members, at most.")]
+Dedup = Annotated[
+    bool | None, typer.Option("--dedup/--no-dedup", help="Count no entry twice in one prediction.")
+]
+SuffixMatches = Annotated[
+    int | None, typer.Option("--matches", help="Entries with the longest matches, at most.")
+]
+MemoryMethod = Literal["knn", "retomaton", "suffix"]
 Distances = Annotated[
     Literal["keys", "index"] | None, typer.Option(help="Distances of stored keys, or the index's.")
 ]
@@ -192,17 +206,26 @@ def index(
 def tune(
     memory: MemoryPath,
     text: TextPaths,
-    method: Annotated[Literal["knn"], typer.Option(help="What to tune.")] = "knn",
+    method: Annotated[MemoryMethod, typer.Option(help="What to tune.")] = "knn",
     model: ModelName = None,
     window: Window = None,
     stride: Stride = None,
     batch_size: BatchSize = None,
-    distances: Distances = "keys",
+    k: K = None,
+    length_power: LengthPower = None,
+    distances: Distances = None,
+    min_knns: MinKnns = None,
+    max_knns: MaxKnns = None,
+    dedup: Dedup = None,
+    matches: SuffixMatches = None,
     encoding_errors: Encoding = "strict",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find λ, temperature and k on text that is not scored later, and store them in the memory."""
+    """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
+
+    k is swept for knn, the length power for suffix, where they are not given.
+    """
     quiet_libraries()
     from nearest.corpus.documents import read_documents
     from nearest.verbs.tune import tune as tune_memory
@@ -218,17 +241,23 @@ def tune(
             window=window,
             stride=stride,
             batch_size=batch_size,
-            distances=distances or "keys",
             force=force,
             progress=progress,
+            k=k,
+            length_power=length_power,
+            distances=distances,
+            min_knns=min_knns,
+            max_knns=max_knns,
+            dedup=dedup,
+            matches=matches,
         )
     if as_json:
         typer.echo(json.dumps({"method": method, **tuned.as_json()}))
     else:
-        settings = tuned.settings
+        found = ", ".join(f"{name} {value}" for name, value in tuned.settings.of(method).items())
         out.print(
-            f"λ {settings.lam:g}, temperature {settings.temperature:g}, k {settings.k}: nll "
-            f"{tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens; stored"
+            f"{method}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
+            f"with {found}; stored"
         )
 
 
@@ -237,12 +266,19 @@ def tune(
 def evaluate(
     memory: MemoryPath,
     text: TextPaths,
-    method: Annotated[str, typer.Option(help="base, knn, or several with commas.")] = "base,knn",
+    method: Annotated[
+        str, typer.Option(help="base, knn, retomaton, suffix, or several with commas.")
+    ] = "base,knn",
     model: ModelName = None,
     lam: Lam = None,
     temperature: Temperature = None,
+    length_power: LengthPower = None,
     k: K = None,
     distances: Distances = None,
+    min_knns: MinKnns = None,
+    max_knns: MaxKnns = None,
+    dedup: Dedup = None,
+    matches: SuffixMatches = None,
     window: Window = None,
     stride: Stride = None,
     score_eos: Annotated[bool, typer.Option(help="Predict each document's end too.")] = False,
@@ -272,8 +308,13 @@ def evaluate(
             progress=progress,
             lam=lam,
             temperature=temperature,
+            length_power=length_power,
             k=k,
             distances=distances,
+            min_knns=min_knns,
+            max_knns=max_knns,
+            dedup=dedup,
+            matches=matches,
         )
     if as_json:
         for result in results:
@@ -287,7 +328,9 @@ def evaluate(
 def generate(
     memory: MemoryPath,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    method: Annotated[Literal["base", "knn"], typer.Option(help="How to predict.")] = "knn",
+    method: Annotated[
+        Literal["base", "knn", "retomaton", "suffix"], typer.Option(help="How to predict.")
+    ] = "knn",
     sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
     model: ModelName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
@@ -297,8 +340,16 @@ def generate(
     show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
     lam: Lam = None,
     temperature: Temperature = None,
+    length_power: LengthPower = None,
     k: K = None,
     distances: Distances = None,
+    min_knns: MinKnns = None,
+    max_knns: MaxKnns = None,
+    dedup: Dedup = None,
+    matches: SuffixMatches = None,
+    replay: Annotated[
+        str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
+    ] = "0",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -310,6 +361,18 @@ def generate(
 
     opened, loaded, tokenizer = open_with_model(memory, model)
     torch.manual_seed(seed)
+    options = {
+        "lam": lam,
+        "temperature": temperature,
+        "length_power": length_power,
+        "k": k,
+        "distances": distances,
+        "min_knns": min_knns,
+        "max_knns": max_knns,
+        "dedup": dedup,
+        "matches": matches,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     generation = continue_prompt(
         loaded,
         tokenizer,
@@ -318,7 +381,8 @@ def generate(
         method=method,
         sources=sources,
         force=force,
-        settings={"lam": lam, "temperature": temperature, "k": k, "distances": distances},
+        replay=int(replay) if replay.isdecimal() else replay,
+        settings=given,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=sample,

@@ -37,10 +37,22 @@ def check_batch_size(batch_size: int | None) -> None:
 def batch_windows(
     documents: Iterable[Tokens], window: int, stride: int, batch_size: int
 ) -> Iterator[WindowBatch]:
-    """Cut documents into windows and batch them, each batch at most batch_size * window inputs.
+    """Cut documents into windows and batch them, each batch at most batch_size * window inputs."""
+    for group in grouped_batches(documents, window, stride, batch_size):
+        yield from group
 
-    Windows of a few batches at a time are sorted by length, so that short documents share wide
-    batches and little is spent on padding; memory stays bounded for a corpus of any size.
+
+def grouped_batches(
+    documents: Iterable[Tokens],
+    window: int,
+    stride: int,
+    batch_size: int,
+    together: int = _BATCHES_SORTED_TOGETHER,
+) -> Iterator[Iterator[WindowBatch]]:
+    """Batches of windows, in groups of about `together` that go through the text in order.
+
+    The windows of a group are sorted by length, so that short documents share wide batches and
+    little is spent on padding; memory stays bounded for a corpus of any size.
     """
     planned: list[tuple[int, Tokens, Window]] = []
     inputs = 0
@@ -49,10 +61,11 @@ def batch_windows(
         for part in windows(len(tokens), window, stride):
             planned.append((number, tokens, part))
             inputs += part.length
-            if inputs >= budget * _BATCHES_SORTED_TOGETHER:
-                yield from _sorted_batches(planned, budget)
+            if inputs >= budget * together:
+                yield _sorted_batches(planned, budget)
                 planned, inputs = [], 0
-    yield from _sorted_batches(planned, budget)
+    if planned:
+        yield _sorted_batches(planned, budget)
 
 
 def _sorted_batches(

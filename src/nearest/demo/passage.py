@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from nearest.corpus.documents import Document
 from nearest.memory.memory import Memory
-from nearest.models.scoring import Scorer
+from nearest.models.scoring import MethodRun, Scorer
 from nearest.progress import no_progress
-from nearest.retrieval.knn import KnnLM, KnnSettings
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import resolve_settings
 from nearest.verbs.evaluate import Result
 from nearest.verbs.generate import decode_pieces
 
@@ -41,12 +41,13 @@ def score_passage(
 ) -> Passage:
     """What the memory, as tuned, changes at every token of a document's beginning."""
     scorer = Scorer.prepare(model, memory, [document], tokenizer=tokenizer)
-    knn = KnnLM(memory, KnnSettings.resolve(memory))
-    gains: Float[np.ndarray, " n"] = np.zeros(scorer.text.predictions)
-    for scored in scorer.batches(no_progress, "passage"):
-        targets = torch.from_numpy(scored.batch.targets)
-        mixed = knn.target_log_probs(scored.lm_log_probs, scored.keys, targets)
-        gains[scored.batch.positions] = (mixed - scored.lm_log_probs).double().numpy()
+    run = MethodRun(Lookup(memory, "knn", resolve_settings("knn", memory)))
+    gains = np.concatenate(
+        [
+            (run.log_probs(block) - block.lm_log_probs).double().numpy()
+            for block in scorer.blocks(no_progress, "passage")
+        ]
+    )
     tokens = scorer.text.documents[0][1:]
     return Passage(document.id, _pieces(tokenizer, tokens[:_TOKENS], gains[:_TOKENS]))
 

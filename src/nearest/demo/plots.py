@@ -63,7 +63,7 @@ def documents_plot(names: list[str], base: Result, knn: Result) -> str:
 def _draw_tuning(axes: Axes, tuned: Tuned) -> None:
     settings = tuned.settings
     best_temperature = tuned.temperatures.index(settings.temperature)
-    perplexity = np.exp(np.minimum(tuned.grid[:, tuned.ks.index(settings.k)], 700))
+    perplexity = np.exp(np.minimum(tuned.grid[:, tuned.variants.index(settings.k)], 700))
     base, best = np.exp(tuned.base_nll), np.exp(tuned.nll)
     for i in range(best_temperature - 2 * _STEP, best_temperature + 2 * _STEP + 1, _STEP):
         if not 0 <= i < len(tuned.temperatures):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from nearest.corpus.batches import WindowBatch, batch_windows, check_batch_size
+from nearest.corpus.batches import WindowBatch, batch_windows, check_batch_size, grouped_batches
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.windows import choose_windows
 from nearest.encode.forward import encode_and_score, encode_keys
@@ -15,6 +15,7 @@ from nearest.encode.identity import max_positions, vocabulary_size
 from nearest.encode.layers import KeyLayer, LanguageModel
 
 _LOGITS_BYTES = 1 << 29
+_GROUP_BYTES = 1 << 27  # of the keys of a group, that are looked up together
 # On a CPU larger batches are no quicker, and often slower (benchmarks/batch_size.py).
 _BATCH_TOKENS_CPU = 2_048
 _BATCH_TOKENS_GPU = 8_192
@@ -74,11 +75,20 @@ class Encoder:
         for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
             yield batch, encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
 
-    def scores(self, documents: Iterable[Tokens]) -> Iterator[ScoredBatch]:
-        """The key of every prediction and the model's log-probability of it, timed."""
-        for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
-            started = time.perf_counter()
-            keys, log_probs = encode_and_score(
-                self.model, self.layer, batch.inputs, batch.predicts, batch.targets
-            )
-            yield ScoredBatch(batch, keys, log_probs, time.perf_counter() - started)
+    def scores(self, documents: Iterable[Tokens]) -> Iterator[Iterator[ScoredBatch]]:
+        """The key of every prediction and the model's log-probability of it, timed.
+
+        Batches come in groups: the predictions of a group follow those of the one before.
+        """
+        together = max(1, _GROUP_BYTES // (4 * self.layer.dim * self.window * self.batch_size))
+        for group in grouped_batches(
+            documents, self.window, self.stride, self.batch_size, together
+        ):
+            yield map(self._score, group)
+
+    def _score(self, batch: WindowBatch) -> ScoredBatch:
+        started = time.perf_counter()
+        keys, log_probs = encode_and_score(
+            self.model, self.layer, batch.inputs, batch.predicts, batch.targets
+        )
+        return ScoredBatch(batch, keys, log_probs, time.perf_counter() - started)

@@ -67,6 +67,40 @@ class ApproximateIndex:
         distances[ids < 0] = np.inf
         return Neighbours(ids, distances)
 
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to the codes of chosen entries, as a search measures them; +inf for id -1.
+
+        Slow beside stored keys: every code is decoded on its own. For parity with earlier systems.
+
+        Raises:
+            SettingError: this kind of index cannot give its vectors back.
+        """
+        self._map_entries()
+        faiss = load_faiss()
+        distances = np.full(ids.shape, np.inf, dtype=np.float32)
+        for query, row, out in zip(queries, ids, distances, strict=True):
+            found = row >= 0
+            if found.any():
+                codes = self._index.reconstruct_batch(row[found])
+                if self._metric == "ip":
+                    out[found] = -(codes @ query)
+                else:
+                    out[found] = faiss.pairwise_distances(query[None], codes)[0]
+        return distances
+
+    def _map_entries(self) -> None:
+        """Let the index find a code by its entry id; inverted lists cannot without a table."""
+        faiss = load_faiss()
+        if isinstance(self._index, faiss.IndexIDMap) and not isinstance(
+            self._index, faiss.IndexIDMap2
+        ):
+            self._index = faiss.IndexIDMap2(self._index)
+        ivf = _ivf_of(self._index)
+        if ivf is not None and ivf.direct_map.no():
+            ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+
     def write(self, path: Path) -> None:
         """Write the FAISS file; a failing disk raises OSError."""
         faiss = load_faiss()

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from nearest.index.distances import key_distances
 from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
@@ -45,6 +46,12 @@ class ExactIndex:
             )
             best = sort_nearest_first(merged, k)
         return _padded(best, k)
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to chosen entries; +inf for id -1."""
+        return key_distances(self._keys, queries, ids, self._metric)
 
 
 def _padded(found: Neighbours, k: int) -> Neighbours:

@@ -27,6 +27,11 @@ class VectorIndex(Protocol):
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries of each query, nearest first by this index's own distances."""
 
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distance, by the index's own measure, of query i to entry ids[i, j]; +inf for id -1."""
+
 
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """The k nearest of each row, in ascending distance."""

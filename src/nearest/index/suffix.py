@@ -5,6 +5,7 @@ with the same tokens stand side by side, and every shorter match is an interval 
 (as in infini-gram, arXiv:2401.17377, for the left side). `longest_matches_reference` scans instead.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, no_type_check
 
 import numba
@@ -83,6 +84,36 @@ def longest_matches(
 
     in_threads(work, len(ends))
     return Matches(ids, lengths, longest)
+
+
+def joined_matches(found: Sequence[Matches], most: int) -> Matches:
+    """What several arrays found for the same queries: longest first, equal ones taking turns."""
+    ids = np.concatenate([part.ids for part in found], axis=1)
+    lengths = np.concatenate([part.lengths for part in found], axis=1)
+    turn = np.concatenate([np.arange(part.ids.shape[1]) for part in found])
+    order = np.argsort(turn - lengths.astype(np.int64) * len(turn), axis=1, kind="stable")[:, :most]
+    first = np.stack([part.lengths[:, 0] for part in found])
+    longest = np.where(first == first.max(axis=0), [part.longest for part in found], 0).sum(axis=0)
+    return Matches(
+        np.take_along_axis(ids, order, 1), np.take_along_axis(lengths, order, 1), longest
+    )
+
+
+def match_lengths(
+    tokens: Tokens,
+    start_token: int,
+    ids: Int[np.ndarray, "q k"],
+    context: Tokens,
+    ends: Int[np.ndarray, " q"],
+) -> Int[np.ndarray, "q k"]:
+    """Tokens of left context (int16) that each query shares with given entries; 0 for id -1."""
+    lengths = np.zeros(ids.shape, dtype=np.int16)
+
+    def work(part: slice) -> None:
+        _measure(tokens, start_token, ids[part], context, ends[part], lengths[part])
+
+    in_threads(work, len(ids))
+    return lengths
 
 
 def longest_matches_reference(
@@ -201,17 +232,37 @@ def _edge(
 
 @no_type_check
 @numba.njit(nogil=True, cache=True)
+def _limit(start_token: Any, context: Any, end: Any) -> Any:
+    """How far back a match can reach: to the context's start token, at most MAX_MATCH."""
+    limit = 0
+    while limit < MAX_MATCH and limit <= end:
+        limit += 1
+        if context[end - limit + 1] == start_token:
+            break
+    return limit
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _measure(
+    tokens: Any, start_token: Any, ids: Any, context: Any, ends: Any, lengths: Any
+) -> None:
+    for i in range(len(ids)):
+        limit = _limit(start_token, context, ends[i])
+        for j in range(ids.shape[1]):
+            if ids[i, j] >= 0:
+                lengths[i, j] = _shared(tokens, ids[i, j], context, ends[i], 0, limit)
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
 def _match(
     tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, ids: Any, lengths: Any,
     longest: Any,
 ) -> None:
     most, size = ids.shape[1], len(suffixes)
     for i in range(len(ends)):
-        end, limit = ends[i], 0
-        while limit < MAX_MATCH and limit <= end:
-            limit += 1
-            if context[end - limit + 1] == start_token:
-                break
+        end, limit = ends[i], _limit(start_token, context, ends[i])
         high, length = _insertion(tokens, suffixes, context, end, limit)
         low, taken = high, 0  # suffixes[low:high] has been taken
         while length > 0 and taken < most:

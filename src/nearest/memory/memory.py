@@ -16,6 +16,7 @@ from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
 from nearest.errors import FolderError, SettingError
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.segment import Segment
 
@@ -88,6 +89,11 @@ class Memory:
         return cls.open(path)
 
     @property
+    def clusters(self) -> None:
+        """What joins entries that share a state; None where nothing does."""
+        return None
+
+    @property
     def entries(self) -> int:
         """Number of entries that can be found: tokens that have a successor in their document."""
         return sum(segment.record.entries for segment in self.segments)
@@ -144,6 +150,80 @@ class Memory:
         return sort_nearest_first(
             Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))), k
         )
+
+    def distances(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        kind: str = "keys",
+    ) -> Float[np.ndarray, "q k"]:
+        """Distance of query i to entry ids[i, j] (float32); +inf for id -1.
+
+        `kind` is "keys" for the stored keys, "index" for the index's own codes.
+        """
+        parts = []
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            own = self._local(ids, segment, int(first))
+            if kind == "keys":
+                parts.append(segment.key_distances(queries, own))
+            else:
+                parts.append(segment.index.distances(queries, own))
+        return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
+
+    def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
+        """Up to `most` entries whose left context shares the longest suffix with each query's.
+
+        Args:
+            context: int64 token ids; a match never reaches back beyond a start token.
+            ends: query i is context[: ends[i] + 1].
+            most: number of entries wanted.
+        """
+        start_token = self.manifest.model.start_token
+        found = []
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            ids, lengths, longest = longest_matches(
+                segment.tokens, segment.suffixes, start_token, context, ends, most
+            )
+            if first:
+                ids = np.where(ids < 0, NO_ENTRY, ids + first)
+            found.append(Matches(ids, lengths, longest))
+        return found[0] if len(found) == 1 else joined_matches(found, most)
+
+    def match_lengths(
+        self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]
+    ) -> Int[np.ndarray, "q k"]:
+        """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
+        start_token = self.manifest.model.start_token
+        parts = [
+            match_lengths(
+                segment.tokens,
+                start_token,
+                self._local(ids, segment, int(first)),
+                context,
+                ends,
+            )
+            for segment, first in zip(self.segments, self._first_entry, strict=False)
+        ]
+        return parts[0] if len(parts) == 1 else np.maximum.reduce(parts)
+
+    def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The entry after each one; -1 for id -1 and where the next position has no value."""
+        after = np.where(ids < 0, NO_ENTRY, ids + 1)
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            own = (after >= first) & (after < first + segment.record.tokens)
+            local = after[own] - first
+            ends = segment.offsets[np.searchsorted(segment.offsets, local, side="right")] - 1
+            after[own] = np.where(local == ends, NO_ENTRY, after[own])
+        return after
+
+    def _local(
+        self, ids: Int[np.ndarray, "q k"], segment: Segment, first: int
+    ) -> Int[np.ndarray, "q k"]:
+        """Ids as a segment counts them, -1 for those of others."""
+        if len(self.segments) == 1:
+            return ids
+        inside = (ids >= first) & (ids < first + segment.record.tokens)
+        return np.where(inside, ids - first, NO_ENTRY)
 
     def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The token that follows each entry (int64); -1 for id -1."""

@@ -15,6 +15,7 @@ from nearest.index.approximate import read_index
 from nearest.index.distances import key_distances
 from nearest.index.exact import ExactIndex
 from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
+from nearest.index.suffix import sort_suffixes
 from nearest.memory.documents import FRAME_DTYPE, DocumentReader
 from nearest.memory.manifest import KeysRecord, Manifest, SegmentRecord
 
@@ -87,6 +88,11 @@ class Segment:
         """Exhaustive search over this segment's keys."""
         return ExactIndex(self.keys, self.entries, self._keys_record.metric)
 
+    @cached_property
+    def suffixes(self) -> Int[np.ndarray, " m"]:
+        """Entries sorted by their reversed left context."""
+        return sort_suffixes(self.tokens, self.entries)
+
     def search_by_keys(
         self, queries: Float[np.ndarray, "q dim"], k: int, candidates: int
     ) -> Neighbours:
@@ -95,6 +101,12 @@ class Segment:
         found = self.index.search(queries, wanted)
         distances = key_distances(self.keys, queries, found.ids, self._keys_record.metric)
         return sort_nearest_first(Neighbours(found.ids, distances), k)
+
+    def key_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to chosen entries by the stored keys; +inf for id -1."""
+        return key_distances(self.keys, queries, ids, self._keys_record.metric)
 
     def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest by the index's own codes, with its own distances."""

@@ -7,13 +7,15 @@ last position, while assisted decoding scores several.
 
 import functools
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,35 +24,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
-from nearest.errors import NearestError
+from nearest.errors import NearestError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
-from nearest.retrieval.distribution import target_probs
-from nearest.retrieval.knn import MEMORY_METHODS, KnnLM, KnnSettings, check_method
-
-
-@dataclass(frozen=True)
-class Source:
-    """An entry that spoke for a token: where it stands, and its share of the memory's say."""
-
-    entry: int
-    document: int
-    document_id: str
-    metadata: Mapping[str, Any]
-    position: int  # of the entry in its document's tokens; the token it gave stands one later
-    weight: float
-
-
-@dataclass(frozen=True)
-class TokenSources:
-    """A generated token, how much of its probability the memory gave, and which entries did.
-
-    The sources' weights sum to 1, or there are none where the memory gave the token nothing.
-    """
-
-    token: int
-    memory_weight: float
-    sources: list[Source]
+from nearest.models.prefixes import Pass, Prefixes, Sequences
+from nearest.models.sources import TokenSources, token_sources
+from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method, resolve_settings
 
 
 @dataclass(frozen=True)
@@ -71,6 +51,7 @@ def attach(
     *,
     tokenizer: Any = None,
     force: bool = False,
+    replay: int | str = 0,
     **settings: Any,
 ) -> "Session":
     """Attach a memory to a Hugging Face causal language model; use as a context manager.
@@ -81,36 +62,51 @@ def attach(
     Args:
         model: the model that built the memory, in evaluation mode.
         memory: what to look up.
-        method: "knn" (kNN-LM).
+        method: "knn" (kNN-LM), "retomaton" or "suffix".
         tokenizer: checked against the memory's where given.
         force: accept another model than the one that built the memory.
-        **settings: lam, temperature, k, distances; what is not given comes from `tune`'s result in
-            the memory, else from the paper's defaults.
+        replay: how many of a prompt's positions are looked up before the last, for a method that
+            keeps state; "full" for all of them, as `evaluate` does.
+        **settings: of the method (`retrieval.settings.Settings`); what is not given comes from
+            `tune`'s result in the memory, else from the paper's defaults.
 
     Raises:
         ModelError: the model does not fit the memory.
         SettingError: a setting is unknown or out of range, or the model has a memory attached.
     """
     check_method(method, MEMORY_METHODS)
-    return Session(model, KnnLM(memory, KnnSettings.resolve(memory, **settings)), tokenizer, force)
+    if replay != "full" and not (isinstance(replay, int) and replay >= 0):
+        raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
+    lookup = Lookup(memory, method, resolve_settings(method, memory, **settings))
+    return Session(model, lookup, tokenizer, force, replay)
 
 
 class Session:
     """An attached memory; see `attach`."""
 
     def __init__(
-        self, model: PreTrainedModel, knn: KnnLM, tokenizer: Any = None, force: bool = False
+        self,
+        model: PreTrainedModel,
+        lookup: Lookup,
+        tokenizer: Any = None,
+        force: bool = False,
+        replay: int | str = 0,
     ) -> None:
         refuse_attached(model)
         self.model = model
-        self.knn = knn
-        self._layer = matching_key_layer(knn.memory, model, tokenizer, force=force)
-        self._base_only = threading.local()
+        self.lookup = lookup
+        self._layer = matching_key_layer(lookup.memory, model, tokenizer, force=force)
+        self._replay = sys.maxsize if replay == "full" else int(replay)
+        self._here = _Here()
         self._forward_lock = threading.Lock()
         self._generate_lock = threading.Lock()
         self._generated: _Generated | None = None
-        self._replaced = {name: vars(model).get(name) for name in ("forward", "generate")}
+        names = ("forward", "prepare_inputs_for_generation", "generate")
+        self._replaced = {name: vars(model).get(name) for name in names}
         vars(model)["forward"] = self._wrap_forward(model.forward)
+        vars(model)["prepare_inputs_for_generation"] = self._wrap_prepare(
+            cast(Any, model.prepare_inputs_for_generation)
+        )
         vars(model)["generate"] = self._wrap_generate(cast(Any, model.generate))
 
     def __enter__(self) -> "Session":
@@ -125,9 +121,9 @@ class Session:
         self.detach()
 
     @property
-    def settings(self) -> KnnSettings:
-        """λ, temperature, k and the distances in use."""
-        return self.knn.settings
+    def settings(self) -> Settings:
+        """λ, temperature and whatever else is in use."""
+        return self.lookup.settings
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when done twice."""
@@ -140,12 +136,11 @@ class Session:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone in this thread, for as long as the context lasts."""
-        before = getattr(self._base_only, "here", False)
-        self._base_only.here = True
+        before, self._here.base_only = self._here.base_only, True
         try:
             yield
         finally:
-            self._base_only.here = before
+            self._here.base_only = before
 
     def sources(self, row: int = 0) -> list[TokenSources]:
         """Where each new token of a row of the last `generate` came from.
@@ -166,38 +161,18 @@ class Session:
         if len(tokens) == prompt_length:
             return []
         inputs = tokens[None, :-1]
+        replayed = self._replay if self.lookup.keeps_state else 0
+        first = max(0, prompt_length - 1 - replayed)
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
-        wanted[:, prompt_length - 1 :] = True
-        targets = tokens[prompt_length:]
+        wanted[:, first:] = True
+        targets = tokens[first + 1 :].numpy()
         with self.disabled():
             keys, lm_log_probs = encode_and_score(
-                self.model, self._layer, inputs.numpy(), wanted.numpy(), targets.numpy()
+                self.model, self._layer, inputs.numpy(), wanted.numpy(), targets
             )
-        memory, retrieved = self.knn.memory, self.knn.retrieve(keys)
-        lam = self.knn.lams(retrieved)
-        from_memory = lam * target_probs(retrieved.weights, retrieved.values, targets)
-        share = from_memory / (from_memory + (1 - lam) * lm_log_probs.exp())
-        spoke = (retrieved.values == targets[:, None]) & (retrieved.weights > 0)
-        places = {entry: memory.place(entry) for entry in retrieved.ids[spoke].unique().tolist()}
-        numbers = sorted({place.document for place in places.values()})
-        documents = {number: memory.document(number) for number in numbers}  # in the file's order
-        named = []
-        for i, token in enumerate(targets.tolist()):
-            weights, order = retrieved.weights[i][spoke[i]].sort(descending=True)
-            entries = retrieved.ids[i][spoke[i]][order].tolist()
-            sources = [
-                Source(
-                    entry,
-                    places[entry].document,
-                    documents[places[entry].document].id,
-                    documents[places[entry].document].metadata,
-                    places[entry].position,
-                    weight,
-                )
-                for entry, weight in zip(entries, (weights / weights.sum()).tolist(), strict=True)
-            ]
-            named.append(TokenSources(token, float(share[i].nan_to_num()), sources))
-        return named
+        queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1))
+        skip = prompt_length - 1 - first
+        return token_sources(self.lookup, queries, targets, lm_log_probs.exp().numpy(), skip)
 
     @staticmethod
     def _row(generated: _Generated, row: int) -> tuple[Tensor, int]:
@@ -219,18 +194,31 @@ class Session:
 
         @functools.wraps(original)  # generate() reads the signature to decide what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._base_only, "here", False):
+            here = self._here
+            if here.base_only:
                 return original(*args, **kwargs)
             named = signature.bind_partial(*args, **kwargs).arguments
             rest = named.pop("kwargs", {})
-            tokens = named.get("input_ids")
-            shape = (named["inputs_embeds"] if tokens is None else tokens).shape[:2]
             as_tuple = kwargs.pop("return_dict", None) is False
+            tokens, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
+            shape = (named["inputs_embeds"] if tokens is None else tokens).shape[:2]
+            sequences, here.sequences = here.sequences, None
+            this = None
+            if self.lookup.needs_context:
+                sequences = sequences or Sequences.of_call(named)
+                this = Pass(sequences, shape[1], keep, self.lookup.keeps_state)
+                if self._layer.name == "last_hidden" and "logits_to_keep" in signature.parameters:
+                    # The head's own input is cut as its output is: cut both less, and later.
+                    some = isinstance(keep, int) and keep > 0
+                    kwargs["logits_to_keep"] = max(this.positions, keep) if some else 0
             # Hooks on one module would mix up two threads' keys.
             with self._forward_lock, captured_input(self._layer.module) as seen:
                 output = original(*args, return_dict=True, **kwargs)
-            keep = named.get("logits_to_keep", 0)
-            output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
+            if this is None:
+                output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
+            else:
+                hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
+                output.logits = self._mix_rows(this, hidden, output.logits, keep)
             if named.get("labels") is not None:
                 output.loss = self.model.loss_function(
                     logits=output.logits,
@@ -255,11 +243,54 @@ class Session:
     def _mix(
         self, queries: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
     ) -> Float[Tensor, "*shape vocab"]:
-        """Log-probabilities of base and memory together, for every position that has logits."""
-        keys = queries.float().cpu()
+        """Log-probabilities of base and memory together, where hidden states are all it takes."""
+        keys = queries.float().cpu().numpy()
+        none = np.empty(0, dtype=np.int64)
+        candidates = self.lookup.candidates(Queries(keys, none, np.zeros(len(keys), np.int64)))
         lm_log_probs = logits.float().log_softmax(-1)
-        mixed = self.knn.log_probs(lm_log_probs.reshape(len(keys), -1), keys)
+        mixed = self.lookup.log_probs(candidates, lm_log_probs.reshape(len(keys), -1))
         return mixed.reshape(logits.shape)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _mix_rows(
+        self,
+        this: Pass,
+        hidden: Float[Tensor, "rows states dim"],
+        logits: Float[Tensor, "*shape vocab"],
+        keep: int | Tensor,
+    ) -> Float[Tensor, "*shape vocab"]:
+        """Log-probabilities of base and memory together; the base's alone before the first."""
+        if self._layer.name == "last_hidden":
+            logits = slice_logits_to_keep(logits, keep)
+        lm_log_probs = logits.float().log_softmax(-1)
+        mixed = lm_log_probs.reshape(-1, logits.shape[-1]).clone()
+        prefixes = self._here.prefixes or Prefixes(self.lookup)
+        for places, candidates in prefixes.predict(this.rows(hidden)):
+            numbers = this.logits_of(places)
+            chosen = numbers >= 0
+            if chosen.any():
+                rows = torch.from_numpy(numbers[chosen]).to(mixed.device)
+                mixed[rows] = self.lookup.log_probs(candidates.rows(chosen), mixed[rows])
+        return mixed.reshape(logits.shape)
+
+    def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def prepare(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            here = self._here
+            if here.prefixes is not None:
+                cache = kwargs.get("past_key_values")
+                past = 0 if cache is None else int(cache.get_seq_length())
+                if past and kwargs.get("next_sequence_length") is None and here.ids is not None:
+                    here.ids = torch.cat([here.ids, ids], dim=1)  # a long prompt, in pieces
+                else:
+                    here.ids = ids  # of the whole sequences: beams in order, drafts at the end
+                mask = kwargs.get("attention_mask")
+                if mask is not None:
+                    mask = mask[:, : here.ids.shape[1]]
+                here.sequences = Sequences.of(here.ids, mask, here.first)
+            return original(ids, *args, **kwargs)
+
+        return prepare
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -273,19 +304,34 @@ class Session:
                 )
             try:
                 self._generated = None
-                output = original(*args, **kwargs)
                 named = signature.bind_partial(*args, **kwargs).arguments
-                self._generated = self._remember(output, named | named.pop("kwargs", {}))
+                named |= named.pop("kwargs", {})
+                with self._following(named):
+                    output = original(*args, **kwargs)
+                self._generated = self._remember(output, named)
                 return output
             finally:
                 self._generate_lock.release()
 
         return generate
 
+    @contextmanager
+    def _following(self, named: dict[str, Any]) -> Iterator[None]:
+        """Know the sequences of the passes that generate() makes in this thread."""
+        here, prompt = self._here, _prompt(named)
+        if self.lookup.needs_context:
+            here.prefixes = Prefixes(self.lookup)
+            replayed = self._replay if self.lookup.keeps_state else 0
+            here.first = 0 if prompt is None else max(0, prompt.shape[1] - 1 - replayed)
+        try:
+            yield
+        finally:
+            here.prefixes = here.ids = here.sequences = None
+
     def _remember(self, output: Any, named: dict[str, Any]) -> _Generated | None:
-        prompt = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
+        prompt = _prompt(named)
         sequences = getattr(output, "sequences", output)
-        if not isinstance(prompt, Tensor) or not isinstance(sequences, Tensor):
+        if prompt is None or not isinstance(sequences, Tensor):
             return None
         stops = _token_ids(self._generation_option(named, "eos_token_id"))
         pad = next(iter(_token_ids(self._generation_option(named, "pad_token_id"))), None)
@@ -301,6 +347,22 @@ class Session:
             return named[name]
         given = getattr(named.get("generation_config"), name, None)
         return getattr(self.model.generation_config, name) if given is None else given
+
+
+class _Here(threading.local):
+    """What one thread is about: its passes are not to be mixed up with another's."""
+
+    base_only = False
+    prefixes: Prefixes | None = None  # while generating with a method that looks at the context
+    first = 0
+    ids: Tensor | None = None
+    sequences: Sequences | None = None
+
+
+def _prompt(named: dict[str, Any]) -> Tensor | None:
+    """The prompt's token ids among the arguments of generate()."""
+    prompt = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
+    return prompt if isinstance(prompt, Tensor) and not prompt.is_floating_point() else None
 
 
 def _token_ids(value: int | list[int] | Tensor | None) -> list[int]:

@@ -1,10 +1,14 @@
 """What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nearest.corpus.documents import Document
@@ -17,9 +21,30 @@ from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress
+from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.walk import Trails, walk
 
 # Documents, plain strings, or arrays of token ids.
 ScoredInput = Iterable[Document | str | Tokens]
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """A run of n predictions, document after document and position after position.
+
+    Attributes:
+        documents: number of each prediction's document in the text.
+        queries: hidden states and contexts.
+        targets: the tokens that came.
+        lm_log_probs: the model's log-probability of each, in nats.
+        seconds: of the model's forward passes.
+    """
+
+    documents: Int[np.ndarray, " n"]
+    queries: Queries
+    targets: Int[np.ndarray, " n"]
+    lm_log_probs: Float[Tensor, " n"]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -89,14 +114,63 @@ class Scorer:
                 window, stride = memory.manifest.keys.window, memory.manifest.keys.stride
         return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
-    def batches(self, progress: Progress, stage: str) -> Iterator[ScoredBatch]:
-        """Every prediction of the text exactly once."""
+    def blocks(self, progress: Progress, stage: str) -> Iterator[ScoredBlock]:
+        """Every prediction of the text exactly once, in its order."""
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for scored in self.encoder.scores(self.text.documents):
-            yield scored
-            done += len(scored.lm_log_probs)
-            progress(stage, done, total)
+        for group in self.encoder.scores(self.text.documents):
+            scored = []
+            for batch in group:
+                scored.append(batch)
+                done += len(batch.lm_log_probs)
+                progress(stage, done, total)
+            yield self._block(scored)
+
+    def _block(self, scored: list[ScoredBatch]) -> ScoredBlock:
+        documents = np.concatenate([one.batch.documents for one in scored])
+        positions = np.concatenate([one.batch.positions for one in scored])
+        order = np.lexsort((positions, documents))
+        first, last = int(documents.min()), int(documents.max())
+        texts = self.text.documents[first : last + 1]
+        starts = np.cumsum([0, *map(len, texts)])[:-1]
+        documents, positions = documents[order], positions[order]
+        rows = torch.from_numpy(order)
+        return ScoredBlock(
+            documents,
+            Queries(
+                torch.cat([one.keys for one in scored])[rows].numpy(),
+                np.concatenate(texts),
+                starts[documents - first] + positions,
+            ),
+            np.concatenate([one.batch.targets for one in scored])[order],
+            torch.cat([one.lm_log_probs for one in scored])[rows],
+            sum(one.seconds for one in scored),
+        )
+
+
+class MethodRun:
+    """A method on its way through a text, with its costs so far."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self.lookup = lookup
+        self.seconds = 0.0
+        self.tokens = self.searches = 0
+        self._trails: Trails = {}
+
+    def log_probs(self, block: ScoredBlock) -> Float[Tensor, " n"]:
+        """Log-probabilities of the tokens that came, base and memory together."""
+        started = time.perf_counter()
+        mixed = torch.empty_like(block.lm_log_probs)
+        for rows, candidates in walk(
+            self.lookup, block.queries, block.documents, block.targets, self._trails
+        ):
+            mixed[rows] = self.lookup.token_log_probs(
+                candidates, block.lm_log_probs[rows], block.targets[rows]
+            )
+            self.searches += int(candidates.searched.sum())
+        self.tokens += len(mixed)
+        self.seconds += time.perf_counter() - started
+        return mixed
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Any:

@@ -1,75 +1,124 @@
-"""Neighbours → distribution over the next token → mixture with the language model's.
+"""Candidates → distribution over the next token → mixture with the language model's.
 
-kNN-LM (Khandelwal et al., 2020, arXiv:1911.00172): p_kNN(w) ∝ Σ 1[value = w]·exp(−d/T) and
-p = λ·p_kNN + (1−λ)·p_LM. Pure functions on tensors; everything is summed in float32 or better.
+kNN-LM (Khandelwal et al., 2020, arXiv:1911.00172) weighs a candidate by exp(−d/T). Here it is
+(1 + m)^b · exp(−d/T): m is the number of tokens of left context that candidate and query share, and
+b = 0 gives kNN-LM and RetoMaton. p = Σ λ_c·p_c + (1 − Σ λ_c)·p_LM over components c. Pure functions
+of arrays; sums are made in float32 or better.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple, no_type_check
 
+import numba
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearest.index.suffix import MAX_MATCH
+from nearest.index.threads import in_threads
+from nearest.retrieval.candidates import Candidates
 
-def knn_weights(distances: Float[Tensor, "q k"], temperature: float) -> Float[Tensor, "q k"]:
-    """softmax(−distance / temperature) over each query's neighbours.
 
-    A neighbour at distance +inf (id −1) weighs nothing; a query without any neighbour gets zeros.
+class Component(NamedTuple):
+    """A distribution made of some sources' candidates, in one way of weighing them."""
+
+    sources: tuple[str, ...]  # that stand side by side in SOURCES
+    temperature: float
+    length_power: float = 0.0
+
+
+def component_probs(
+    candidates: Candidates, components: Sequence[Component], tokens: Int[np.ndarray, " q"]
+) -> Float[np.ndarray, "q components"]:
+    """Probability (float64) that each component gives to one token a query; 0 where it is empty."""
+    probs = np.zeros((len(tokens), len(components)))
+    for n, component in enumerate(components):
+        columns, log_lengths = _prepared(candidates, component)
+
+        def work(part: slice) -> None:
+            _token_probs(
+                candidates.distances[part, columns],  # noqa: B023  all is called at once
+                candidates.lengths[part, columns],  # noqa: B023
+                candidates.values[part, columns],  # noqa: B023
+                tokens[part],
+                1 / component.temperature,  # noqa: B023
+                log_lengths,  # noqa: B023
+                probs[part, n],  # noqa: B023
+            )
+
+        in_threads(work, len(tokens))
+    return probs
+
+
+class Weights(NamedTuple):
+    """What each candidate adds to the probability of its value, and what is left to the model."""
+
+    candidates: Float[np.ndarray, "q c"]  # float32
+    lm: Float[np.ndarray, " q"]  # float64
+
+
+def candidate_weights(
+    candidates: Candidates,
+    components: Sequence[Component],
+    shares: Float[np.ndarray, "q components"],
+) -> Weights:
+    """Weigh candidates such that each component's sum to its share λ in every row.
+
+    A component without candidates leaves its share to the language model.
     """
-    nearest = distances.amin(-1, keepdim=True)
-    # Large distances lose digits when divided, small differences of them do not.
-    weights = torch.softmax((nearest - distances) / temperature, dim=-1)
-    return weights.masked_fill_(nearest == torch.inf, 0.0)
+    weights = np.zeros(candidates.ids.shape, dtype=np.float32)
+    lm = np.ones(len(weights))
+    for n, component in enumerate(components):
+        columns, log_lengths = _prepared(candidates, component)
+
+        def work(part: slice) -> None:
+            _add_weights(
+                candidates.distances[part, columns],  # noqa: B023
+                candidates.lengths[part, columns],  # noqa: B023
+                1 / component.temperature,  # noqa: B023
+                log_lengths,  # noqa: B023
+                shares[part, n],  # noqa: B023
+                weights[part, columns],  # noqa: B023
+                lm[part],
+            )
+
+        in_threads(work, len(weights))
+    return Weights(weights, lm)
 
 
-def target_probs(
-    weights: Float[Tensor, "q k"], values: Int[Tensor, "q k"], targets: Int[Tensor, " q"]
-) -> Float[Tensor, " q"]:
-    """Probability that the neighbours give to one token each."""
-    return (weights * (values == targets[:, None])).sum(-1)
+def component_weights_reference(
+    distances: Float[np.ndarray, "q c"],
+    lengths: Int[np.ndarray, "q c"],
+    temperature: float,
+    length_power: float,
+) -> Float[np.ndarray, "q c"]:
+    """(1 + m)^b · exp(−d/T), normalised in each row, in numpy; rows without candidates are 0."""
+    scores = length_power * np.log1p(lengths.astype(float)) - distances / temperature
+    best = scores.max(axis=1, initial=-np.inf, keepdims=True)
+    found = np.isfinite(best)
+    weights = np.where(found, np.exp(scores - np.where(found, best, 0.0)), 0.0)
+    total = weights.sum(axis=1, keepdims=True)
+    normalised: Float[np.ndarray, "q c"] = weights / np.where(total > 0, total, 1.0)
+    return normalised
 
 
 def vocabulary_probs(
-    weights: Float[Tensor, "q k"], values: Int[Tensor, "q k"], vocab_size: int
+    weights: Float[Tensor, "q c"], values: Int[Tensor, "q c"], vocab_size: int
 ) -> Float[Tensor, "q vocab"]:
-    """Probability that the neighbours give to every token; value −1 has no weight."""
+    """The candidates' weights summed by value; value −1 has no weight."""
     votes = weights.new_zeros(len(values), vocab_size)
     return votes.scatter_add(-1, values.clamp(min=0), weights)
 
 
-def interpolate(
+def mixed_log_probs(
     lm_log_probs: Float[Tensor, "*shape"],
     memory_probs: Float[Tensor, "*shape"],
-    lam: Float[Tensor, "*#shape"],
+    lm_share: Float[Tensor, "*#shape"],
 ) -> Float[Tensor, "*shape"]:
-    """log(λ·p_memory + (1−λ)·p_LM) in nats, λ in [0, 1]."""
-    return torch.logaddexp(lm_log_probs + torch.log1p(-lam), memory_probs.log() + lam.log())
-
-
-def target_probs_on_grid(
-    distances: Float[Tensor, "q k_max"],
-    matches: Bool[Tensor, "q k_max"],
-    temperatures: Sequence[float],
-    ks: Sequence[int],
-) -> Float[Tensor, "q temperatures ks"]:
-    """`target_probs` at every temperature with only the k nearest, for every k, in one retrieval.
-
-    Args:
-        distances: ascending in each row.
-        matches: whether the neighbour's value is the target.
-        temperatures: at which to weigh them.
-        ks: ascending, each at most k_max.
-    """
-    nearest = distances[:, :1].nan_to_num(posinf=0.0)  # subtracted so that exp never overflows
-    bounds = list(zip([0, *ks[:-1]], ks, strict=True))
-    probs = []
-    for temperature in temperatures:
-        weights = torch.exp((nearest - distances) / temperature)
-        hits = weights * matches
-        total = torch.stack([weights[:, a:b].sum(-1) for a, b in bounds], -1).cumsum(-1)
-        matched = torch.stack([hits[:, a:b].sum(-1) for a, b in bounds], -1).cumsum(-1)
-        probs.append(torch.where(total > 0, matched / total, 0.0))
-    return torch.stack(probs, 1)
+    """log(p_memory + λ_LM·p_LM) in nats; the memory's shares are in p_memory already."""
+    lm_share = lm_share.to(lm_log_probs.dtype).clamp(min=0)  # a sum of shares may exceed 1 by ulps
+    return torch.logaddexp(lm_log_probs + lm_share.log(), memory_probs.log())
 
 
 def nll_over_lams(
@@ -78,3 +127,63 @@ def nll_over_lams(
     """Mean negative log-likelihood in nats at each λ; in the dtype of the probabilities."""
     gain = memory_probs - lm_probs
     return torch.stack([-(lm_probs + lam * gain).log().mean() for lam in lams])
+
+
+def _prepared(
+    candidates: Candidates, component: Component
+) -> tuple[slice, Float[np.ndarray, " lengths"]]:
+    """The component's columns, and b·log(1 + m) for every length m."""
+    lengths = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
+    return candidates.of(*component.sources), np.float32(component.length_power) * lengths
+
+
+# fmt: off
+@no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _best_score(distances: Any, lengths: Any, per_distance: Any, log_lengths: Any) -> Any:
+    best = -np.inf
+    for j in range(len(distances)):
+        best = max(best, log_lengths[lengths[j]] - distances[j] * per_distance)
+    return best
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _token_probs(
+    distances: Any, lengths: Any, values: Any, tokens: Any, per_distance: Any, log_lengths: Any,
+    probs: Any,
+) -> None:
+    for i in range(len(tokens)):
+        best = _best_score(distances[i], lengths[i], per_distance, log_lengths)
+        if best == -np.inf:
+            continue
+        total = right = 0.0
+        for j in range(distances.shape[1]):
+            score = log_lengths[lengths[i, j]] - distances[i, j] * per_distance
+            weight = np.exp(np.float32(score - best))
+            total += weight
+            if values[i, j] == tokens[i]:
+                right += weight
+        probs[i] = right / total
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add_weights(
+    distances: Any, lengths: Any, per_distance: Any, log_lengths: Any, shares: Any, weights: Any,
+    lm: Any,
+) -> None:
+    row = np.empty(distances.shape[1], dtype=np.float32)
+    for i in range(len(distances)):
+        best = _best_score(distances[i], lengths[i], per_distance, log_lengths)
+        if best == -np.inf or shares[i] == 0:
+            continue
+        lm[i] -= shares[i]
+        total = 0.0
+        for j in range(len(row)):
+            score = log_lengths[lengths[i, j]] - distances[i, j] * per_distance
+            row[j] = np.exp(np.float32(score - best))
+            total += row[j]
+        for j in range(len(row)):
+            weights[i, j] += row[j] * (shares[i] / total)
+# fmt: on

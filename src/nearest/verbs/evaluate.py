@@ -1,21 +1,20 @@
 """Score text by the base model and with a memory, in one pass of the model over it."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
-from nearest.models.scoring import ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.knn import BASE, KnnLM, KnnSettings, check_method
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import BASE, check_method, settings_of_methods
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def evaluate(
         NearestError: model, memory, text or settings cannot be used.
     """
     methods = [method] if isinstance(method, str) else list(method)
-    knn = _prepare_knn(memory, methods, settings)
+    runs = {name: MethodRun(lookup) for name, lookup in _lookups(memory, methods, settings).items()}
     scorer = Scorer.prepare(
         model,
         memory,
@@ -136,46 +135,39 @@ def evaluate(
         batch_size=batch_size,
         force=force,
     )
-    sums = {name: np.zeros(len(scorer.text.documents)) for name in methods}
-    base_seconds = knn_seconds = 0.0
-    for scored in scorer.batches(progress, "evaluate"):
-        base_seconds += scored.seconds
-        log_probs = {BASE: scored.lm_log_probs}
-        if knn is not None:
-            started = time.perf_counter()
-            log_probs["knn"] = knn.target_log_probs(
-                scored.lm_log_probs, scored.keys, torch.from_numpy(scored.batch.targets)
-            )
-            knn_seconds += time.perf_counter() - started
+    nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
+    base_seconds = 0.0
+    for block in scorer.blocks(progress, "evaluate"):
+        base_seconds += block.seconds
         for name in methods:
-            np.add.at(sums[name], scored.batch.documents, -log_probs[name].double().numpy())
+            run = runs.get(name)
+            log_probs = block.lm_log_probs if run is None else run.log_probs(block)
+            np.add.at(nll[name], block.documents, -log_probs.double().numpy())
     results = [
         _result(
-            scorer,
-            name,
-            sums[name],
-            sums[methods[0]] if name != methods[0] else None,
-            base_seconds,
-            0.0 if name == BASE else knn_seconds,
-            None if name == BASE or knn is None else knn.settings,
+            scorer, name, nll[name], nll[methods[0]] if n else None, base_seconds, runs.get(name)
         )
-        for name in methods
+        for n, name in enumerate(methods)
     ]
     return results[0] if isinstance(method, str) else results
 
 
-def _prepare_knn(
-    memory: Memory | None, methods: Sequence[str], settings: dict[str, Any]
-) -> KnnLM | None:
+def _lookups(
+    memory: Memory | None, methods: Sequence[str], given: dict[str, Any]
+) -> dict[str, Lookup]:
     for name in methods:
         check_method(name)
     if not methods or len(set(methods)) != len(methods):
         raise SettingError("name at least one method, and each only once")
-    if "knn" not in methods:
-        return None
+    of_memory = [name for name in methods if name != BASE]
+    if not of_memory:
+        return {}
     if memory is None:
-        raise SettingError("method knn needs a memory: pass one")
-    return KnnLM(memory, KnnSettings.resolve(memory, **settings))
+        raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
+    return {
+        name: Lookup(memory, name, settings)
+        for name, settings in settings_of_methods(of_memory, memory, given).items()
+    }
 
 
 def _result(
@@ -184,10 +176,11 @@ def _result(
     nll: Float[np.ndarray, " documents"],
     compared_to: Float[np.ndarray, " documents"] | None,
     base_seconds: float,
-    own_seconds: float,
-    settings: KnnSettings | None,
+    run: MethodRun | None,
 ) -> Result:
     text = scorer.text
+    settings: dict[str, Any] = {} if run is None else run.lookup.settings.of(method)
+    own_seconds = 0.0 if run is None else run.seconds
     counts = np.array([len(tokens) - 1 for tokens in text.documents])
     tokens, total = int(counts.sum()), float(nll.sum())
     interval = bootstrap_interval(nll, counts)
@@ -206,13 +199,13 @@ def _result(
         ppl=perplexity(total, tokens),
         word_ppl=perplexity(total, text.words) if text.words else None,
         bpb=bits_per_byte(total, text.utf8_bytes) if text.utf8_bytes else None,
-        foss=None if settings is None else 0.0,
+        foss=None if run is None else 1 - run.searches / run.tokens,
         tok_s=tokens / seconds,
         seconds=seconds,
         added_ms=1000 * own_seconds / tokens,
-        lam=None if settings is None else settings.lam,
-        temperature=None if settings is None else settings.temperature,
-        k=None if settings is None else settings.k,
+        lam=settings.get("lam"),
+        temperature=settings.get("temperature"),
+        k=settings.get("k"),
         delta_nll=delta_nll,
         delta_low=delta.low,
         delta_high=delta.high,

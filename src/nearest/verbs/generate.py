@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from nearest.encode.identity import max_positions, start_token
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
-from nearest.models.attach import Source, TokenSources, attach
-from nearest.retrieval.knn import BASE, check_method
+from nearest.models.attach import attach
+from nearest.models.sources import Source, TokenSources
+from nearest.retrieval.settings import BASE, check_method
 
 _CONTEXT_TOKENS = 12
 _SOURCES_A_TOKEN = 5
@@ -68,6 +69,7 @@ def generate(
     method: str = "knn",
     sources: bool = True,
     force: bool = False,
+    replay: int | str = 0,
     settings: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> Generation:
@@ -77,10 +79,11 @@ def generate(
         model, tokenizer: those that built the memory.
         memory: what to look up.
         prompt: may be empty.
-        method: "base" or "knn".
+        method: "base", or one that uses the memory.
         sources: name, for every token, what the memory gave it.
         force: accept another model than the one that built the memory.
-        settings: lam, temperature, k, distances; else as tuned.
+        replay: positions of the prompt that are looked up before the last, or "full".
+        settings: of the method; else as tuned.
         **generation: passed on to `model.generate` (max_new_tokens, num_beams, do_sample, …).
 
     Raises:
@@ -101,7 +104,13 @@ def generate(
         named: list[TokenSources] = []
     else:
         with attach(
-            model, memory, method, tokenizer=tokenizer, force=force, **(settings or {})
+            model,
+            memory,
+            method,
+            tokenizer=tokenizer,
+            force=force,
+            replay=replay,
+            **(settings or {}),
         ) as session:
             output = model.generate(**arguments)  # type: ignore[operator]
             named = session.sources(0) if sources else []

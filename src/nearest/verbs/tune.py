@@ -1,7 +1,6 @@
-"""Find λ, temperature and k on held-out text: retrieve once, then sweep as array mathematics."""
+"""Find a method's settings on held-out text: retrieve once, then sweep as array mathematics."""
 
-import itertools
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,36 +8,52 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.distribution import nll_over_lams, target_probs_on_grid
-from nearest.retrieval.knn import MEMORY_METHODS, KnnSettings, check_method
+from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import (
+    MEMORY_METHODS,
+    Settings,
+    as_stored,
+    check_method,
+    method_named,
+    resolve_settings,
+)
+from nearest.retrieval.walk import Trails, walk
 
 TEMPERATURES = tuple(round(2 ** (i / 2), 2) for i in range(-4, 25))  # 0.25 … 4096, by √2
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98
 KS = (16, 64, 256, 1024)
-_QUERIES_AT_ONCE = 1024
+LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best settings, and the whole sweep: nll in nats at [temperature, k, λ]."""
+    """The best settings, and the whole sweep: nll in nats at [temperature, variant, λ].
 
-    settings: KnnSettings
+    `variants` are the values tried for one more setting of the method: k, or length_power.
+    """
+
+    method: str
+    settings: Settings
     nll: float
     base_nll: float
     tokens: int
-    grid: Float[np.ndarray, "temperatures ks lams"] = field(repr=False)
+    grid: Float[np.ndarray, "temperatures variants lams"] = field(repr=False)
+    variant: str
+    variants: tuple[float, ...]
     temperatures: tuple[float, ...] = TEMPERATURES
-    ks: tuple[int, ...] = KS
     lams: tuple[float, ...] = LAMS
 
     def as_json(self) -> dict[str, Any]:
         """What was found, as stored in the memory."""
         return {
-            **asdict(self.settings),
+            **as_stored(self.settings, self.method),
             "tuned_nll": self.nll,
             "tuned_base_nll": self.base_nll,
             "tuned_tokens": self.tokens,
@@ -55,27 +70,29 @@ def tune(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
-    distances: str = "keys",
     force: bool = False,
     store: bool = True,
     progress: Progress = no_progress,
+    **fixed: Any,
 ) -> Tuned:
     """Find the settings with the lowest nll on documents that are not to be scored later.
+
+    λ and the temperature are swept; with them k for kNN-LM (of the candidates for the largest k),
+    and length_power for the methods that weigh by match length.
 
     Args:
         model, memory, documents, tokenizer, window, stride, batch_size, force, progress: as in
             `evaluate`.
-        method: "knn".
-        distances: "keys" or "index".
+        method: one that uses the memory.
         store: write the result into the memory, where `attach` and `evaluate` find it; a memory
             opened before must be opened again to see it.
+        **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup, matches.
 
     Raises:
         NearestError: model, memory, text or settings cannot be used.
     """
     check_method(method, MEMORY_METHODS)
-    ks = tuple(sorted({min(k, memory.entries) for k in KS}))
-    widest = KnnSettings(k=ks[-1], distances=distances, candidates=ks[-1])
+    lookup, variant, variants = _sweep_of(method, memory, fixed)
     scorer = Scorer.prepare(
         model,
         memory,
@@ -87,41 +104,84 @@ def tune(
         force=force,
     )
     lm_probs, memory_probs = [], []
-    for scored in scorer.batches(progress, "tune"):
-        targets = torch.from_numpy(scored.batch.targets)
-        for start in range(0, len(targets), _QUERIES_AT_ONCE):
-            part = slice(start, start + _QUERIES_AT_ONCE)
-            found = memory.search(scored.keys[part].numpy(), widest.k, distances)
-            matches = torch.from_numpy(memory.values(found.ids)) == targets[part][:, None]
-            ascending = torch.from_numpy(found.distances)
-            memory_probs.append(target_probs_on_grid(ascending, matches, TEMPERATURES, ks))
-        lm_probs.append(scored.lm_log_probs.double().exp())
+    trails: Trails = {}
+    for block in scorer.blocks(progress, f"tune {method}"):
+        probs = np.empty((len(block.targets), len(variants), len(TEMPERATURES)), np.float32)
+        for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
+            for i, value in enumerate(variants):
+                chosen, power = candidates, lookup.settings.length_power
+                if variant == "k":
+                    chosen = _nearest(candidates, int(value))
+                elif variant == "length_power":
+                    power = value
+                components = [Component(lookup.sources, t, power) for t in TEMPERATURES]
+                probs[rows, i] = component_probs(chosen, components, block.targets[rows])
+        memory_probs.append(torch.from_numpy(probs))
+        lm_probs.append(block.lm_log_probs.double().exp())
     base = torch.cat(lm_probs)
-    grid = _sweep(base, torch.cat(memory_probs))
+    grid = _nll_grid(base, torch.cat(memory_probs))
     best = np.unravel_index(int(np.nanargmin(grid)), grid.shape)
-    tuned = Tuned(
+    settings = replace(lookup.settings, temperature=TEMPERATURES[best[0]], lam=LAMS[best[2]])
+    if variant == "k":
         # The best k was chosen among the widest's candidates, and is to be fetched among them.
-        settings=replace(
-            widest, lam=LAMS[best[2]], temperature=TEMPERATURES[best[0]], k=ks[best[1]]
-        ),
+        settings = replace(settings, k=int(variants[best[1]]), candidates=int(variants[-1]))
+    elif variant == "length_power":
+        settings = replace(settings, length_power=variants[best[1]])
+    tuned = Tuned(
+        method=method,
+        settings=settings,
         nll=float(grid[best]),
         base_nll=float(-base.log().mean()),
         tokens=len(base),
         grid=grid,
-        ks=ks,
+        variant=variant,
+        variants=variants,
     )
     if store:
         store_settings(memory.path, method, tuned.as_json())
     return tuned
 
 
-def _sweep(
-    base: Float[torch.Tensor, " n"], memory_probs: Float[torch.Tensor, "n temperatures ks"]
-) -> Float[np.ndarray, "temperatures ks lams"]:
+def _sweep_of(
+    method: str, memory: Memory, fixed: dict[str, Any]
+) -> tuple[Lookup, str, tuple[float, ...]]:
+    """The widest retrieval, and what of it is varied beside temperature and λ."""
+    swept = {"lam", "temperature"} & {name for name, value in fixed.items() if value is not None}
+    if swept:
+        raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
+    given = {name: value for name, value in fixed.items() if value is not None}
+    defaults = Settings(**method_named(method).defaults)
+    resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
+    known = method_named(method).settings
+    widest = replace(defaults, **given)
+    if "k" in known:
+        widest = replace(widest, k=min(widest.k, memory.entries))
+    if method == "knn" and "k" not in given:
+        ks = tuple(sorted({min(k, memory.entries) for k in KS}))
+        widest = replace(widest, k=ks[-1], candidates=max(widest.candidates, ks[-1]))
+        return Lookup(memory, method, widest), "k", ks
+    if defaults.length_power > 0 and "length_power" not in given:
+        return Lookup(memory, method, widest), "length_power", LENGTH_POWERS
+    return Lookup(memory, method, widest), "", (0.0,)
+
+
+def _nearest(candidates: Candidates, k: int) -> Candidates:
+    """The first k columns of a dense search."""
+    ids, values, distances, lengths, _, searched = candidates
+    return Candidates(
+        ids[:, :k], values[:, :k], distances[:, :k], lengths[:, :k], (k, 0, 0), searched
+    )
+
+
+def _nll_grid(
+    base: Float[torch.Tensor, " n"], memory_probs: Float[torch.Tensor, "n variants temperatures"]
+) -> Float[np.ndarray, "temperatures variants lams"]:
     """Mean nll of every combination, in float64."""
-    shape = memory_probs.shape[1:]
+    variants, temperatures = memory_probs.shape[1:]
     lams = torch.tensor(LAMS, dtype=torch.float64)
-    grid = np.empty((*shape, len(LAMS)))
-    for i, j in itertools.product(*map(range, shape)):
-        grid[i, j] = nll_over_lams(base, memory_probs[:, i, j].double(), lams).numpy()
+    grid = np.empty((temperatures, variants, len(LAMS)))
+    for variant in range(variants):
+        for temperature in range(temperatures):
+            probs = memory_probs[:, variant, temperature].double()
+            grid[temperature, variant] = nll_over_lams(base, probs, lams).numpy()
     return grid

@@ -1,0 +1,100 @@
+"""Which entries spoke for the tokens of a finished sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.memory.memory import Memory
+from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.walk import walk
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry that spoke for a token: where it stands, and its share of the memory's say."""
+
+    entry: int
+    document: int
+    document_id: str
+    metadata: Mapping[str, Any]
+    position: int  # of the entry in its document's tokens; the token it gave stands one later
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenSources:
+    """A generated token, how much of its probability the memory gave, and which entries did.
+
+    The sources' weights sum to 1, or there are none where the memory gave the token nothing.
+    """
+
+    token: int
+    memory_weight: float
+    sources: list[Source]
+
+
+class _Spoken(NamedTuple):
+    """A token, what each entry added to its probability (strongest first), and what the model."""
+
+    token: int
+    entries: dict[int, float]
+    from_lm: float
+
+
+def token_sources(
+    lookup: Lookup,
+    queries: Queries,
+    targets: Int[np.ndarray, " n"],
+    lm_probs: Float[np.ndarray, " n"],
+    skip: int,
+) -> list[TokenSources]:
+    """Sources of the tokens of one sequence, whose first `skip` only lead up to them."""
+    spoken = []
+    one_document = np.zeros(len(targets), dtype=np.int64)
+    for rows, candidates in walk(lookup, queries, one_document, targets, {}):
+        weights, left = lookup.weights(candidates)
+        right = np.where(candidates.values == targets[rows, None], weights, 0)
+        for i, row in enumerate(rows.tolist()):
+            if row >= skip:
+                entries = _strongest_first(candidates.ids[i], right[i])
+                spoken.append(_Spoken(int(targets[row]), entries, float(left[i] * lm_probs[row])))
+    return _placed(lookup.memory, spoken)
+
+
+def _strongest_first(
+    ids: Int[np.ndarray, " c"], weights: Float[np.ndarray, " c"]
+) -> dict[int, float]:
+    """What each entry weighs in all; one that stands twice among the candidates counts twice."""
+    some = weights > 0
+    entries, at = np.unique(ids[some], return_inverse=True)
+    totals = np.bincount(at, weights[some], minlength=len(entries))
+    order = np.argsort(-totals, kind="stable")
+    return dict(zip(entries[order].tolist(), totals[order].tolist(), strict=True))
+
+
+def _placed(memory: Memory, spoken: list[_Spoken]) -> list[TokenSources]:
+    """Look up where the entries stand; each document is read once, in the file's order."""
+    places = {
+        entry: memory.place(entry) for entry in {entry for one in spoken for entry in one.entries}
+    }
+    numbers = sorted({place.document for place in places.values()})
+    documents = {number: memory.document(number) for number in numbers}
+    result = []
+    for token, entries, from_lm in spoken:
+        total = sum(entries.values())
+        sources = [
+            Source(
+                entry,
+                places[entry].document,
+                documents[places[entry].document].id,
+                documents[places[entry].document].metadata,
+                places[entry].position,
+                weight / total,
+            )
+            for entry, weight in entries.items()
+        ]
+        result.append(TokenSources(token, total / (total + from_lm) if total else 0.0, sources))
+    return result

@@ -1,0 +1,70 @@
+"""The entries that are weighed for a prediction, whichever source they came from."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from nearest.index.neighbours import NO_ENTRY
+
+SOURCES = ("dense", "pointers", "suffix")
+
+
+class Candidates(NamedTuple):
+    """Entries of each query, a column each; a source's columns stand together, in SOURCES' order.
+
+    Where a source gave a query fewer entries than columns, the id and value are -1, the distance
+    +inf and the length 0.
+    """
+
+    ids: Int[np.ndarray, "q c"]  # int64
+    values: Int[np.ndarray, "q c"]  # int64, the token that follows each entry
+    distances: Float[np.ndarray, "q c"]  # float32; all 0 in a memory without keys
+    lengths: Int[np.ndarray, "q c"]  # int16, tokens of left context shared with the query
+    columns: tuple[int, int, int]  # how many columns each source has
+    searched: Bool[np.ndarray, " q"]  # whether the dense search was made
+
+    def rows(self, rows: slice | Bool[np.ndarray, " q"]) -> "Candidates":
+        """Those of some queries."""
+        return Candidates(
+            self.ids[rows],
+            self.values[rows],
+            self.distances[rows],
+            self.lengths[rows],
+            self.columns,
+            self.searched[rows],
+        )
+
+    def of(self, *sources: str) -> slice:
+        """The columns of neighbouring sources, such as "dense" and "pointers"."""
+        first, last = SOURCES.index(sources[0]), SOURCES.index(sources[-1])
+        return slice(sum(self.columns[:first]), sum(self.columns[: last + 1]))
+
+
+class Part(NamedTuple):
+    """What one source found; see Candidates."""
+
+    ids: Int[np.ndarray, "q c"]
+    distances: Float[np.ndarray, "q c"]
+    lengths: Int[np.ndarray, "q c"]
+
+
+def no_part(queries: int) -> Part:
+    """What a source that was not asked has found."""
+    empty = np.empty((queries, 0))
+    return Part(empty.astype(np.int64), empty.astype(np.float32), empty.astype(np.int16))
+
+
+def scattered(part: Part, rows: Bool[np.ndarray, " n"]) -> Part:
+    """Parts of some queries as parts of all n; the other rows hold nothing."""
+    if rows.all():
+        return part
+    shape = len(rows), part.ids.shape[1]
+    whole = Part(
+        np.full(shape, NO_ENTRY, np.int64),
+        np.full(shape, np.inf, np.float32),
+        np.zeros(shape, np.int16),
+    )
+    for everywhere, some in zip(whole, part, strict=True):
+        everywhere[rows] = some
+    return whole

@@ -1,0 +1,186 @@
+"""One method over a memory: queries and pointers in, candidates and their weights out.
+
+Every method is this pipeline with its own sources and settings; it keeps no state between calls.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nearest.corpus.tokens import Tokens
+from nearest.index.neighbours import NO_ENTRY
+from nearest.memory.memory import Memory
+from nearest.retrieval import automaton
+from nearest.retrieval.candidates import SOURCES, Candidates, Part, no_part, scattered
+from nearest.retrieval.distribution import (
+    Component,
+    Weights,
+    candidate_weights,
+    mixed_log_probs,
+    vocabulary_probs,
+)
+from nearest.retrieval.settings import Settings, method_named
+
+
+class Queries(NamedTuple):
+    """Positions at which the next token is to be predicted.
+
+    Query i has the hidden state keys[i] and the tokens context[: ends[i] + 1], back to the last
+    start token; several documents may stand one after another in `context`.
+    """
+
+    keys: Float[np.ndarray, "q dim"]  # float32
+    context: Tokens  # int64
+    ends: Int[np.ndarray, " q"]
+
+    def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Queries":
+        """Some of the queries."""
+        return Queries(self.keys[rows], self.context, self.ends[rows])
+
+
+class Lookup:
+    """A memory, a method and its settings."""
+
+    def __init__(self, memory: Memory, method: str, settings: Settings) -> None:
+        self.memory = memory
+        self.method = method
+        self.settings = settings
+        self._sources = method_named(method)
+        self.sources = tuple(name for name in SOURCES if getattr(self._sources, name))
+        self._component = Component(self.sources, settings.temperature, settings.length_power)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a prediction depends on those before it, and not on its context alone."""
+        return self._sources.pointers
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether predictions depend on the tokens before, and not on hidden states alone."""
+        return self._sources.pointers or self._sources.suffix or self.settings.length_power > 0
+
+    def candidates(
+        self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
+    ) -> Candidates:
+        """What every source of the method finds.
+
+        `pointers` are what `follow` gave for the queries' sequences, None at their beginnings.
+        """
+        none = no_part(len(queries.keys))
+        pointed = none
+        if pointers is not None and self._sources.pointers:
+            pointed = self._pointed(queries, pointers)
+        searched = self._to_search(pointed)
+        dense = none
+        if searched.any():
+            dense = scattered(self._dense(queries.rows(searched)), searched)
+        if self.settings.dedup:
+            pointed = self._without_repeated(pointed, dense)
+        parts = dense, pointed, self._matched(queries) if self._sources.suffix else none
+        ids = np.concatenate([part.ids for part in parts], axis=1)
+        return Candidates(
+            ids,
+            self.memory.values(ids),
+            np.concatenate([part.distances for part in parts], axis=1),
+            np.concatenate([part.lengths for part in parts], axis=1),
+            (dense.ids.shape[1], pointed.ids.shape[1], parts[2].ids.shape[1]),
+            searched,
+        )
+
+    def follow(
+        self, candidates: Candidates, tokens: Int[np.ndarray, " q"]
+    ) -> Int[np.ndarray, "q p"]:
+        """Pointers for the next prediction: the entries after those whose value came."""
+        columns = candidates.of("dense", "pointers")
+        agreed = automaton.agreeing(
+            candidates.ids[:, columns],
+            candidates.distances[:, columns],
+            candidates.values[:, columns],
+            tokens,
+        )
+        return self.memory.successors(agreed)
+
+    def weights(self, candidates: Candidates) -> Weights:
+        """What each candidate adds to the probability of its value, and what the model does."""
+        shares = np.full((len(candidates.ids), 1), self.settings.lam)
+        return candidate_weights(candidates, [self._component], shares)
+
+    def token_log_probs(
+        self,
+        candidates: Candidates,
+        lm_log_probs: Float[Tensor, " q"],
+        tokens: Int[np.ndarray, " q"],
+    ) -> Float[Tensor, " q"]:
+        """Log-probability of one token a query, with no array of the vocabulary's size."""
+        weights = self.weights(candidates)
+        probs = (weights.candidates * (candidates.values == tokens[:, None])).sum(axis=1)
+        return mixed_log_probs(lm_log_probs, torch.from_numpy(probs), torch.from_numpy(weights.lm))
+
+    def log_probs(
+        self, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]
+    ) -> Float[Tensor, "q vocab"]:
+        """Log-probabilities of every token, on the device of `lm_log_probs`."""
+        device = lm_log_probs.device
+        weights = self.weights(candidates)
+        probs = vocabulary_probs(
+            torch.from_numpy(weights.candidates).to(device),
+            torch.from_numpy(candidates.values).to(device),
+            lm_log_probs.shape[-1],
+        )
+        return mixed_log_probs(
+            lm_log_probs, probs, torch.from_numpy(weights.lm)[:, None].to(device)
+        )
+
+    def _to_search(self, pointed: Part) -> Bool[np.ndarray, " q"]:
+        if not self._sources.dense:
+            return np.zeros(len(pointed.ids), dtype=bool)
+        if not self._sources.pointers:
+            return np.ones(len(pointed.ids), dtype=bool)
+        fewer: Bool[np.ndarray, " q"] = (pointed.ids >= 0).sum(axis=1) < self.settings.min_knns
+        return fewer
+
+    def _dense(self, queries: Queries) -> Part:
+        settings = self.settings
+        found = self.memory.search(
+            queries.keys, settings.k, settings.distances, settings.candidates
+        )
+        return Part(found.ids, found.distances, self._lengths(queries, found.ids))
+
+    def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:
+        settings = self.settings
+        ids = automaton.extend(pointers, self.memory.clusters, settings.max_knns)
+        distances = self.memory.distances(queries.keys, ids, settings.distances)
+        return Part(ids, distances, self._lengths(queries, ids))
+
+    def _matched(self, queries: Queries) -> Part:
+        found = self.memory.longest_matches(queries.context, queries.ends, self.settings.matches)
+        distances = self.memory.distances(queries.keys, found.ids)
+        return Part(found.ids, distances, found.lengths)
+
+    def _lengths(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Int[np.ndarray, "q c"]:
+        """Match lengths, where the method weighs by them."""
+        if self.settings.length_power == 0:
+            return np.zeros(ids.shape, dtype=np.int16)
+        return self.memory.match_lengths(ids, queries.context, queries.ends)
+
+    @staticmethod
+    def _without_repeated(pointed: Part, dense: Part) -> Part:
+        ids = automaton.without_repeated(pointed.ids, dense.ids)
+        gone = ids < 0
+        return Part(
+            ids,
+            np.where(gone, np.float32(np.inf), pointed.distances),
+            np.where(gone, np.int16(0), pointed.lengths),
+        )
+
+
+def stacked(rows: Sequence[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "q p"]:
+    """Pointers of several sequences as one array, filled with -1."""
+    whole = np.full((len(rows), max(map(len, rows))), NO_ENTRY, dtype=np.int64)
+    for row, pointers in zip(whole, rows, strict=True):
+        row[: len(pointers)] = pointers
+    return whole

@@ -1,0 +1,181 @@
+"""The methods by name, and what each leaves open."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any
+
+from nearest.errors import SettingError
+from nearest.memory.memory import DISTANCES, Memory
+
+BASE = "base"
+_INFINITE = "inf"
+_WEIGHING = ("lam", "temperature")
+_DENSE = ("k", "distances", "candidates")
+_POINTERS = ("min_knns", "max_knns", "dedup")
+_SUFFIX = ("matches", "length_power")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which sources give a method its candidates, and which settings it therefore has."""
+
+    dense: bool
+    pointers: bool
+    suffix: bool
+    settings: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+
+# kNN-LM arXiv:1911.00172, RetoMaton arXiv:2201.12431; suffix retrieval is our own.
+_METHODS = {
+    "knn": Method(True, False, False, (*_WEIGHING, *_DENSE, "length_power"), {}),
+    "retomaton": Method(True, True, False, (*_WEIGHING, *_DENSE, *_POINTERS, "length_power"), {}),
+    "suffix": Method(
+        False,
+        False,
+        True,
+        (*_WEIGHING, *_SUFFIX),
+        {"lam": 0.5, "temperature": 64.0, "length_power": 4.0},
+    ),
+}
+MEMORY_METHODS = tuple(_METHODS)
+METHODS = (BASE, *MEMORY_METHODS)
+
+
+def check_method(method: str, known: Sequence[str] = METHODS) -> None:
+    """Refuse a method that is not known here (SettingError)."""
+    if method not in known:
+        raise SettingError(f"method {method!r} is unknown: choose among {', '.join(known)}")
+
+
+def method_named(name: str) -> Method:
+    """A memory's method (SettingError when there is none of this name)."""
+    check_method(name, MEMORY_METHODS)
+    return _METHODS[name]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods leave open; the defaults are kNN-LM's and RetoMaton's.
+
+    Attributes:
+        lam: weight of the memory, 0 to 1.
+        temperature: by which distances are divided.
+        length_power: b in (1 + match length)^b, by which candidates are weighed too.
+        k: neighbours of a dense search.
+        distances: "keys" measures by the stored keys, "index" by the index's own codes.
+        candidates: at least so many are fetched by a dense search and re-ranked by their keys.
+        min_knns: search when fewer pointers are left; infinity searches always, 0 never.
+        max_knns: pointers and members of their clusters, at most.
+        dedup: count an entry once that is a neighbour and a pointer, or a member of a cluster too.
+        matches: candidates of a suffix match, at most.
+    """
+
+    lam: float = 0.25
+    temperature: float = 1.0
+    length_power: float = 0.0
+    k: int = 1024
+    distances: str = "keys"
+    candidates: int = 0
+    min_knns: float = 1
+    max_knns: int = 1024
+    dedup: bool = False
+    matches: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("lam", "temperature", "length_power", "min_knns"):
+            if not isinstance(getattr(self, name), Real):
+                raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("k", "candidates", "max_knns", "matches"):
+            if not isinstance(getattr(self, name), Integral):
+                raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not 0 <= self.lam <= 1:
+            raise SettingError(f"lam must lie inside [0, 1], got {self.lam}: it is a probability")
+        if not 0 < self.temperature < float("inf"):
+            raise SettingError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if not (isfinite(self.length_power) and self.length_power >= 0):
+            raise SettingError(
+                f"length_power must be at least 0 and finite, got {self.length_power}"
+            )
+        if not self.min_knns >= 0:
+            raise SettingError(f"min_knns must be at least 0, got {self.min_knns}")
+        for name in ("k", "max_knns", "matches"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.distances not in DISTANCES:
+            raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
+
+    def of(self, method: str) -> dict[str, Any]:
+        """Those that the method has."""
+        values = asdict(self)
+        return {name: values[name] for name in method_named(method).settings}
+
+
+def as_stored(settings: Settings, method: str) -> dict[str, Any]:
+    """The method's settings as JSON, which knows no infinity."""
+    values = settings.of(method)
+    return {n: _INFINITE if v == float("inf") else v for n, v in values.items()}
+
+
+def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
+    """Settings as given, else as tuned, else the method's defaults; k at most the entries.
+
+    Raises:
+        SettingError: one is unknown, not of this method or out of range.
+    """
+    known = method_named(method).settings
+    if unknown := sorted(set(given) - set(known)):
+        raise SettingError(
+            f"{unknown[0]!r} is no setting of {method}: choose among {', '.join(sorted(known))}"
+        )
+    defaults = dict(method_named(method).defaults)
+    tuned = {
+        name: float("inf") if value == _INFINITE else value
+        for name, value in memory.settings(method).items()
+        if name in known
+    }
+    chosen = {name: v for name, v in given.items() if v is not None}
+    try:
+        Settings(**{**defaults, **tuned})
+    except (SettingError, TypeError) as error:
+        raise SettingError(
+            f"the settings stored in {memory.path} make no sense: {tuned}. Tune it again "
+            "(`nearest tune`)"
+        ) from error
+    settings = Settings(**{**defaults, **tuned, **chosen})
+    if method_named(method).dense and settings.k > memory.entries:
+        if "k" in chosen:
+            warnings.warn(
+                f"k = {settings.k:,} is more than the memory's {memory.entries:,} entries: "
+                "all of them are used",
+                stacklevel=2,
+            )
+        settings = replace(settings, k=memory.entries)
+    return settings
+
+
+def settings_of_methods(
+    methods: Sequence[str], memory: Memory, given: Mapping[str, Any]
+) -> dict[str, Settings]:
+    """Settings of several methods, each taking those of `given` that it has.
+
+    Raises:
+        SettingError: none of the methods has one of them.
+    """
+    known = {name for method in methods for name in method_named(method).settings}
+    if methods and (unknown := sorted({n for n, v in given.items() if v is not None} - known)):
+        raise SettingError(
+            f"{unknown[0]!r} is no setting of {' or '.join(methods)}: "
+            f"choose among {', '.join(sorted(known))}"
+        )
+    return {
+        method: resolve_settings(
+            method,
+            memory,
+            **{n: v for n, v in given.items() if n in method_named(method).settings},
+        )
+        for method in methods
+    }
