@@ -102,7 +102,7 @@ def test_build_and_info_say_what_the_memory_holds(
         info.items()
         >= {
             "memory": str(world.memory),
-            "format": 1,
+            "format": 2,
             "generation": 1,
             "documents": 12,
             "tokens": sum(1 + len(d.text) for d in make_documents(12, 30)),

@@ -6,6 +6,7 @@ int64 and count through all segments.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ from jaxtyping import Float, Int
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
 from nearest.errors import FolderError, SettingError
+from nearest.index.clusters import Clusters
+from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
-from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.segment import Segment
+from nearest.memory.cluster_files import open_clusters
+from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
+from nearest.memory.segment import Segment, no_keys
 
 DISTANCES = ("keys", "index")
 
@@ -36,6 +40,7 @@ class Memory:
         self.path = path
         self.manifest = manifest
         self.segments = segments
+        self._clusters = open_clusters(path, manifest)
         self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
         self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
 
@@ -119,17 +124,14 @@ class Memory:
             candidates: re-rank at least so many; what the index was tuned to when fewer.
 
         Raises:
-            SettingError: k, the distances or the queries' dimension make no sense.
+            SettingError: k, the distances or the queries' dimension make no sense, or there are no
+                keys.
         """
         if distances not in DISTANCES:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        if queries.shape[1] != self.manifest.keys.dim:
-            raise SettingError(
-                f"queries have {queries.shape[1]} dims, the keys {self.manifest.keys.dim}: make "
-                "them with the model and key layer that built the memory"
-            )
+        self._check_queries(queries)
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             if distances == "keys":
@@ -144,6 +146,58 @@ class Memory:
         return sort_nearest_first(
             Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))), k
         )
+
+    def key_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distance of query i to the stored key of entry ids[i, j] (float32); id -1 gives +inf.
+
+        Raises:
+            SettingError: the memory has no keys, or the queries another dimension.
+        """
+        self._check_queries(queries)
+        return self.keys.distances(queries, ids)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The stored keys of all segments (SettingError when the memory has none)."""
+        parts = [segment.keys for segment in self.segments]
+        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self._first_entry.tolist())
+
+    @property
+    def keys_record(self) -> KeysRecord:
+        """What the keys are (SettingError when the memory has none)."""
+        if self.manifest.keys is None:
+            raise no_keys(self.path)
+        return self.manifest.keys
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """Which entries share a state; None where `nearest cluster` has not been run.
+
+        Raises:
+            FolderError: they are of other segments than the memory has now.
+        """
+        record = self.manifest.clusters
+        present = [segment.name for segment in self.manifest.segments]
+        if record is not None and record.segments != present:
+            raise FolderError(
+                f"the clusters of {self.path} are of segments {', '.join(record.segments)}, and it "
+                f"now has {', '.join(present)}: make them anew with `nearest cluster`"
+            )
+        return self._clusters
+
+    def _check_queries(self, queries: Float[np.ndarray, "q dim"]) -> None:
+        if queries.shape[1] != self.keys_record.dim:
+            raise SettingError(
+                f"queries have {queries.shape[1]} dims, the keys {self.keys_record.dim}: make "
+                "them with the model and key layer that built the memory"
+            )
+
+    def valued_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a value, ascending."""
+        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
+        return np.concatenate([segment.entries + first for segment, first in parts])
 
     def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The token that follows each entry (int64); -1 for id -1."""
