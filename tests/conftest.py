@@ -1,6 +1,8 @@
 """Small random models and a byte tokenizer, so that every test is quick and needs no network."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -32,6 +34,8 @@ settings.load_profile("patient")
 
 BYTES_AND_SPECIALS = 258
 POSITIONS = 64
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 WORDS = ["court", "shall", "the", "of", "law", "section", "person", "district", "mayor", "council"]
 
@@ -101,6 +105,31 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     unsigned = "0" * 64
     text = json.dumps({**manifest, "checksum": unsigned})
     path.write_text(text.replace(unsigned, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything below a folder: files' bytes, links' targets, None for folders."""
+
+    def content(item: Path) -> bytes | str | None:
+        if item.is_symlink():
+            return str(item.readlink())
+        return item.read_bytes() if item.is_file() else None
+
+    return {item.relative_to(folder).as_posix(): content(item) for item in folder.rglob("*")}
+
+
+def call_fails(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, error: BaseException
+) -> None:
+    """Let the count-th call of a function, and every later one, raise."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= count:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
 
 
 @pytest.fixture

@@ -214,7 +214,7 @@ def test_a_document_of_one_token_works(tmp_path: Path, world: SimpleNamespace) -
     assert (record["documents"], record["tokens"], record["entries"]) == (1, 2, 1)
     assert verify(tmp_path / "m") == []
     memory = Memory.open(tmp_path / "m")
-    found = memory.search(memory.segments[0].keys[:1].astype("float32"), 10)
+    found = memory.search(memory.keys.rows(np.array([0])), 10)
     assert (found.ids.tolist(), found.distances.tolist()) == ([[0]], [[0.0]])
     assert memory.values(found.ids).tolist() == [[2 + sorted_bytes().index("a")]]
     base, knn = works(
@@ -377,14 +377,14 @@ def test_keys_that_float16_cannot_hold(
     message = refused("build", save(tmp_path / "model", model), world.corpus, "--out", out)
     assert f"the key last_ffn_input is {shown}" in message
     assert " of document number " in message
-    assert "which float16 keys cannot hold: check the model's weights" in message
+    assert "which fp16 keys cannot hold: check the model's weights" in message
 
 
 def test_the_position_of_a_bad_key_is_named(
     tmp_path: Path, world: SimpleNamespace, tiny_model: PreTrainedModel, out: Path
 ) -> None:
     memory = Memory.open(world.memory)
-    largest = np.abs(memory.segments[0].keys.astype(np.float64)).max(axis=1)
+    largest = np.abs(memory.keys.rows(np.arange(memory.tokens)).astype(np.float64)).max(axis=1)
     second, first = np.argsort(largest)[-2:].tolist()
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():  # so that one key alone exceeds the limit
@@ -605,9 +605,13 @@ READERS: dict[str, list[str]] = {
 def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb: str) -> None:
     arguments = [str(world.text) if word == "TEXT" else word for word in READERS[verb]]
     manifest = (memory / "manifest.json").read_bytes()
-    edit_manifest(memory, lambda m: m.update(format=2))
+    edit_manifest(memory, lambda m: m.update(format=1))
     message = refused(verb, memory, *arguments)
-    assert "has format 2, this version reads up to 1: upgrade it" in message
+    assert "has format 1, which this version does not read any more" in message
+    assert "build the memory anew" in message
+    edit_manifest(memory, lambda m: m.update(format=3))
+    message = refused(verb, memory, *arguments)
+    assert "has format 3, this version reads up to 2: upgrade it" in message
     assert "pip install --upgrade nearest" in message
     (memory / "manifest.json").write_bytes(manifest[:-10])
     assert "manifest.json is not a valid manifest" in refused(verb, memory, *arguments)
@@ -717,7 +721,7 @@ def _leave_free(disk: Path, pages: int) -> None:
     assert status.f_bavail * status.f_frsize == 4096 * pages
 
 
-@pytest.mark.parametrize("fits", ["nothing", "corpus", "keys", "index", "manifest"])
+@pytest.mark.parametrize("fits", ["nothing", "corpus", "suffix array", "keys", "index", "manifest"])
 def test_a_full_disk(small_disk: Path, world: SimpleNamespace, fits: str) -> None:
     """The disk is full at every stage in turn, and only when all fits is there a memory."""
     segment = world.memory / "segments/000001"
@@ -728,6 +732,7 @@ def test_a_full_disk(small_disk: Path, world: SimpleNamespace, fits: str) -> Non
         + pages["offsets.npy"]
         + pages["documents.jsonl.zst"]
         + pages["frames.npy"],
+        "suffix array": pages["suffix.npy"],
         "keys": pages["keys.npy"],
         "index": pages["index.faiss"],
         "manifest": -(-(world.memory / "manifest.json").stat().st_size // 4096),

@@ -102,7 +102,7 @@ def test_build_and_info_say_what_the_memory_holds(
         info.items()
         >= {
             "memory": str(world.memory),
-            "format": 1,
+            "format": 2,
             "generation": 1,
             "documents": 12,
             "tokens": sum(1 + len(d.text) for d in make_documents(12, 30)),
@@ -200,6 +200,69 @@ def test_index_gives_another_generation(memory: Path) -> None:
     (record,) = json_lines("index", memory)
     assert record["generation"] == 3
     assert record["index_of_segment_000001"]["spec"] == "exact"
+
+
+def test_build_stores_keys_as_asked(
+    tmp_path: Path, world: SimpleNamespace, model_folder: str
+) -> None:
+    sizes = {}
+    for keys in ("fp16", "int8", "none"):
+        path = tmp_path / keys
+        (record,) = json_lines("build", model_folder, world.corpus, "--out", path, "--keys", keys)
+        assert record == json_lines("info", path)[0]
+        assert (keys == "none") == (record["keys"] == "none") == (record["windows"] == "none")
+        assert f"{keys}" in record["keys"]
+        assert json_lines("verify", path)[0]["sound"]
+        sizes[keys] = record["files"]
+    assert sizes["int8"].keys() - sizes["fp16"].keys() == {"scales"}
+    assert sizes["fp16"].keys() - sizes["none"].keys() == {"keys"}
+    assert sizes["none"]["suffixes"] == 4 * world.built["entries"] + 128
+    text = ["--text", world.text]
+    (base,) = json_lines("eval", tmp_path / "none", *text, "--method", "base")
+    assert base["tokens"] > 0
+    for verb in (["eval", *text, "--method", "knn"], ["index"], ["cluster", "--clusters", 3]):
+        result = invoke(verb[0], tmp_path / "none", *verb[1:])
+        assert result.code == 2
+        assert "has no keys (it was built with --keys none)" in result.err
+
+
+def test_cluster_gives_another_generation(memory: Path) -> None:
+    assert json_lines("info", memory)[0]["clusters"] == "none"
+    options = ["--clusters", 20, "--sample", 100, "--iterations", 2]
+    (record,) = json_lines("cluster", memory, *options)
+    assert record == json_lines("info", memory)[0]
+    assert record["generation"] == 2
+    assert record["clusters"] == {
+        "made_by": "k-means",
+        "clusters": 20,
+        "members": record["entries"],
+    }
+    assert verify(memory) == []
+    (record,) = json_lines("cluster", memory, "--greedy-merge", "--neighbours", 4)
+    assert record["clusters"]["made_by"] == "greedy merge"
+    assert 0 < 2 * record["clusters"]["clusters"] <= record["clusters"]["members"]
+    assert "greedy merge" in invoke("info", memory).out
+    assert record["files"]["clusters"] == sum(
+        path.stat().st_size for path in memory.glob("g000003.clusters.*.npy")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --clusters"),
+        (["--clusters", 3, "--greedy-merge"], "give either --clusters"),
+        (["--sample", 9, "--greedy-merge"], "give either --clusters"),
+        (["--clusters", 3, "--neighbours", 4], "give either --clusters"),
+        (["--neighbours", 4], "give either --clusters"),
+        (["--sample", 9], "give --clusters"),
+        (["--clusters", 10**6], "clusters must be from 1 to the memory's"),
+    ],
+)
+def test_cluster_explains_what_cannot_be(memory: Path, options: list[Any], message: str) -> None:
+    result = invoke("cluster", memory, *options)
+    assert result.code == 2
+    assert message in result.err
 
 
 # --- eval -----------------------------------------------------------------------------------------
@@ -431,7 +494,7 @@ def test_info_loads_neither_torch_nor_transformers(world: SimpleNamespace) -> No
 
 def test_help_names_every_verb() -> None:
     done = subprocess.run([NEAREST, "--help"], capture_output=True, text=True, check=True)
-    for verb in ("build", "info", "verify", "index", "tune", "eval", "generate", "demo"):
+    for verb in ("build", "info", "verify", "index", "cluster", "tune", "eval", "generate", "demo"):
         assert f" {verb} " in done.stdout
     assert done.stderr == ""
 

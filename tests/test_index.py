@@ -24,9 +24,14 @@ from nearest.index.approximate import (
 )
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float16Keys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
 METRICS = ["l2", "ip"]
+
+
+def stored(keys: np.ndarray, metric: Metric = "l2") -> Float16Keys:
+    return Float16Keys(keys, metric)
 
 
 def brute_force(
@@ -98,7 +103,7 @@ def test_exact_equals_brute_force(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("nearest.index.exact._BLOCK_BYTES", block)
-    found = ExactIndex(keys, ids, metric).search(queries, 20)
+    found = ExactIndex(stored(keys, metric), ids).search(queries, 20)
     truth = brute_force(keys, ids, queries, metric)
     np.testing.assert_allclose(found.distances, np.sort(truth)[:, :20], rtol=1e-4, atol=1e-3)
     of_found = np.take_along_axis(truth, np.searchsorted(ids, found.ids), 1)
@@ -107,7 +112,7 @@ def test_exact_equals_brute_force(
 
 
 def test_exact_fills_up_with_no_entry(keys: np.ndarray, queries: np.ndarray) -> None:
-    found = ExactIndex(keys, np.array([7, 9]), "l2").search(queries, 4)
+    found = ExactIndex(stored(keys), np.array([7, 9])).search(queries, 4)
     assert set(found.ids[:, :2].ravel()) == {7, 9}
     assert (found.ids[:, 2:] == -1).all()
     assert np.isinf(found.distances[:, 2:]).all()
@@ -139,9 +144,9 @@ def test_any_factory_string_finds_the_true_neighbours_and_only_listed_ids(
 ) -> None:
     """Also after writing and reading; inner products must not find the worst instead."""
     rng = np.random.default_rng(0)
-    index = build_index(keys, ids, spec, metric, rng)
-    exact = ExactIndex(keys, ids, metric)
-    parameters = tune_search(index, keys, ids, metric, exact, 0.95, rng)
+    index = build_index(stored(keys, metric), ids, spec, rng)
+    exact = ExactIndex(stored(keys, metric), ids)
+    parameters = tune_search(index, stored(keys, metric), ids, exact, 0.95, rng)
     path = tmp_path / "index.faiss"
     ApproximateIndex(index, metric).write(path)
     with path.open("rb") as file:
@@ -161,7 +166,7 @@ def test_any_factory_string_finds_the_true_neighbours_and_only_listed_ids(
 def test_nprobe_counts_under_every_wrapper(
     keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, spec: str
 ) -> None:
-    index = build_index(keys, ids, spec, "l2", np.random.default_rng(0))
+    index = build_index(stored(keys), ids, spec, np.random.default_rng(0))
     narrow = ApproximateIndex(index, "l2", nprobe=1).search(queries, 400)
     wide = ApproximateIndex(index, "l2", nprobe=16).search(queries, 400)
     assert (wide.ids >= 0).all()
@@ -174,7 +179,7 @@ def test_index_distances_are_of_one_sign(
     keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric: Metric
 ) -> None:
     """Squared L2 (not its root), and minus the inner product."""
-    index = build_index(keys, ids, "IVF4,Flat", metric, np.random.default_rng(0))
+    index = build_index(stored(keys, metric), ids, "IVF4,Flat", np.random.default_rng(0))
     found = ApproximateIndex(index, metric, nprobe=4).search(queries, 5)
     truth = brute_force(keys, ids, queries, metric)
     np.testing.assert_allclose(found.distances, np.sort(truth)[:, :5], rtol=1e-3, atol=1e-2)
@@ -182,9 +187,9 @@ def test_index_distances_are_of_one_sign(
 
 def test_recall_is_measured_without_the_query_itself(keys: np.ndarray, ids: np.ndarray) -> None:
     rng = np.random.default_rng(0)
-    index = build_index(keys, ids, "IVF16,Flat", "l2", rng)
-    exact = ExactIndex(keys, ids, "l2")
-    parameters = tune_search(index, keys, ids, "l2", exact, 0.9, np.random.default_rng(5))
+    index = build_index(stored(keys), ids, "IVF16,Flat", rng)
+    exact = ExactIndex(stored(keys), ids)
+    parameters = tune_search(index, stored(keys), ids, exact, 0.9, np.random.default_rng(5))
     sample = np.sort(np.random.default_rng(5).choice(ids, size=256, replace=False))
     rows = keys[sample].astype(np.float32)
     found = ApproximateIndex(index, "l2", parameters.nprobe).search(rows, 101)
@@ -199,9 +204,9 @@ def test_recall_is_measured_without_the_query_itself(keys: np.ndarray, ids: np.n
 
 def test_an_unreachable_target_records_the_best_recall(keys: np.ndarray, ids: np.ndarray) -> None:
     rng = np.random.default_rng(0)
-    index = build_index(keys, ids, "HNSW4", "l2", rng)
-    exact = ExactIndex(keys, ids, "l2")
-    parameters = tune_search(index, keys, ids, "l2", exact, 1.0, rng)
+    index = build_index(stored(keys), ids, "HNSW4", rng)
+    exact = ExactIndex(stored(keys), ids)
+    parameters = tune_search(index, stored(keys), ids, exact, 1.0, rng)
     assert parameters.recall is not None
     assert parameters.recall > 0.5
 
@@ -228,14 +233,14 @@ def test_choice_of_index(spec: str, entries: int, resolved: str) -> None:
 @pytest.mark.parametrize("spec", ["nonsense", "IVF16,PQ7x4", "IVF100000,Flat", ""])
 def test_a_string_faiss_refuses_is_explained(keys: np.ndarray, ids: np.ndarray, spec: str) -> None:
     with pytest.raises(SettingError, match="choose another index_factory string"):
-        build_index(keys, ids, spec, "l2", np.random.default_rng(0))
+        build_index(stored(keys), ids, spec, np.random.default_rng(0))
 
 
 def test_a_damaged_index_is_not_even_parsed(
     keys: np.ndarray, ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "index.faiss"
-    ApproximateIndex(build_index(keys, ids, "Flat", "l2", np.random.default_rng(0)), "l2").write(
+    ApproximateIndex(build_index(stored(keys), ids, "Flat", np.random.default_rng(0)), "l2").write(
         path
     )
     checksum = sha256_of(path)
@@ -248,7 +253,7 @@ def test_a_damaged_index_is_not_even_parsed(
 
 
 def test_a_full_disk_while_writing_is_an_os_error(keys: np.ndarray, ids: np.ndarray) -> None:
-    index = ApproximateIndex(build_index(keys, ids, "Flat", "l2", np.random.default_rng(0)), "l2")
+    index = ApproximateIndex(build_index(stored(keys), ids, "Flat", np.random.default_rng(0)), "l2")
     with pytest.raises(OSError, match="No space left"):
         index.write(Path("/dev/full"))
 
@@ -263,15 +268,16 @@ def test_sorting_keeps_pairs_together() -> None:
 FORKED = """
 import os, numpy as np
 from nearest.index.approximate import ApproximateIndex, build_index
-from nearest.index.distances import key_distances
 from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float16Keys
 keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)
+stored = Float16Keys(keys, 'l2')
 ids, queries = np.arange(3000), keys[:64].astype(np.float32)
-index = ApproximateIndex(build_index(keys, ids, "IVF8,Flat", "l2", np.random.default_rng(0)), "l2")
+index = ApproximateIndex(build_index(stored, ids, "IVF8,Flat", np.random.default_rng(0)), "l2")
 def search():
     near = index.search(queries, 9).ids
-    exact = ExactIndex(keys, ids, "l2").search(queries, 9).ids
-    return [near, exact, key_distances(keys, queries, near, "l2")]
+    exact = ExactIndex(stored, ids).search(queries, 9).ids
+    return [near, exact, stored.distances(queries, near)]
 before = search()
 child = os.fork()
 if child == 0:

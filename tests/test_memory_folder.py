@@ -1,6 +1,5 @@
 """The memory folder: what is written, what is found damaged, and what an interruption leaves."""
 
-import errno
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import nearest.memory.documents
 import nearest.memory.manifest
 import nearest.memory.memory
-from conftest import edit_manifest, make_documents
+from conftest import FULL, call_fails, edit_manifest, make_documents, snapshot
 from nearest import Document, Memory, NearestError, __version__
 from nearest.corpus.windows import windows
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
@@ -35,7 +34,6 @@ from nearest.index.approximate import ApproximateIndex
 from nearest.index.faiss_module import load_faiss
 from nearest.memory.documents import DocumentReader, DocumentWriter
 from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.segment import Segment
 from nearest.memory.segment_writer import IndexChoice
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index, store_settings
@@ -50,6 +48,7 @@ FILES = {
     "offsets": f"{SEGMENT}/offsets.npy",
     "documents": f"{SEGMENT}/documents.jsonl.zst",
     "frames": f"{SEGMENT}/frames.npy",
+    "suffixes": f"{SEGMENT}/suffix.npy",
     "keys": f"{SEGMENT}/keys.npy",
 }
 INDEX = f"{SEGMENT}/index.faiss"
@@ -78,17 +77,6 @@ def approximate(build_memory: Build, tiny_model: PreTrainedModel) -> Memory:
 def folder(approximate: Memory, tmp_path: Path) -> Path:
     """A copy, to be damaged, of a memory that has every kind of file."""
     return Path(shutil.copytree(approximate.path, tmp_path / "copy.memory"))
-
-
-def snapshot(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything below a folder: files' bytes, links' targets, None for folders."""
-
-    def content(item: Path) -> bytes | str | None:
-        if item.is_symlink():
-            return str(item.readlink())
-        return item.read_bytes() if item.is_file() else None
-
-    return {item.relative_to(folder).as_posix(): content(item) for item in folder.rglob("*")}
 
 
 def replace_file(folder: Path, kind: str, data: bytes | np.ndarray) -> None:
@@ -133,20 +121,6 @@ def valued_entries(memory: Memory) -> list[int]:
     return entries
 
 
-def call_fails(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, error: BaseException
-) -> None:
-    """Let the count-th call of a function, and every later one, raise."""
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) >= count:
-            raise error
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, call)
-
-
 # --- what a build writes --------------------------------------------------------------------------
 
 
@@ -173,9 +147,9 @@ def test_the_manifest_describes_everything_that_was_built(
         }
         for name, path in live.items()
     }
-    assert manifest["format"] == manifest["generation"] == 1
+    assert (manifest["format"], manifest["generation"]) == (2, 1)
     assert manifest["created_by"] == f"nearest {__version__}"
-    assert manifest["settings"] == {}
+    assert (manifest["settings"], manifest["clusters"]) == ({}, None)
     assert (
         manifest["model"].items()
         >= {
@@ -189,7 +163,7 @@ def test_the_manifest_describes_everything_that_was_built(
         "layer": "last_ffn_input",
         "module": "transformer.h.1.mlp.c_fc",
         "dim": DIM,
-        "dtype": "float16",
+        "format": "fp16",
         "metric": "l2",
         "window": 64,
         "stride": 32,
@@ -285,7 +259,7 @@ def test_ends_of_documents_are_never_found(
     queries = np.concatenate([np.zeros((1, DIM), np.float32), queries_of(memory)])
     entries = valued_entries(memory)
     ends = sorted(set(range(memory.tokens)) - set(entries))
-    assert not memory.segments[0].keys[ends].any()  # what a query of zeros is nearest to
+    assert not memory.keys.rows(np.array(ends)).any()  # what a query of zeros is nearest to
     counts = (1, 10, memory.entries, memory.tokens, 2 * memory.tokens)
     for k, distances in itertools.product(counts, ("keys", "index")):
         ids = memory.search(queries, k, distances).ids
@@ -326,8 +300,8 @@ def test_two_segments_are_one_memory(
         found, expected = joined.search(queries, k), exact.search(queries, k)
         np.testing.assert_allclose(found.distances, expected.distances, rtol=2e-2)
         assert set(found.ids.ravel().tolist()) <= {-1, *entries.tolist()}
-        own = [segment.keys for segment in joined.segments]
-        keys = np.concatenate(own).astype(np.float64)[found.ids]
+        rows = joined.keys.rows(found.ids.ravel()).reshape(*found.ids.shape, DIM)
+        keys = rows.astype(np.float64)
         np.testing.assert_allclose(
             found.distances, ((keys - queries[:, None]) ** 2).sum(-1), rtol=1e-3
         )
@@ -606,21 +580,21 @@ def _documents_store(records: list[Any]) -> bytes:
 RECORDS = [{"id": d.id, "text": d.text, "metadata": dict(d.metadata)} for d in DOCUMENTS]
 
 
-def _changed(kind: str, at: Any, value: Any) -> Callable[[Segment], np.ndarray]:
-    def change(segment: Segment) -> np.ndarray:
-        array = np.array(getattr(segment, kind))
+def _changed(kind: str, at: Any, value: Any) -> Callable[[Path], np.ndarray]:
+    def change(folder: Path) -> np.ndarray:
+        array = np.load(folder / FILES[kind])
         array[at] = value(array) if callable(value) else value
         return array
 
     return change
 
 
-def _stored(records: list[Any]) -> Callable[[Segment], bytes]:
+def _stored(records: list[Any]) -> Callable[[Path], bytes]:
     return lambda _: _documents_store(records)
 
 
 # Files that match their checksums but break what every segment promises.
-LIES: dict[str, tuple[str, Callable[[Segment], np.ndarray | bytes], str]] = {
+LIES: dict[str, tuple[str, Callable[[Path], np.ndarray | bytes], str]] = {
     "offsets fall": ("offsets", _changed("offsets", 1, lambda a: a[2] + 1), "do not rise"),
     "offsets start late": ("offsets", _changed("offsets", 0, 1), "do not rise"),
     "offsets end early": ("offsets", _changed("offsets", -1, lambda a: a[-1] - 1), "do not rise"),
@@ -629,6 +603,10 @@ LIES: dict[str, tuple[str, Callable[[Segment], np.ndarray | bytes], str]] = {
     "offsets moved": ("offsets", _changed("offsets", 1, lambda a: a[1] + 1), "the start token"),
     "a wrong token": ("tokens", _changed("tokens", 5, VOCABULARY), "outside the vocabulary"),
     "a wrong start": ("tokens", _changed("tokens", 0, 7), "begin with the start token"),
+    "an entry twice": ("suffixes", _changed("suffixes", 3, lambda a: a[4]), "every entry once"),
+    "another position": ("suffixes", _changed("suffixes", 3, -7), "every entry once"),
+    "two swapped": ("suffixes", _changed("suffixes", [40, 41], lambda a: a[[41, 40]]), "in order"),
+    "reversed": ("suffixes", _changed("suffixes", ..., lambda a: a[::-1]), "in order"),
     "a key is NaN": ("keys", _changed("keys", (5, 2), np.nan), "is not finite"),
     "a key is infinite": ("keys", _changed("keys", (-2, 0), -np.inf), "is not finite"),
     "an id twice": ("documents", _stored([RECORDS[3], *RECORDS[1:]]), "id stands twice"),
@@ -646,7 +624,7 @@ LIES: dict[str, tuple[str, Callable[[Segment], np.ndarray | bytes], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_verify_checks_what_the_files_say(folder: Path, approximate: Memory, lie: str) -> None:
     kind, data, message = LIES[lie]
-    replace_file(folder, kind, data(approximate.segments[0]))
+    replace_file(folder, kind, data(approximate.path))
     problems = verify(folder)
     assert problems
     assert message in "; ".join(problems)
@@ -666,7 +644,7 @@ def test_verify_compares_the_index_with_the_keys(
 
 def test_verify_counts_the_entries(folder: Path) -> None:
     edit_manifest(folder, lambda m: m["segments"][0].update(entries=m["segments"][0]["tokens"]))
-    assert "the number of entries" in "; ".join(verify(folder))
+    assert "suffix.npy holds int32" in found_by_verify(folder)
 
 
 # --- attacks on the manifest ----------------------------------------------------------------------
@@ -694,9 +672,9 @@ def _drop(*keys: str | int) -> Change:
 
 KEYS_PATH = ("segments", 0, "files", "keys", "path")
 MANIFEST_ATTACKS: dict[str, tuple[Change, str]] = {
-    "newer format": (_set("format", value=2), "upgrade"),
+    "newer format": (_set("format", value=3), "upgrade"),
     "much newer format": (_set("format", value=10**12), "upgrade"),
-    "older format": (_set("format", value=0), "format"),
+    "older format": (_set("format", value=1), "build the memory anew"),
     "negative format": (_set("format", value=-1), "format"),
     "format as text": (_set("format", value="1"), "is not a valid manifest"),
     "format as truth": (_set("format", value=True), "is not a valid manifest"),
@@ -711,7 +689,7 @@ MANIFEST_ATTACKS: dict[str, tuple[Change, str]] = {
     "missing field": (_drop("keys", "metric"), "is not a valid manifest"),
     "generation 0": (_set("generation", value=0), "is not a valid manifest"),
     "unknown metric": (_set("keys", "metric", value="cosine"), "is not a valid manifest"),
-    "unknown dtype": (_set("keys", "dtype", value="int8"), "is not a valid manifest"),
+    "unknown key format": (_set("keys", "format", value="fp8"), "is not a valid manifest"),
     "no dimension": (_set("keys", "dim", value=0), "is not a valid manifest"),
     "other dimension": (_set("keys", "dim", value=33), "the manifest says float16"),
     "other vocabulary": (_set("model", "vocab_size", value=70_000), "the manifest says uint32"),
@@ -794,7 +772,7 @@ def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
 
 def test_the_manifest_of_a_newer_format_may_be_quite_different(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 7, "shards": [1, 2]}')
-    with pytest.raises(FolderError, match=r"has format 7, this version reads up to 1: upgrade"):
+    with pytest.raises(FolderError, match=r"has format 7, this version reads up to 2: upgrade"):
         Memory.open(folder)
 
 
@@ -902,7 +880,7 @@ for verb, name, count in moments:
 print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
 """
 BUILD_KILLS = [
-    *(("build", "fsync", count) for count in range(1, 9)),
+    *(("build", "fsync", count) for count in range(1, 10)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),
     ("build", "posix_fallocate", 1),
     ("build", "replace", 1),
@@ -944,7 +922,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
 ) -> None:
     path = killed / "-".join(map(str, moment))
     assert path.is_dir()
-    if moment == ("build", "fsync", 8):  # after the manifest's rename: the memory is whole
+    if moment == ("build", "fsync", 9):  # after the manifest's rename: the memory is whole
         assert verify(path) == []
         return
     assert not (path / "manifest.json").exists()
@@ -981,15 +959,14 @@ def test_a_killed_change_leaves_a_whole_generation(
     np.testing.assert_array_equal(Memory.open(path).search(queries, 5).ids, expected.ids)
 
 
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAILURES: dict[str, tuple[Any, str, int, BaseException]] = {
     **{f"write {n}": (ArrayFile, "_pwrite", n, FULL) for n in (1, 3, 10, 25)},
-    **{f"sync {n}": (os, "fsync", n, FULL) for n in range(1, 8)},
+    **{f"sync {n}": (os, "fsync", n, FULL) for n in range(1, 9)},
     "reserve": (os, "posix_fallocate", 1, FULL),
     "index": (ApproximateIndex, "write", 1, FULL),
     "rename": (Path, "replace", 1, FULL),
     "interrupted write": (ArrayFile, "_pwrite", 10, KeyboardInterrupt()),
-    "interrupted sync": (os, "fsync", 7, KeyboardInterrupt()),
+    "interrupted sync": (os, "fsync", 8, KeyboardInterrupt()),
     "interrupted rename": (Path, "replace", 1, KeyboardInterrupt()),
     "interrupted index": (ApproximateIndex, "write", 1, KeyboardInterrupt()),
     "out of memory": (ApproximateIndex, "search", 1, MemoryError()),
@@ -1053,7 +1030,7 @@ def test_a_failure_after_publishing_never_leaves_half_a_memory(
 ) -> None:
     path = tmp_path / "new.memory"
     expected = _prepare(path, before)
-    call_fails(monkeypatch, os, "fsync", 7, error)  # of the folder, after the manifest's rename
+    call_fails(monkeypatch, os, "fsync", 8, error)  # of the folder, after the manifest's rename
     with pytest.raises(FolderError if error is FULL else KeyboardInterrupt):
         Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path)
     monkeypatch.undo()
@@ -1085,7 +1062,7 @@ def test_documents_that_fail_leave_nothing_behind(
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("stage", ["tokens", "keys", f"index {IVF}"])
+@pytest.mark.parametrize("stage", ["tokens", "suffix array", "keys", f"index {IVF}"])
 def test_an_interruption_at_any_stage_leaves_nothing_behind(
     tmp_path: Path,
     tiny_model: PreTrainedModel,

@@ -117,6 +117,10 @@ def build(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.")],
     corpus: Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Files or folders.")],
     out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
+    keys: Annotated[
+        Literal["fp16", "int8", "none"],
+        typer.Option(help="How keys are stored; none: no forward pass, for suffix matching only."),
+    ] = "fp16",
     key_layer: Annotated[
         Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states are keys.")
     ] = "last_ffn_input",
@@ -142,6 +146,7 @@ def build(
             corpus,
             out_path,
             encoding_errors=encoding_errors,
+            keys=keys,
             key_layer=key_layer,
             window=window,
             stride=stride,
@@ -198,6 +203,44 @@ def index(
 
     with reports.live_progress(err) as progress:
         rebuild_index(memory, IndexChoice(spec, recall, nprobe), progress)
+    show_info(Memory.open(memory), as_json)
+
+
+@app.command()
+@explained
+def cluster(
+    memory: MemoryPath,
+    clusters: Annotated[int | None, typer.Option(help="Number of clusters (k-means).")] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Entries to find centroids with; 32 a cluster if not given.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of k-means; 10 if not given.")] = None,
+    greedy_merge: Annotated[
+        bool, typer.Option("--greedy-merge", help="Join near entries of the same value instead.")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Of each entry, for greedy merge; 9 if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find which entries share a state, for RetoMaton to follow; a new generation."""
+    from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
+    from nearest.memory.memory import Memory
+
+    def given(**options: int | None) -> dict[str, int]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    kmeans = given(clusters=clusters, sample=sample, iterations=iterations)
+    merge = given(neighbours=neighbours)
+    if greedy_merge == bool(kmeans) or (merge and not greedy_merge):
+        raise NearestError(
+            "give either --clusters (with --sample, --iterations) or --greedy-merge (with "
+            "--neighbours)"
+        )
+    if not greedy_merge and clusters is None:
+        raise NearestError("k-means needs a number of clusters: give --clusters")
+    with reports.live_progress(err) as progress:
+        cluster_memory(memory, GreedyMerge(**merge) if greedy_merge else KMeans(**kmeans), progress)
     show_info(Memory.open(memory), as_json)
 
 

@@ -110,13 +110,15 @@ def info_table(memory: "Memory") -> RenderableType:
 
 def memory_info(memory: "Memory") -> dict[str, Any]:
     """The figures of `nearest info`."""
-    manifest = memory.manifest
+    manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
     sizes: dict[str, int] = {}
     for segment in manifest.segments:
         for kind, file in segment.files.items():
             sizes[kind] = sizes.get(kind, 0) + file.size
-        if segment.index.file is not None:
+        if segment.index is not None and segment.index.file is not None:
             sizes["index"] = sizes.get("index", 0) + segment.index.file.size
+    if clusters is not None:
+        sizes["clusters"] = sum(file.size for file in clusters.files.values())
     return {
         "memory": str(memory.path),
         "format": manifest.format,
@@ -128,9 +130,10 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         "bytes_per_entry": round(sum(sizes.values()) / memory.entries, 1),
         "files": sizes,
         "model": manifest.model.name,
-        "keys": f"{manifest.keys.layer} ({manifest.keys.module}), {manifest.keys.dim} dims, "
-        f"{manifest.keys.dtype}, {manifest.keys.metric}",
-        "windows": f"{manifest.keys.window} with a stride of {manifest.keys.stride}",
+        "keys": "none"
+        if keys is None
+        else f"{keys.layer} ({keys.module}), {keys.dim} dims, {keys.format}, {keys.metric}",
+        "windows": "none" if keys is None else f"{keys.window} with a stride of {keys.stride}",
         **{
             f"index_of_segment_{segment.name}": {
                 "spec": segment.index.spec,
@@ -140,6 +143,14 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
                 "recall_target": segment.index.recall_target,
             }
             for segment in manifest.segments
+            if segment.index is not None
+        },
+        "clusters": "none"
+        if clusters is None
+        else {
+            "made_by": clusters.made_by,
+            "clusters": clusters.clusters,
+            "members": clusters.members,
         },
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
     }

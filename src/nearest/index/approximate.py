@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import FolderError, SettingError
-from nearest.index.distances import key_distances
 from nearest.index.faiss_module import load_faiss
+from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours, VectorIndex, sort_nearest_first
 
 EXACT = "exact"
@@ -200,40 +200,32 @@ def _refused(spec: str, dim: int, error: RuntimeError) -> SettingError:
     )
 
 
-def build_index(
-    keys: Float[np.ndarray, "n dim"],
-    ids: Int[np.ndarray, " m"],
-    spec: str,
-    metric: Metric,
-    rng: np.random.Generator,
-) -> Any:
-    """Train and fill a FAISS index over keys[ids], with those ids.
+def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
+    """Train and fill a FAISS index over the keys of `ids`, with those ids.
 
     Raises:
         SettingError: FAISS does not know the factory string, or it does not fit the keys.
     """
     faiss = load_faiss()
-    dim = keys.shape[1]
-    index = _make_index(spec, dim, metric)
+    index = _make_index(spec, keys.dim, keys.metric)
     ivf = _ivf_of(index)
     try:
         if not _keeps_ids(index):
             index = faiss.IndexIDMap(index)
         if not index.is_trained:
-            index.train(_rows(keys, _training_sample(ids, ivf, rng)))
+            index.train(keys.rows(_training_sample(ids, ivf, rng)))
         for start in range(0, len(ids), _ADD_ROWS):
             block = ids[start : start + _ADD_ROWS]
-            index.add_with_ids(_rows(keys, block), block)
+            index.add_with_ids(keys.rows(block), block)
     except RuntimeError as error:
-        raise _refused(spec, dim, error) from error
+        raise _refused(spec, keys.dim, error) from error
     return index
 
 
 def tune_search(
     index: Any,
-    keys: Float[np.ndarray, "n dim"],
+    keys: Keys,
     ids: Int[np.ndarray, " m"],
-    metric: Metric,
     exact: VectorIndex,
     target: float,
     rng: np.random.Generator,
@@ -246,7 +238,7 @@ def tune_search(
     What was measured is recorded either way. With `nprobe` given, recall is only measured.
     """
     sample = np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
-    queries = _rows(keys, sample)
+    queries = keys.rows(sample)
     at = min(_RECALL_AT, len(ids) - 1)
     if at < 1:
         return SearchParameters(recall=1.0)
@@ -255,11 +247,11 @@ def tune_search(
     nlist = None if ivf is None else int(ivf.nlist)
 
     def measured(parameters: SearchParameters) -> SearchParameters:
-        found = ApproximateIndex(index, metric, parameters.nprobe).search(
+        found = ApproximateIndex(index, keys.metric, parameters.nprobe).search(
             queries, min(parameters.candidates + 1, len(ids))
         )
-        exact_distances = key_distances(keys, queries, found.ids, metric)
-        ranked = sort_nearest_first(Neighbours(found.ids, exact_distances), at + 1)
+        by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
+        ranked = sort_nearest_first(by_keys, at + 1)
         return replace(parameters, recall=recall(_without_self(ranked, sample, at), truth))
 
     if nprobe is not None and nlist is not None:
@@ -307,12 +299,6 @@ def _training_sample(
     """Rows for k-means: 64 a centroid is enough for lists, 64 × 256 for product quantisers."""
     wanted = max(64 * 256, 64 * int(ivf.nlist) if ivf is not None else 0)
     return np.sort(rng.choice(ids, size=min(wanted, len(ids)), replace=False))
-
-
-def _rows(
-    keys: Float[np.ndarray, "n dim"], ids: Int[np.ndarray, " m"]
-) -> Float[np.ndarray, "m dim"]:
-    return np.ascontiguousarray(keys[ids], dtype=np.float32)
 
 
 def _without_self(

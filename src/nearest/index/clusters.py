@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Integer
 from nearest.errors import SettingError
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
+from nearest.index.neighbours import position_dtype
 from nearest.progress import Progress, no_progress
 
 NO_CLUSTER = -1
@@ -46,7 +47,7 @@ class Clusters:
         offsets = np.zeros(clusters + 1, np.int64)
         np.cumsum(np.bincount(labels, minlength=clusters), out=offsets[1:])
         members = clustered[np.argsort(labels, kind="stable")]
-        return cls(of.astype(np.int32), offsets, members.astype(member_dtype(len(of))))
+        return cls(of.astype(np.int32), offsets, members.astype(position_dtype(len(of))))
 
     def problems(self, entries: Int[np.ndarray, " m"]) -> list[str]:
         """What is wrong with clusters of these entries, one sentence each."""
@@ -69,11 +70,6 @@ class Clusters:
         ):
             problems.append("the members of clusters are not the entries that say so")
         return problems
-
-
-def member_dtype(tokens: int) -> np.dtype[Any]:
-    """The smaller of int32 and int64 that numbers so many positions."""
-    return np.dtype(np.int32 if tokens <= np.iinfo(np.int32).max else np.int64)
 
 
 def kmeans_clusters(

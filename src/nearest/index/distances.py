@@ -1,20 +1,24 @@
 """Distances between queries and chosen keys: gather, decode and reduce in one pass.
 
-The keys stay in their file as float16; numba has no such type, so the kernel reads them as uint16
-and lets the processor widen them. `key_distances_reference` is the same in plain numpy.
+The keys stay in their files as they are stored: float16, or int8 with a scale a row. Numba has no
+float16, so the kernel reads it as uint16 and lets the processor widen it. Beside each kernel stands
+the same in plain numpy.
 """
 
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from nearest.index.neighbours import Metric
 from nearest.index.threads import in_threads
+
+_AHEAD = 8  # rows; those of scattered entries are asked for so long before they are read
 
 
 def key_distances(
@@ -27,16 +31,49 @@ def key_distances(
 
     Keys are float16, queries float32, the result float32; id -1 gives +inf.
     """
+    return _measured(_distances, (keys.view(np.uint16),), queries, ids, metric)
+
+
+def scaled_key_distances(
+    codes: Int8[np.ndarray, "n dim"],
+    scales: Float[np.ndarray, " n"],
+    queries: Float[np.ndarray, "q dim"],
+    ids: Int[np.ndarray, "q k"],
+    metric: Metric,
+) -> Float[np.ndarray, "q k"]:
+    """As `key_distances`, of keys that are int8 codes times a float32 scale for each row."""
+    return _measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric)
+
+
+def _measured(
+    kernel: Callable[..., None],
+    stored: tuple[np.ndarray, ...],
+    queries: Float[np.ndarray, "q dim"],
+    ids: Int[np.ndarray, "q k"],
+    metric: Metric,
+) -> Float[np.ndarray, "q k"]:
+    """Run a kernel over all queries."""
     distances = np.empty(ids.shape, dtype=np.float32)
-    bits = keys.view(np.uint16)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     ids = np.ascontiguousarray(ids)
 
     def work(part: slice) -> None:
-        _distances(bits, queries[part], ids[part], metric == "l2", distances[part])
+        kernel(*stored, queries[part], ids[part], metric == "l2", distances[part])
 
     in_threads(work, len(queries))
     return distances
+
+
+def distances_reference(
+    rows: Float[np.ndarray, "q k dim"],
+    queries: Float[np.ndarray, "q dim"],
+    ids: Int[np.ndarray, "q k"],
+    metric: Metric,
+) -> Float[np.ndarray, "q k"]:
+    """What every kernel computes of decoded keys, in numpy and float64."""
+    wide, queries = rows.astype(np.float64), queries[:, None].astype(np.float64)
+    distances = ((wide - queries) ** 2).sum(-1) if metric == "l2" else -(wide * queries).sum(-1)
+    return np.where(ids < 0, np.inf, distances).astype(np.float32)
 
 
 def key_distances_reference(
@@ -45,11 +82,20 @@ def key_distances_reference(
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
-    """What `key_distances` computes, in numpy and float64."""
-    rows = keys[ids].astype(np.float64)
-    wide = queries[:, None].astype(np.float64)
-    distances = ((rows - wide) ** 2).sum(-1) if metric == "l2" else -(rows * wide).sum(-1)
-    return np.where(ids < 0, np.inf, distances).astype(np.float32)
+    """What `key_distances` computes."""
+    return distances_reference(keys[ids], queries, ids, metric)
+
+
+def scaled_key_distances_reference(
+    codes: Int8[np.ndarray, "n dim"],
+    scales: Float[np.ndarray, " n"],
+    queries: Float[np.ndarray, "q dim"],
+    ids: Int[np.ndarray, "q k"],
+    metric: Metric,
+) -> Float[np.ndarray, "q k"]:
+    """What `scaled_key_distances` computes."""
+    rows = codes[ids] * scales[ids].astype(np.float64)[..., None]
+    return distances_reference(rows, queries, ids, metric)
 
 
 def _widen_float16(_context: Any, half: Any) -> Any:
@@ -61,7 +107,29 @@ def _widen_float16(_context: Any, half: Any) -> Any:
     return types.float32(types.uint16), generate
 
 
+def _ask_for(_context: Any, array: Any, row: Any, column: Any) -> Any:
+    """Ask the processor for array[row, column], to be read soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        struct = context.make_array(signature.args[0])(context, builder, args[0])
+        place = cgutils.get_item_pointer(
+            context, builder, signature.args[0], struct, list(args[1:]), wraparound=False
+        )
+        pointer = builder.bitcast(place, ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        prefetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(prefetch, [pointer, flag(0), flag(3), flag(1)])  # for reading; keep; data
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp), generate
+
+
 _widen: Any = intrinsic(_widen_float16)
+_prefetch: Any = intrinsic(_ask_for)
 
 
 @no_type_check  # numba compiles the bare function
@@ -73,9 +141,14 @@ _widen: Any = intrinsic(_widen_float16)
     cache=True,
 )
 def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -> None:
+    last = ids.shape[1] - 1
     for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
+            soon = ids[i, min(j + _AHEAD, last)]
+            if soon >= 0:
+                for d in range(0, len(query), 32):
+                    _prefetch(keys, soon, d)
             entry = ids[i, j]
             total = np.float32(0)
             if entry < 0:
@@ -89,4 +162,41 @@ def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -
                 key = keys[entry]
                 for d in range(len(query)):
                     total -= _widen(key[d]) * query[d]
+            distances[i, j] = total
+
+
+@no_type_check
+@numba.njit(
+    "void(Array(int8, 2, 'C', readonly=True), Array(float32, 2, 'C', readonly=True), "
+    "float32[:, ::1], int64[:, ::1], boolean, float32[:, ::1])",
+    nogil=True,
+    fastmath={"reassoc", "contract", "nsz"},
+    cache=True,
+)
+def _scaled_distances(
+    codes: Any, scales: Any, queries: Any, ids: Any, is_l2: bool, distances: Any
+) -> None:
+    last = ids.shape[1] - 1
+    for i in range(len(queries)):
+        query = queries[i]
+        for j in range(ids.shape[1]):
+            soon = ids[i, min(j + _AHEAD, last)]
+            if soon >= 0:
+                _prefetch(scales, soon, 0)
+                for d in range(0, len(query), 64):
+                    _prefetch(codes, soon, d)
+            entry = ids[i, j]
+            total = np.float32(0)
+            if entry < 0:
+                total = np.float32(np.inf)
+            elif is_l2:  # of differences: |q|² − 2q·k + |k|² would cancel, and is no faster
+                code, scale = codes[entry], scales[entry, 0]
+                for d in range(len(query)):
+                    gap = scale * np.float32(code[d]) - query[d]
+                    total += gap * gap
+            else:
+                code = codes[entry]
+                for d in range(len(query)):
+                    total -= np.float32(code[d]) * query[d]
+                total *= scales[entry, 0]
             distances[i, j] = total

@@ -3,9 +3,9 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from nearest.index.distances import key_distances
 from nearest.index.faiss_module import load_faiss
-from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
+from nearest.index.keys import Keys
+from nearest.index.neighbours import Neighbours, sort_nearest_first
 
 _BLOCK_BYTES = 1 << 26
 
@@ -13,26 +13,23 @@ _BLOCK_BYTES = 1 << 26
 class ExactIndex:
     """Exhaustive search over the stored keys; nothing to train and nothing more on disk."""
 
-    def __init__(
-        self, keys: Float[np.ndarray, "n dim"], ids: Int[np.ndarray, " m"], metric: Metric
-    ) -> None:
-        """Search among keys[ids]; other rows are never found."""
+    def __init__(self, keys: Keys, ids: Int[np.ndarray, " m"]) -> None:
+        """Search among the keys of `ids`; others are never found."""
         self._keys = keys
         self._ids = ids
-        self._metric = metric
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries, exactly up to float32 rounding of the distances."""
         faiss = load_faiss()
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        inner = self._metric == "ip"
-        block = max(1, _BLOCK_BYTES // (4 * self._keys.shape[1]))
+        inner = self._keys.metric == "ip"
+        block = max(1, _BLOCK_BYTES // (4 * self._keys.dim))
         best = Neighbours(
             np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
         )
         for start in range(0, len(self._ids), block):
             ids = self._ids[start : start + block]
-            rows = self._keys[ids].astype(np.float32)
+            rows = self._keys.rows(ids)
             distances, local = faiss.knn(
                 queries,
                 rows,
@@ -51,7 +48,7 @@ class ExactIndex:
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
         """Distances to chosen entries; +inf for id -1."""
-        return key_distances(self._keys, queries, ids, self._metric)
+        return self._keys.distances(queries, ids)
 
 
 def _padded(found: Neighbours, k: int) -> Neighbours:

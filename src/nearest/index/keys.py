@@ -4,16 +4,18 @@ Whatever the format, an entry's key can be looked at (`rows`) and measured (`dis
 above asks for no more. A format turns rows into the arrays that are stored, and those into keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 
 from nearest.errors import SettingError
-from nearest.index.distances import key_distances
-from nearest.index.neighbours import Metric
+from nearest.index.distances import key_distances, scaled_key_distances
+from nearest.index.neighbours import NO_ENTRY, Metric
+
+_BLOCK = 65_536  # rows
 
 # The arrays of a format: dtype and shape of the row that each holds for every position.
 Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
@@ -38,6 +40,9 @@ class Keys(Protocol):
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
         """Distance of query i to the key of ids[i, j] (float32); id -1 gives +inf."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with what is stored, one sentence each."""
 
 
 @runtime_checkable
@@ -81,6 +86,14 @@ class Float16Keys:
         """Distances in one pass over the chosen rows."""
         return key_distances(self._keys, queries, ids, self.metric)
 
+    def problems(self) -> list[str]:
+        """Values that are not finite."""
+        return [
+            f"a key between rows {start} and {start + _BLOCK} is not finite"
+            for start in range(0, len(self._keys), _BLOCK)
+            if not np.isfinite(self._keys[start : start + _BLOCK]).all()
+        ]
+
 
 @dataclass(frozen=True)
 class Float16Format:
@@ -102,8 +115,101 @@ class Float16Format:
         return Float16Keys(arrays["keys"], metric)
 
 
+class Int8Keys:
+    """Keys as int8 codes [n, dim], each row with a scale of its own [n]."""
+
+    def __init__(
+        self, codes: Int8[np.ndarray, "n dim"], scales: Float[np.ndarray, " n"], metric: Metric
+    ) -> None:
+        self._codes, self._scales = np.asarray(codes), np.asarray(scales)
+        self.metric = metric
+        self.dim = codes.shape[1]
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries as float32."""
+        rows: Float[np.ndarray, "m dim"] = self._codes[ids].astype(np.float32)
+        rows *= self._scales[ids, None]
+        return rows
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances in one pass over the chosen codes."""
+        return scaled_key_distances(self._codes, self._scales, queries, ids, self.metric)
+
+    def problems(self) -> list[str]:
+        """Scales that are not finite and positive, but for those of rows of zeros."""
+        problems = []
+        for start in range(0, len(self._codes), _BLOCK):
+            scales = self._scales[start : start + _BLOCK]
+            zero = ~self._codes[start : start + _BLOCK].any(axis=1)
+            if not (np.isfinite(scales) & np.where(zero, scales == 0, scales > 0)).all():
+                problems.append(f"a scale between rows {start} and {start + _BLOCK} is wrong")
+        return problems
+
+
+@dataclass(frozen=True)
+class Int8Format:
+    """Every row divided by its largest value and rounded to ±127: a byte a dimension, and 4."""
+
+    name: str = "int8"
+    largest: float = 1e15  # the squares of larger ones might not add up in float32
+
+    def layout(self, dim: int) -> Layout:
+        """Codes, and the scale of each row."""
+        return {"keys": (np.dtype(np.int8), (dim,)), "scales": (np.dtype(np.float32), ())}
+
+    def encode(self, rows: Float[np.ndarray, "m dim"]) -> dict[str, np.ndarray]:
+        """Scale and round; a row of zeros has scale 0."""
+        scales = (np.abs(rows).max(axis=1) / np.float32(127)).astype(np.float32)
+        codes = np.zeros(rows.shape, np.float32)
+        np.divide(rows, scales[:, None], out=codes, where=scales[:, None] > 0)
+        return {"keys": np.rint(codes).clip(-127, 127).astype(np.int8), "scales": scales}
+
+    def open(self, arrays: Mapping[str, np.ndarray], metric: Metric) -> Keys:
+        """Keys over the arrays."""
+        return Int8Keys(arrays["keys"], arrays["scales"], metric)
+
+
+class JoinedKeys:
+    """The keys of several parts as if they were one, with ids that count through them."""
+
+    def __init__(self, parts: Sequence[Keys], first: Sequence[int]) -> None:
+        """Part i holds the entries from first[i] on, up to first[i + 1]."""
+        self._parts = list(zip(parts, first[:-1], first[1:], strict=True))
+        self.metric = parts[0].metric
+        self.dim = parts[0].dim
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries as float32."""
+        rows = np.empty((len(ids), self.dim), np.float32)
+        for part, first, stop in self._parts:
+            inside = (ids >= first) & (ids < stop)
+            rows[inside] = part.rows(ids[inside] - first)
+        return rows
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Each part measures its own entries; to the others it is infinitely far."""
+        distances = np.full(ids.shape, np.inf, np.float32)
+        for part, first, stop in self._parts:
+            own = np.where((ids >= first) & (ids < stop), ids - first, NO_ENTRY)
+            np.minimum(distances, part.distances(queries, own), out=distances)
+        return distances
+
+    def problems(self) -> list[str]:
+        """Those of all parts."""
+        return [problem for part, _, _ in self._parts for problem in part.problems()]
+
+
+FORMATS: tuple[KeyFormat, ...] = (Float16Format(), Int8Format())
+
+
 def key_format(name: str) -> KeyFormat:
     """The format of this name (SettingError when there is none)."""
-    if name == "fp16":
-        return Float16Format()
-    raise SettingError(f"key format {name!r} is unknown: choose fp16")
+    for form in FORMATS:
+        if form.name == name:
+            return form
+    names = ", ".join(form.name for form in FORMATS)
+    raise SettingError(f"key format {name!r} is unknown: choose among {names}")

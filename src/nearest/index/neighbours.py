@@ -1,6 +1,6 @@
 """What a search gives back, and the one convention for distances."""
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -39,3 +39,8 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     return Neighbours(
         np.take_along_axis(found.ids, order, 1), np.take_along_axis(found.distances, order, 1)
     )
+
+
+def position_dtype(tokens: int) -> np.dtype[Any]:
+    """The smaller of int32 and int64 that numbers so many positions."""
+    return np.dtype(np.int32 if tokens <= np.iinfo(np.int32).max else np.int64)

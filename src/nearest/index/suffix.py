@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.neighbours import NO_ENTRY
+from nearest.index.neighbours import NO_ENTRY, position_dtype
 from nearest.index.threads import in_threads
 
 MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable
@@ -46,9 +46,8 @@ def sort_suffixes(tokens: Tokens, entries: Int[np.ndarray, " m"]) -> Int[np.ndar
     positions = len(tokens) - 1 - order
     chosen: Bool[np.ndarray, " n"] = np.zeros(len(tokens), dtype=bool)
     chosen[entries] = True
-    dtype = np.int32 if len(tokens) <= np.iinfo(np.int32).max else np.int64
-    ordered: Int[np.ndarray, " m"] = positions[chosen[positions]].astype(dtype)
-    return ordered
+    ordered: Int[np.ndarray, " m"] = positions[chosen[positions]]
+    return ordered.astype(position_dtype(len(tokens)))
 
 
 def longest_matches(

@@ -10,7 +10,7 @@ import msgspec
 from nearest.errors import FolderError
 from nearest.folder import sha256_of, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
 
@@ -47,12 +47,12 @@ class ModelRecord(_Record, frozen=True):
 
 
 class KeysRecord(_Record, frozen=True):
-    """What the keys are, and how documents were windowed to make them."""
+    """What the keys are, how they are stored, and how documents were windowed to make them."""
 
     layer: str
     module: str
     dim: Positive
-    dtype: Literal["float16"]
+    format: Annotated[str, msgspec.Meta(pattern="^(fp16|int8)$")]
     metric: Literal["l2", "ip"]
     window: Positive
     stride: Positive
@@ -81,7 +81,21 @@ class SegmentRecord(_Record, frozen=True):
     entries: Positive
     frames: Positive
     files: dict[str, FileRecord]
-    index: IndexRecord
+    index: IndexRecord | None
+
+
+class ClustersRecord(_Record, frozen=True):
+    """Clusters of the entries of some segments, and how they were found.
+
+    `segments`: the names of those they cover, in order; `tokens`: how many positions these have.
+    """
+
+    made_by: str
+    tokens: Positive
+    clusters: Count
+    members: Count
+    segments: list[str]
+    files: dict[str, FileRecord]
 
 
 class Manifest(_Record, frozen=True):
@@ -91,8 +105,9 @@ class Manifest(_Record, frozen=True):
     generation: Positive
     created_by: str
     model: ModelRecord
-    keys: KeysRecord
+    keys: KeysRecord | None
     segments: Annotated[list[SegmentRecord], msgspec.Meta(min_length=1)]
+    clusters: ClustersRecord | None
     settings: dict[str, dict[str, Any]]
     checksum: Digest = _UNSIGNED
 
@@ -100,15 +115,14 @@ class Manifest(_Record, frozen=True):
         names = [segment.name for segment in self.segments]
         if len(set(names)) != len(names):
             raise ValueError("a segment is listed twice")
+        if any((segment.index is None) != (self.keys is None) for segment in self.segments):
+            raise ValueError("a segment has keys without index, or an index without keys")
 
     def file_records(self) -> list[FileRecord]:
         """Every live file."""
-        return [
-            record
-            for segment in self.segments
-            for record in [*segment.files.values(), segment.index.file]
-            if record is not None
-        ]
+        records = [file for segment in self.segments for file in segment.files.values()]
+        records += [s.index.file for s in self.segments if s.index and s.index.file]
+        return records + list(self.clusters.files.values() if self.clusters else ())
 
 
 class _FormatOnly(msgspec.Struct):
@@ -119,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a memory folder.
 
     Raises:
-        FolderError: there is none, it is of a newer format, or it is not a valid manifest.
+        FolderError: there is none, it is of another format, or it is not a valid manifest.
     """
     while True:
         data = _read(folder)
@@ -156,6 +170,11 @@ def _decode(folder: Path, data: bytes) -> Manifest:
             raise FolderError(
                 f"{folder} has format {found}, this version reads up to {FORMAT}: "
                 "upgrade it (pip install --upgrade nearest)"
+            )
+        if found < FORMAT:
+            raise FolderError(
+                f"{folder} has format {found}, which this version does not read any more (it reads "
+                f"{FORMAT}): build the memory anew"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

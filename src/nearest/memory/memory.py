@@ -6,6 +6,7 @@ int64 and count through all segments.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,13 @@ from jaxtyping import Float, Int
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
 from nearest.errors import FolderError, SettingError
+from nearest.index.clusters import Clusters
+from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
-from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.segment import Segment
+from nearest.memory.cluster_files import open_clusters
+from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
+from nearest.memory.segment import Segment, no_keys
 
 DISTANCES = ("keys", "index")
 
@@ -37,6 +41,7 @@ class Memory:
         self.path = path
         self.manifest = manifest
         self.segments = segments
+        self._clusters = open_clusters(path, manifest)
         self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
         self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
 
@@ -89,11 +94,6 @@ class Memory:
         return cls.open(path)
 
     @property
-    def clusters(self) -> None:
-        """What joins entries that share a state; None where nothing does."""
-        return None
-
-    @property
     def entries(self) -> int:
         """Number of entries that can be found: tokens that have a successor in their document."""
         return sum(segment.record.entries for segment in self.segments)
@@ -125,17 +125,14 @@ class Memory:
             candidates: re-rank at least so many; what the index was tuned to when fewer.
 
         Raises:
-            SettingError: k, the distances or the queries' dimension make no sense.
+            SettingError: k, the distances or the queries' dimension make no sense, or there are no
+                keys.
         """
         if distances not in DISTANCES:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        if queries.shape[1] != self.manifest.keys.dim:
-            raise SettingError(
-                f"queries have {queries.shape[1]} dims, the keys {self.manifest.keys.dim}: make "
-                "them with the model and key layer that built the memory"
-            )
+        self._check_queries(queries)
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             if distances == "keys":
@@ -151,24 +148,68 @@ class Memory:
             Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))), k
         )
 
-    def distances(
-        self,
-        queries: Float[np.ndarray, "q dim"],
-        ids: Int[np.ndarray, "q k"],
-        kind: str = "keys",
+    def key_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """Distance of query i to entry ids[i, j] (float32); +inf for id -1.
+        """Distance of query i to the stored key of entry ids[i, j] (float32); id -1 gives +inf.
 
-        `kind` is "keys" for the stored keys, "index" for the index's own codes.
+        Raises:
+            SettingError: the memory has no keys, or the queries another dimension.
         """
-        parts = []
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            own = self._local(ids, segment, int(first))
-            if kind == "keys":
-                parts.append(segment.key_distances(queries, own))
-            else:
-                parts.append(segment.index.distances(queries, own))
+        self._check_queries(queries)
+        return self.keys.distances(queries, ids)
+
+    def index_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """As `key_distances`, but to the index's own codes, as its searches measure them."""
+        self._check_queries(queries)
+        parts = [
+            segment.index.distances(queries, self._local(ids, segment, int(first)))
+            for segment, first in zip(self.segments, self._first_entry, strict=False)
+        ]
         return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The stored keys of all segments (SettingError when the memory has none)."""
+        parts = [segment.keys for segment in self.segments]
+        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self._first_entry.tolist())
+
+    @property
+    def keys_record(self) -> KeysRecord:
+        """What the keys are (SettingError when the memory has none)."""
+        if self.manifest.keys is None:
+            raise no_keys(self.path)
+        return self.manifest.keys
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """Which entries share a state; None where `nearest cluster` has not been run.
+
+        Raises:
+            FolderError: they are of other segments than the memory has now.
+        """
+        record = self.manifest.clusters
+        present = [segment.name for segment in self.manifest.segments]
+        if record is not None and record.segments != present:
+            raise FolderError(
+                f"the clusters of {self.path} are of segments {', '.join(record.segments)}, and it "
+                f"now has {', '.join(present)}: make them anew with `nearest cluster`"
+            )
+        return self._clusters
+
+    def _check_queries(self, queries: Float[np.ndarray, "q dim"]) -> None:
+        if queries.shape[1] != self.keys_record.dim:
+            raise SettingError(
+                f"queries have {queries.shape[1]} dims, the keys {self.keys_record.dim}: make "
+                "them with the model and key layer that built the memory"
+            )
+
+    def valued_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a value, ascending."""
+        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
+        return np.concatenate([segment.entries + first for segment, first in parts])
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.

@@ -9,18 +9,17 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from nearest.corpus.tokens import token_dtype
-from nearest.errors import FolderError
+from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
 from nearest.index.approximate import read_index
-from nearest.index.distances import key_distances
 from nearest.index.exact import ExactIndex
-from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
-from nearest.index.suffix import sort_suffixes
+from nearest.index.keys import Keys, key_format
+from nearest.index.neighbours import Neighbours, VectorIndex, position_dtype, sort_nearest_first
 from nearest.memory.documents import FRAME_DTYPE, DocumentReader
-from nearest.memory.manifest import KeysRecord, Manifest, SegmentRecord
+from nearest.memory.key_files import open_keys
+from nearest.memory.manifest import Manifest, SegmentRecord
 
 OFFSET_DTYPE = np.dtype(np.int64)
-KEY_DTYPE = np.dtype(np.float16)
 
 
 class Segment:
@@ -32,7 +31,8 @@ class Segment:
 
     def __init__(self, folder: Path, manifest: Manifest, record: SegmentRecord) -> None:
         self.record = record
-        self._keys_record: KeysRecord = manifest.keys
+        self._folder = folder
+        self._keys: Keys | None = None
         paths = {name: folder / file.path for name, file in record.files.items()}
         try:
             self.tokens: Integer[np.ndarray, " n"] = open_array(
@@ -41,8 +41,12 @@ class Segment:
             self.offsets: Int[np.ndarray, " documents_plus_1"] = open_array(
                 paths["offsets"], OFFSET_DTYPE, (record.documents + 1,)
             )
-            self.keys: Float[np.ndarray, "n dim"] = open_array(
-                paths["keys"], KEY_DTYPE, (record.tokens, manifest.keys.dim)
+            if (keys := manifest.keys) is not None:
+                self._keys = open_keys(
+                    paths, key_format(keys.format), keys.dim, record.tokens, keys.metric
+                )
+            self.suffixes: Int[np.ndarray, " entries"] = open_array(
+                paths["suffixes"], position_dtype(record.tokens), (record.entries,)
             )
             frames = open_array(paths["frames"], FRAME_DTYPE, (record.frames, 2))
             self.documents = DocumentReader(
@@ -53,7 +57,7 @@ class Segment:
                 f"the manifest of {folder} names no {error} file for segment {record.name}: "
                 "restore it from a copy, or rebuild"
             ) from error
-        file = record.index.file
+        file = None if record.index is None else record.index.file
         self._index_file = None if file is None else self._held_open(folder / file.path)
 
     def _held_open(self, path: Path) -> BufferedReader:
@@ -67,50 +71,52 @@ class Segment:
         """Positions that have a value: all but the last of each document."""
         return valued_entries(self.offsets)
 
+    @property
+    def keys(self) -> Keys:
+        """The stored keys (SettingError when the memory has none)."""
+        if self._keys is None:
+            raise no_keys(self._folder)
+        return self._keys
+
     @cached_property
     def index(self) -> VectorIndex:
         """The index that the manifest names, read after its checksum has matched."""
-        record = self.record.index
-        if record.file is None or self._index_file is None:
+        keys, record = self.keys, self.record.index
+        if record is None or record.file is None or self._index_file is None:
             return self.exact_index()
-        index = read_index(
-            self._index_file, record.file.sha256, self._keys_record.metric, record.nprobe
-        )
-        if index.dim != self._keys_record.dim or index.entries != self.record.entries:
+        index = read_index(self._index_file, record.file.sha256, keys.metric, record.nprobe)
+        if index.dim != keys.dim or index.entries != self.record.entries:
             raise FolderError(
                 f"{record.file.path} holds {index.entries:,} vectors of {index.dim} dims, the "
-                f"manifest says {self.record.entries:,} of {self._keys_record.dim}: "
+                f"manifest says {self.record.entries:,} of {keys.dim}: "
                 "rebuild it with `nearest index`"
             )
         return index
 
     def exact_index(self) -> ExactIndex:
         """Exhaustive search over this segment's keys."""
-        return ExactIndex(self.keys, self.entries, self._keys_record.metric)
-
-    @cached_property
-    def suffixes(self) -> Int[np.ndarray, " m"]:
-        """Entries sorted by their reversed left context."""
-        return sort_suffixes(self.tokens, self.entries)
+        return ExactIndex(self.keys, self.entries)
 
     def search_by_keys(
         self, queries: Float[np.ndarray, "q dim"], k: int, candidates: int
     ) -> Neighbours:
         """The k nearest by the stored keys, among at least so many that the index finds."""
-        wanted = min(max(k, candidates, self.record.index.candidates), self.record.entries)
-        found = self.index.search(queries, wanted)
-        distances = key_distances(self.keys, queries, found.ids, self._keys_record.metric)
+        tuned_to = self.record.index.candidates if self.record.index else 0
+        found = self.index.search(queries, min(max(k, candidates, tuned_to), self.record.entries))
+        distances = self.keys.distances(queries, found.ids)
         return sort_nearest_first(Neighbours(found.ids, distances), k)
-
-    def key_distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
-    ) -> Float[np.ndarray, "q k"]:
-        """Distances to chosen entries by the stored keys; +inf for id -1."""
-        return key_distances(self.keys, queries, ids, self._keys_record.metric)
 
     def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest by the index's own codes, with its own distances."""
         return self.index.search(queries, min(k, self.record.entries))
+
+
+def no_keys(folder: Path) -> SettingError:
+    """What to say where keys are needed and the memory was built without."""
+    return SettingError(
+        f"{folder} has no keys (it was built with --keys none), and this needs them: build it with "
+        "--keys fp16 or int8, or use the method suffix, which goes by the text alone"
+    )
 
 
 def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:

@@ -1,4 +1,4 @@
-"""Write one segment: its corpus, its keys, its index, in that order, each streaming."""
+"""Write one segment: its corpus, suffix array, keys and index, in that order."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
-from torch import Tensor
 
 from nearest.corpus.batches import WindowBatch
 from nearest.corpus.tokens import TokenisedDocument, token_dtype
@@ -26,10 +25,13 @@ from nearest.index.approximate import (
     tune_search,
 )
 from nearest.index.exact import ExactIndex
+from nearest.index.keys import KeyFormat, Keys
 from nearest.index.neighbours import Metric
+from nearest.index.suffix import sort_suffixes
 from nearest.memory.documents import DocumentWriter
+from nearest.memory.key_files import KeyWriter, key_paths, open_keys
 from nearest.memory.manifest import FileRecord, IndexRecord, SegmentRecord
-from nearest.memory.segment import KEY_DTYPE, OFFSET_DTYPE, valued_entries
+from nearest.memory.segment import OFFSET_DTYPE, valued_entries
 from nearest.progress import Progress
 
 _FILES = {
@@ -37,9 +39,8 @@ _FILES = {
     "offsets": "offsets.npy",
     "documents": "documents.jsonl.zst",
     "frames": "frames.npy",
-    "keys": "keys.npy",
+    "suffixes": "suffix.npy",
 }
-SEGMENT_FILES = {*_FILES.values(), "index.faiss"}
 _SEED = 0
 
 
@@ -62,36 +63,46 @@ class IndexChoice:
             raise SettingError(f"nprobe must be at least 1, got {self.nprobe}")
 
 
+@dataclass(frozen=True)
+class KeyPlan:
+    """How a segment's keys are made, stored and searched."""
+
+    encoder: Encoder
+    form: KeyFormat
+    metric: Metric
+    choice: IndexChoice
+
+
 def write_segment(
     root: Path,
     name: str,
     documents: Iterable[TokenisedDocument],
-    encoder: Encoder,
-    metric: Metric,
-    choice: IndexChoice,
+    vocab_size: int,
+    plan: KeyPlan | None,
     progress: Progress,
 ) -> SegmentRecord:
-    """Write a segment's files below `root` and describe them; nothing refers to them yet."""
+    """Write a segment's files below `root` and describe them; nothing refers to them yet.
+
+    Without a plan it has neither keys nor index.
+    """
     folder = root / "segments" / name
     folder.mkdir(parents=True)
-    dtype = token_dtype(encoder.vocab_size)
+    dtype = token_dtype(vocab_size)
     offsets, frames = _write_corpus(folder, documents, dtype, progress)
     total = int(offsets[-1])
     entries = valued_entries(offsets)
     if not len(entries):
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
-    check_spec(choice.spec, encoder.layer.dim, choice.nprobe, len(entries))
+    if plan is not None:
+        check_spec(plan.choice.spec, plan.encoder.layer.dim, plan.choice.nprobe, len(entries))
     tokens = open_array(folder / _FILES["tokens"], dtype, (total,))
-    _write_keys(folder, tokens, offsets, encoder, len(entries), progress)
-    index = write_index(
-        root,
-        folder / "index.faiss",
-        open_array(folder / _FILES["keys"], KEY_DTYPE, (total, encoder.layer.dim)),
-        entries,
-        metric,
-        choice,
-        progress,
-    )
+    _write_suffixes(folder, tokens, entries, progress)
+    files, index = dict(_FILES), None
+    if plan is not None:
+        paths = key_paths(folder, plan.form, plan.encoder.layer.dim)
+        keys = _write_keys(paths, tokens, offsets, plan, len(entries), progress)
+        files |= {kind: path.name for kind, path in paths.items()}
+        index = write_index(root, folder / "index.faiss", keys, entries, plan.choice, progress)
     return SegmentRecord(
         name=name,
         tokens=total,
@@ -99,7 +110,7 @@ def write_segment(
         entries=len(entries),
         frames=frames,
         files={
-            kind: FileRecord.of(root, f"segments/{name}/{file}") for kind, file in _FILES.items()
+            kind: FileRecord.of(root, f"segments/{name}/{file}") for kind, file in files.items()
         },
         index=index,
     )
@@ -108,23 +119,22 @@ def write_segment(
 def write_index(
     root: Path,
     path: Path,
-    keys: Float[np.ndarray, "n dim"],
+    keys: Keys,
     entries: Int[np.ndarray, " m"],
-    metric: Metric,
     choice: IndexChoice,
     progress: Progress,
 ) -> IndexRecord:
-    """Build, tune and write the index over keys[entries]; an exact one needs no file."""
-    check_spec(choice.spec, keys.shape[1], choice.nprobe, len(entries))
+    """Build, tune and write the index over the keys of entries; an exact one needs no file."""
+    check_spec(choice.spec, keys.dim, choice.nprobe, len(entries))
     spec = resolve_spec(choice.spec, len(entries))
-    exact = ExactIndex(keys, entries, metric)
+    exact = ExactIndex(keys, entries)
     if spec == EXACT:
         return _index_record(spec, None, SearchParameters(recall=1.0), choice)
     rng = np.random.default_rng(_SEED)
     progress(f"index {spec}", 0, len(entries))
-    index = build_index(keys, entries, spec, metric, rng)
-    parameters = tune_search(index, keys, entries, metric, exact, choice.recall, rng, choice.nprobe)
-    ApproximateIndex(index, metric).write(path)
+    index = build_index(keys, entries, spec, rng)
+    parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
+    ApproximateIndex(index, keys.metric).write(path)
     fsync_file(path)
     progress(f"index {spec}", len(entries), len(entries))
     file = FileRecord.of(root, path.relative_to(root).as_posix())
@@ -161,40 +171,55 @@ def _write_corpus(
     return np.array(offsets, OFFSET_DTYPE), store.frames
 
 
-def _write_keys(
+def _write_suffixes(
     folder: Path,
     tokens: Integer[np.ndarray, " n"],
-    offsets: Int[np.ndarray, " documents_plus_1"],
-    encoder: Encoder,
-    total: int,
+    entries: Int[np.ndarray, " m"],
     progress: Progress,
 ) -> None:
+    progress("suffix array", 0, len(entries))
+    suffixes = sort_suffixes(tokens, entries)
+    with ArrayFile(folder / _FILES["suffixes"], suffixes.dtype, rows=len(suffixes)) as file:
+        file.write(0, suffixes)
+    progress("suffix array", len(entries), len(entries))
+
+
+def _write_keys(
+    paths: dict[str, Path],
+    tokens: Integer[np.ndarray, " n"],
+    offsets: Int[np.ndarray, " documents_plus_1"],
+    plan: KeyPlan,
+    total: int,
+    progress: Progress,
+) -> Keys:
     """Encode every valued position; rows of document ends stay zero and are never looked up."""
-    layer, done = encoder.layer, 0
+    layer, done = plan.encoder.layer, 0
     documents = (tokens[start:stop] for start, stop in pairwise(offsets))
-    with ArrayFile(folder / _FILES["keys"], KEY_DTYPE, (layer.dim,), rows=len(tokens)) as file:
+    with KeyWriter(paths, plan.form, layer.dim, len(tokens)) as file:
         progress("keys", 0, total)
-        for batch, keys in encoder.keys(documents):
-            _check_range(keys, batch, layer)
-            rows = keys.half().numpy()
+        for batch, keys in plan.encoder.keys(documents):
+            rows = keys.numpy()
+            _check_range(rows, batch, layer, plan.form)
             entries = offsets[batch.documents] + batch.positions
             breaks = np.flatnonzero(np.diff(entries) != 1) + 1
             for start, stop in pairwise([0, *breaks, len(entries)]):
                 file.write(int(entries[start]), rows[start:stop])
             done += len(entries)
             progress("keys", done, total)
+    return open_keys(paths, plan.form, layer.dim, len(tokens), plan.metric)
 
 
-def _check_range(keys: Float[Tensor, "n dim"], batch: WindowBatch, layer: KeyLayer) -> None:
-    """Refuse keys that float16 cannot hold: NaN, infinite, or beyond ±65,504."""
-    largest = float(np.finfo(KEY_DTYPE).max)
-    if bool(keys.abs().amax() <= largest):  # False for NaN too
+def _check_range(
+    rows: Float[np.ndarray, "n dim"], batch: WindowBatch, layer: KeyLayer, form: KeyFormat
+) -> None:
+    """Refuse keys that the format cannot hold: NaN, infinite, or in float16 beyond ±65,504."""
+    if bool(np.abs(rows).max() <= form.largest):  # False for NaN too
         return
-    wrong = ~(np.abs(keys.numpy()) <= largest)
+    wrong = ~(np.abs(rows) <= form.largest)
     bad = int(np.flatnonzero(wrong.any(axis=1))[0])
-    value = keys.numpy()[bad][wrong[bad]][0]
+    value = rows[bad][wrong[bad]][0]
     raise ModelError(
         f"the key {layer.name} is {value:g} at token {batch.positions[bad]} of document number "
-        f"{batch.documents[bad] + 1}, which float16 keys cannot hold: check the model's weights, "
-        "load it in float32, or try the other key layer (--key-layer)"
+        f"{batch.documents[bad] + 1}, which {form.name} keys cannot hold: check the model's "
+        "weights, load it in float32, or try the other key layer (--key-layer)"
     )

@@ -7,10 +7,9 @@ import numpy as np
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
 from nearest.memory.manifest import Manifest, read_manifest
+from nearest.memory.memory import Memory
 from nearest.memory.segment import Segment
 from nearest.progress import Progress, no_progress
-
-_BLOCK = 65_536
 
 
 def verify(path: Path, progress: Progress = no_progress) -> list[str]:
@@ -35,10 +34,11 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems = _checksum_problems(path, manifest, progress)
     if problems:
         return problems  # what is damaged cannot be trusted to describe itself
-    for record in manifest.segments:
-        segment = Segment(path, manifest, record)
-        problems += [f"segment {record.name}: {text}" for text in _structure(segment, manifest)]
-    return problems
+    memory = Memory(path, manifest, [Segment(path, manifest, r) for r in manifest.segments])
+    for segment in memory.segments:
+        found = _structure(segment, manifest)
+        problems += [f"segment {segment.record.name}: {text}" for text in found]
+    return problems or _cluster_problems(memory)
 
 
 def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
@@ -61,20 +61,51 @@ def _structure(segment: Segment, manifest: Manifest) -> list[str]:
     if offsets[0] != 0 or offsets[-1] != record.tokens or (np.diff(offsets) < 1).any():
         return ["document offsets do not rise from 0 to the number of tokens"]
     problems = []
-    if record.entries != record.tokens - record.documents:
-        problems.append("the number of entries is not that of tokens less documents")
     if int(segment.tokens.max()) >= manifest.model.vocab_size:
         problems.append("a token lies outside the vocabulary")
     if (segment.tokens[offsets[:-1]] != manifest.model.start_token).any():
         problems.append("a document does not begin with the start token")
-    for start in range(0, record.tokens, _BLOCK):
-        if not np.isfinite(segment.keys[start : start + _BLOCK]).all():
-            problems.append(f"a key between entries {start} and {start + _BLOCK} is not finite")
+    problems += _suffix_problems(segment)
+    if manifest.keys is not None:
+        problems += segment.keys.problems()
     try:
         ids = [segment.documents[number].id for number in range(record.documents)]
         if len(set(ids)) != len(ids):
             problems.append("a document id stands twice")
-        _ = segment.index
+        if manifest.keys is not None:
+            _ = segment.index
     except FolderError as error:
         problems.append(str(error))
     return problems
+
+
+def _suffix_problems(segment: Segment) -> list[str]:
+    """Whether the suffix array holds every entry once, and in order.
+
+    Of two neighbours in it, the first has the lower token; or the tokens are equal, and the entry
+    before the first stands before the one before the second. The order of documents' starts says
+    nothing.
+    """
+    suffixes, tokens = segment.suffixes, segment.tokens
+    if not np.array_equal(np.sort(suffixes), segment.entries):
+        return ["the suffix array does not hold every entry once"]
+    rank = np.full(len(tokens), -1)
+    rank[suffixes] = np.arange(len(suffixes))
+    first, second = suffixes[:-1], suffixes[1:]
+    starts = np.zeros(len(tokens), dtype=bool)
+    starts[segment.offsets[:-1]] = True
+    rising = starts[first] | starts[second] | (rank[first - 1] < rank[second - 1])
+    equal = tokens[first] == tokens[second]
+    if not np.where(equal, rising, tokens[first] < tokens[second]).all():
+        return ["the suffix array is not in order"]
+    return []
+
+
+def _cluster_problems(memory: Memory) -> list[str]:
+    try:
+        clusters = memory.clusters
+    except FolderError as error:
+        return [str(error)]
+    if clusters is None:
+        return []
+    return clusters.problems(memory.valued_entries())

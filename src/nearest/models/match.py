@@ -21,6 +21,8 @@ def matching_key_layer(
 ) -> KeyLayer:
     """The layer of `model` whose hidden states can be looked up in `memory`.
 
+    A memory without keys fits any model that has its tokenizer; the layer is then the last.
+
     Args:
         memory: the memory to look up.
         model: the model that built it.
@@ -32,8 +34,8 @@ def matching_key_layer(
         ModelError: weights, tokenizer or key layer differ from those that built the memory.
     """
     record, keys = memory.manifest.model, memory.manifest.keys
-    layer = find_key_layer(model, keys.layer)
-    if layer.dim != keys.dim:
+    layer = find_key_layer(model, "last_hidden" if keys is None else keys.layer)
+    if keys is not None and layer.dim != keys.dim:
         raise ModelError(
             f"the keys have {keys.dim} dims but this model gives {layer.dim}: the memory was built "
             f"with {record.name!r}. Load that model, or build a memory with this one"
@@ -41,7 +43,7 @@ def matching_key_layer(
     if force:
         return layer
     cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
-    if model_fingerprint(model) != record.fingerprint:
+    if keys is not None and model_fingerprint(model) != record.fingerprint:
         raise ModelError(
             f"this model's weights (or their precision) are not those that built {memory.path}, "
             f"so its states and the stored keys cannot be compared. {cure} meaningless neighbours"
@@ -51,7 +53,7 @@ def matching_key_layer(
             f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
             f"mean the same text. {cure} wrong words"
         )
-    if layer.path != keys.module:
+    if keys is not None and layer.path != keys.module:
         raise ModelError(
             f"the key layer {keys.layer} is {layer.path!r} in this model but was {keys.module!r} "
             f"when {memory.path} was built. {cure} meaningless neighbours"

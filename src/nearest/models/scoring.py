@@ -110,8 +110,9 @@ class Scorer:
             layer = find_key_layer(model, "last_hidden")
         else:
             layer = matching_key_layer(memory, model, tokenizer, force=force)
-            if window is None and stride is None:
-                window, stride = memory.manifest.keys.window, memory.manifest.keys.stride
+            keys = memory.manifest.keys
+            if keys is not None and window is None and stride is None:
+                window, stride = keys.window, keys.stride
         return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
     def blocks(self, progress: Progress, stage: str) -> Iterator[ScoredBlock]:

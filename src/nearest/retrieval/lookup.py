@@ -153,12 +153,19 @@ class Lookup:
     def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:
         settings = self.settings
         ids = automaton.extend(pointers, self.memory.clusters, settings.max_knns)
-        distances = self.memory.distances(queries.keys, ids, settings.distances)
-        return Part(ids, distances, self._lengths(queries, ids))
+        measured = (
+            self.memory.key_distances
+            if settings.distances == "keys"
+            else self.memory.index_distances
+        )
+        return Part(ids, measured(queries.keys, ids), self._lengths(queries, ids))
 
     def _matched(self, queries: Queries) -> Part:
         found = self.memory.longest_matches(queries.context, queries.ends, self.settings.matches)
-        distances = self.memory.distances(queries.keys, found.ids)
+        if self.memory.manifest.keys is None:  # then match lengths alone weigh
+            distances = np.where(found.ids < 0, np.float32(np.inf), np.float32(0))
+        else:
+            distances = self.memory.key_distances(queries.keys, found.ids)
         return Part(found.ids, distances, found.lengths)
 
     def _lengths(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Int[np.ndarray, "q c"]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from nearest.corpus.documents import EncodingErrors, read_documents
 from nearest.encode.identity import load_model_and_tokenizer
+from nearest.memory.generation import check_new
 from nearest.memory.memory import Memory
-from nearest.memory.writer import check_new
 
 
 def build(
