@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     unsigned = "0" * 64
     text = json.dumps({**manifest, "checksum": unsigned})
     path.write_text(text.replace(unsigned, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def in_two_segments(parts: list[Memory], path: Path) -> Memory:
+    """One memory of two that were built alike."""
+    shutil.copytree(parts[0].path, path)
+    shutil.copytree(parts[1].path / "segments/000001", path / "segments/000002")
+    second = json.loads((parts[1].path / "manifest.json").read_bytes())["segments"][0]
+    second = json.loads(json.dumps(second).replace("000001", "000002"))
+    edit_manifest(path, lambda manifest: manifest["segments"].append(second))
+    return Memory.open(path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:

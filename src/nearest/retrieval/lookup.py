@@ -72,9 +72,11 @@ class Lookup:
         """
         none = no_part(len(queries.keys))
         pointed = none
+        left = np.zeros(len(queries.keys), dtype=np.int64)
         if pointers is not None and self._sources.pointers:
             pointed = self._pointed(queries, pointers)
-        searched = self._to_search(pointed)
+            left = (pointers >= 0).sum(axis=1)
+        searched = self._to_search(left)
         dense = none
         if searched.any():
             dense = scattered(self._dense(queries.rows(searched)), searched)
@@ -135,12 +137,13 @@ class Lookup:
             lm_log_probs, probs, torch.from_numpy(weights.lm)[:, None].to(device)
         )
 
-    def _to_search(self, pointed: Part) -> Bool[np.ndarray, " q"]:
+    def _to_search(self, left: Int[np.ndarray, " q"]) -> Bool[np.ndarray, " q"]:
+        """Which queries, by how many pointers each has before clusters add to them."""
         if not self._sources.dense:
-            return np.zeros(len(pointed.ids), dtype=bool)
+            return np.zeros(len(left), dtype=bool)
         if not self._sources.pointers:
-            return np.ones(len(pointed.ids), dtype=bool)
-        fewer: Bool[np.ndarray, " q"] = (pointed.ids >= 0).sum(axis=1) < self.settings.min_knns
+            return np.ones(len(left), dtype=bool)
+        fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
 
     def _dense(self, queries: Queries) -> Part:
