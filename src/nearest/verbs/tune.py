@@ -13,7 +13,6 @@ from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import (
@@ -109,13 +108,13 @@ def tune(
         probs = np.empty((len(block.targets), len(variants), len(TEMPERATURES)), np.float32)
         for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
             for i, value in enumerate(variants):
-                chosen, power = candidates, lookup.settings.length_power
+                power, first = lookup.settings.length_power, None
                 if variant == "k":
-                    chosen = _nearest(candidates, int(value))
+                    first = int(value)
                 elif variant == "length_power":
                     power = value
-                components = [Component(lookup.sources, t, power) for t in TEMPERATURES]
-                probs[rows, i] = component_probs(chosen, components, block.targets[rows])
+                components = [Component(lookup.sources, t, power, first) for t in TEMPERATURES]
+                probs[rows, i] = component_probs(candidates, components, block.targets[rows])
         memory_probs.append(torch.from_numpy(probs))
         lm_probs.append(block.lm_log_probs.double().exp())
     base = torch.cat(lm_probs)
@@ -163,14 +162,6 @@ def _sweep_of(
     if defaults.length_power > 0 and "length_power" not in given:
         return Lookup(memory, method, widest), "length_power", LENGTH_POWERS
     return Lookup(memory, method, widest), "", (0.0,)
-
-
-def _nearest(candidates: Candidates, k: int) -> Candidates:
-    """The first k columns of a dense search."""
-    ids, values, distances, lengths, _, searched = candidates
-    return Candidates(
-        ids[:, :k], values[:, :k], distances[:, :k], lengths[:, :k], (k, 0, 0), searched
-    )
 
 
 def _nll_grid(
