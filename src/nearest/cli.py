@@ -246,6 +246,38 @@ def cluster(
 
 @app.command()
 @explained
+def compress(
+    memory: MemoryPath,
+    keys: Annotated[
+        str | None, typer.Option(help="int8, or pqM: M bytes a key (product quantisation).")
+    ] = None,
+    pca: Annotated[int | None, typer.Option(help="Dimensions to keep.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join near entries of the same value into one.")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Of each entry, to merge; 9 if not given.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option("--spec", help="Another index; the kind it has if not given.")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="Recall@100 to tune the index to; as before if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory's keys smaller, as a new generation; tune it again afterwards."""
+    from nearest.memory.compress import Compression, compress_memory
+    from nearest.memory.memory import Memory
+
+    how = Compression(keys, pca, merge, neighbours, index, recall)
+    with reports.live_progress(err) as progress:
+        compress_memory(memory, how, progress)
+    show_info(Memory.open(memory), as_json)
+
+
+@app.command()
+@explained
 def tune(
     memory: MemoryPath,
     text: TextPaths,

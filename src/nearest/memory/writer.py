@@ -31,7 +31,6 @@ from nearest.memory.segment_writer import IndexChoice, KeyPlan, write_index, wri
 from nearest.progress import Progress, no_progress
 
 NO_KEYS = "none"
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,8 @@ def _keys_record(plan: KeyPlan) -> KeysRecord:
         metric=plan.metric,
         window=encoder.window,
         stride=encoder.stride,
+        projection=None,
+        codebooks=None,
     )
 
 
@@ -144,7 +145,7 @@ def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progr
         for record in manifest.segments:
             segment = Segment(path, manifest, record)
             file = path / "segments" / record.name / of_generation(generation, "index.faiss")
-            index = write_index(path, file, segment.keys, segment.entries, choice, progress)
+            index = write_index(path, file, segment.keys, segment.searched, choice, progress)
             segments.append(msgspec.structs.replace(record, index=index))
         write_manifest(
             path, msgspec.structs.replace(manifest, generation=generation, segments=segments)
