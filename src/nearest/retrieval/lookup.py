@@ -22,6 +22,7 @@ from nearest.retrieval.distribution import (
     vocabulary_probs,
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
+from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings, method_named
 
@@ -43,6 +44,15 @@ class Lookup:
         self.gate = gate or FixedGate(
             Component(self.sources, settings.temperature, settings.length_power), settings.lam
         )
+
+    @classmethod
+    def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
+        """With the gate that the memory has for the method.
+
+        Raises:
+            SettingError: the method needs a gate that the memory does not have.
+        """
+        return cls(memory, method, settings, load_gate(memory, method))
 
     @property
     def keeps_state(self) -> bool:

@@ -32,6 +32,11 @@ class Network:
             hidden = hidden @ weight + bias
         return hidden
 
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return len(self.biases[-1])
+
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """By name, to be stored."""
         named = {f"{prefix}.mean": self.mean, f"{prefix}.scale": self.scale}
