@@ -208,8 +208,12 @@ class World:
             log_probs, made = np.empty(len(block.targets)), np.empty(len(block.targets), bool)
             args = block.queries, block.documents, block.targets, trails
             for rows, candidates in walk.walk(lookup, *args):
-                lm = block.lm_log_probs[rows]
-                log_probs[rows] = lookup.token_log_probs(candidates, lm, block.targets[rows])
+                log_probs[rows] = lookup.token_log_probs(
+                    block.queries.rows(rows),
+                    candidates,
+                    block.lm_log_probs[rows],
+                    block.targets[rows],
+                )
                 made[rows] = candidates.searched
             for document, value, search in zip(block.documents, log_probs, made, strict=True):
                 found[document].append(value)

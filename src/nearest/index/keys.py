@@ -203,6 +203,30 @@ class JoinedKeys:
         return [problem for part, _, _ in self._parts for problem in part.problems()]
 
 
+class MergedKeys:
+    """Keys of which several positions may share one: position i has row number row_of[i]."""
+
+    def __init__(self, keys: Keys, row_of: Int[np.ndarray, " n"]) -> None:
+        self._keys, self._row_of = keys, np.asarray(row_of)
+        self.metric = keys.metric
+        self.dim = keys.dim
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries as float32."""
+        return self._keys.rows(self._row_of[ids])
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to the keys that entries share."""
+        rows = np.where(ids < 0, NO_ENTRY, self._row_of[ids]).astype(np.int64)
+        return self._keys.distances(queries, rows)
+
+    def problems(self) -> list[str]:
+        """Those of the shared keys."""
+        return self._keys.problems()
+
+
 FORMATS: tuple[KeyFormat, ...] = (Float16Format(), Int8Format())
 
 

@@ -67,7 +67,7 @@ def _structure(segment: Segment, manifest: Manifest) -> list[str]:
         problems.append("a document does not begin with the start token")
     problems += _suffix_problems(segment)
     if manifest.keys is not None:
-        problems += segment.keys.problems()
+        problems += segment.keys.problems() + _merge_problems(segment)
     try:
         ids = [segment.documents[number].id for number in range(record.documents)]
         if len(set(ids)) != len(ids):
@@ -77,6 +77,21 @@ def _structure(segment: Segment, manifest: Manifest) -> list[str]:
     except FolderError as error:
         problems.append(str(error))
     return problems
+
+
+def _merge_problems(segment: Segment) -> list[str]:
+    """Whether each kept entry has a key of its own, and counts those that share it."""
+    if segment.weights is None or segment.rows is None:
+        return []
+    entries, kept = segment.entries, segment.searched
+    rows = segment.rows[entries]
+    sound = (
+        len(kept) == segment.record.kept
+        and np.array_equal(segment.rows[kept], np.arange(len(kept)))
+        and ((rows >= 0) & (rows < len(kept))).all()
+        and np.array_equal(np.bincount(rows, minlength=len(kept)), segment.weights[kept])
+    )
+    return [] if sound else ["the weights of merged entries do not count those that share a key"]
 
 
 def _suffix_problems(segment: Segment) -> list[str]:
