@@ -1,4 +1,4 @@
-"""RetoMaton: each step against plain lists, the whole method against a simulation of the paper's."""
+"""RetoMaton: each step against plain lists, the method against a simulation of the paper's."""
 
 import shutil
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def test_those_that_agreed_stand_nearest_first(data: st.DataObject) -> None:
     expected = []
     for i, token in enumerate(tokens):
         right = [j for j in range(ids.shape[1]) if ids[i, j] >= 0 and values[i, j] == token]
-        expected.append([int(ids[i, j]) for j in sorted(right, key=lambda j: distances[i, j])])  # noqa: B023
+        expected.append([int(ids[i, j]) for j in sorted(right, key=lambda j: distances[i, j])])
     assert as_lists(automaton.agreeing(ids, distances, values, tokens)) == expected
 
 
@@ -110,6 +110,7 @@ def test_many_clusters_and_pointers_at_full_width() -> None:
 
 
 # --- the memory -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("cut", [0, 1, 20])
 def test_successors_stop_where_a_document_ends(
@@ -171,9 +172,7 @@ def test_two_segments_point_and_match_as_one(joined: tuple[Memory, Memory]) -> N
         found, expected = (m.longest_matches(context, ends, most) for m in joined)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         np.testing.assert_array_equal(found.longest, expected.longest)
-        np.testing.assert_array_equal(
-            found.lengths, two.match_lengths(found.ids, context, ends)
-        )
+        np.testing.assert_array_equal(found.lengths, two.match_lengths(found.ids, context, ends))
     for ours, theirs in zip(found.ids, expected.ids, strict=True):  # where all of them fit
         assert sorted(ours) == sorted(theirs)
 
