@@ -13,9 +13,9 @@ class ExactIndex:
     """Exhaustive search over the stored keys; nothing to train and nothing more on disk."""
 
     def __init__(
-        self, keys: Float[np.ndarray, "n dim"], ids: Int[np.ndarray, " m"], metric: Metric
+        self, keys: Float[np.ndarray, "n dim"], ids: Int[np.ndarray, " m"] | None, metric: Metric
     ) -> None:
-        """Search among keys[ids]; other rows are never found."""
+        """Search among keys[ids], other rows are never found; None: among all, with no copy."""
         self._keys = keys
         self._ids = ids
         self._metric = metric
@@ -29,28 +29,21 @@ class ExactIndex:
         best = Neighbours(
             np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
         )
-        for start in range(0, len(self._ids), block):
-            ids = self._ids[start : start + block]
-            rows = self._keys[ids].astype(np.float32)
+        for start in range(0, len(self._keys if self._ids is None else self._ids), block):
+            part = slice(start, start + block)
+            rows = self._keys[part if self._ids is None else self._ids[part]]
+            rows = rows.astype(np.float32, copy=False)
             distances, local = faiss.knn(
                 queries,
                 rows,
                 min(k, len(rows)),
                 metric=faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2,
             )
-            found = Neighbours(ids[local], -distances if inner else distances)
+            ids = local + start if self._ids is None else self._ids[part][local]
+            found = Neighbours(ids, -distances if inner else distances)
             merged = Neighbours(
                 np.concatenate([best.ids, found.ids], axis=1),
                 np.concatenate([best.distances, found.distances], axis=1),
             )
             best = sort_nearest_first(merged, k)
-        return _padded(best, k)
-
-
-def _padded(found: Neighbours, k: int) -> Neighbours:
-    """Fill rows up to k with id -1 at distance +inf."""
-    missing = ((0, 0), (0, k - found.ids.shape[1]))
-    return Neighbours(
-        np.pad(found.ids, missing, constant_values=-1),
-        np.pad(found.distances, missing, constant_values=np.inf),
-    )
+        return best.padded(k)
