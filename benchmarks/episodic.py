@@ -7,6 +7,7 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -79,53 +80,56 @@ def filled(settings: EpisodicSettings) -> tuple[EpisodicMemory, PlainMemory, np.
     return ours, plain, keys
 
 
-def written(keys: np.ndarray, batch: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """A batch of which half is known, among what was written last, and half is new and evicts."""
-    known = keys[len(keys) // 2 :][rng.choice(len(keys) // 2, batch)]
+def to_write(keys: np.ndarray, rows: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Pairs of which half are known, among what was written last, and half are new and evict."""
+    known = keys[len(keys) // 2 :][rng.choice(len(keys) // 2, rows)]
     new = rng.normal(size=known.shape).astype(np.float32)
-    return np.where(rng.random((batch, 1)) < 0.5, known, new), rng.normal(size=(batch, 1))
+    return np.where(rng.random((rows, 1)) < 0.5, known, new), rng.normal(size=(rows, 1))
 
 
 def compare(
-    ours: EpisodicMemory, plain: PlainMemory, keys: np.ndarray, batch: int, rounds: int
+    ours: EpisodicMemory, plain: PlainMemory, keys: np.ndarray, batch: int, options: Any
 ) -> None:
-    """Time a lookup and a write of one batch on both sides, in turn."""
+    """Time both sides, in turn, looking up and writing the same rows in batches of one size."""
     rng = np.random.default_rng(batch)
-    queries = keys[rng.choice(len(keys), batch)] + np.float32(0.1)
+    queries = keys[rng.choice(len(keys), options.rows)] + np.float32(0.1)
     gap = np.abs(ours.lookup(queries).values - plain.lookup(queries)).max()
-    # Both sides are given the same batches, a new one each round.
-    batches = [written(keys, batch, rng) for _ in range(rounds + 1)]
+    pairs = [to_write(keys, options.rows, rng) for _ in range(options.rounds + 1)]
+
+    def in_batches(work: Callable[..., object], *arrays: np.ndarray) -> float:
+        parts = [slice(start, start + batch) for start in range(0, options.rows, batch)]
+        return timed(lambda: [work(*(array[part] for array in arrays)) for part in parts])[0]
 
     def writing(side: EpisodicMemory | PlainMemory) -> Callable[[], float]:
-        given = iter(batches)
-        return lambda: timed(lambda: side.write(*next(given)))[0]
+        rounds = iter(pairs)
+        return lambda: in_batches(side.write, *next(rounds))
 
     sides = {
-        "lookup_nearest": lambda: timed(lambda: ours.lookup(queries))[0],
-        "lookup_plain": lambda: timed(lambda: plain.lookup(queries))[0],
+        "lookup_nearest": lambda: in_batches(ours.lookup, queries),
+        "lookup_plain": lambda: in_batches(plain.lookup, queries),
         "write_nearest": writing(ours),
         "write_plain": writing(plain),
     }
     for side in sides.values():
         side()  # the first write to a full memory puts its entries in order of use
-    middle = medians(interleaved(rounds, **sides))
-    faster = {
-        name: middle[f"{name}_plain"] / middle[f"{name}_nearest"] for name in ("lookup", "write")
-    }
+    middle = medians(interleaved(options.rounds, **sides))
     report(
         benchmark="episodic",
         batch=batch,
-        medians=middle,
-        times_as_fast=faster,
+        microseconds_a_row={name: 1e6 * middle[name] / options.rows for name in middle},
+        times_as_fast={
+            name: middle[f"{name}_plain"] / middle[f"{name}_nearest"]
+            for name in ("lookup", "write")
+        },
         largest_difference=gap,
-        **asdict(ours.settings),
+        settings=asdict(ours.settings),
         **machine(),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in {"entries": 100_000, "dim": 64, "rounds": 5}.items():
+    for name, default in {"entries": 100_000, "dim": 64, "rows": 256, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--index", default="exact")
     parser.add_argument("--nprobe", type=int, default=None)
@@ -136,7 +140,7 @@ def main() -> None:
         )
         sides = filled(settings)
         for batch in (1, 32, 256):
-            compare(*sides, batch, options.rounds)
+            compare(*sides, batch, options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The episodic memory against a naive dictionary: lists, loops, one key at a time, in float64."""
 
+import doctest
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nearest import episodic
 from nearest.episodic import EpisodicMemory, EpisodicSettings, inverse_distance_weights
 from nearest.errors import FolderError, NearestError, SettingError
 from nearest.index import mutable
@@ -222,6 +224,12 @@ def test_what_is_given_and_what_is_shown_cannot_change_the_memory() -> None:
     for shown in (memory.keys, memory.values):
         with pytest.raises(ValueError, match="read-only"):
             shown[0] = 5
+
+
+def test_the_examples_in_the_documentation_hold() -> None:
+    results = doctest.testmod(episodic)
+    assert results.attempted >= 1
+    assert results.failed == 0
 
 
 # --- The index below ------------------------------------------------------------------------------
@@ -440,6 +448,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 import os
 import numpy as np
 from pathlib import Path
+from nearest import episodic
 from nearest.episodic import EpisodicMemory
 memory = EpisodicMemory.load({str(path)!r})
 memory.write(np.array([[0.0, 1.0]]), np.array([[9.0]]))

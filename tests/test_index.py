@@ -106,6 +106,18 @@ def test_exact_equals_brute_force(
     assert all(len(set(row)) == 20 for row in found.ids)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_among_all_rows_equals_exact_among_their_ids(
+    keys: np.ndarray, queries: np.ndarray, metric: Metric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nearest.index.exact._BLOCK_BYTES", 16 * 4 * 700)
+    rows = keys.astype(np.float32)
+    found = ExactIndex(rows, None, metric).search(queries, 9)
+    expected = ExactIndex(keys, np.arange(len(keys)), metric).search(queries, 9)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
 def test_exact_fills_up_with_no_entry(keys: np.ndarray, queries: np.ndarray) -> None:
     found = ExactIndex(keys, np.array([7, 9]), "l2").search(queries, 4)
     assert set(found.ids[:, :2].ravel()) == {7, 9}

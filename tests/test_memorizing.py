@@ -1,5 +1,6 @@
 """Memorizing attention against brute force in float64: loops, no mask, no batch."""
 
+import doctest
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import make_model
-from nearest.errors import FolderError, ModelError, NearestError, SettingError
+from nearest.errors import FolderError, ModelError, SettingError
 from nearest.index.approximate import ApproximateIndex, build_index
 from nearest.index.exact import ExactIndex
 from nearest.index.neighbours import VectorIndex
+from nearest.models.memorizing import attention, memory
 from nearest.models.memorizing.attention import MemorizingAttention, attend_memory
 from nearest.models.memorizing.layers import memorize
 from nearest.models.memorizing.memory import AttentionMemory
@@ -353,6 +355,13 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, dtype: torch.dtype) -> 
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("module", [attention, memory])
+def test_the_examples_in_the_documentation_hold(module: object) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted >= 1
+    assert results.failed == 0
+
+
 def test_an_empty_memory_is_saved_too(tmp_path: Path) -> None:
     empty(2).save(tmp_path / "m")
     assert AttentionMemory.load(tmp_path / "m").keys.shape == (2, HEADS, 0, DIM)
@@ -431,6 +440,16 @@ def test_a_memory_of_another_width_is_refused(memory: AttentionMemory) -> None:
 def test_shapes_that_do_not_fit_are_refused(change: Any) -> None:
     with pytest.raises(ModelError, match="do not fit a layer of 4 heads of 8"):
         make_layer()(*change(*random_qkv(2, 5)), empty(2))
+
+
+@torch.no_grad()
+def test_integers_mean_what_truth_values_mean() -> None:
+    layer, tensors = make_layer(), random_qkv(2, 3)
+    valid = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    memory = layer.remember(empty(2), *tensors[1:], valid).cleared(torch.tensor([0, 1]))
+    assert memory.lengths.tolist() == [2, 0]
+    found = layer(*tensors, memory, valid)
+    torch.testing.assert_close(found, layer(*tensors, memory, valid.bool()), rtol=0, atol=0)
 
 
 def test_validity_of_another_length_is_refused() -> None:
@@ -572,7 +591,7 @@ def test_padding_is_neither_attended_to_nor_remembered(decoder: PreTrainedModel)
                 input_ids=ids, attention_mask=mask.long(), position_ids=positions
             ).logits
             together.append([logits[i, width - len(r) :] for i, r in enumerate(rows)])
-            session.remember(mask)
+            session.remember(mask.long())  # integers, as tokenizers give them
     for row in range(2):
         with memorize(decoder, layers=[1], k=3) as session:
             for rows, found in zip(segments, together, strict=True):
@@ -651,8 +670,17 @@ def test_a_session_refuses_what_it_cannot_remember(decoder: PreTrainedModel) -> 
             session.remember()
         decoder(input_ids=tokens_of(2, 6))
         session.remember()
-        with pytest.raises(NearestError, match="begin an empty memory"):
+        memory = session.memories[0]
+        with pytest.raises(ModelError, match="begin an empty memory"):
             decoder(input_ids=tokens_of(3, 6))
+        decoder(input_ids=tokens_of(2, 6))
+        with pytest.raises(ModelError, match="say of each row"):
+            session.remember(ended=torch.tensor([True, False, False]))
+        assert session.memories[0] is memory
+        session.forget()
+        decoder(input_ids=tokens_of(3, 6))
+        session.remember()
+        assert session.memories[0].lengths.tolist() == [6, 6, 6]
 
 
 def test_memories_of_rows_follow_their_order() -> None:

@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearest.errors import ModelError, SettingError
@@ -131,7 +131,7 @@ class MemorizingAttention(nn.Module):
         keys: Float[Tensor, "_ _ _ _"],
         values: Float[Tensor, "_ _ _ _"],
         memory: AttentionMemory,
-        valid: Bool[Tensor, "_ _"] | None = None,
+        valid: Bool[Tensor, "_ _"] | Int[Tensor, "_ _"] | None = None,
         bias: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Float[Tensor, "_ _ _ _"]:
         """Attend.
@@ -157,7 +157,7 @@ class MemorizingAttention(nn.Module):
         if valid is not None:
             # Each position sees itself, even padding: softmax over nothing is undefined.
             own = torch.eye(length, dtype=torch.bool, device=keys.device)[length - q :]
-            seen = seen & valid[:, None, None, :] | own
+            seen = seen & valid.bool()[:, None, None, :] | own
         added = torch.zeros_like(seen, dtype=queries.dtype) if bias is None else bias
         local = F.scaled_dot_product_attention(
             self._scaled(queries),
@@ -191,7 +191,7 @@ class MemorizingAttention(nn.Module):
         memory: AttentionMemory,
         keys: Float[Tensor, "_ _ _ _"],
         values: Float[Tensor, "_ _ _ _"],
-        valid: Bool[Tensor, "_ _"] | None = None,
+        valid: Bool[Tensor, "_ _"] | Int[Tensor, "_ _"] | None = None,
     ) -> AttentionMemory:
         """The memory with a finished segment's pairs, its keys normalised if this layer does so.
 

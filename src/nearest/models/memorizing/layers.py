@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,22 +38,26 @@ class MemorizingSession:
 
     def remember(
         self,
-        attention_mask: Bool[Tensor, "batch length"] | None = None,
-        ended: Bool[Tensor, " batch"] | None = None,
+        attention_mask: Bool[Tensor, "_ _"] | Int[Tensor, "_ _"] | None = None,
+        ended: Bool[Tensor, " _"] | Int[Tensor, " _"] | None = None,
     ) -> None:
         """Make the latest forward pass, a whole segment, part of the memories.
 
         Args:
-            attention_mask: True at tokens, False at padding, as the pass had it.
+            attention_mask: 1 at tokens, 0 at padding, as the pass had it.
             ended: rows whose document ends here; they forget everything.
 
         Raises:
             ModelError: no pass was made since the last call, it continued a key-value cache, or
                 its batch is not the memories'.
         """
-        memories = [self._extended(i, attention_mask, ended) for i in range(len(self.memories))]
-        self.memories = list(memories)
-        self._segment = [None] * len(memories)
+        count = len(self.memories)
+        self.memories = [self._extended(i, attention_mask, ended) for i in range(count)]
+        self._segment = [None] * count
+
+    def forget(self) -> None:
+        """Forget everything, so that a batch of another size can begin."""
+        self.memories = [None] * len(self.memories)
 
     def _extended(self, i: int, valid: Tensor | None, ended: Tensor | None) -> AttentionMemory:
         segment = self._segment[i]
@@ -115,7 +119,7 @@ def memorize(
             for ids, mask, ended in segments:
                 loss = model(input_ids=ids, attention_mask=mask).loss
                 loss.backward()
-                session.remember(mask.bool(), ended)
+                session.remember(mask, ended)
 
     Keys are the model's own, so they are not normalised; before the first `remember`, and after
     leaving, the model is what it was. `session.gates.parameters()` are the new weights. Call
@@ -140,15 +144,15 @@ def memorize(
         raise SettingError(f"give each layer once, and at least one: got {list(layers)}")
     gates = nn.ModuleList(
         MemorizingAttention(
-            model.config.num_attention_heads,
+            module.config.num_attention_heads,
             module.head_dim,
             k=k,
             initial_gate=initial_gate,
             normalise=False,
             scale=module.scaling,
-        )
+        ).to(next(module.parameters()).device)
         for module in modules
-    ).to(device=model.device)
+    )
     session = MemorizingSession(gates, capacity, index)
     with ExitStack() as undo:
         for i, module in enumerate(modules):

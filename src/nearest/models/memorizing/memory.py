@@ -89,7 +89,7 @@ class AttentionMemory:
         self,
         keys: Float[Tensor, "_ _ _ _"],
         values: Float[Tensor, "_ _ _ _"],
-        valid: Bool[Tensor, "_ _"] | None = None,
+        valid: Bool[Tensor, "_ _"] | Int[Tensor, "_ _"] | None = None,
     ) -> "AttentionMemory":
         """A memory with a segment's pairs after its own; beyond the capacity the oldest go.
 
@@ -104,6 +104,7 @@ class AttentionMemory:
         if valid is None:
             valid = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
         self._check_fit(keys, values, valid)
+        valid = valid.bool()  # tokenizers give integers, whose complement is something else
         gap = ~valid[:, None, :, None]
         keys = keys.detach().to(self.keys).masked_fill(gap, 0)
         values = values.detach().to(self.values).masked_fill(gap, 0)
@@ -115,9 +116,18 @@ class AttentionMemory:
             torch.cat([self.held, valid], dim=1),
         )
 
-    def cleared(self, ended: Bool[Tensor, " batch"]) -> "AttentionMemory":
-        """A memory with nothing in the rows whose document has ended."""
-        return self._kept(self.keys, self.values, self.held & ~ended[:, None])
+    def cleared(self, ended: Bool[Tensor, " _"] | Int[Tensor, " _"]) -> "AttentionMemory":
+        """A memory with nothing in the rows whose document has ended.
+
+        Raises:
+            ModelError: `ended` does not have one value for each row.
+        """
+        if ended.shape != self.held.shape[:1]:
+            raise ModelError(
+                f"the ends of documents are {tuple(ended.shape)}, this memory takes "
+                f"{tuple(self.held.shape[:1])}: say of each row whether its document has ended"
+            )
+        return self._kept(self.keys, self.values, self.held & ~ended.bool()[:, None])
 
     def rows(self, chosen: Int[Tensor, " chosen"]) -> "AttentionMemory":
         """The memories of chosen rows, which may repeat: for beams and re-ordered batches."""
