@@ -192,7 +192,12 @@ class AttentionMemory:
     ) -> "AttentionMemory":
         """The latest pairs of each row, moved to the end; what is not held is zeroed."""
         width = min(self.capacity, int(held.sum(1).max())) if held.numel() else 0
-        order = held.int().argsort(dim=1, stable=True)[:, held.shape[1] - width :]
+        latest = slice(held.shape[1] - width, None)
+        if bool(held.all()):  # nothing to move, and no copies
+            return replace(
+                self, keys=keys[:, :, latest], values=values[:, :, latest], held=held[:, latest]
+            )
+        order = held.int().argsort(dim=1, stable=True)[:, latest]
         held = held.gather(1, order)
         columns = order[:, None, :, None]
         return replace(
