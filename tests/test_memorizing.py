@@ -17,7 +17,7 @@ from conftest import make_model
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.index.approximate import ApproximateIndex, build_index
 from nearest.index.exact import ExactIndex
-from nearest.index.neighbours import VectorIndex
+from nearest.index.neighbours import Neighbours, VectorIndex
 from nearest.models.memorizing import attention, memory
 from nearest.models.memorizing.attention import MemorizingAttention, attend_memory
 from nearest.models.memorizing.layers import memorize
@@ -294,6 +294,21 @@ def test_an_index_finds_the_same_pairs(index: Any) -> None:
     shorter = layer.remember(indexed, keys, values).cleared(torch.tensor([1, 0, 0, 0]).bool())
     expected = layer(q, keys, values, layer.remember(memory, keys, values))[1:]
     torch.testing.assert_close(layer(q, keys, values, shorter)[1:], expected, **EXACT)
+
+
+class FindsNothing:
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        return Neighbours(np.full((len(queries), k), -1), np.full((len(queries), k), np.inf))
+
+
+@torch.no_grad()
+def test_an_index_that_finds_nothing_gives_nothing() -> None:
+    layer, memory = filled_layer(3, [4, 4])
+    memory = AttentionMemory(memory.keys, memory.values, memory.held, 9, lambda _: FindsNothing())
+    q, keys, values = random_qkv(2, 5)
+    local = layer(q, keys, values, memory.cleared(torch.tensor([True, True])))
+    gate = layer.gate.sigmoid()[:, None, None]
+    torch.testing.assert_close(layer(q, keys, values, memory), (1 - gate) * local, **EXACT)
 
 
 def test_an_index_is_made_once_between_changes() -> None:

@@ -18,7 +18,6 @@ from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_
 
 _METRIC: Metric = "l2"
 _SEED = 0
-_SPARE = 8  # more candidates than asked for: float32 scans err by about 1e-6 of the squared norms
 
 
 class MutableIndex:
@@ -70,7 +69,7 @@ class MutableIndex:
         spec = EXACT if size < self._exact_below else resolve_spec(self._spec, size)
         if spec == EXACT:
             exact = ExactIndex(self._rows[:size], None, _METRIC)
-            ids = exact.search(queries, min(k + _SPARE, size)).ids
+            ids = exact.search(queries, min(k, size)).ids
         else:
             ids = self._approximate(queries, size, k, spec)
         gaps = self._rows[ids].astype(np.float64) - queries[:, None]
@@ -88,10 +87,10 @@ class MutableIndex:
             self._written[:] = False
             self._changes = 0
         # Some of what it knows has been overwritten since, so more than k are asked for.
-        wanted = min(k + _SPARE + min(k, self._changes), self._built.entries)
+        wanted = min(k + min(k, self._changes), self._built.entries)
         known = self._built.search(queries, wanted).ids
         known[self._written[known]] = NO_ENTRY
         rewritten = np.flatnonzero(self._written)
         exact = ExactIndex(self._rows, rewritten, _METRIC)
-        new = exact.search(queries, min(k + _SPARE, len(rewritten))).ids
+        new = exact.search(queries, min(k, len(rewritten))).ids
         return np.concatenate([known, new], axis=1)
