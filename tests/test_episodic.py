@@ -138,8 +138,9 @@ def memory_of(keys: Any, values: Any, near: float = 0.0, **options: Any) -> Epis
 
 
 def test_kernel_in_closed_form() -> None:
-    weights = inverse_distance_weights(np.array([[0.0, 3.0, np.inf], [1.0, 1.0, 1.0]]), 1.0)
-    np.testing.assert_allclose(weights, [[0.8, 0.2, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-15)
+    distances = np.array([[0.0, 3.0, np.inf], [1.0, 1.0, 1.0], [np.inf] * 3])
+    expected = [[0.8, 0.2, 0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 0]]
+    np.testing.assert_allclose(inverse_distance_weights(distances, 1.0), expected, rtol=1e-15)
 
 
 def test_lookup_in_closed_form() -> None:

@@ -73,12 +73,13 @@ class EpisodicSettings:
 class Lookup(NamedTuple):
     """What a lookup found.
 
-    Where the memory holds fewer than k entries, the missing have id -1, distance +inf and weight 0.
+    Where the memory holds fewer than k entries, the missing have id -1, distance +inf and weight 0;
+    a query for which an approximate index finds none at all has only these, and the value 0.
     """
 
     values: Float[np.ndarray, "q value_dim"]  # float64, averages by weight
     neighbours: Neighbours  # ids are rows of memory.keys; squared distances, float64
-    weights: Float[np.ndarray, "q k"]  # float64, each row sums to 1
+    weights: Float[np.ndarray, "q k"]  # float64, each row sums to 1, or to 0 where all are missing
 
 
 def inverse_distance_weights(
@@ -90,7 +91,8 @@ def inverse_distance_weights(
     array([[0.66666667, 0.33333333, 0.        ]])
     """
     kernel = 1 / (distances + delta)
-    weights: Float[np.ndarray, "q k"] = kernel / kernel.sum(axis=1, keepdims=True)
+    total = kernel.sum(axis=1, keepdims=True)
+    weights: Float[np.ndarray, "q k"] = kernel / np.where(total > 0, total, 1)
     return weights
 
 
