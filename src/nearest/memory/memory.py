@@ -180,7 +180,8 @@ class Memory:
             if segment.weights is None:
                 continue
             inside = (ids >= first) & (ids < first + segment.record.tokens)
-            weights[inside] = np.log(np.maximum(segment.weights[ids[inside] - first], 1))
+            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
         return weights
 
     def index_distances(
