@@ -13,6 +13,7 @@ from nearest.corpus.windows import choose_windows
 from nearest.encode.forward import encode_and_score, encode_keys
 from nearest.encode.identity import max_positions, vocabulary_size
 from nearest.encode.layers import KeyLayer, LanguageModel
+from nearest.encode.view import LmView
 
 _LOGITS_BYTES = 1 << 29
 _GROUP_BYTES = 1 << 27  # of the keys of a group, that are looked up together
@@ -28,6 +29,7 @@ class ScoredBatch:
     batch: WindowBatch
     keys: Float[Tensor, "n dim"]
     lm_log_probs: Float[Tensor, " n"]
+    view: LmView | None
     seconds: float
 
 
@@ -75,7 +77,9 @@ class Encoder:
         for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
             yield batch, encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
 
-    def scores(self, documents: Iterable[Tokens]) -> Iterator[Iterator[ScoredBatch]]:
+    def scores(
+        self, documents: Iterable[Tokens], with_view: bool = False
+    ) -> Iterator[Iterator[ScoredBatch]]:
         """The key of every prediction and the model's log-probability of it, timed.
 
         Batches come in groups: the predictions of a group follow those of the one before.
@@ -84,11 +88,11 @@ class Encoder:
         for group in grouped_batches(
             documents, self.window, self.stride, self.batch_size, together
         ):
-            yield map(self._score, group)
+            yield (self._score(batch, with_view) for batch in group)
 
-    def _score(self, batch: WindowBatch) -> ScoredBatch:
+    def _score(self, batch: WindowBatch, with_view: bool) -> ScoredBatch:
         started = time.perf_counter()
-        keys, log_probs = encode_and_score(
-            self.model, self.layer, batch.inputs, batch.predicts, batch.targets
+        keys, log_probs, view = encode_and_score(
+            self.model, self.layer, batch.inputs, batch.predicts, batch.targets, with_view
         )
-        return ScoredBatch(batch, keys, log_probs, time.perf_counter() - started)
+        return ScoredBatch(batch, keys, log_probs, view, time.perf_counter() - started)

@@ -1,7 +1,7 @@
 """Forward passes over batches of windows: keys alone, or keys with what the model predicts."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nearest.encode.layers import KeyLayer, captured_input
+from nearest.encode.view import LmView, lm_view
 
 
 class _KeysReachedError(Exception):
     """Ends a forward pass where its keys are: the layers above are not needed to build a memory."""
+
+
+class Scored(NamedTuple):
+    """What a model makes of n positions: `view` only where it was asked for."""
+
+    keys: Float[Tensor, "n dim"]
+    log_probs: Float[Tensor, " n"]
+    view: LmView | None
 
 
 @torch.inference_mode()
@@ -46,7 +55,8 @@ def encode_and_score(
     inputs: Int[np.ndarray, "rows width"],
     wanted: Bool[np.ndarray, "rows width"],
     targets: Int[np.ndarray, " n"],
-) -> tuple[Float[Tensor, "n dim"], Float[Tensor, " n"]]:
+    with_view: bool = False,
+) -> Scored:
     """Keys, and the model's log-probability of each target in nats; float32, on the CPU."""
     mask = torch.from_numpy(wanted)
     slices = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -60,7 +70,8 @@ def encode_and_score(
     logits = logits.float()  # sums over the vocabulary in half precision lose digits
     target = torch.from_numpy(targets).to(logits.device)
     log_probs = logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
-    return _rows(seen[0], inputs.shape, mask), log_probs.cpu()
+    view = lm_view(logits.log_softmax(-1)) if with_view else None
+    return Scored(_rows(seen[0], inputs.shape, mask), log_probs.cpu(), view)
 
 
 def _rows(

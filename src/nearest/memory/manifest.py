@@ -138,6 +138,14 @@ class ClustersRecord(_Record, frozen=True):
     files: dict[str, FileRecord]
 
 
+class GateRecord(_Record, frozen=True):
+    """A gate that was trained for a method: its kind, what describes it, and its arrays."""
+
+    kind: str
+    config: dict[str, Any]
+    file: FileRecord
+
+
 class Manifest(_Record, frozen=True):
     """A generation of a memory."""
 
@@ -149,6 +157,7 @@ class Manifest(_Record, frozen=True):
     segments: Annotated[list[SegmentRecord], msgspec.Meta(min_length=1)]
     clusters: ClustersRecord | None
     settings: dict[str, dict[str, Any]]
+    gates: dict[str, GateRecord]
     checksum: Digest = _UNSIGNED
 
     def __post_init__(self) -> None:
@@ -163,6 +172,7 @@ class Manifest(_Record, frozen=True):
         records = [file for segment in self.segments for file in segment.files.values()]
         records += [s.index.file for s in self.segments if s.index and s.index.file]
         records += self.keys.file_records() if self.keys else []
+        records += [gate.file for gate in self.gates.values()]
         return records + (list(self.clusters.files.values()) if self.clusters else [])
 
 

@@ -21,6 +21,7 @@ from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
 from nearest.memory.cluster_files import open_clusters
+from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
 from nearest.memory.segment import Segment, no_keys
@@ -43,6 +44,7 @@ class Memory:
         self.manifest = manifest
         self.segments = segments
         self._clusters = open_clusters(path, manifest)
+        self._gates = open_gates(path, manifest)
         self._projection = open_projection(path, manifest.keys)
         self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
         self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
@@ -334,3 +336,7 @@ class Memory:
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
+
+    def gate(self, method: str) -> GateFile | None:
+        """The gate that was trained for a method; None when none was."""
+        return self._gates.get(method)

@@ -24,12 +24,14 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
+from nearest.encode.view import lm_view
 from nearest.errors import NearestError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.models.prefixes import Pass, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
-from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method, resolve_settings
 
 
@@ -77,7 +79,7 @@ def attach(
     check_method(method, MEMORY_METHODS)
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
-    lookup = Lookup(memory, method, resolve_settings(method, memory, **settings))
+    lookup = Lookup.of(memory, method, resolve_settings(method, memory, **settings))
     return Session(model, lookup, tokenizer, force, replay)
 
 
@@ -161,18 +163,22 @@ class Session:
         if len(tokens) == prompt_length:
             return []
         inputs = tokens[None, :-1]
-        replayed = self._replay if self.lookup.keeps_state else 0
+        replayed = self._replay if self._keeps_state else 0
         first = max(0, prompt_length - 1 - replayed)
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
         targets = tokens[first + 1 :].numpy()
         with self.disabled():
-            keys, lm_log_probs = encode_and_score(
-                self.model, self._layer, inputs.numpy(), wanted.numpy(), targets
+            keys, lm_log_probs, view = encode_and_score(
+                self.model,
+                self._layer,
+                inputs.numpy(),
+                wanted.numpy(),
+                targets,
+                self.lookup.needs_lm,
             )
-        queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1))
-        skip = prompt_length - 1 - first
-        return token_sources(self.lookup, queries, targets, lm_log_probs.exp().numpy(), skip)
+        queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1), view)
+        return token_sources(self.lookup, queries, targets, lm_log_probs, prompt_length - 1 - first)
 
     @staticmethod
     def _row(generated: _Generated, row: int) -> tuple[Tensor, int]:
@@ -206,11 +212,9 @@ class Session:
             this = None
             if self.lookup.needs_context:
                 sequences = sequences or Sequences.of_call(named)
-                this = Pass(sequences, shape[1], keep, self.lookup.keeps_state)
-                if self._layer.name == "last_hidden" and "logits_to_keep" in signature.parameters:
-                    # The head's own input is cut as its output is: cut both less, and later.
-                    some = isinstance(keep, int) and keep > 0
-                    kwargs["logits_to_keep"] = max(this.positions, keep) if some else 0
+                this = Pass(sequences, shape[1], keep, self._keeps_state)
+                if "logits_to_keep" in signature.parameters:
+                    kwargs["logits_to_keep"] = self._wider(this, keep)
             # Hooks on one module would mix up two threads' keys.
             with self._forward_lock, captured_input(self._layer.module) as seen:
                 output = original(*args, return_dict=True, **kwargs)
@@ -241,14 +245,15 @@ class Session:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix(
-        self, queries: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
+        self, hidden: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
     ) -> Float[Tensor, "*shape vocab"]:
         """Log-probabilities of base and memory together, where hidden states are all it takes."""
-        keys = queries.float().cpu().numpy()
+        keys = hidden.float().cpu().numpy()
         none = np.empty(0, dtype=np.int64)
-        candidates = self.lookup.candidates(Queries(keys, none, np.zeros(len(keys), np.int64)))
-        lm_log_probs = logits.float().log_softmax(-1)
-        mixed = self.lookup.log_probs(candidates, lm_log_probs.reshape(len(keys), -1))
+        log_probs = logits.float().log_softmax(-1).reshape(len(keys), -1)
+        view = lm_view(log_probs) if self.lookup.needs_lm else None
+        queries = Queries(keys, none, np.zeros(len(keys), np.int64), view)
+        mixed = self.lookup.log_probs(queries, self.lookup.candidates(queries), log_probs)
         return mixed.reshape(logits.shape)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -260,18 +265,25 @@ class Session:
         keep: int | Tensor,
     ) -> Float[Tensor, "*shape vocab"]:
         """Log-probabilities of base and memory together; the base's alone before the first."""
-        if self._layer.name == "last_hidden":
-            logits = slice_logits_to_keep(logits, keep)
-        lm_log_probs = logits.float().log_softmax(-1)
-        mixed = lm_log_probs.reshape(-1, logits.shape[-1]).clone()
-        prefixes = self._here.prefixes or Prefixes(self.lookup)
-        for places, candidates in prefixes.predict(this.rows(hidden)):
-            numbers = this.logits_of(places)
-            chosen = numbers >= 0
-            if chosen.any():
-                rows = torch.from_numpy(numbers[chosen]).to(mixed.device)
-                mixed[rows] = self.lookup.log_probs(candidates.rows(chosen), mixed[rows])
-        return mixed.reshape(logits.shape)
+        log_probs = logits.float().log_softmax(-1)
+        rows = this.rows(hidden, log_probs)
+        this.put((self._here.prefixes or Prefixes(self.lookup)).mix(rows), into=log_probs)
+        return slice_logits_to_keep(log_probs, keep)
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self.lookup.keeps_state or self.lookup.settings.guard
+
+    def _wider(self, this: Pass, keep: int | Tensor) -> int:
+        """How many logits to ask for, of the last columns; 0 for all.
+
+        At least those that are kept; where more columns are looked up, also theirs when the head's
+        own input is the key (it is cut as its output is), or when their logits are needed too.
+        """
+        if not isinstance(keep, int) or keep == 0:
+            return 0
+        needed = self._layer.name == "last_hidden" or self.lookup.needs_lm
+        return max(keep, this.reach) if needed or self.lookup.settings.guard else keep
 
     def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -321,7 +333,7 @@ class Session:
         here, prompt = self._here, _prompt(named)
         if self.lookup.needs_context:
             here.prefixes = Prefixes(self.lookup)
-            replayed = self._replay if self.lookup.keeps_state else 0
+            replayed = self._replay if self._keeps_state else 0
             here.first = 0 if prompt is None else max(0, prompt.shape[1] - 1 - replayed)
         try:
             yield

@@ -16,10 +16,13 @@ from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.corpus.tokens import Tokens
+from nearest.encode.view import LmView, lm_view
 from nearest.errors import ModelError
 from nearest.index.neighbours import NO_ENTRY
 from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.lookup import Lookup, Queries, stacked
+from nearest.retrieval.gates.guard import gained, guarded
+from nearest.retrieval.lookup import Lookup, stacked
+from nearest.retrieval.queries import Queries
 
 _BETWEEN = np.array([-1])  # no token: a context ends where the next row's begins
 
@@ -66,22 +69,19 @@ class Sequences:
 
 
 class Row(NamedTuple):
-    """One sequence without padding, and its positions that are looked up: e predicts e + 1."""
+    """One sequence without padding, and its positions that are looked up: e predicts e + 1.
+
+    The model's log-probabilities are there for the last of the positions, or for all.
+    """
 
     tokens: Tokens  # int64
     ends: Int[np.ndarray, " n"]  # consecutive
     keys: Float[np.ndarray, "n dim"]
-
-
-class Place(NamedTuple):
-    """A position that is looked up: of which row, the nth of its positions."""
-
-    row: int
-    nth: int
+    lm_log_probs: Float[Tensor, "m vocab"]
 
 
 class Pass:
-    """Which positions of a forward pass get logits, and which are looked up."""
+    """Which columns of a forward pass are looked up in each row."""
 
     def __init__(
         self, sequences: Sequences, width: int, keep: int | Tensor, keeps_state: bool
@@ -95,88 +95,138 @@ class Pass:
         self._sequences = sequences
         self._width = width
         self._offset = columns - width
-        grid = torch.arange(rows * width).reshape(rows, width, 1)
-        kept: Tensor = slice_logits_to_keep(grid, keep)
-        self._with_logits: Int[np.ndarray, " n"] = kept.reshape(-1).numpy()
-        last = np.full(rows, -1)
-        np.maximum.at(last, self._with_logits // width, self._with_logits % width)
-        begin = np.full(rows, width)
-        np.minimum.at(begin, self._with_logits // width, self._with_logits % width)
+        kept: Tensor = slice_logits_to_keep(
+            torch.arange(width).expand(rows, width)[:, :, None], keep
+        )
+        begin, end = int(kept.min()), int(kept.max()) + 1
         if sequences.first is not None:
             first = max(0, sequences.first - self._offset)
-            begin = np.full(rows, first) if keeps_state else np.maximum(begin, first)
+            begin = first if keeps_state else max(begin, first)
         self._begin = np.maximum(begin, sequences.starts - self._offset)
-        self._end = last + 1
+        self._end = np.maximum(self._begin, end)
 
     @property
-    def positions(self) -> int:
-        """How many positions from the end reach all that is looked up."""
-        some = self._begin < self._end
-        return int(self._width - self._begin[some].min()) if some.any() else 0
+    def reach(self) -> int:
+        """How many columns from the end hold all that are looked up."""
+        return int(self._width - self._begin.min())
 
-    def rows(self, hidden: Float[Tensor, "rows states dim"]) -> list[Row]:
-        """The rows with the states of their positions, the last of each in `hidden`."""
-        missing = self._width - hidden.shape[1]
+    def rows(
+        self,
+        hidden: Float[Tensor, "rows states dim"],
+        lm_log_probs: Float[Tensor, "rows logits vocab"],
+    ) -> list[Row]:
+        """The rows of the pass; both tensors hold its last columns."""
         rows = []
         for row, (begin, end) in enumerate(zip(self._begin, self._end, strict=True)):
             start = int(self._sequences.starts[row])
-            stop = max(int(begin), int(end))
             rows.append(
                 Row(
-                    self._sequences.ids[row, start : self._offset + stop],
-                    np.arange(begin, stop) + self._offset - start,
-                    hidden[row, int(begin) - missing : stop - missing].float().cpu().numpy(),
+                    self._sequences.ids[row, start : self._offset + end],
+                    np.arange(begin, end) + self._offset - start,
+                    self._columns(hidden[row], begin, end).float().cpu().numpy(),
+                    self._columns(lm_log_probs[row], begin, end),
                 )
             )
         return rows
 
-    def logits_of(self, places: Sequence[Place]) -> Int[np.ndarray, " places"]:
-        """Which of the flattened logits belongs to each place; -1 where there is none."""
-        number = np.full(len(self._begin) * self._width, -1)
-        number[self._with_logits] = np.arange(len(self._with_logits))
-        at = [place.row * self._width + int(self._begin[place.row]) + place.nth for place in places]
-        found: Int[np.ndarray, " places"] = number[at]
-        return found
+    def put(
+        self, mixed: Sequence[Float[Tensor, "m vocab"]], into: Float[Tensor, "rows logits vocab"]
+    ) -> None:
+        """Write each row's mixtures into the log-probabilities that they belong to."""
+        for row, own in enumerate(mixed):
+            self._columns(into[row], self._begin[row], self._end[row])[:] = own
+
+    def _columns(
+        self, of_row: Float[Tensor, "columns size"], begin: int, end: int
+    ) -> Float[Tensor, "some size"]:
+        """Those from `begin` to `end` that there are; `of_row` holds the last of the pass."""
+        missing = self._width - len(of_row)
+        return of_row[max(0, begin - missing) : max(0, end - missing)]
+
+
+class _Reached(NamedTuple):
+    """What was found after a prefix, and how well it has been predicted so far."""
+
+    candidates: Candidates  # of one query
+    gained: float
+    predicted: tuple[Tensor, Tensor, Tensor] | None  # base, with memory, and guarded, [vocab] each
 
 
 class Prefixes:
-    """Candidates for the sequences of one forward pass after another."""
+    """Mixtures for the sequences of one forward pass after another."""
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._last: list[tuple[Row, list[Candidates]]] = []
+        self._last: list[tuple[Row, list[_Reached]]] = []
 
-    def predict(self, rows: Sequence[Row]) -> list[tuple[list[Place], Candidates]]:
-        """Candidates of every position of the rows, in batches.
+    def mix(self, rows: Sequence[Row]) -> list[Float[Tensor, "_ vocab"]]:
+        """Log-probabilities of base and memory together, where the rows have those of the base.
 
-        A method without state takes all at once; else the rows advance side by side, each from the
-        prefix in the last pass that it goes on from, or from nothing.
+        A method without state takes all positions at once; else the rows advance side by side, each
+        from the prefix in the last pass that it goes on from, or from nothing.
         """
-        places = [Place(r, n) for r, row in enumerate(rows) for n in range(len(row.ends))]
-        if not self._lookup.keeps_state:
-            return [(places, self._lookup.candidates(_queries(rows, places)))] if places else []
-        batches = []
-        found: list[list[Candidates]] = [[] for _ in rows]
-        for time in range(max((len(row.ends) for row in rows), default=0)):
-            now = [place for place in places if place.nth == time]
-            pointers = [self._pointers(r, rows[r], found[r]) for r, _ in now]
-            candidates = self._lookup.candidates(_queries(rows, now), stacked(pointers))
-            for i, place in enumerate(now):
-                found[place.row].append(candidates.rows(slice(i, i + 1)))
-            batches.append((now, candidates))
-        self._last = list(zip(rows, found, strict=True))
-        return batches
+        if not self._lookup.keeps_state and not self._lookup.settings.guard:
+            return self._mix_at_once(rows)
+        reached: list[list[_Reached]] = [[] for _ in rows]
+        for left in range(max(len(row.ends) for row in rows), 0, -1):  # rows end together
+            going = [r for r, row in enumerate(rows) if len(row.ends) >= left]
+            before = [
+                reached[r][-1] if reached[r] else self._parent(r, _prefix(rows[r])) for r in going
+            ]
+            for r, found in zip(
+                going, self._step([rows[r] for r in going], left, before), strict=True
+            ):
+                reached[r].append(found)
+        self._last = list(zip(rows, reached, strict=True))
+        return [
+            torch.stack([one.predicted[2] for one in found if one.predicted])
+            if len(row.lm_log_probs)
+            else row.lm_log_probs
+            for row, found in self._last
+        ]
 
-    def _pointers(self, number: int, row: Row, found: list[Candidates]) -> Int[np.ndarray, "_"]:
-        """What the row's prefix points to, at the position after those found."""
-        end = int(row.ends[len(found)])
-        before = found[-1] if found else self._parent(number, row.tokens[:end])
-        if before is None:
-            return np.full(1, NO_ENTRY, dtype=np.int64)
-        pointers: Int[np.ndarray, "_"] = self._lookup.follow(before, row.tokens[end : end + 1])[0]
-        return pointers
+    def _mix_at_once(self, rows: Sequence[Row]) -> list[Float[Tensor, "_ vocab"]]:
+        counts = [len(row.lm_log_probs) for row in rows]
+        at = [slice(len(row.ends) - n, None) for row, n in zip(rows, counts, strict=True)]
+        base = torch.cat([row.lm_log_probs for row in rows])
+        if not len(base):
+            return [row.lm_log_probs for row in rows]
+        queries = _queries(rows, at, lm_view(base) if self._lookup.needs_lm else None)
+        mixed = self._lookup.log_probs(queries, self._lookup.candidates(queries), base)
+        return list(mixed.split(counts))
 
-    def _parent(self, number: int, prefix: Tokens) -> Candidates | None:
+    def _step(
+        self, rows: Sequence[Row], left: int, before: Sequence[_Reached | None]
+    ) -> list[_Reached]:
+        """The position of each row that is `left` from its end, from what was found before it."""
+        lookup = self._lookup
+        tokens = [int(row.tokens[row.ends[-left]]) for row in rows]
+        pointers, gains = [], []
+        for found, token in zip(before, tokens, strict=True):
+            if found is None:
+                pointers.append(np.full(1, NO_ENTRY, dtype=np.int64))
+                gains.append(0.0)
+            else:
+                pointers.append(lookup.follow(found.candidates, np.array([token]))[0])
+                gains.append(found.gained + _gain(found, token))
+        at = [slice(len(row.ends) - left, len(row.ends) - left + 1) for row in rows]
+        predicted: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(rows)
+        if left > len(rows[0].lm_log_probs):
+            candidates = lookup.candidates(_queries(rows, at), stacked(pointers))
+        else:
+            base = torch.stack([row.lm_log_probs[-left] for row in rows])
+            queries = _queries(rows, at, lm_view(base) if lookup.needs_lm else None)
+            candidates = lookup.candidates(queries, stacked(pointers))
+            gated = mixed = lookup.log_probs(queries, candidates, base)
+            if lookup.settings.guard:
+                mixed = guarded(base, gated, gated.new_tensor(gains)[:, None])
+            predicted = list(zip(base, gated, mixed, strict=True))
+        return [
+            _Reached(candidates.rows(slice(r, r + 1)), gains[r], predicted[r])
+            for r in range(len(rows))
+        ]
+
+    def _parent(self, number: int, prefix: Tokens) -> _Reached | None:
         """What the last pass found after these tokens; most often in the row of the same number."""
         for other in sorted(range(len(self._last)), key=lambda other: other != number):
             row, found = self._last[other]
@@ -186,10 +236,27 @@ class Prefixes:
         return None
 
 
-def _queries(rows: Sequence[Row], places: Sequence[Place]) -> Queries:
+def _prefix(row: Row) -> Tokens:
+    """The tokens before the first position that is looked up."""
+    return row.tokens[: int(row.ends[0])]
+
+
+def _gain(found: _Reached, token: int) -> float:
+    """What the memory gained on a token that came."""
+    if found.predicted is None:
+        return 0.0
+    base, mixed = (log_probs[token : token + 1] for log_probs in found.predicted[:2])
+    return float(gained(base, mixed))
+
+
+def _queries(rows: Sequence[Row], at: Sequence[slice], lm: LmView | None = None) -> Queries:
+    """Some positions of each row as one batch."""
     starts = np.cumsum([0, *(len(row.tokens) + 1 for row in rows)])
     return Queries(
-        np.stack([rows[r].keys[n] for r, n in places]),
+        np.concatenate([row.keys[part] for row, part in zip(rows, at, strict=True)]),
         np.concatenate([part for row in rows for part in (row.tokens, _BETWEEN)]),
-        np.array([starts[r] + rows[r].ends[n] for r, n in places]),
+        np.concatenate(
+            [start + row.ends[part] for start, row, part in zip(starts, rows, at, strict=False)]
+        ),
+        lm,
     )

@@ -1,7 +1,7 @@
 """What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,14 @@ from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
 from nearest.encode.identity import model_name, start_token, vocabulary_size
 from nearest.encode.layers import find_key_layer
+from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress
-from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.gates.guard import gained, gained_before, guarded
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.queries import Queries
 from nearest.retrieval.walk import Trails, walk
 
 # Documents, plain strings, or arrays of token ids.
@@ -115,11 +118,16 @@ class Scorer:
                 window, stride = keys.window, keys.stride
         return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
-    def blocks(self, progress: Progress, stage: str) -> Iterator[ScoredBlock]:
-        """Every prediction of the text exactly once, in its order."""
+    def blocks(
+        self, progress: Progress, stage: str, with_view: bool = False
+    ) -> Iterator[ScoredBlock]:
+        """Every prediction of the text exactly once, in its order.
+
+        `with_view` adds to the queries what gates see of the model's predictions.
+        """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.documents):
+        for group in self.encoder.scores(self.text.documents, with_view):
             scored = []
             for batch in group:
                 scored.append(batch)
@@ -142,6 +150,7 @@ class Scorer:
                 torch.cat([one.keys for one in scored])[rows].numpy(),
                 np.concatenate(texts),
                 starts[documents - first] + positions,
+                _joined_views([one.view for one in scored], order),
             ),
             np.concatenate([one.batch.targets for one in scored])[order],
             torch.cat([one.lm_log_probs for one in scored])[rows],
@@ -157,6 +166,7 @@ class MethodRun:
         self.seconds = 0.0
         self.tokens = self.searches = 0
         self._trails: Trails = {}
+        self._gained: dict[int, float] = {}  # by the document that the next block may go on with
 
     def log_probs(self, block: ScoredBlock) -> Float[Tensor, " n"]:
         """Log-probabilities of the tokens that came, base and memory together."""
@@ -166,12 +176,31 @@ class MethodRun:
             self.lookup, block.queries, block.documents, block.targets, self._trails
         ):
             mixed[rows] = self.lookup.token_log_probs(
-                candidates, block.lm_log_probs[rows], block.targets[rows]
+                block.queries.rows(rows),
+                candidates,
+                block.lm_log_probs[rows],
+                block.targets[rows],
             )
             self.searches += int(candidates.searched.sum())
+        if self.lookup.settings.guard:
+            mixed = self._guarded(block, mixed)
         self.tokens += len(mixed)
         self.seconds += time.perf_counter() - started
         return mixed
+
+    def _guarded(self, block: ScoredBlock, mixed: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        gains = gained(block.lm_log_probs, mixed)
+        begun = self._gained.get(int(block.documents[0]), 0.0)
+        before = gained_before(gains, block.documents, begun)
+        self._gained = {int(block.documents[-1]): float(before[-1] + gains[-1])}
+        return guarded(block.lm_log_probs, mixed, before)
+
+
+def _joined_views(views: Sequence[LmView | None], order: Int[np.ndarray, " n"]) -> LmView | None:
+    some = [view for view in views if view is not None]
+    if not some:
+        return None
+    return LmView(*(np.concatenate(parts)[order] for parts in zip(*some, strict=True)))
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Any:

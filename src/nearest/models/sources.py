@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from nearest.memory.memory import Memory
-from nearest.retrieval.lookup import Lookup, Queries
+from nearest.retrieval.gates.guard import gained, gained_before
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.queries import Queries
 from nearest.retrieval.walk import walk
 
 
@@ -48,20 +52,46 @@ def token_sources(
     lookup: Lookup,
     queries: Queries,
     targets: Int[np.ndarray, " n"],
-    lm_probs: Float[np.ndarray, " n"],
+    lm_log_probs: Float[Tensor, " n"],
     skip: int,
 ) -> list[TokenSources]:
-    """Sources of the tokens of one sequence, whose first `skip` only lead up to them."""
+    """Sources of the tokens of one sequence, whose first `skip` only lead up to them.
+
+    `lm_log_probs` are the model's of the targets, in nats.
+    """
     spoken = []
+    gain = 0.0
     one_document = np.zeros(len(targets), dtype=np.int64)
     for rows, candidates in walk(lookup, queries, one_document, targets, {}):
-        weights, left = lookup.weights(candidates)
+        weights, left = lookup.weights(queries.rows(rows), candidates)
         right = np.where(candidates.values == targets[rows, None], weights, 0)
+        from_lm = left * lm_log_probs[rows].double().exp().numpy()
+        if lookup.settings.guard:
+            right, from_lm, gain = _guarded_say(right, from_lm, lm_log_probs[rows], gain)
         for i, row in enumerate(rows.tolist()):
             if row >= skip:
                 entries = _strongest_first(candidates.ids[i], right[i])
-                spoken.append(_Spoken(int(targets[row]), entries, float(left[i] * lm_probs[row])))
+                spoken.append(_Spoken(int(targets[row]), entries, float(from_lm[i])))
     return _placed(lookup.memory, spoken)
+
+
+def _guarded_say(
+    right: Float[np.ndarray, "n c"],
+    from_lm: Float[np.ndarray, " n"],
+    lm_log_probs: Float[Tensor, " n"],
+    gain: float,
+) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, " n"], float]:
+    """What candidates and model add when the guard weighs base and mixture, and the gain so far."""
+    mixed = torch.from_numpy(right.sum(axis=1) + from_lm).log()
+    gains = gained(lm_log_probs, mixed)
+    before = gained_before(gains, np.zeros(len(gains), dtype=np.int64), gain)
+    weight = before.sigmoid().numpy()
+    base = lm_log_probs.double().exp().numpy()
+    return (
+        right * weight[:, None],
+        from_lm * weight + base * (1 - weight),
+        float(before[-1] + gains[-1]),
+    )
 
 
 def _strongest_first(

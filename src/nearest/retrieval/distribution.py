@@ -26,6 +26,7 @@ class Component(NamedTuple):
     sources: tuple[str, ...]  # that stand side by side in SOURCES
     temperature: float
     length_power: float = 0.0
+    first: int | None = None  # only so many columns: of a dense search, the nearest
 
 
 def component_probs(
@@ -134,7 +135,10 @@ def _prepared(
 ) -> tuple[slice, Float[np.ndarray, " lengths"]]:
     """The component's columns, and b·log(1 + m) for every length m."""
     lengths = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
-    return candidates.of(*component.sources), np.float32(component.length_power) * lengths
+    columns = candidates.of(*component.sources)
+    if component.first is not None:
+        columns = slice(columns.start, min(columns.stop, columns.start + component.first))
+    return columns, np.float32(component.length_power) * lengths
 
 
 # fmt: off

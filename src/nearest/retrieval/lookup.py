@@ -4,18 +4,16 @@ Every method is this pipeline with its own sources and settings; it keeps no sta
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearest.corpus.tokens import Tokens
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.memory import Memory
 from nearest.retrieval import automaton
-from nearest.retrieval.candidates import SOURCES, Candidates, Part, no_part, scattered
+from nearest.retrieval.candidates import Candidates, Part, no_part, scattered
 from nearest.retrieval.distribution import (
     Component,
     Weights,
@@ -23,45 +21,57 @@ from nearest.retrieval.distribution import (
     mixed_log_probs,
     vocabulary_probs,
 )
+from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
+from nearest.retrieval.gates.stored import load_gate
+from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings, method_named
 
 
-class Queries(NamedTuple):
-    """Positions at which the next token is to be predicted.
+class Lookup:
+    """A memory, a method, its settings, and the gate that weighs what is found.
 
-    Query i has the hidden state keys[i] and the tokens context[: ends[i] + 1], back to the last
-    start token; several documents may stand one after another in `context`.
+    A method with a trained gate needs one (`gates.stored`); else λ is fixed.
     """
 
-    keys: Float[np.ndarray, "q dim"]  # float32
-    context: Tokens  # int64
-    ends: Int[np.ndarray, " q"]
-
-    def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Queries":
-        """Some of the queries."""
-        return Queries(self.keys[rows], self.context, self.ends[rows])
-
-
-class Lookup:
-    """A memory, a method and its settings."""
-
-    def __init__(self, memory: Memory, method: str, settings: Settings) -> None:
+    def __init__(
+        self, memory: Memory, method: str, settings: Settings, gate: Gate | None = None
+    ) -> None:
         self.memory = memory
         self.method = method
         self.settings = settings
-        self._sources = method_named(method)
-        self.sources = tuple(name for name in SOURCES if getattr(self._sources, name))
-        self._component = Component(self.sources, settings.temperature, settings.length_power)
+        self.sources = method_named(method).sources
+        self._asks = method_named(method).asks
+        self.gate = gate or FixedGate(
+            Component(self.sources, settings.temperature, settings.length_power), settings.lam
+        )
+
+    @classmethod
+    def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
+        """With the gate that the memory has for the method.
+
+        Raises:
+            SettingError: the method needs a gate that the memory does not have.
+        """
+        return cls(memory, method, settings, load_gate(memory, method))
 
     @property
     def keeps_state(self) -> bool:
         """Whether a prediction depends on those before it, and not on its context alone."""
-        return self._sources.pointers
+        return "pointers" in self.sources
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether queries must say what the language model predicts."""
+        return self.gate.needs_lm
+
+    @property
+    def _measures_matches(self) -> bool:
+        return any(component.length_power for component in self.gate.components)
 
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        return self._sources.pointers or self._sources.suffix or self.settings.length_power > 0
+        return self.sources != ("dense",) or self._measures_matches or self.settings.guard
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
@@ -71,23 +81,29 @@ class Lookup:
         `pointers` are what `follow` gave for the queries' sequences, None at their beginnings.
         """
         none = no_part(len(queries.keys))
-        pointed = none
-        if pointers is not None and self._sources.pointers:
+        dense = pointed = matched = none
+        if pointers is not None and "pointers" in self.sources:
             pointed = self._pointed(queries, pointers)
-        searched = self._to_search(pointed)
-        dense = none
+        if "suffix" in self.sources:
+            matched = self._matched(queries)
+        searched = self._to_search(queries, pointed, matched)
         if searched.any():
             dense = scattered(self._dense(queries.rows(searched)), searched)
         if self.settings.dedup:
             pointed = self._without_repeated(pointed, dense)
-        parts = dense, pointed, self._matched(queries) if self._sources.suffix else none
+        return self._joined(dense, pointed, matched, searched)
+
+    def _joined(
+        self, dense: Part, pointed: Part, matched: Part, searched: Bool[np.ndarray, " q"]
+    ) -> Candidates:
+        parts = dense, pointed, matched
         ids = np.concatenate([part.ids for part in parts], axis=1)
         return Candidates(
             ids,
             self.memory.values(ids),
             np.concatenate([part.distances for part in parts], axis=1),
             np.concatenate([part.lengths for part in parts], axis=1),
-            (dense.ids.shape[1], pointed.ids.shape[1], parts[2].ids.shape[1]),
+            (dense.ids.shape[1], pointed.ids.shape[1], matched.ids.shape[1]),
             searched,
         )
 
@@ -104,28 +120,29 @@ class Lookup:
         )
         return self.memory.successors(agreed)
 
-    def weights(self, candidates: Candidates) -> Weights:
+    def weights(self, queries: Queries, candidates: Candidates) -> Weights:
         """What each candidate adds to the probability of its value, and what the model does."""
-        shares = np.full((len(candidates.ids), 1), self.settings.lam)
-        return candidate_weights(candidates, [self._component], shares)
+        shares = self.gate.shares(View(queries, candidates))
+        return candidate_weights(candidates, self.gate.components, shares)
 
     def token_log_probs(
         self,
+        queries: Queries,
         candidates: Candidates,
         lm_log_probs: Float[Tensor, " q"],
         tokens: Int[np.ndarray, " q"],
     ) -> Float[Tensor, " q"]:
         """Log-probability of one token a query, with no array of the vocabulary's size."""
-        weights = self.weights(candidates)
+        weights = self.weights(queries, candidates)
         probs = (weights.candidates * (candidates.values == tokens[:, None])).sum(axis=1)
         return mixed_log_probs(lm_log_probs, torch.from_numpy(probs), torch.from_numpy(weights.lm))
 
     def log_probs(
-        self, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]
+        self, queries: Queries, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]
     ) -> Float[Tensor, "q vocab"]:
         """Log-probabilities of every token, on the device of `lm_log_probs`."""
         device = lm_log_probs.device
-        weights = self.weights(candidates)
+        weights = self.weights(queries, candidates)
         probs = vocabulary_probs(
             torch.from_numpy(weights.candidates).to(device),
             torch.from_numpy(candidates.values).to(device),
@@ -135,11 +152,17 @@ class Lookup:
             lm_log_probs, probs, torch.from_numpy(weights.lm)[:, None].to(device)
         )
 
-    def _to_search(self, pointed: Part) -> Bool[np.ndarray, " q"]:
-        if not self._sources.dense:
-            return np.zeros(len(pointed.ids), dtype=bool)
-        if not self._sources.pointers:
-            return np.ones(len(pointed.ids), dtype=bool)
+    def _to_search(self, queries: Queries, pointed: Part, matched: Part) -> Bool[np.ndarray, " q"]:
+        """Which queries are searched for: as the gate says, else where pointers are few."""
+        count = len(queries.keys)
+        if "dense" not in self.sources:
+            return np.zeros(count, dtype=bool)
+        if self._asks and isinstance(self.gate, SearchGate):
+            nothing = no_part(count), np.zeros(count, dtype=bool)
+            before = View(queries, self._joined(nothing[0], pointed, matched, nothing[1]))
+            return self.gate.worth_searching(before, self.settings.skip)
+        if "pointers" not in self.sources:
+            return np.ones(count, dtype=bool)
         fewer: Bool[np.ndarray, " q"] = (pointed.ids >= 0).sum(axis=1) < self.settings.min_knns
         return fewer
 
@@ -169,8 +192,8 @@ class Lookup:
         return Part(found.ids, distances, found.lengths)
 
     def _lengths(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Int[np.ndarray, "q c"]:
-        """Match lengths, where the method weighs by them."""
-        if self.settings.length_power == 0:
+        """Match lengths, where the gate weighs by them."""
+        if not self._measures_matches:
             return np.zeros(ids.shape, dtype=np.int16)
         return self.memory.match_lengths(ids, queries.context, queries.ends)
 

@@ -2,44 +2,66 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
 from nearest.errors import SettingError
 from nearest.memory.memory import DISTANCES, Memory
+from nearest.retrieval.candidates import SOURCES
 
 BASE = "base"
 _INFINITE = "inf"
-_WEIGHING = ("lam", "temperature")
-_DENSE = ("k", "distances", "candidates")
-_POINTERS = ("min_knns", "max_knns", "dedup")
-_SUFFIX = ("matches", "length_power")
+_WEIGHING = ("lam", "temperature", "length_power")
+_OF_SOURCE = {
+    "dense": ("k", "distances", "candidates"),
+    "pointers": ("min_knns", "max_knns", "dedup"),
+    "suffix": ("matches",),
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which sources give a method its candidates, and which settings it therefore has."""
+    """Which sources give a method its candidates, and what weighs them.
 
-    dense: bool
-    pointers: bool
-    suffix: bool
-    settings: tuple[str, ...]
-    defaults: Mapping[str, Any]
+    Attributes:
+        sources: among "dense", "pointers" and "suffix", in this order.
+        gate: the kind of trained gate that weighs them; None for a fixed λ.
+        asks: whether the gate decides about dense searches.
+        defaults: settings whose defaults are not those of `Settings`.
+    """
+
+    sources: tuple[str, ...]
+    gate: str | None = None
+    asks: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the settings it has."""
+        names = list(() if self.gate else _WEIGHING)
+        for source in self.sources:
+            names += _OF_SOURCE[source]
+        if self.asks:
+            names = [*(name for name in names if name != "min_knns"), "skip"]
+        return (*names, "guard")
 
 
-# kNN-LM arXiv:1911.00172, RetoMaton arXiv:2201.12431; suffix retrieval is our own.
+# kNN-LM arXiv:1911.00172, RetoMaton arXiv:2201.12431, buckets arXiv:2210.15859, meta-k
+# arXiv:2105.13022, AdaptRet arXiv:2109.04212; suffix retrieval and the mixture are our own.
+_KNN, _RETOMATON, _SUFFIX = ("dense",), ("dense", "pointers"), ("suffix",)
 _METHODS = {
-    "knn": Method(True, False, False, (*_WEIGHING, *_DENSE, "length_power"), {}),
-    "retomaton": Method(True, True, False, (*_WEIGHING, *_DENSE, *_POINTERS, "length_power"), {}),
-    "suffix": Method(
-        False,
-        False,
-        True,
-        (*_WEIGHING, *_SUFFIX),
-        {"lam": 0.5, "temperature": 64.0, "length_power": 4.0},
-    ),
+    "knn": Method(_KNN),
+    "knn+buckets": Method(_KNN, "buckets"),
+    "knn+meta-k": Method(_KNN, "meta-k"),
+    "knn+adaptret": Method(_KNN, "adaptret", asks=True, defaults={"skip": 0.5}),
+    "knn+mixture": Method(_KNN, "mixture"),
+    "retomaton": Method(_RETOMATON),
+    "retomaton+mixture": Method(_RETOMATON, "mixture"),
+    "suffix": Method(_SUFFIX, defaults={"lam": 0.5, "temperature": 64.0, "length_power": 4.0}),
+    "suffix+mixture": Method(_SUFFIX, "mixture"),
+    "hybrid": Method(SOURCES, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
 }
 MEMORY_METHODS = tuple(_METHODS)
 METHODS = (BASE, *MEMORY_METHODS)
@@ -72,6 +94,9 @@ class Settings:
         max_knns: pointers and members of their clusters, at most.
         dedup: count an entry once that is a neighbour and a pointer, or a member of a cluster too.
         matches: candidates of a suffix match, at most.
+        skip: fraction of dense searches that the gate is to save, by what it saw when tuned.
+        guard: weigh base and memory by how well each has predicted the document so far, which
+            costs at most ln 2 nats a document and repairs a gate that is wrong.
     """
 
     lam: float = 0.25
@@ -84,9 +109,11 @@ class Settings:
     max_knns: int = 1024
     dedup: bool = False
     matches: int = 256
+    skip: float = 0.0
+    guard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lam", "temperature", "length_power", "min_knns"):
+        for name in ("lam", "temperature", "length_power", "min_knns", "skip"):
             if not isinstance(getattr(self, name), Real):
                 raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("k", "candidates", "max_knns", "matches"):
@@ -94,6 +121,11 @@ class Settings:
                 raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not 0 <= self.lam <= 1:
             raise SettingError(f"lam must lie inside [0, 1], got {self.lam}: it is a probability")
+        if not 0 <= self.skip <= 1:
+            raise SettingError(f"skip must lie inside [0, 1], got {self.skip}: it is a fraction")
+        for name in ("dedup", "guard"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not 0 < self.temperature < float("inf"):
             raise SettingError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not (isfinite(self.length_power) and self.length_power >= 0):
@@ -146,7 +178,7 @@ def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
             "(`nearest tune`)"
         ) from error
     settings = Settings(**{**defaults, **tuned, **chosen})
-    if method_named(method).dense and settings.k > memory.entries:
+    if "dense" in method_named(method).sources and settings.k > memory.entries:
         if "k" in chosen:
             warnings.warn(
                 f"k = {settings.k:,} is more than the memory's {memory.entries:,} entries: "

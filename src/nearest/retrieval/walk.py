@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.lookup import Lookup, Queries, stacked
+from nearest.retrieval.lookup import Lookup, stacked
+from nearest.retrieval.queries import Queries
 
 _AT_ONCE = 512  # queries: their candidates fit the caches, and searches fill the threads
 

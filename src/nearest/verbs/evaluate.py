@@ -137,7 +137,8 @@ def evaluate(
     )
     nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
     base_seconds = 0.0
-    for block in scorer.blocks(progress, "evaluate"):
+    with_view = any(run.lookup.needs_lm for run in runs.values())
+    for block in scorer.blocks(progress, "evaluate", with_view):
         base_seconds += block.seconds
         for name in methods:
             run = runs.get(name)
@@ -165,7 +166,7 @@ def _lookups(
     if memory is None:
         raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
     return {
-        name: Lookup(memory, name, settings)
+        name: Lookup.of(memory, name, settings)
         for name, settings in settings_of_methods(of_memory, memory, given).items()
     }
 

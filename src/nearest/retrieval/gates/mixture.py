@@ -1,0 +1,163 @@
+"""Our gate: a small network mixes several components from cheap features.
+
+Components are made of dense, pointed and matched candidates, each weighed at several temperatures
+and length powers; the language model is one more. A second network guesses, before the dense
+search, what it would gain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from nearest.retrieval.candidates import SOURCES
+from nearest.retrieval.distribution import Component
+from nearest.retrieval.gates.features import features
+from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.network import Network
+
+# One source's candidates, or neighbouring ones' together, in some ways of weighing them:
+# (multiple of the distances' unit as temperature, length power).
+_GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
+    ("dense",): ((0.3, 0.0), (1.2, 5.0)),
+    ("dense", "pointers"): ((0.3, 0.0), (0.6, 2.0), (1.2, 5.0)),
+    ("suffix",): ((0.6, 0.0), (1.2, 4.0), (2.4, 6.0), (1e4, 8.0)),
+    ("dense", "pointers", "suffix"): ((1.2, 5.0), (2.4, 6.0)),
+}
+_VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
+
+
+def components_for(sources: Sequence[str], unit: float) -> tuple[Component, ...]:
+    """The components that a mixture over these sources weighs.
+
+    `unit`: how much farther an ordinary candidate is than the nearest, on average.
+    """
+    return tuple(
+        Component(group, multiple * unit, power)
+        for group, ways in _GROUPS.items()
+        if set(group) <= set(sources)
+        for multiple, power in ways
+    )
+
+
+def voted_among(components: Sequence[Component], unit: float) -> tuple[int, ...]:
+    """The numbers of the components whose votes tell most of what the memory knows."""
+    return tuple(
+        number
+        for number, one in enumerate(components)
+        if one.temperature == _VOTED * unit and len(one.sources) < len(SOURCES)
+    )
+
+
+@dataclass(frozen=True)
+class SearchGuess:
+    """Guesses what a dense search gains, in nats, and where the guesses lay on the tuning text."""
+
+    network: Network
+    quantiles: Float[np.ndarray, " quantiles"]  # at even steps from 0 to 1
+
+
+@dataclass(frozen=True)
+class MixtureGate:
+    """Networks with what they look at and what they weigh.
+
+    Attributes:
+        sources: of the method it was trained for.
+        components: that are weighed.
+        voted: the numbers of those whose votes it looks at.
+        mix: features → logits of the language model and of each component.
+        search: None for a method that does not ask whether to search.
+    """
+
+    sources: tuple[str, ...]
+    components: tuple[Component, ...]
+    voted: tuple[int, ...]
+    mix: Network
+    search: SearchGuess | None = None
+
+    @property
+    def needs_lm(self) -> bool:
+        """It sees the model's entropy and largest probability."""
+        return True
+
+    def features(self, view: View) -> Float[np.ndarray, "q features"]:
+        """What the mixing network looks at."""
+        return features(view, self.sources, [self.components[i] for i in self.voted])
+
+    def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
+        """What the searching network looks at: nothing that depends on earlier searches."""
+        free = [source for source in self.sources if source == "suffix"]
+        voted = [self.components[i] for i in self.voted]
+        return features(view, free, [one for one in voted if set(one.sources) <= set(free)])
+
+    def shares(self, view: View) -> Float[np.ndarray, "q components"]:
+        """Softmax over the model and the components that have candidates."""
+        logits = self.mix(self.features(view)).astype(np.float64)
+        logits[:, 1:][~available(view, self.components)] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        shares: Float[np.ndarray, "q components"] = weights[:, 1:]
+        return shares
+
+    def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
+        """Where the guessed gain lies above the quantile that saves as many searches."""
+        count = len(before.candidates.ids)
+        if self.search is None or skip <= 0:
+            return np.ones(count, dtype=bool)
+        if skip >= 1:
+            return np.zeros(count, dtype=bool)
+        quantiles = self.search.quantiles
+        threshold = np.interp(skip, np.linspace(0, 1, len(quantiles)), quantiles)
+        gains = self.search.network(self.features_before(before))[:, 0]
+        worth: Bool[np.ndarray, " q"] = gains > threshold
+        return worth
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Components and sources as JSON, the networks as arrays."""
+        config: dict[str, Any] = {
+            "sources": list(self.sources),
+            "components": [
+                [list(one.sources), one.temperature, one.length_power] for one in self.components
+            ],
+            "voted": list(self.voted),
+        }
+        arrays = self.mix.arrays("mix")
+        if self.search is not None:
+            arrays |= self.search.network.arrays("search")
+            arrays["quantiles"] = self.search.quantiles
+        return config, arrays
+
+    @classmethod
+    def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "MixtureGate":
+        """The gate that was stored."""
+        components = tuple(
+            Component(tuple(sources), float(temperature), float(power))
+            for sources, temperature, power in config["components"]
+        )
+        search = None
+        if "quantiles" in arrays:
+            search = SearchGuess(Network.of(arrays, "search"), arrays["quantiles"])
+        gate = cls(
+            tuple(config["sources"]),
+            components,
+            tuple(int(number) for number in config["voted"]),
+            Network.of(arrays, "mix"),
+            search,
+        )
+        if gate.mix.outputs != len(components) + 1:
+            raise ValueError("the network's outputs are not the components")
+        return gate
+
+
+def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
+    """Whether each component has a candidate."""
+    candidates = view.candidates
+    has = {
+        source: np.isfinite(candidates.distances[:, candidates.of(source)]).any(axis=1)
+        for source in SOURCES
+    }
+    found = [np.any([has[source] for source in one.sources], axis=0) for one in components]
+    stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
+    return stacked

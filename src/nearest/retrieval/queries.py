@@ -1,0 +1,27 @@
+"""What is asked of a memory: positions at which the next token is to be predicted."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from nearest.corpus.tokens import Tokens
+from nearest.encode.view import LmView
+
+
+class Queries(NamedTuple):
+    """Query i has the hidden state keys[i] and the tokens context[: ends[i] + 1].
+
+    A context reaches back to its last start token; several documents may stand one after another.
+    `lm` is there for methods that need it.
+    """
+
+    keys: Float[np.ndarray, "q dim"]  # float32
+    context: Tokens  # int64
+    ends: Int[np.ndarray, " q"]
+    lm: LmView | None = None
+
+    def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Queries":
+        """Some of the queries."""
+        lm = None if self.lm is None else self.lm.rows(rows)
+        return Queries(self.keys[rows], self.context, self.ends[rows], lm)
