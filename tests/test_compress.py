@@ -646,7 +646,7 @@ print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
 
 def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_path: Path) -> None:
     moments = [
-        *(("fsync", count) for count in range(1, 9)),
+        *(("fsync", count) for count in (1, 3, 6, 7, 8)),
         ("pwrite", 5),
         ("posix_fallocate", 4),
         ("replace", 1),
