@@ -394,6 +394,20 @@ def test_old_readers_go_on_and_clusters_stay(indexed: Memory, tmp_path: Path) ->
     np.testing.assert_array_equal(clusters.members, before.members)
 
 
+@pytest.mark.parametrize("index", ["exact", "IVF4,Flat"])
+def test_entries_that_left_the_index_are_measured_by_those_they_were_merged_into(
+    original: Memory, tmp_path: Path, index: str
+) -> None:
+    path = copy_of(original, tmp_path)
+    compress_memory(path, Compression(merge=True, index=index))
+    memory = Memory.open(path)
+    ids = np.concatenate([memory.valued_entries(), [-1]])[None]
+    query = original_rows(original)[[7]] + 0.2
+    np.testing.assert_allclose(
+        memory.index_distances(query, ids), memory.key_distances(query, ids), rtol=1e-3, atol=1e-2
+    )
+
+
 def test_two_segments_are_compressed_alike(
     build_memory: Build, tiny_model: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -456,6 +470,8 @@ def test_predictions_hardly_change_when_little_is_lost(
         ({"pca": 10, "index": "PQ4"}, "FAISS cannot build the index 'PQ4' over keys of 10 dims"),
         ({"merge": True, "index": "IVF5000,Flat"}, "more lists than the memory has entries"),
         ({"keys": "int8", "recall": 2.0}, "the recall target must lie in"),
+        ({"keys": "int8", "recall": 0.0}, "the recall target must lie in"),
+        ({"keys": "int8", "index": ""}, "FAISS cannot build the index ''"),
     ],
 )
 def test_settings_that_do_not_fit_change_nothing(
