@@ -1,0 +1,121 @@
+"""What `generate` needs beyond transformers' own: neighbours for each chunk as it ends."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationMixin
+
+from nearest.errors import SettingError
+from nearest.retro.cache import RetroCache
+from nearest.retro.chunks import Segment
+from nearest.retro.config import RetroConfig
+
+Retrieve = Callable[[Tensor], Tensor]
+"""(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
+
+
+def first_tokens(mask: Tensor | None, batch: int, columns: int) -> tuple[int, ...]:
+    """The column of each row's first token, after padding on the left."""
+    if mask is None:
+        return (0,) * batch
+    if tuple(mask.shape) != (batch, columns):
+        raise SettingError(
+            f"attention_mask has the shape {tuple(mask.shape)}, but must be (batch, tokens so far) "
+            f"= ({batch}, {columns})"
+        )
+    return tuple((mask.cumsum(1) == 0).sum(1).tolist())
+
+
+class RetroGenerationMixin(GenerationMixin):
+    """`generate` with `neighbours`, a callable, and `neighbour_ids` of the prompt's first chunks.
+
+    The callable gets (n, m) token ids of chunks, no two alike, and returns (n, neighbours, length)
+    token ids padded with −1 or the padding token: `NeighbourCache` keeps it from being asked twice.
+    Chunks that neither gives neighbours for have none. Without both, retrieval is off.
+    """
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes a RetroCache
+
+    retro_config: RetroConfig  # settings of chunks and neighbours
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Int[Tensor, "batch n"],
+        next_sequence_length: int | None = None,
+        past_key_values: RetroCache | None = None,
+        attention_mask: Tensor | None = None,
+        neighbour_ids: Tensor | None = None,
+        neighbours: Retrieve | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of the next pass, with neighbours of the chunks that end in it."""
+        inputs: dict[str, Any] = cast(Any, super()).prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        if neighbours is None and neighbour_ids is None:
+            return inputs
+        config = self.retro_config
+        columns = inputs["input_ids"].shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        starts = first_tokens(attention_mask, len(input_ids), seen + columns)
+        segment = Segment.of(config.chunk_size, columns, seen, starts)
+        needed = segment.chunks if seen else config.chunks(columns)
+        inputs["neighbour_ids"] = _gather(
+            input_ids, segment, starts, needed, neighbour_ids, neighbours
+        )
+        return inputs
+
+
+def _gather(
+    input_ids: Int[Tensor, "batch n"],
+    segment: Segment,
+    starts: tuple[int, ...],
+    needed: int,
+    given: Tensor | None,
+    retrieve: Retrieve | None,
+) -> Int[Tensor, "batch needed neighbours length"]:
+    """Neighbours of the chunks that end in a pass: given, else retrieved, else padding."""
+    known = 0 if given is None else given.shape[1]
+    found: dict[tuple[int, int], Tensor] = {}
+    wanted: list[tuple[int, int]] = []
+    m = segment.chunk_size
+    for row, (past, finished) in enumerate(zip(segment.past, segment.finished, strict=True)):
+        for i in range(finished):
+            number = past // m + i
+            if given is not None and number < known:
+                found[row, i] = given[row, number]
+            else:
+                wanted.append((row, i))
+    if wanted and retrieve is not None:
+        first = [starts[row] + (segment.past[row] // m + i) * m for row, i in wanted]
+        chunks = torch.stack(
+            [input_ids[row, f : f + m] for (row, _), f in zip(wanted, first, strict=True)]
+        )
+        unique, which = chunks.unique(dim=0, return_inverse=True)
+        answers = retrieve(unique)
+        if answers.ndim != 3 or len(answers) != len(unique):
+            raise SettingError(
+                f"neighbours(…) gave the shape {tuple(answers.shape)} for {len(unique)} chunks: it "
+                "must return (chunks, neighbours, length) token ids"
+            )
+        found.update(zip(wanted, answers.to(input_ids.device)[which], strict=True))
+    shapes = {tuple(ids.shape) for ids in found.values()}
+    if len(shapes) > 1:
+        raise SettingError(
+            f"neighbours have the shapes {sorted(shapes)}: give and retrieve as many for every "
+            "chunk, padded to one length"
+        )
+    shape = shapes.pop() if shapes else (1, 1) if given is None else tuple(given.shape[2:])
+    ids = input_ids.new_full((len(input_ids), needed, *shape), -1)
+    for (row, i), tokens in found.items():
+        ids[row, i] = tokens
+    return ids
