@@ -3,5 +3,13 @@
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
 from nearest.retro.model import RetroForCausalLM
+from nearest.retro.neighbours import AskedNeighbours, FixedNeighbours, NeighbourCache
 
-__all__ = ["RetroCache", "RetroConfig", "RetroForCausalLM"]
+__all__ = [
+    "AskedNeighbours",
+    "FixedNeighbours",
+    "NeighbourCache",
+    "RetroCache",
+    "RetroConfig",
+    "RetroForCausalLM",
+]

@@ -120,7 +120,9 @@ class Segment:
             start + past - past % self.chunk_size
             for start, past in zip(starts, self.past, strict=True)
         ]
-        within = torch.arange(self.chunks * self.chunk_size).reshape(1, self.chunks, -1)
+        within = torch.arange(self.chunks * self.chunk_size).reshape(
+            1, self.chunks, self.chunk_size
+        )
         return torch.tensor(first)[:, None, None] + within
 
     def into_blocks(

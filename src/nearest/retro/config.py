@@ -5,7 +5,7 @@ Two public implementations define the family, named here after their authors' re
 """
 
 from dataclasses import field
-from typing import Any
+from typing import Any, no_type_check
 
 from transformers import PreTrainedConfig
 
@@ -80,6 +80,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@no_type_check  # its base class makes __init__ take more than the fields
 class RetroConfig(PreTrainedConfig):
     """Settings of a RETRO model; the defaults are the published model of the `norlund` lineage.
 

@@ -61,11 +61,19 @@ class RetroGenerationMixin(GenerationMixin):
             attention_mask=attention_mask,
             **kwargs,
         )
-        if neighbours is None and neighbour_ids is None:
-            return inputs
-        config = self.retro_config
         columns = inputs["input_ids"].shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is None:  # transformers found no padding: a generated token is none
+            attention_mask = input_ids.new_ones(len(input_ids), seen + columns)
+            inputs["attention_mask"] = attention_mask
+        if neighbours is None and neighbour_ids is None:
+            return inputs
+        if input_ids.shape[1] < seen + columns:
+            raise SettingError(
+                f"only {input_ids.shape[1]} of {seen + columns} tokens are given, too few to look "
+                "chunks up: pass the whole sequence, and no prefill_chunk_size"
+            )
+        config = self.retro_config
         starts = first_tokens(attention_mask, len(input_ids), seen + columns)
         segment = Segment.of(config.chunk_size, columns, seen, starts)
         needed = segment.chunks if seen else config.chunks(columns)
@@ -102,10 +110,10 @@ def _gather(
         )
         unique, which = chunks.unique(dim=0, return_inverse=True)
         answers = retrieve(unique)
-        if answers.ndim != 3 or len(answers) != len(unique):
+        if answers.ndim != 3 or len(answers) != len(unique) or answers.is_floating_point():
             raise SettingError(
-                f"neighbours(…) gave the shape {tuple(answers.shape)} for {len(unique)} chunks: it "
-                "must return (chunks, neighbours, length) token ids"
+                f"neighbours(…) gave {answers.dtype} of the shape {tuple(answers.shape)} for "
+                f"{len(unique)} chunks: it must return (chunks, neighbours, length) token ids"
             )
         found.update(zip(wanted, answers.to(input_ids.device)[which], strict=True))
     shapes = {tuple(ids.shape) for ids in found.values()}
