@@ -83,32 +83,33 @@ class RetroPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.weight)
         if isinstance(module, ChunkedCrossAttention) and module.null is not None:
             initialization.normal_(module.null)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Every module's own, then what depends on a matrix's part in its layer."""
+        super().initialize_weights()
         if self.config.deepnet:
-            self._init_deepnet(module)
+            for module in self.modules():
+                self._init_deepnet(module)
 
     def _init_deepnet(self, module: nn.Module) -> None:
         """Xavier by depth; matrices that hold several are drawn part by part."""
+        parts: list[tuple[nn.Linear, list[float]]] = []
         if isinstance(module, Attention):
             gain = deepnet_gain(self.config, module.side)
-            keys, values = module.kv.weight.chunk(2)
-            parts = [(module.q.weight, 1.0), (keys, 1.0), (values, gain), (module.out.weight, gain)]
-            biases = [module.out.bias]
+            parts = [(module.q, [1.0]), (module.kv, [1.0, gain]), (module.out, [gain])]
         elif isinstance(module, FeedForward):
             gain = deepnet_gain(self.config, module.side)
-            parts = [(part, gain) for part in module.up.weight.chunk(1 + module.gated)]
-            parts.append((module.down.weight, gain))
-            biases = [module.up.bias, module.down.bias]
+            parts = [(module.up, [gain] * (1 + module.gated)), (module.down, [gain])]
         elif isinstance(module, Encoder) and isinstance(module.project, nn.Linear):
-            parts, biases = [(module.project.weight, 1.0)], [module.project.bias]
-        else:
-            return
-        if all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
-            return
-        for part, gain in parts:
-            nn.init.xavier_normal_(part, gain)
-        for bias in biases:
-            if bias is not None:
-                nn.init.zeros_(bias)
+            parts = [(module.project, [1.0])]
+        for linear, gains in parts:
+            if getattr(linear.weight, "_is_hf_initialized", False):
+                continue  # read from a file
+            for part, gain in zip(linear.weight.chunk(len(gains)), gains, strict=True):
+                nn.init.xavier_normal_(part, gain)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
 
 class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
