@@ -108,7 +108,7 @@ def test_chunked_cross_attention_equals_plain_loops(preset, settings):
     seen[0, 0, 3:] = False
     seen[1] = False
     stack = F.pad(seen.flatten(1), (int(config.null_neighbour), 0), value=True)
-    segment = Segment.of(m, length, 0, (0,))
+    segment = Segment(m, length, 0, (0,))
     hidden = torch.zeros(stack.shape, dtype=torch.float64).masked_fill(~stack, -1e9)
     silent = None if config.null_neighbour else ~stack.any(-1)[None, :, None, None]
     retrieved = Retrieved(segment, 5, encoded[None], hidden[:, None, None], silent, None)

@@ -22,18 +22,24 @@ class Segment:
 
     chunk_size: int
     columns: int
-    past: tuple[int, ...]  # read in earlier passes, without padding
-    pads: tuple[int, ...]  # columns of this pass before the row's first token
+    seen: int  # columns read in earlier passes
+    starts: tuple[int, ...]  # the column, counted from the first pass, of each row's first token
 
-    @classmethod
-    def of(cls, chunk_size: int, columns: int, seen: int, starts: Sequence[int]) -> "Segment":
-        """After `seen` columns, of rows whose first tokens stand in the columns `starts`."""
-        return cls(
-            chunk_size,
-            columns,
-            tuple(max(seen - start, 0) for start in starts),
-            tuple(min(max(start - seen, 0), columns) for start in starts),
-        )
+    @cached_property
+    def past(self) -> tuple[int, ...]:
+        """Tokens read in earlier passes, without padding."""
+        return tuple(max(self.seen - start, 0) for start in self.starts)
+
+    @cached_property
+    def pads(self) -> tuple[int, ...]:
+        """Columns of this pass before the row's first token."""
+        return tuple(min(max(start - self.seen, 0), self.columns) for start in self.starts)
+
+    @property
+    def positions(self) -> Int[Tensor, "batch columns"]:
+        """Of each token in its sequence; 0 for padding."""
+        columns = torch.arange(self.seen, self.seen + self.columns)
+        return (columns - torch.tensor(self.starts)[:, None]).clamp(min=0)
 
     @cached_property
     def uniform(self) -> bool:
@@ -114,15 +120,14 @@ class Segment:
         chunks = stream[:, : self.chunks * m].unflatten(1, (self.chunks, m))
         return chunks, _take(stream, rest)
 
-    def chunk_columns(self, starts: Sequence[int]) -> Int[Tensor, "batch chunks m"]:
+    def chunk_columns(self) -> Int[Tensor, "batch chunks m"]:
         """Column of each token of the finished chunks, counted from the first pass."""
         first = [
-            start + past - past % self.chunk_size
-            for start, past in zip(starts, self.past, strict=True)
+            start + past - begun
+            for start, past, begun in zip(self.starts, self.past, self.begun, strict=True)
         ]
-        within = torch.arange(self.chunks * self.chunk_size).reshape(
-            1, self.chunks, self.chunk_size
-        )
+        within = torch.arange(self.chunks * self.chunk_size)
+        within = within.reshape(1, self.chunks, self.chunk_size)
         return torch.tensor(first)[:, None, None] + within
 
     def into_blocks(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from nearest.errors import SettingError
 from nearest.retro.attention import ContextAttention, Retrieved, SelfAttention, masked_score
@@ -97,17 +98,39 @@ def hidden_keys(
     return zeros.masked_fill(~seen, masked_score(config, dtype))[:, None, None]
 
 
-def check_call(
-    config: RetroConfig, segment: Segment, ids: Tensor, cache: RetroCache | None
-) -> None:
+def segment_of(
+    config: RetroConfig,
+    input_ids: Int[Tensor, "batch columns"],
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+) -> Segment:
+    """Where the tokens of a call stand: after a cache, and after padding on the left."""
+    batch, columns = input_ids.shape
+    seen = cache.get_seq_length() if cache is not None else 0
+    if attention_mask is None:
+        return Segment(config.chunk_size, columns, seen, (0,) * batch)
+    if tuple(attention_mask.shape) != (batch, seen + columns):
+        raise SettingError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but must be (batch, "
+            f"tokens so far) = ({batch}, {seen + columns})"
+        )
+    starts = (attention_mask.cumsum(1) == 0).sum(1)
+    return Segment(config.chunk_size, columns, seen, tuple(starts.tolist()))
+
+
+def neighbour_chunks(config: RetroConfig, segment: Segment) -> int:
+    """How many chunks' neighbours a call comes with."""
+    return segment.chunks if segment.seen else config.chunks(segment.columns)
+
+
+def check_call(config: RetroConfig, segment: Segment, ids: Tensor, cache: Cache | None) -> None:
     """Refuse neighbours of a wrong shape, dtype or range, or that came too late (SettingError)."""
     if not config.cca_layers:
         raise SettingError("neighbour_ids are given, but cca_layers is empty: no layer reads them")
     if ids.dtype not in (torch.int64, torch.int32):
         raise SettingError(f"neighbour_ids must be token ids, int64, got {ids.dtype}: convert them")
-    seen = cache.get_seq_length() if cache is not None else 0
-    batch = len(segment.past)
-    chunks = segment.chunks if seen else config.chunks(segment.columns)
+    seen, batch = segment.seen, len(segment.starts)
+    chunks = neighbour_chunks(config, segment)
     if ids.ndim != 4 or tuple(ids.shape[:2]) != (batch, chunks):
         raise SettingError(
             f"neighbour_ids have the shape {tuple(ids.shape)}, but must be (batch, chunks, "
@@ -124,19 +147,19 @@ def check_call(
             f"neighbour_ids have the shape {tuple(ids.shape)} and so no tokens: give padding where "
             "there are no neighbours, or None to switch retrieval off"
         )
-    if cache is not None and cache.chunk.columns != seen:
+    if cache is not None and (not isinstance(cache, RetroCache) or cache.chunk.columns != seen):
         raise SettingError(
             "this cache was filled without neighbours: start anew to switch retrieval on"
         )
 
 
 def chunks_seen(
-    mask: Bool[Tensor, "batch columns"] | None, segment: Segment, starts: tuple[int, ...]
+    mask: Bool[Tensor, "batch columns"] | None, segment: Segment
 ) -> Bool[Tensor, "batch chunks m"] | None:
     """Which tokens of the chunks that end in a pass are no padding; None where all are."""
     if mask is None or bool(mask.all()):
         return None
-    columns = segment.chunk_columns(starts).to(mask.device).clamp(max=mask.shape[1] - 1)
+    columns = segment.chunk_columns().to(mask.device).clamp(max=mask.shape[1] - 1)
     return mask.gather(1, columns.flatten(1)).reshape(columns.shape)
 
 

@@ -6,27 +6,15 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 
 from nearest.errors import SettingError
-from nearest.retro.cache import RetroCache
 from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
+from nearest.retro.encoder import neighbour_chunks, segment_of
 
 Retrieve = Callable[[Tensor], Tensor]
 """(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
-
-
-def first_tokens(mask: Tensor | None, batch: int, columns: int) -> tuple[int, ...]:
-    """The column of each row's first token, after padding on the left."""
-    if mask is None:
-        return (0,) * batch
-    if tuple(mask.shape) != (batch, columns):
-        raise SettingError(
-            f"attention_mask has the shape {tuple(mask.shape)}, but must be (batch, tokens so far) "
-            f"= ({batch}, {columns})"
-        )
-    return tuple((mask.cumsum(1) == 0).sum(1).tolist())
 
 
 class RetroGenerationMixin(GenerationMixin):
@@ -47,7 +35,7 @@ class RetroGenerationMixin(GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch n"],
         next_sequence_length: int | None = None,
-        past_key_values: RetroCache | None = None,
+        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         neighbour_ids: Tensor | None = None,
         neighbours: Retrieve | None = None,
@@ -74,19 +62,15 @@ class RetroGenerationMixin(GenerationMixin):
                 "chunks up: pass the whole sequence, and no prefill_chunk_size"
             )
         config = self.retro_config
-        starts = first_tokens(attention_mask, len(input_ids), seen + columns)
-        segment = Segment.of(config.chunk_size, columns, seen, starts)
-        needed = segment.chunks if seen else config.chunks(columns)
-        inputs["neighbour_ids"] = _gather(
-            input_ids, segment, starts, needed, neighbour_ids, neighbours
-        )
+        segment = segment_of(config, inputs["input_ids"], attention_mask, past_key_values)
+        needed = neighbour_chunks(config, segment)
+        inputs["neighbour_ids"] = _gather(input_ids, segment, needed, neighbour_ids, neighbours)
         return inputs
 
 
 def _gather(
     input_ids: Int[Tensor, "batch n"],
     segment: Segment,
-    starts: tuple[int, ...],
     needed: int,
     given: Tensor | None,
     retrieve: Retrieve | None,
@@ -104,7 +88,7 @@ def _gather(
             else:
                 wanted.append((row, i))
     if wanted and retrieve is not None:
-        first = [starts[row] + (segment.past[row] // m + i) * m for row, i in wanted]
+        first = [segment.starts[row] + (segment.past[row] // m + i) * m for row, i in wanted]
         chunks = torch.stack(
             [input_ids[row, f : f + m] for (row, _), f in zip(wanted, first, strict=True)]
         )

@@ -14,7 +14,6 @@ from nearest.errors import SettingError
 from nearest.retro.attention import Attention, ChunkedCrossAttention, SelfAttention
 from nearest.retro.blocks import FeedForward, Residual, deepnet_gain
 from nearest.retro.cache import RetroCache
-from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
 from nearest.retro.encoder import (
     Encoder,
@@ -22,8 +21,9 @@ from nearest.retro.encoder import (
     check_call,
     chunks_seen,
     hidden_keys,
+    segment_of,
 )
-from nearest.retro.generation import RetroGenerationMixin, first_tokens
+from nearest.retro.generation import RetroGenerationMixin
 from nearest.retro.norms import RmsNorm, make_norm
 from nearest.retro.positions import BucketBias, Rotation, rotation
 
@@ -87,7 +87,7 @@ class RetroPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Every module's own, then what depends on a matrix's part in its layer."""
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[no-untyped-call]
         if self.config.deepnet:
             for module in self.modules():
                 self._init_deepnet(module)
@@ -207,15 +207,11 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         states: list[Tensor] | None,
     ) -> Float[Tensor, "batch n dim"]:
         """Normed states of the last layer; `states` gathers those before it."""
-        batch, columns = input_ids.shape
-        seen = cache.get_seq_length() if cache is not None else 0
-        starts = first_tokens(attention_mask, batch, seen + columns)
-        segment = Segment.of(self.config.chunk_size, columns, seen, starts)
+        segment = segment_of(self.config, input_ids, attention_mask, cache)
         if neighbour_ids is not None:
             check_call(self.config, segment, neighbour_ids, cache)
         mask = self._input_mask(input_ids, attention_mask, cache)
-        places = torch.arange(seen, seen + columns)[None] - torch.tensor(starts)[:, None]
-        places = places.clamp(min=0).to(input_ids.device)
+        places = segment.positions.to(input_ids.device)
         x = self._embed(input_ids, places)
         hidden = None if mask is None else hidden_keys(self.config, mask, x.dtype)
         turns = None
@@ -230,7 +226,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
                 self.embed_neighbours or self.embed_tokens,
                 segment,
                 neighbour_ids,
-                chunks_seen(mask, segment, starts),
+                chunks_seen(mask, segment),
                 cache.chunk if cache is not None else None,
             )
         for layer in self.layers:
