@@ -4,6 +4,7 @@ from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
 from nearest.retro.model import RetroForCausalLM
 from nearest.retro.neighbours import AskedNeighbours, FixedNeighbours, NeighbourCache
+from nearest.retro.retrofit import RetrofitForCausalLM, load_retrofit, retrofit
 
 __all__ = [
     "AskedNeighbours",
@@ -12,4 +13,7 @@ __all__ = [
     "RetroCache",
     "RetroConfig",
     "RetroForCausalLM",
+    "RetrofitForCausalLM",
+    "load_retrofit",
+    "retrofit",
 ]
