@@ -209,6 +209,10 @@ def test_damaged_adapters_are_refused(tmp_path: Path):
     config.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(FolderError, match="newer"):
         load_retrofit(make_base("gpt2"), tmp_path)
+    content["retro"]["encoder_dim"] = 8
+    config.write_text(json.dumps(content))
+    with pytest.raises(FolderError, match="does not fit"):
+        load_retrofit(make_base("gpt2"), tmp_path)
     for text in ("{", "[]", "{}"):
         config.write_text(text)
         with pytest.raises(FolderError, match="no adapter"):

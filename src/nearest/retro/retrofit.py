@@ -261,8 +261,13 @@ def load_retrofit(
             "does not have: load that one, or pass force=True and expect other predictions"
         )
     fitted = RetrofitForCausalLM(model, RetroConfig.from_dict(retro))
-    weights = safetensors.torch.load(data)
-    fitted.adapter.load_state_dict(weights)
+    try:
+        fitted.adapter.load_state_dict(safetensors.torch.load(data))
+    except RuntimeError as error:
+        raise FolderError(
+            f"{folder} does not fit this model ({str(error).splitlines()[-1].strip()}): give the "
+            "model it was trained on, and its settings as they were written"
+        ) from error
     return fitted
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearest.errors import ModelError
+from nearest.errors import ModelError, SettingError
 from nearest.retro.config import RetroConfig
 from nearest.retro.convert.rules import Rule, check_family, layers_of, load, same, save, shape_of
 from nearest.retro.model import RetroForCausalLM
@@ -50,10 +50,29 @@ def to_retro_pytorch(model: RetroForCausalLM) -> dict[str, Tensor]:
     free = {"norm", "gated_norm", "deepnet", "use_cache"}
     family = "retro-pytorch"
     check_family(model.config, RetroConfig.preset(family, cca_rotary="public"), free)
+    _check_sizes(model.config)
     dim = model.config.rotary_dim
     frequencies = 1.0 / 10_000 ** (torch.arange(0, dim, 2).float() / dim)
     state = save(model, _rules(model.config))
     return state | {name: frequencies.clone() for name in _ROTARY}
+
+
+def _check_sizes(config: RetroConfig) -> None:
+    """Refuse sizes that the public code computes otherwise (SettingError)."""
+    head_dim = config.decoder_head_dim
+    for name, needed in (
+        ("decoder_heads", _HEADS),
+        ("encoder_heads", _HEADS),
+        ("encoder_attention_dim", config.decoder_attention_dim),
+        ("decoder_ffn_dim", 4 * config.decoder_dim),
+        ("encoder_ffn_dim", 4 * config.encoder_dim),
+        ("rotary_dim", min(32, head_dim)),
+    ):
+        if getattr(config, name) != needed:
+            raise SettingError(
+                f"{name} is {getattr(config, name)}, but the public code would make it {needed}: "
+                "this model cannot be written in its format"
+            )
 
 
 def _settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
