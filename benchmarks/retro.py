@@ -138,7 +138,7 @@ def _megabytes(field: str) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__, code=Path("retro"), rounds=3)
+    options = arguments(__doc__, code=Path("retro"), rounds=1)
     theirs = their_model(options.code)
     ours = our_model(theirs)
     ids, found, _ = batch()

@@ -1,5 +1,6 @@
 """What a RETRO decoder may depend on, shown by gradients; position buckets; saving."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from nearest.encode.layers import find_key_layer
 from nearest.retro import RetroForCausalLM
 from nearest.retro.positions import BucketBias, linear_buckets, log_buckets
-from retro_models import CHUNK, PRESETS, VARIANTS, neighbours, tiny_model, tokens, variant
+from retro_models import CHUNK, PRESETS, VARIANTS, found, neighbours, tiny_model, tokens, variant
 
 LENGTH = 14  # three chunks of 4, and two tokens
 
@@ -215,11 +217,12 @@ def test_log_buckets_are_those_of_t5(causal, buckets):
     assert torch.equal(log_buckets(relative, buckets, causal, 128), expected)
 
 
+@pytest.mark.parametrize("hide", [True, False])
 @pytest.mark.parametrize("spacing", ["linear", "log"])
-def test_biases_along_diagonals_equal_those_looked_up_one_by_one(spacing):
+def test_biases_along_diagonals_equal_those_looked_up_one_by_one(spacing, hide):
     bias = BucketBias(6, 3, causal=False, spacing=spacing, max_distance=20)
     torch.nn.init.normal_(bias.weight)
-    laid = bias(4, 9, shift=2, hide_later=-50.0)
+    laid = bias(4, 9, shift=2, hide_later=hide)
     for i in range(4):
         for j in range(9):
             relative = torch.tensor(j - i - 2)
@@ -227,8 +230,8 @@ def test_biases_along_diagonals_equal_those_looked_up_one_by_one(spacing):
                 bucket = linear_buckets(relative, 6, causal=False)
             else:
                 bucket = log_buckets(relative, 6, causal=False, max_distance=20)
-            expected = bias.weight[bucket] + (-50.0 if relative > 0 else 0.0)
-            torch.testing.assert_close(laid[:, i, j], expected)
+            hidden = hide and relative > 0
+            assert torch.equal(laid[:, i, j], bias.weight[bucket] - (torch.inf if hidden else 0))
 
 
 def test_saved_and_loaded_by_the_auto_classes(model, tmp_path: Path):
@@ -260,3 +263,40 @@ def test_hidden_states_are_those_of_every_layer(model):
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     kept = model(input_ids, logits_to_keep=2).logits
     torch.testing.assert_close(kept, output.logits[:, -2:])
+
+
+def test_several_continuation_chunks_are_all_read(model):
+    """Neighbours of a chunk and four that follow it."""
+    ids = neighbours(model, 1, LENGTH, count=3, width=5 * CHUNK)
+    _, by_neighbour = Traced(model, tokens(1, LENGTH), ids).influence(0, slice(None))
+    assert (by_neighbour[:, : LENGTH // CHUNK] > 0).all()
+
+
+def test_half_precision(model):
+    """As a model in bfloat16 and by autocast, trained and generating."""
+    input_ids, ids = tokens(2, LENGTH), neighbours(model, 2, LENGTH)
+    model.float()
+    half = copy.deepcopy(model).bfloat16()
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    inputs = {"attention_mask": mask, "neighbour_ids": ids}
+    with torch.no_grad():
+        expected = model(input_ids, **inputs).logits[mask.bool()]
+        logits = [half(input_ids, **inputs).logits]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits.append(model(input_ids, **inputs).logits)
+    for answer in logits:
+        difference = (answer[mask.bool()].float() - expected).square().mean().sqrt()
+        assert difference < 0.15 * expected.std()
+    options = {"attention_mask": mask, "neighbours": found, "max_new_tokens": 9}
+    assert half.generate(input_ids, **options).shape[0] == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.train()(input_ids, labels=input_ids, **inputs).loss.backward()
+    assert all(w.grad.isfinite().all() for w in model.parameters() if w.grad is not None)
+
+
+def test_its_keys_are_found_as_in_any_language_model(model):
+    """So that a memory of keys can be built with a RETRO model."""
+    key_layer = find_key_layer(model, "last_ffn_input")
+    assert key_layer.path == "layers.2.feed_forward.body.up"
+    assert key_layer.dim == model.config.decoder_dim

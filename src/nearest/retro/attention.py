@@ -13,9 +13,22 @@ from nearest.retro.config import RetroConfig
 from nearest.retro.positions import BucketBias, Rotation, rotate, rotation
 
 
-def masked_score(config: RetroConfig, dtype: torch.dtype) -> float:
-    """What is added to the score of a hidden key."""
-    return torch.finfo(dtype).min if config.masked_score is None else config.masked_score
+def hidden_keys(
+    config: RetroConfig, seen: Bool[Tensor, "batch keys"], x: Tensor
+) -> Float[Tensor, "batch 1 1 keys"] | None:
+    """What is added to the scores of keys: 0 where seen; None where all are. In x's dtype.
+
+    Never −∞: a row whose keys are all hidden, as of padding itself, has some mean and not a NaN.
+    """
+    if bool(seen.all()):
+        return None
+    score = config.masked_score
+    if score is None:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        score = torch.finfo(torch.get_autocast_dtype(kind) if autocast else x.dtype).min / 2
+    zeros = torch.zeros(seen.shape, dtype=x.dtype, device=seen.device)
+    return zeros.masked_fill(~seen, score)[:, None, None]
 
 
 def attend(
@@ -46,7 +59,7 @@ def attend(
         scores += hidden
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(later, torch.finfo(q.dtype).min)
+        scores.masked_fill_(later, -torch.inf)
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
@@ -132,15 +145,16 @@ class SelfAttention(Attention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         queries, keys = q.shape[-2], k.shape[-2]
-        hide = masked_score(self.config, x.dtype) if self.causal and queries > 1 else None
+        causal = self.causal and queries > 1
         if self.bias is not None:
-            return self.mix(q, k, v, self.bias(queries, keys, keys - queries, hide), hidden)
-        if hide is None or (queries == keys and hidden is None):
-            return self.mix(q, k, v, None, hidden, causal=hide is not None)
-        later = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(
-            keys - queries + 1
-        )
-        return self.mix(q, k, v, later[None] * x.new_tensor(hide), hidden)
+            bias = self.bias(queries, keys, keys - queries, hide_later=causal)
+            return self.mix(q, k, v, bias, hidden)
+        if not causal or (queries == keys and hidden is None):
+            return self.mix(q, k, v, None, hidden, causal=causal)
+        later = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
+        later = later.triu(keys - queries + 1)[None]
+        bias = torch.zeros(later.shape, dtype=x.dtype, device=x.device)
+        return self.mix(q, k, v, bias.masked_fill(later, -torch.inf), hidden)
 
 
 class ContextAttention(Attention):

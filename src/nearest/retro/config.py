@@ -119,7 +119,7 @@ class RetroConfig(PreTrainedConfig):
             it, a chunk whose neighbours are all padding adds exactly nothing.
         mask_encoder_context: hide padding of the chunk from the encoder's cross-attention.
         mask_input_pads: where no attention_mask is given, hide pad_token_id in the input.
-        masked_score: added to a hidden key's score; None for the least number of the dtype.
+        masked_score: added to the score of padding; None for half the least number of the dtype.
         chunk_count: neighbours are given for ceil or floor of length / m chunks; those of an
             unfinished chunk are never read.
         shift_labels: labels are shifted here, as in transformers; False: the data set did it.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nearest.errors import SettingError
-from nearest.retro.attention import ContextAttention, Retrieved, SelfAttention, masked_score
+from nearest.retro.attention import ContextAttention, Retrieved, SelfAttention, hidden_keys
 from nearest.retro.blocks import FeedForward, Residual
 from nearest.retro.cache import ChunkState, RetroCache
 from nearest.retro.chunks import Segment
@@ -74,11 +74,11 @@ class Encoder(nn.Module):
         """
         shape = x.shape
         x, context = x.flatten(0, 2), context.flatten(0, 1)
-        hidden = hidden_keys(self.config, seen.flatten(0, 2), x.dtype)
+        hidden = hidden_keys(self.config, seen.flatten(0, 2), x)
         if context_seen is None or not self.config.mask_encoder_context:
             context_hidden = None
         else:
-            context_hidden = hidden_keys(self.config, context_seen.flatten(0, 1), x.dtype)
+            context_hidden = hidden_keys(self.config, context_seen.flatten(0, 1), x)
         positions = None
         if self.config.positions == "rotary":
             positions = rotation(torch.arange(shape[3]), self.config.rotary_dim, x)
@@ -86,16 +86,6 @@ class Encoder(nn.Module):
             x = layer(x, hidden, positions, context, context_hidden)
         x = self.project(self.norm(x))
         return x.reshape(*shape[:2], shape[2] * shape[3], -1)
-
-
-def hidden_keys(
-    config: RetroConfig, seen: Bool[Tensor, "batch keys"], dtype: torch.dtype
-) -> Float[Tensor, "batch 1 1 keys"] | None:
-    """What is added to the scores of keys: 0 where seen; None where all are."""
-    if bool(seen.all()):
-        return None
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill(~seen, masked_score(config, dtype))[:, None, None]
 
 
 def segment_of(
@@ -228,7 +218,7 @@ class NeighbourReader:
             segment,
             shape[1],
             encoded,
-            hidden_keys(self.config, stack.flatten(0, 1), x.dtype),
+            hidden_keys(self.config, stack.flatten(0, 1), x),
             silent[..., None, None] if bool(silent.any()) else None,
             state,
         )

@@ -11,7 +11,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nearest.errors import SettingError
-from nearest.retro.attention import Attention, ChunkedCrossAttention, SelfAttention
+from nearest.retro.attention import Attention, ChunkedCrossAttention, SelfAttention, hidden_keys
 from nearest.retro.blocks import FeedForward, Residual, deepnet_gain
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
@@ -20,7 +20,6 @@ from nearest.retro.encoder import (
     NeighbourReader,
     check_call,
     chunks_seen,
-    hidden_keys,
     segment_of,
 )
 from nearest.retro.generation import RetroGenerationMixin
@@ -213,7 +212,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         mask = self._input_mask(input_ids, attention_mask, cache)
         places = segment.positions.to(input_ids.device)
         x = self._embed(input_ids, places)
-        hidden = None if mask is None else hidden_keys(self.config, mask, x.dtype)
+        hidden = None if mask is None else hidden_keys(self.config, mask, x)
         turns = None
         if self.config.positions == "rotary":
             cos, sin = rotation(places, self.config.rotary_dim, x)

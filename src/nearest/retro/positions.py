@@ -49,9 +49,9 @@ class BucketBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
 
     def forward(
-        self, queries: int, keys: int, shift: int = 0, hide_later: float | None = None
+        self, queries: int, keys: int, shift: int = 0, hide_later: bool = False
     ) -> Float[Tensor, "heads queries keys"]:
-        """Bias of key j for query i + shift, with `hide_later` added where j is the later one.
+        """Bias of key j for query i + shift; −∞ where j is the later one, if these are hidden.
 
         One number for each distance is looked up, then laid out along the diagonals, which keeps
         both passes linear in the number of distances.
@@ -64,8 +64,8 @@ class BucketBias(nn.Module):
         else:
             bucket = log_buckets(relative, count, self.causal, self.max_distance)
         values = self.weight[bucket].T
-        if hide_later is not None:
-            values = values + torch.zeros_like(values).masked_fill(relative > 0, hide_later)
+        if hide_later:
+            values = values.masked_fill(relative > 0, -torch.inf)
         return values.unfold(1, keys, 1).flip(1)
 
 
