@@ -208,6 +208,26 @@ def test_each_chunk_is_asked_for_once_whatever_the_search():
     assert len(set(asked)) == len(asked)
 
 
+def test_the_cache_keeps_the_current_chunk_only():
+    model = variant("retro-pytorch")
+    for rows in (1, 2):
+        mask = torch.ones(rows, 14, dtype=torch.int64)
+        mask[1:, :3] = 0
+        ids = neighbours(model, rows, 14)
+        chunk = model(
+            tokens(rows, 14), attention_mask=mask, neighbour_ids=ids
+        ).past_key_values.chunk
+        sizes = {name: tuple(tensor.shape) for name, tensor in chunk.tensors.items()}
+        keys = (rows, 2, 13, 12)  # heads, two neighbours of 6 and the null one, dims of a head
+        assert sizes == {
+            "carry": (rows, 14 % CHUNK if rows == 1 else 3, 32),
+            "seen": (rows, 13),
+            **{f"{kind}.{layer}": keys for kind in ("keys", "values") for layer in (1, 2)},
+        }
+        for tensor in chunk.tensors.values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def test_neighbours_are_encoded_once():
     model, encoded = variant("norlund"), []
     model.encoder.register_forward_hook(lambda _, args, __: encoded.append(args[0].shape[1]))

@@ -252,6 +252,11 @@ def test_models_and_layers_that_do_not_fit_are_refused():
         retrofit(t5, [0])
 
 
+def test_unknown_arguments(fitted):
+    with pytest.raises(SettingError, match="neighbor_ids"):
+        fitted(tokens(1, 8), neighbor_ids=found(tokens(2, 4))[None])
+
+
 def test_neighbours_cannot_begin_in_the_middle(fitted):
     cache = fitted(tokens(1, 6), use_cache=True).past_key_values
     with pytest.raises(SettingError, match="without neighbours"):

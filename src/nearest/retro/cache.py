@@ -22,6 +22,11 @@ class ChunkState:
     shape: tuple[int, int] | None = None  # neighbours of a chunk, and tokens of each
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor; of a view its own numbers alone, so that a long prompt's are freed."""
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        self.tensors[name] = tensor if whole else tensor.clone()
+
     def set_shape(self, shape: tuple[int, int]) -> None:
         """Note the neighbours' shape, or refuse another than before (SettingError)."""
         if self.shape not in (None, shape):

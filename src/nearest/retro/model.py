@@ -26,8 +26,6 @@ from nearest.retro.generation import RetroGenerationMixin
 from nearest.retro.norms import RmsNorm, make_norm
 from nearest.retro.positions import BucketBias, Rotation, rotation
 
-_LOSS_KEYWORDS = {"num_items_in_batch", "output_attentions"}
-
 
 class DecoderLayer(nn.Module):
     """Self-attention, chunked cross-attention in some layers, feed-forward."""
@@ -181,7 +179,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         Raises:
             SettingError: shapes, dtypes or ids that do not fit.
         """
-        if unknown := set(kwargs) - _LOSS_KEYWORDS:
+        if unknown := set(kwargs) - {"num_items_in_batch"}:
             raise SettingError(f"forward knows no argument {sorted(unknown)[0]!r}: leave it out")
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training

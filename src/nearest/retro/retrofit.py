@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import safetensors.torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
 
 from nearest.encode.identity import model_fingerprint, model_name, vocabulary_size
 from nearest.encode.layers import blocks_of
@@ -59,6 +61,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         self.generation_config = base.generation_config
         self.retro_config = retro_config
         self.base = base.requires_grad_(False).eval()
+        own = set(inspect.signature(base.forward).parameters)
+        self._known = own | TransformersKwargs.__optional_keys__ | {"return_dict"}
         table = cast(nn.Embedding, base.get_input_embeddings())
         adapter = Adapter(retro_config, table.embedding_dim)
         self.adapter = adapter.to(base.device, base.dtype)
@@ -98,6 +102,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         Raises:
             SettingError: shapes, dtypes or ids that do not fit.
         """
+        if unknown := set(kwargs) - self._known:
+            raise SettingError(f"forward knows no argument {sorted(unknown)[0]!r}: leave it out")
         if use_cache is None:
             use_cache = bool(self.base.config.use_cache) and not self.training
         if past_key_values is None and use_cache and neighbour_ids is not None:
