@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def make_documents(count: int, words: int, seed: int = 0) -> list[Document]:
         )
         for i in range(count)
     ]
+
+
+def documents_apart(count: int, words: int, seed: int = 0) -> list[Document]:
+    """As `make_documents`, each with a first letter of its own: alike beginnings have one key."""
+    documents = make_documents(count, words, seed)
+    return [replace(d, text=f"{chr(ord('A') + i)}{d.text}") for i, d in enumerate(documents)]
 
 
 def random_documents() -> list[Document]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
-from conftest import make_documents, make_model
+from conftest import documents_apart, make_model
 from nearest import Memory, attach, evaluate
 from nearest.errors import ModelError, SettingError
 from nearest.memory.clustering import KMeans, cluster_memory
@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "suffix": ("suffix", {**WEIGHING, "matches": 20, "length_power": 3.0}),
     "knn that measures matches": ("knn", {**WEIGHING, "k": 12, "length_power": 2.0}),
 }
-DOCUMENTS = make_documents(9, 20, seed=3)
+DOCUMENTS = documents_apart(9, 20, seed=3)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,19 @@ def made(
 def world(request: pytest.FixtureRequest, made: Any) -> World:
     method, given = METHODS[request.param]
     return World(*made, Corpus(made[-1]), request.param, method, given)
+
+
+STATES: list[tuple[str, int | str]] = [  # a replay is of no use to what keeps no state
+    ("retomaton", 0),
+    ("retomaton", 3),
+    ("retomaton", "full"),
+    ("retomaton that measures matches", "full"),
+    ("suffix", 0),
+    ("suffix", "full"),
+    ("knn that measures matches", 0),
+]
+REPLAYED = {"0": 0, "3": 3, "full": 1000}
+with_replays = pytest.mark.parametrize(("world", "replay"), STATES, indirect=["world"])
 
 
 @pytest.fixture
@@ -141,7 +154,7 @@ def check(
     ],
     ids=lambda options: next(iter(options)),
 )
-@pytest.mark.parametrize("replay", [0, 3, "full"])
+@with_replays
 def test_every_step_equals_the_oracle(
     world: World, options: dict[str, Any], replay: int | str
 ) -> None:
@@ -149,11 +162,10 @@ def test_every_step_equals_the_oracle(
     torch.manual_seed(1)
     with world.attached(replay=replay):
         output = generate(world, prompt, **options)
-    replayed = {"full": 10}.get(str(replay), replay)
     if "do_sample" not in options:
         greedy = torch.stack([scores[0] for scores in output.scores]).argmax(-1)
         assert output.sequences[0, 11:].tolist() == greedy.tolist()
-    check(world, output.sequences[0], 11, output.scores, replayed=int(replayed))
+    check(world, output.sequences[0], 11, output.scores, replayed=REPLAYED[str(replay)])
 
 
 def test_drafts_that_are_taken_back_leave_nothing(world: World) -> None:
@@ -177,7 +189,7 @@ def padded(rows: list[Tensor], pad: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 5}, {"use_cache": False}], ids=str)
-@pytest.mark.parametrize("replay", [0, 4, "full"])
+@with_replays
 def test_rows_of_a_padded_batch_equal_the_oracle(
     world: World, options: dict[str, Any], replay: int | str
 ) -> None:
@@ -190,13 +202,13 @@ def test_rows_of_a_padded_batch_equal_the_oracle(
     batch, mask = padded(rows)
     with world.attached(replay=replay):
         output = generate(world, batch, attention_mask=mask, **options)
-    replayed = 100 if replay == "full" else int(replay)
+    replayed = REPLAYED[str(replay)]
     for i, prompt in enumerate(rows):
         own = output.sequences[i, 12 - len(prompt) :]
         check(world, own, len(prompt), output.scores, row=i, replayed=replayed)
 
 
-@pytest.mark.parametrize("replay", [0, "full"])
+@with_replays
 def test_beams_equal_their_sequences_scored_alone(world: World, replay: int | str) -> None:
     batch, mask = padded([prompt_of(world.memory, 0, 2, 9), prompt_of(world.memory, 5, 1, 5)])
     with world.attached(replay=replay):
@@ -207,7 +219,8 @@ def test_beams_equal_their_sequences_scored_alone(world: World, replay: int | st
     ):
         start, prompt = (0, 9) if i < 3 else (4, 5)
         tokens = sequence[start:]
-        told = world.predictions(tokens[:-1], 0 if replay == "full" else prompt - 1)[-NEW:]
+        replayed = REPLAYED[str(replay)]
+        told = world.predictions(tokens[:-1], max(0, prompt - 1 - replayed))[-NEW:]
         total = sum(one.log_probs[t] for one, t in zip(told, tokens[prompt:], strict=True))
         if all(one.clear for one in told):
             np.testing.assert_allclose(total / NEW, score, atol=3e-4)
@@ -301,13 +314,16 @@ def test_what_hides_the_tokens_is_refused(world: World) -> None:
             lambda: model(inputs_embeds=embeddings),
             lambda: model(input_ids=prompt[:, -1:], past_key_values=cache),
             lambda: model.generate(
-                inputs_embeds=embeddings, attention_mask=torch.ones_like(prompt), pad_token_id=1
+                inputs_embeds=embeddings,
+                attention_mask=torch.ones_like(prompt),
+                pad_token_id=1,
+                max_new_tokens=2,
             ),
         ]
         for call in refused:
             with pytest.raises(ModelError, match="looks at the tokens before a prediction"):
                 call()
-            output = generate(world, prompt, max_new_tokens=3)  # afterwards it works
+            output = generate(world, prompt)  # afterwards it works
             check(world, output.sequences[0], 9, output.scores)
 
 
@@ -322,8 +338,25 @@ def test_a_conversation_goes_on_from_its_cache(world: World) -> None:
     check(world, output.sequences[0], 9, output.scores)
 
 
-@pytest.mark.parametrize("replay", [-1, 1.5, "all", None, [1]])
-def test_replay_that_means_nothing(follower: World, replay: Any) -> None:
+@pytest.mark.parametrize("replay", [3, "full"])
+def test_a_replay_of_what_a_cache_stands_for_is_refused(follower: World, replay: int | str) -> None:
+    """Else less would be replayed than was asked for, and not a word said."""
+    prompt = prompt_of(follower.memory, 0, 2, 9)[None]
+    cache = DynamicCache()
+    with follower.attached(replay=replay) as session:
+        with session.disabled(), torch.no_grad():
+            follower.model(input_ids=prompt[:, :6], past_key_values=cache)
+        with pytest.raises(ModelError, match="replay"):
+            generate(follower, prompt, past_key_values=cache)
+        output = generate(follower, prompt)
+        check(follower, output.sequences[0], 9, output.scores, replayed=REPLAYED[str(replay)])
+    with follower.attached(replay=2):  # as far as the cache does not reach
+        output = generate(follower, prompt, past_key_values=cache)
+    check(follower, output.sequences[0], 9, output.scores, replayed=2)
+
+
+@pytest.mark.parametrize("replay", [-1, "all", "3", ""])
+def test_replay_that_means_nothing(follower: World, replay: int | str) -> None:
     with pytest.raises(SettingError, match="replay must be a number of positions"):
         follower.attached(replay=replay)
     assert "forward" not in vars(follower.model)
@@ -414,14 +447,13 @@ def test_two_threads_keep_their_states_apart(follower: World) -> None:
 # --- sources, and what is kept --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("replay", [0, 3, "full"])
+@with_replays
 def test_sources_are_what_was_mixed(world: World, replay: int | str) -> None:
     batch, mask = padded([prompt_of(world.memory, 0, 2, 9), prompt_of(world.memory, 5, 1, 5)])
-    torch.manual_seed(5)
     with world.attached(replay=replay) as session:
-        output = generate(world, batch, attention_mask=mask, **SAMPLING)
+        output = generate(world, batch, attention_mask=mask)
         named = [session.sources(0), session.sources(1)]
-    replayed = 100 if replay == "full" else int(replay)
+    replayed = REPLAYED[str(replay)]
     carried = 0
     for row, (start, prompt) in enumerate([(0, 9), (4, 5)]):
         sequence = output.sequences[row, start:]

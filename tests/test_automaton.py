@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automaton_oracle import Corpus, Oracle, log_softmax
-from conftest import in_two_segments, make_documents, make_tokenizer
+from conftest import documents_apart, in_two_segments, make_documents, make_tokenizer
 from nearest import Document, Memory, evaluate
 from nearest.corpus.windows import windows
 from nearest.encode import encoder
@@ -133,10 +133,7 @@ def test_successors_stop_where_a_document_ends(
     assert memory.successors(np.empty((2, 0), np.int64)).shape == (2, 0)
 
 
-# The first word is a document's own: equal beginnings would be equal keys, and either be chosen.
-DOCUMENTS = [
-    Document(d.id, f"{chr(ord('A') + i)}{d.text}") for i, d in enumerate(make_documents(12, 30))
-]
+DOCUMENTS = documents_apart(12, 30)
 
 
 @pytest.fixture(scope="module")
