@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nearest.models.memorizing.attention import MemorizingAttention
     from nearest.models.memorizing.layers import memorize
     from nearest.models.memorizing.memory import AttentionMemory
+    from nearest.models.scoring import read_text
     from nearest.verbs.evaluate import evaluate
     from nearest.verbs.tune import tune
 
@@ -32,6 +33,7 @@ _HOMES = {
     "evaluate": "nearest.verbs.evaluate",
     "memorize": "nearest.models.memorizing.layers",
     "read_documents": "nearest.corpus.documents",
+    "read_text": "nearest.models.scoring",
     "tune": "nearest.verbs.tune",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "memorize",
     "read_documents",
+    "read_text",
     "tune",
 ]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
-from nearest.models.scoring import MethodRun, ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ReadText, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, check_method, settings_of_methods
@@ -172,7 +172,7 @@ def _lookups(
 
 
 def _result(
-    scorer: Scorer,
+    scorer: Scorer | ReadText,
     method: str,
     nll: Float[np.ndarray, " documents"],
     compared_to: Float[np.ndarray, " documents"] | None,
