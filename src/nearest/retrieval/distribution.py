@@ -19,6 +19,10 @@ from torch import Tensor
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
 from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.fast_exp import fast_exp
+
+# Sums may be reordered, so that they are made of vectors; infinities and NaN stay what they are.
+_FAST = {"reassoc", "contract", "nsz"}
 
 
 class Component(NamedTuple):
@@ -45,7 +49,7 @@ def component_probs(
                 candidates.values[part, columns],  # noqa: B023
                 _part_of(candidates.log_counts, part, columns),  # noqa: B023
                 tokens[part],
-                1 / component.temperature,  # noqa: B023
+                np.float32(1 / component.temperature),  # noqa: B023
                 log_lengths,  # noqa: B023
                 probs[part, n],  # noqa: B023
             )
@@ -80,7 +84,7 @@ def candidate_weights(
                 candidates.distances[part, columns],  # noqa: B023
                 candidates.lengths[part, columns],  # noqa: B023
                 _part_of(candidates.log_counts, part, columns),  # noqa: B023
-                1 / component.temperature,  # noqa: B023
+                np.float32(1 / component.temperature),  # noqa: B023
                 log_lengths,  # noqa: B023
                 shares[part, n],  # noqa: B023
                 weights[part, columns],  # noqa: B023
@@ -152,37 +156,35 @@ def _part_of(
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scores(
-    distances: Any, lengths: Any, log_counts: Any, per_distance: Any, log_lengths: Any, scores: Any
-) -> Any:
-    """Fill in each candidate's log weight; returns the largest."""
-    best = -np.inf
-    for j in range(len(scores)):
-        score = log_lengths[lengths[j]] - distances[j] * per_distance
-        if log_counts is not None:
-            score += log_counts[j]
-        scores[j] = score
-        best = max(best, score)
-    return best
-
-
-@no_type_check
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
 def _weigh(
     distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, log_lengths: Any,
     weights: Any,
 ) -> Any:
     """Fill in row i's weights, the largest 1; returns their sum, 0 without candidates."""
-    if log_counts is None:
-        best = _scores(distances[i], lengths[i], None, per_distance, log_lengths, weights)
-    else:
-        best = _scores(distances[i], lengths[i], log_counts[i], per_distance, log_lengths, weights)
-    total = 0.0
-    if best > -np.inf:
-        for j in range(len(weights)):
-            weights[j] = np.exp(np.float32(weights[j] - best))
-            total += weights[j]
+    size = len(weights)
+    nearest = np.float32(np.inf)
+    for j in range(size):
+        nearest = min(nearest, distances[i, j])
+    if nearest == np.inf:
+        return np.float32(0)
+    # Large distances lose digits when divided, small differences of them do not.
+    for j in range(size):
+        weights[j] = (nearest - distances[i, j]) * per_distance
+    if log_lengths[1] > 0:
+        for j in range(size):
+            weights[j] += log_lengths[lengths[i, j]]
+    if log_counts is not None:
+        for j in range(size):
+            weights[j] += log_counts[i, j]
+    best = -np.float32(np.inf)
+    for j in range(size):
+        best = max(best, weights[j])
+    total = np.float32(0)
+    for j in range(size):
+        weight = fast_exp(weights[j] - best)
+        weights[j] = weight
+        total += weight
     return total
 
 
@@ -192,13 +194,13 @@ def _token_probs(
     distances: Any, lengths: Any, values: Any, log_counts: Any, tokens: Any, per_distance: Any,
     log_lengths: Any, probs: Any,
 ) -> None:
-    weights = np.empty(distances.shape[1])
+    weights = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(tokens)):
         total = _weigh(
             distances, lengths, log_counts, i, per_distance, log_lengths, weights
         )
         if total > 0:
-            right = 0.0
+            right = np.float32(0)
             for j in range(len(weights)):
                 if values[i, j] == tokens[i]:
                     right += weights[j]
@@ -211,7 +213,7 @@ def _add_weights(
     distances: Any, lengths: Any, log_counts: Any, per_distance: Any, log_lengths: Any,
     shares: Any, weights: Any, lm: Any,
 ) -> None:
-    row = np.empty(distances.shape[1])
+    row = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(distances)):
         if shares[i] == 0:
             continue
