@@ -1,5 +1,6 @@
 """A small network as plain arrays: trained with torch elsewhere, applied here with numpy alone."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,18 @@ class Network:
                 hidden = _gelu(hidden)
             hidden = hidden @ weight + bias
         return hidden
+
+    def check(self, inputs: int | None, outputs: int) -> None:
+        """Refuse layers that do not fit together, or to these (ValueError); inputs None: any."""
+        sizes = [len(self.mean), *map(len, self.biases)]
+        shapes = list(itertools.pairwise(sizes))
+        if (
+            self.scale.shape != self.mean.shape
+            or [weight.shape for weight in self.weights] != shapes
+            or sizes[-1] != outputs
+            or inputs not in (None, sizes[0])
+        ):
+            raise ValueError(f"a network with layers of {sizes} has arrays of other shapes")
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """By name, to be stored."""
