@@ -20,7 +20,7 @@ from nearest.retrieval.gates.training import held_out_documents, train_network
 LONGEST = 4  # tokens of the n-grams that are looked at
 _FIGURES = 2 + 2 * LONGEST
 _PENALTY = 0.05  # of the mean λ of the memory
-_HIDDEN = 32
+_HIDDEN = 16
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def fit_adaptret(
         2,
         hidden=_HIDDEN,
         seed=seed,
+        emphasis=_emphasis(data.inputs.shape[1]),
         start=np.log([1 - lam, lam]),
         held_out=held_out_documents(data.documents, seed=seed),
     )
@@ -141,6 +142,12 @@ def lams_of(
     logits = network(inputs)
     lams: Float[np.ndarray, " q"] = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
     return lams
+
+
+def _emphasis(inputs: int) -> Float[np.ndarray, " inputs"]:
+    """The key's dimensions together count like one figure: the paper, too, balances features."""
+    dim = inputs - _FIGURES
+    return np.concatenate([np.full(dim, 1 / np.sqrt(dim)), np.ones(_FIGURES)])
 
 
 def _component(temperature: float) -> Component:

@@ -18,7 +18,8 @@ from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.training import held_out_documents, train_network
 
-MOST = 32
+MOST = 1024
+LOOKED_AT = 32
 _HIDDEN = 32
 
 
@@ -48,7 +49,7 @@ class MetaKGate:
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over all k; 0 without a dense candidate."""
-        logits = self.network(meta_k_inputs(view.candidates, self.most)).astype(np.float64)
+        logits = self.network(meta_k_inputs(view.candidates, min(self.most, LOOKED_AT))).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = weights[:, 1:] / weights.sum(axis=1, keepdims=True)
         found = (view.candidates.ids[:, view.candidates.of("dense")] >= 0).any(axis=1)
@@ -87,7 +88,7 @@ def fit_meta_k(
     if most < 1 or most & (most - 1):
         raise SettingError(f"most must be a power of two, got {most}: k is 1, 2, 4, … most")
     components = [c for t in temperatures for c in meta_k_components(t, most)]
-    data = observe(seen, lambda view: meta_k_inputs(view.candidates, most), components)
+    data = observe(seen, lambda view: meta_k_inputs(view.candidates, min(most, LOOKED_AT)), components)
     choices = [
         np.concatenate([data.lm_probs[:, None], probs], axis=1)
         for probs in np.split(data.probs, len(temperatures), axis=1)

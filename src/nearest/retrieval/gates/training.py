@@ -30,6 +30,7 @@ def train_network(
     layers: int = 2,
     steps: int = 600,
     seed: int = 0,
+    emphasis: Float[np.ndarray, " inputs"] | None = None,
     start: Float[np.ndarray, " outputs"] | None = None,
     held_out: Bool[np.ndarray, " n"] | None = None,
 ) -> Network:
@@ -42,6 +43,7 @@ def train_network(
         hidden, layers: width and number of the hidden layers.
         steps: of training.
         seed: of weights, batches and dropout.
+        emphasis: standard deviation of each standardised input; 1 when None.
         start: what the untrained network gives for every input; random when None.
         held_out: rows that do not train; what they are predicted best by, looked at from the start
             on and after every twentieth of the steps, is kept. When None, what comes last.
@@ -56,6 +58,8 @@ def train_network(
         )
     chosen = np.ones(len(inputs), dtype=bool) if held_out is None else ~held_out
     mean, scale = inputs[chosen].mean(axis=0), inputs[chosen].std(axis=0) + np.float32(1e-6)
+    if emphasis is not None:
+        scale = (scale / emphasis).astype(np.float32)
     standard = torch.from_numpy((inputs - mean) / scale)
     training = torch.from_numpy(np.flatnonzero(chosen))
     checked = torch.from_numpy(np.flatnonzero(~chosen))
