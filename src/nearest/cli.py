@@ -67,7 +67,13 @@ Dedup = Annotated[
 SuffixMatches = Annotated[
     int | None, typer.Option("--matches", help="Entries with the longest matches, at most.")
 ]
-MemoryMethod = Literal["knn", "retomaton", "suffix"]
+Skip = Annotated[
+    float | None, typer.Option(help="Fraction of dense searches that the gate is to save.")
+]
+Guard = Annotated[
+    bool | None,
+    typer.Option("--guard/--no-guard", help="Weigh base and memory by how well each predicts."),
+]
 Distances = Annotated[
     Literal["keys", "index"] | None, typer.Option(help="Distances of stored keys, or the index's.")
 ]
@@ -246,10 +252,48 @@ def cluster(
 
 @app.command()
 @explained
+def compress(
+    memory: MemoryPath,
+    keys: Annotated[
+        str | None, typer.Option(help="int8, or pqM: M bytes a key (product quantisation).")
+    ] = None,
+    pca: Annotated[int | None, typer.Option(help="Dimensions to keep.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join near entries of the same value into one.")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Of each entry, to merge; 9 if not given.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option("--spec", help="Another index; the kind it has if not given.")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="Recall@100 to tune the index to; as before if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory's keys smaller, as a new generation; tune it again afterwards."""
+    from nearest.memory.compress import Compression, compress_memory
+    from nearest.memory.memory import Memory
+
+    how = Compression(keys, pca, merge, neighbours, index, recall)
+    with reports.live_progress(err) as progress:
+        compress_memory(memory, how, progress)
+    show_info(Memory.open(memory), as_json)
+
+
+@app.command()
+@explained
 def tune(
     memory: MemoryPath,
     text: TextPaths,
-    method: Annotated[MemoryMethod, typer.Option(help="What to tune.")] = "knn",
+    method: Annotated[
+        Literal["knn", "retomaton", "suffix", "hybrid"], typer.Option(help="What to tune.")
+    ] = "knn",
+    gate: Annotated[
+        Literal["none", "buckets", "meta-k", "adaptret", "mixture"],
+        typer.Option(help="Train a gate in place of a fixed λ; hybrid always has its own."),
+    ] = "none",
     model: ModelName = None,
     window: Window = None,
     stride: Stride = None,
@@ -261,25 +305,29 @@ def tune(
     max_knns: MaxKnns = None,
     dedup: Dedup = None,
     matches: SuffixMatches = None,
+    skip: Skip = None,
+    guard: Guard = None,
     encoding_errors: Encoding = "strict",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
 
-    k is swept for knn, the length power for suffix, where they are not given.
+    k is swept for knn, the length power for suffix, where they are not given. With --gate a gate is
+    trained instead, and the method is then called knn+buckets, suffix+mixture and so on.
     """
     quiet_libraries()
     from nearest.corpus.documents import read_documents
     from nearest.verbs.tune import tune as tune_memory
 
+    name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
     opened, loaded, tokenizer = open_with_model(memory, model)
     with reports.live_progress(err) as progress:
         tuned = tune_memory(
             loaded,
             opened,
             read_documents(text, encoding_errors=encoding_errors),
-            method=method,
+            method=name,
             tokenizer=tokenizer,
             window=window,
             stride=stride,
@@ -293,13 +341,15 @@ def tune(
             max_knns=max_knns,
             dedup=dedup,
             matches=matches,
+            skip=skip,
+            guard=guard,
         )
     if as_json:
-        typer.echo(json.dumps({"method": method, **tuned.as_json()}))
+        typer.echo(json.dumps({"method": name, **tuned.as_json()}))
     else:
-        found = ", ".join(f"{name} {value}" for name, value in tuned.settings.of(method).items())
+        found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(name).items())
         out.print(
-            f"{method}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
+            f"{name}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
             f"with {found}; stored"
         )
 
@@ -310,7 +360,10 @@ def evaluate(
     memory: MemoryPath,
     text: TextPaths,
     method: Annotated[
-        str, typer.Option(help="base, knn, retomaton, suffix, or several with commas.")
+        str,
+        typer.Option(
+            help="base, knn, retomaton, suffix, hybrid, knn+mixture …, or several with commas."
+        ),
     ] = "base,knn",
     model: ModelName = None,
     lam: Lam = None,
@@ -322,6 +375,8 @@ def evaluate(
     max_knns: MaxKnns = None,
     dedup: Dedup = None,
     matches: SuffixMatches = None,
+    skip: Skip = None,
+    guard: Guard = None,
     window: Window = None,
     stride: Stride = None,
     score_eos: Annotated[bool, typer.Option(help="Predict each document's end too.")] = False,
@@ -358,6 +413,8 @@ def evaluate(
             max_knns=max_knns,
             dedup=dedup,
             matches=matches,
+            skip=skip,
+            guard=guard,
         )
     if as_json:
         for result in results:
@@ -372,7 +429,7 @@ def generate(
     memory: MemoryPath,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     method: Annotated[
-        Literal["base", "knn", "retomaton", "suffix"], typer.Option(help="How to predict.")
+        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
     ] = "knn",
     sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
     model: ModelName = None,
@@ -390,6 +447,8 @@ def generate(
     max_knns: MaxKnns = None,
     dedup: Dedup = None,
     matches: SuffixMatches = None,
+    skip: Skip = None,
+    guard: Guard = None,
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
@@ -414,6 +473,8 @@ def generate(
         "max_knns": max_knns,
         "dedup": dedup,
         "matches": matches,
+        "skip": skip,
+        "guard": guard,
     }
     given = {name: value for name, value in options.items() if value is not None}
     generation = continue_prompt(

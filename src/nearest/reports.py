@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -23,6 +24,7 @@ from rich.text import Text
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
+    from nearest.memory.manifest import KeysRecord
     from nearest.memory.memory import Memory
     from nearest.verbs.evaluate import Result
     from nearest.verbs.generate import DocumentShare, Generation
@@ -117,6 +119,9 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
             sizes[kind] = sizes.get(kind, 0) + file.size
         if segment.index is not None and segment.index.file is not None:
             sizes["index"] = sizes.get("index", 0) + segment.index.file.size
+    for file in () if keys is None else keys.file_records():
+        kind = Path(file.path).stem.partition(".")[2]
+        sizes[kind] = file.size
     if clusters is not None:
         sizes["clusters"] = sum(file.size for file in clusters.files.values())
     return {
@@ -132,7 +137,8 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         "model": manifest.model.name,
         "keys": "none"
         if keys is None
-        else f"{keys.layer} ({keys.module}), {keys.dim} dims, {keys.format}, {keys.metric}",
+        else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
+        "kept_entries": sum(segment.searched for segment in manifest.segments),
         "windows": "none" if keys is None else f"{keys.window} with a stride of {keys.stride}",
         **{
             f"index_of_segment_{segment.name}": {
@@ -154,6 +160,12 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         },
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
     }
+
+
+def _dims(keys: "KeysRecord") -> str:
+    if keys.projection is None:
+        return f"{keys.dim} dims"
+    return f"{keys.projection.dim} of {keys.dim} dims"
 
 
 def shaded_generation(generation: "Generation", most: int) -> RenderableType:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -128,12 +128,15 @@ class _Steps:
         _say(self.out, "Tune", "find the weight λ of the memory, temperature and k on other topics")
         _show(self.out, "nearest", "tune", str(self.path), "--text", str(text))
         with reports.live_progress(self.err) as progress:
-            tuned = tune(
-                self.model,
-                Memory.open(self.path),
-                read_documents([text]),
-                tokenizer=self.tokenizer,
-                progress=progress,
+            tuned = cast(  # kNN-LM has no gate to train
+                Tuned,
+                tune(
+                    self.model,
+                    Memory.open(self.path),
+                    read_documents([text]),
+                    tokenizer=self.tokenizer,
+                    progress=progress,
+                ),
             )
         found = tuned.settings
         self.out.print(

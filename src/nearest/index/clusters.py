@@ -22,6 +22,7 @@ NO_CLUSTER = -1
 _EXACT_CENTROIDS = 4_096  # an entry is compared with all of so many, with lists of more
 _LISTS_PROBED = 8
 _BLOCK = 16_384  # entries
+_MOST_NEIGHBOURS = 254  # what one entry takes in is counted in a byte
 _MERGE_BLOCK = 4_096  # entries whose neighbours are looked up together
 
 
@@ -165,6 +166,12 @@ class Merged(NamedTuple):
         return Clusters.from_labels(number[self.into], len(heads))
 
 
+def check_neighbours(neighbours: int) -> None:
+    """Refuse a number of neighbours that `greedy_merge` cannot count (SettingError)."""
+    if not 1 <= neighbours <= _MOST_NEIGHBOURS:
+        raise SettingError(f"neighbours must be from 1 to {_MOST_NEIGHBOURS}, got {neighbours}")
+
+
 def greedy_merge(
     values: Int[np.ndarray, " tokens"],
     entries: Int[np.ndarray, " m"],
@@ -181,7 +188,7 @@ def greedy_merge(
         values: the value of each position (int64).
         entries: ids of those to merge.
         neighbours: nearest entries of each of some entries, nearest first, -1 where there are
-            fewer; an entry itself among them is passed over. At most 254 of them.
+            fewer; an entry itself among them is passed over, and at most 254 others.
         rng: for the order.
         progress: told what has been done.
     """

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from nearest.index.neighbours import Metric
 from nearest.index.threads import in_threads
 
-_AHEAD = 8  # rows; those of scattered entries are asked for so long before they are read
+AHEAD = 8  # rows; those of scattered entries are asked for so long before they are read
 
 
 def key_distances(
@@ -31,7 +31,7 @@ def key_distances(
 
     Keys are float16, queries float32, the result float32; id -1 gives +inf.
     """
-    return _measured(_distances, (keys.view(np.uint16),), queries, ids, metric)
+    return measured(_distances, (keys.view(np.uint16),), queries, ids, metric)
 
 
 def scaled_key_distances(
@@ -42,17 +42,17 @@ def scaled_key_distances(
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
     """As `key_distances`, of keys that are int8 codes times a float32 scale for each row."""
-    return _measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric)
+    return measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric)
 
 
-def _measured(
+def measured(
     kernel: Callable[..., None],
     stored: tuple[np.ndarray, ...],
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
-    """Run a kernel over all queries."""
+    """Run a kernel over all queries, shared among threads."""
     distances = np.empty(ids.shape, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     ids = np.ascontiguousarray(ids)
@@ -129,7 +129,7 @@ def _ask_for(_context: Any, array: Any, row: Any, column: Any) -> Any:
 
 
 _widen: Any = intrinsic(_widen_float16)
-_prefetch: Any = intrinsic(_ask_for)
+prefetch: Any = intrinsic(_ask_for)
 
 
 @no_type_check  # numba compiles the bare function
@@ -145,10 +145,10 @@ def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -
     for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
-            soon = ids[i, min(j + _AHEAD, last)]
+            soon = ids[i, min(j + AHEAD, last)]
             if soon >= 0:
                 for d in range(0, len(query), 32):
-                    _prefetch(keys, soon, d)
+                    prefetch(keys, soon, d)
             entry = ids[i, j]
             total = np.float32(0)
             if entry < 0:
@@ -180,11 +180,11 @@ def _scaled_distances(
     for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
-            soon = ids[i, min(j + _AHEAD, last)]
+            soon = ids[i, min(j + AHEAD, last)]
             if soon >= 0:
-                _prefetch(scales, soon, 0)
+                prefetch(scales, soon, 0)
                 for d in range(0, len(query), 64):
-                    _prefetch(codes, soon, d)
+                    prefetch(codes, soon, d)
             entry = ids[i, j]
             total = np.float32(0)
             if entry < 0:

@@ -67,6 +67,35 @@ class KeyFormat(Protocol):
         """Keys that are stored in these arrays."""
 
 
+class Float32Keys:
+    """Keys as they are, float32 [n, dim], in memory only."""
+
+    def __init__(self, keys: Float[np.ndarray, "n dim"], metric: Metric) -> None:
+        self._keys = keys
+        self.metric = metric
+        self.dim = keys.shape[1]
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries."""
+        rows: Float[np.ndarray, "m dim"] = self._keys[ids]
+        return rows
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances of all that is chosen, gathered at once."""
+        rows = self._keys[ids]
+        if self.metric == "ip":
+            distances = -np.einsum("qd,qkd->qk", queries, rows)
+        else:
+            distances = ((rows - queries[:, None]) ** 2).sum(-1)
+        return np.where(ids < 0, np.float32(np.inf), distances)
+
+    def problems(self) -> list[str]:
+        """None that could be seen here."""
+        return []
+
+
 class Float16Keys:
     """Keys as float16 [n, dim]."""
 
@@ -201,6 +230,30 @@ class JoinedKeys:
     def problems(self) -> list[str]:
         """Those of all parts."""
         return [problem for part, _, _ in self._parts for problem in part.problems()]
+
+
+class MergedKeys:
+    """Keys of which several positions may share one: position i has row number row_of[i]."""
+
+    def __init__(self, keys: Keys, row_of: Int[np.ndarray, " n"]) -> None:
+        self._keys, self._row_of = keys, np.asarray(row_of)
+        self.metric = keys.metric
+        self.dim = keys.dim
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries as float32."""
+        return self._keys.rows(self._row_of[ids])
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to the keys that entries share."""
+        rows = np.where(ids < 0, NO_ENTRY, self._row_of[ids]).astype(np.int64)
+        return self._keys.distances(queries, rows)
+
+    def problems(self) -> list[str]:
+        """Those of the shared keys."""
+        return self._keys.problems()
 
 
 FORMATS: tuple[KeyFormat, ...] = (Float16Format(), Int8Format())

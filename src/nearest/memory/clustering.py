@@ -7,8 +7,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from nearest.errors import SettingError
-from nearest.index.clusters import Clusters, Merged, greedy_merge, kmeans_clusters
+from nearest.index.clusters import Clusters, check_neighbours, greedy_merge, kmeans_clusters
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.cluster_files import write_clusters
 from nearest.memory.generation import changing
@@ -18,7 +17,6 @@ from nearest.progress import Progress, no_progress
 
 _SEED = 0
 _SAMPLE_A_CLUSTER = 32
-_MOST_NEIGHBOURS = 254  # what one entry takes in is counted in a byte
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,7 @@ class GreedyMerge:
     neighbours: int = 9
 
     def __post_init__(self) -> None:
-        if not 1 <= self.neighbours <= _MOST_NEIGHBOURS:
-            raise SettingError(
-                f"neighbours must be from 1 to {_MOST_NEIGHBOURS}, got {self.neighbours}"
-            )
+        check_neighbours(self.neighbours)
 
 
 def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = no_progress) -> None:
@@ -55,7 +50,7 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
         if isinstance(how, KMeans):
             made_by, clusters = "k-means", _by_kmeans(memory, how, progress)
         else:
-            made_by, clusters = "greedy merge", merge(memory, how, progress).clusters()
+            made_by, clusters = "greedy merge", _by_merging(memory, how, progress)
         record = write_clusters(path, manifest, clusters, made_by)
         write_manifest(
             path,
@@ -77,13 +72,13 @@ def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
     )
 
 
-def merge(memory: Memory, how: GreedyMerge, progress: Progress) -> Merged:
-    """Merge a memory's entries with their nearest neighbours of the same value."""
+def _by_merging(memory: Memory, how: GreedyMerge, progress: Progress) -> Clusters:
     entries = memory.valued_entries()
     values = np.full(memory.tokens, NO_ENTRY)
     values[entries] = memory.values(entries)
 
     def neighbours(some: Int[np.ndarray, " b"]) -> Int[np.ndarray, "b k"]:
-        return memory.search(memory.keys.rows(some), how.neighbours + 1).ids
+        return memory.near_entries(some, how.neighbours + 1).ids
 
-    return greedy_merge(values, entries, neighbours, np.random.default_rng(_SEED), progress)
+    rng = np.random.default_rng(_SEED)
+    return greedy_merge(values, entries, neighbours, rng, progress).clusters()

@@ -25,8 +25,11 @@ _BUILT = {
     "scales.npy",
     "index.faiss",
 }
-_LATER_IN_SEGMENT = re.compile(r"g\d{6}\.index\.faiss")
-_LATER_IN_MEMORY = re.compile(r"g\d{6}\.clusters\.(of|offsets|members)\.npy")
+_LATER_IN_SEGMENT = re.compile(r"g\d{6}\.(index\.faiss|(keys|scales|rows|weights)\.npy)")
+_LATER_IN_MEMORY = re.compile(
+    r"g\d{6}\.((clusters\.(of|offsets|members)|projection|codebooks)\.npy"
+    r"|[a-z+-]+\.gate\.safetensors(\.partial)?)"
+)
 
 
 def of_generation(generation: int, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The arrays of keys in a segment's folder: written in any order of rows, and opened."""
+"""The arrays of keys in a memory's folder: written in any order of rows, and opened."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -9,8 +9,14 @@ import numpy as np
 from jaxtyping import Float
 
 from nearest.folder import ArrayFile, open_array
-from nearest.index.keys import KeyFormat, Keys
+from nearest.index.keys import KeyFormat, Keys, key_format
 from nearest.index.neighbours import Metric
+from nearest.index.product import CENTROIDS, ProductFormat, product_parts
+from nearest.index.projection import Projection
+from nearest.memory.manifest import KeysRecord
+
+KEY_ARRAYS = {"keys", "scales"}  # of any format
+_FLOAT = np.dtype(np.float32)
 
 
 def key_paths(folder: Path, form: KeyFormat, dim: int, prefix: str = "") -> dict[str, Path]:
@@ -65,3 +71,28 @@ def open_keys(
         for name, (dtype, shape) in form.layout(dim).items()
     }
     return form.open(arrays, metric)
+
+
+def stored_format(folder: Path, record: KeysRecord) -> KeyFormat:
+    """The format of a memory's keys, with what all segments share.
+
+    Raises:
+        FolderError: the centroids of product-quantised keys are not what the manifest says.
+    """
+    parts = product_parts(record.format)
+    if parts is None or record.codebooks is None:
+        return key_format(record.format)
+    shape = (parts, CENTROIDS, record.stored_dim // parts)
+    return ProductFormat(open_array(folder / record.codebooks.path, _FLOAT, shape))
+
+
+def open_projection(folder: Path, record: KeysRecord | None) -> Projection | None:
+    """What keys and queries go through, if anything.
+
+    Raises:
+        FolderError: its file is not what the manifest says.
+    """
+    if record is None or record.projection is None:
+        return None
+    shape = (record.projection.dim, record.dim + 1)
+    return Projection(open_array(folder / record.projection.file.path, _FLOAT, shape))

@@ -9,6 +9,7 @@ import msgspec
 
 from nearest.errors import FolderError
 from nearest.folder import sha256_of, write_atomically
+from nearest.index.product import product_parts
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -46,16 +47,45 @@ class ModelRecord(_Record, frozen=True):
     start_token: Count
 
 
+class ProjectionRecord(_Record, frozen=True):
+    """The map that keys and queries go through, to so many dimensions."""
+
+    dim: Positive
+    file: FileRecord
+
+
 class KeysRecord(_Record, frozen=True):
-    """What the keys are, how they are stored, and how documents were windowed to make them."""
+    """What the keys are, how they are stored, and how documents were windowed to make them.
+
+    `dim` is that of the model's states; `codebooks` are the centroids of product-quantised keys.
+    """
 
     layer: str
     module: str
     dim: Positive
-    format: Annotated[str, msgspec.Meta(pattern="^(fp16|int8)$")]
+    format: Annotated[str, msgspec.Meta(pattern="^(fp16|int8|pq[1-9][0-9]{0,4})$")]
     metric: Literal["l2", "ip"]
     window: Positive
     stride: Positive
+    projection: ProjectionRecord | None
+    codebooks: FileRecord | None
+
+    def __post_init__(self) -> None:
+        parts = product_parts(self.format)
+        if (parts is None) != (self.codebooks is None):
+            raise ValueError("product-quantised keys without codebooks, or codebooks without them")
+        if parts is not None and self.stored_dim % parts:
+            raise ValueError(f"keys of {self.stored_dim} dims in {parts} parts")
+
+    @property
+    def stored_dim(self) -> int:
+        """Dimension of what is stored, after the projection."""
+        return self.dim if self.projection is None else self.projection.dim
+
+    def file_records(self) -> list[FileRecord]:
+        """Every live file of all keys."""
+        projection = None if self.projection is None else self.projection.file
+        return [file for file in (self.codebooks, projection) if file is not None]
 
 
 class IndexRecord(_Record, frozen=True):
@@ -73,7 +103,11 @@ class IndexRecord(_Record, frozen=True):
 
 
 class SegmentRecord(_Record, frozen=True):
-    """One part of the corpus with its access paths."""
+    """One part of the corpus with its access paths.
+
+    `kept`: how many entries have keys of their own and are in the index, where others have been
+    merged into them; None where none have.
+    """
 
     name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
     tokens: Positive
@@ -82,6 +116,12 @@ class SegmentRecord(_Record, frozen=True):
     frames: Positive
     files: dict[str, FileRecord]
     index: IndexRecord | None
+    kept: Positive | None
+
+    @property
+    def searched(self) -> int:
+        """Number of entries that the index holds."""
+        return self.entries if self.kept is None else self.kept
 
 
 class ClustersRecord(_Record, frozen=True):
@@ -98,6 +138,14 @@ class ClustersRecord(_Record, frozen=True):
     files: dict[str, FileRecord]
 
 
+class GateRecord(_Record, frozen=True):
+    """A gate that was trained for a method: its kind, what describes it, and its arrays."""
+
+    kind: str
+    config: dict[str, Any]
+    file: FileRecord
+
+
 class Manifest(_Record, frozen=True):
     """A generation of a memory."""
 
@@ -109,6 +157,7 @@ class Manifest(_Record, frozen=True):
     segments: Annotated[list[SegmentRecord], msgspec.Meta(min_length=1)]
     clusters: ClustersRecord | None
     settings: dict[str, dict[str, Any]]
+    gates: dict[str, GateRecord]
     checksum: Digest = _UNSIGNED
 
     def __post_init__(self) -> None:
@@ -122,7 +171,9 @@ class Manifest(_Record, frozen=True):
         """Every live file."""
         records = [file for segment in self.segments for file in segment.files.values()]
         records += [s.index.file for s in self.segments if s.index and s.index.file]
-        return records + list(self.clusters.files.values() if self.clusters else ())
+        records += self.keys.file_records() if self.keys else []
+        records += [gate.file for gate in self.gates.values()]
+        return records + (list(self.clusters.files.values()) if self.clusters else [])
 
 
 class _FormatOnly(msgspec.Struct):

@@ -22,6 +22,8 @@ from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
 from nearest.memory.cluster_files import open_clusters
+from nearest.memory.gate_files import GateFile, open_gates
+from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
 from nearest.memory.segment import Segment, no_keys
 
@@ -43,6 +45,8 @@ class Memory:
         self.manifest = manifest
         self.segments = segments
         self._clusters = open_clusters(path, manifest)
+        self._gates = open_gates(path, manifest)
+        self._projection = open_projection(path, manifest.keys)
         self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
         self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
 
@@ -96,7 +100,7 @@ class Memory:
 
     @property
     def entries(self) -> int:
-        """Number of entries that can be found: tokens that have a successor in their document."""
+        """Number of entries: tokens that have a successor in their document."""
         return sum(segment.record.entries for segment in self.segments)
 
     @property
@@ -133,7 +137,16 @@ class Memory:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        self._check_queries(queries)
+        return self._search(self._stored(queries), k, distances, candidates)
+
+    def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
+        """The k entries nearest to each of some entries by the stored keys, itself among them."""
+        return self._search(self.keys.rows(ids), k, "keys", 0)
+
+    def _search(
+        self, queries: Float[np.ndarray, "q stored_dim"], k: int, distances: str, candidates: int
+    ) -> Neighbours:
+        """Search with queries as keys are stored."""
         parts = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             if distances == "keys":
@@ -157,16 +170,30 @@ class Memory:
         Raises:
             SettingError: the memory has no keys, or the queries another dimension.
         """
-        self._check_queries(queries)
-        return self.keys.distances(queries, ids)
+        return self.keys.distances(self._stored(queries), ids)
+
+    def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """Log of the number of entries that each stands for (float32), to be added to −d/T.
+
+        0 unless entries have been merged (`nearest compress --merge`); also for entries that were
+        merged into another, which a search does not find, and for id -1.
+        """
+        weights = np.zeros(ids.shape, np.float32)
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            if segment.weights is None:
+                continue
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
+        return weights
 
     def index_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
         """As `key_distances`, but to the index's own codes, as its searches measure them."""
-        self._check_queries(queries)
+        queries = self._stored(queries)
         parts = [
-            segment.index.distances(queries, self._local(ids, segment, int(first)))
+            segment.index_distances(queries, self._local(ids, segment, int(first)))
             for segment, first in zip(self.segments, self._first_entry, strict=False)
         ]
         return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
@@ -200,12 +227,14 @@ class Memory:
             )
         return self._clusters
 
-    def _check_queries(self, queries: Float[np.ndarray, "q dim"]) -> None:
+    def _stored(self, queries: Float[np.ndarray, "q dim"]) -> Float[np.ndarray, "q stored_dim"]:
+        """Queries as keys are stored."""
         if queries.shape[1] != self.keys_record.dim:
             raise SettingError(
                 f"queries have {queries.shape[1]} dims, the keys {self.keys_record.dim}: make "
                 "them with the model and key layer that built the memory"
             )
+        return queries if self._projection is None else self._projection.apply(queries)
 
     def valued_entries(self) -> Int[np.ndarray, " m"]:
         """The ids of all entries that have a value, ascending."""
@@ -321,3 +350,7 @@ class Memory:
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
+
+    def gate(self, method: str) -> GateFile | None:
+        """The gate that was trained for a method; None when none was."""
+        return self._gates.get(method)

@@ -113,6 +113,7 @@ def write_segment(
             kind: FileRecord.of(root, f"segments/{name}/{file}") for kind, file in files.items()
         },
         index=index,
+        kept=None,
     )
 
 

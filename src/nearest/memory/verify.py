@@ -6,6 +6,7 @@ import numpy as np
 
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
+from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.memory import Memory
 from nearest.memory.segment import Segment
@@ -34,6 +35,9 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems = _checksum_problems(path, manifest, progress)
     if problems:
         return problems  # what is damaged cannot be trusted to describe itself
+    projection = open_projection(path, manifest.keys)
+    if projection is not None and not np.isfinite(projection.matrix).all():
+        problems.append("the projection is not finite")
     memory = Memory(path, manifest, [Segment(path, manifest, r) for r in manifest.segments])
     for segment in memory.segments:
         found = _structure(segment, manifest)
@@ -67,7 +71,7 @@ def _structure(segment: Segment, manifest: Manifest) -> list[str]:
         problems.append("a document does not begin with the start token")
     problems += _suffix_problems(segment)
     if manifest.keys is not None:
-        problems += segment.keys.problems()
+        problems += segment.keys.problems() + _merge_problems(segment)
     try:
         ids = [segment.documents[number].id for number in range(record.documents)]
         if len(set(ids)) != len(ids):
@@ -77,6 +81,21 @@ def _structure(segment: Segment, manifest: Manifest) -> list[str]:
     except FolderError as error:
         problems.append(str(error))
     return problems
+
+
+def _merge_problems(segment: Segment) -> list[str]:
+    """Whether each kept entry has a key of its own, and counts those that share it."""
+    if segment.weights is None or segment.rows is None:
+        return []
+    entries, kept = segment.entries, segment.searched
+    rows = segment.rows[entries]
+    sound = (
+        len(kept) == segment.record.kept
+        and np.array_equal(segment.rows[kept], np.arange(len(kept)))
+        and ((rows >= 0) & (rows < len(kept))).all()
+        and np.array_equal(np.bincount(rows, minlength=len(kept)), segment.weights[kept])
+    )
+    return [] if sound else ["the weights of merged entries do not count those that share a key"]
 
 
 def _suffix_problems(segment: Segment) -> list[str]:

@@ -1,6 +1,6 @@
 """Write generations of a memory: build one, give it another index or clusters, store settings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -24,6 +24,7 @@ from nearest.errors import SettingError
 from nearest.index.approximate import AUTO, check_spec
 from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
+from nearest.memory.gate_files import NewGate, write_gate
 from nearest.memory.generation import changing, new_folder, of_generation
 from nearest.memory.manifest import FORMAT, KeysRecord, Manifest, ModelRecord, write_manifest
 from nearest.memory.segment import Segment
@@ -31,7 +32,6 @@ from nearest.memory.segment_writer import IndexChoice, KeyPlan, write_index, wri
 from nearest.progress import Progress, no_progress
 
 NO_KEYS = "none"
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def build_memory(
                 segments=[segment],
                 clusters=None,
                 settings={},
+                gates={},
             ),
         )
 
@@ -133,6 +134,8 @@ def _keys_record(plan: KeyPlan) -> KeysRecord:
         metric=plan.metric,
         window=encoder.window,
         stride=encoder.stride,
+        projection=None,
+        codebooks=None,
     )
 
 
@@ -144,21 +147,28 @@ def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progr
         for record in manifest.segments:
             segment = Segment(path, manifest, record)
             file = path / "segments" / record.name / of_generation(generation, "index.faiss")
-            index = write_index(path, file, segment.keys, segment.entries, choice, progress)
+            index = write_index(path, file, segment.keys, segment.searched, choice, progress)
             segments.append(msgspec.structs.replace(record, index=index))
         write_manifest(
             path, msgspec.structs.replace(manifest, generation=generation, segments=segments)
         )
 
 
-def store_settings(path: Path, method: str, settings: dict[str, Any]) -> None:
-    """Remember what was tuned for a method, as a new generation."""
+def store_settings(
+    path: Path, method: str, settings: Mapping[str, Any], gate: NewGate | None = None
+) -> None:
+    """Remember what was tuned for a method, its gate included, as a new generation."""
     with changing(path) as manifest:
+        generation = manifest.generation + 1
+        gates = dict(manifest.gates)
+        if gate is not None:
+            gates[method] = write_gate(path, generation, method, gate)
         write_manifest(
             path,
             msgspec.structs.replace(
                 manifest,
-                generation=manifest.generation + 1,
-                settings={**manifest.settings, method: settings},
+                generation=generation,
+                settings={**manifest.settings, method: dict(settings)},
+                gates=gates,
             ),
         )

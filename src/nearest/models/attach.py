@@ -79,7 +79,7 @@ def attach(
     check_method(method, MEMORY_METHODS)
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
-    lookup = Lookup(memory, method, resolve_settings(method, memory, **settings))
+    lookup = Lookup.of(memory, method, resolve_settings(method, memory, **settings))
     return Session(model, lookup, tokenizer, force, replay)
 
 

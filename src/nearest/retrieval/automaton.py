@@ -48,7 +48,7 @@ def extend_reference(
         kept = [pointer for pointer in row if pointer >= 0][:most]
         if clusters is not None and len(kept) < most:
             own = [int(clusters.of[pointer]) for pointer in kept]
-            for cluster in sorted(set(own), key=lambda c: (-own.count(c), c)):
+            for cluster in sorted({c for c in own if c >= 0}, key=lambda c: (-own.count(c), c)):
                 a, b = clusters.offsets[cluster : cluster + 2]
                 kept += clusters.members[a:b].tolist()
         rows.append(kept[:most])
@@ -127,6 +127,8 @@ def _extend(pointers: Any, of: Any, offsets: Any, members: Any, extended: Any) -
         slots[:] = -1
         for j in range(taken):
             cluster = np.int64(of[extended[i, j]])
+            if cluster < 0:
+                continue
             slot = (cluster * 2654435761) & (size - 1)
             while slots[slot] != cluster and slots[slot] >= 0:
                 slot = (slot + 1) & (size - 1)

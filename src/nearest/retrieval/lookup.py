@@ -22,6 +22,7 @@ from nearest.retrieval.distribution import (
     vocabulary_probs,
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
+from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings, method_named
 
@@ -44,6 +45,15 @@ class Lookup:
             Component(self.sources, settings.temperature, settings.length_power), settings.lam
         )
 
+    @classmethod
+    def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
+        """With the gate that the memory has for the method.
+
+        Raises:
+            SettingError: the method needs a gate that the memory does not have.
+        """
+        return cls(memory, method, settings, load_gate(memory, method))
+
     @property
     def keeps_state(self) -> bool:
         """Whether a prediction depends on those before it, and not on its context alone."""
@@ -61,7 +71,8 @@ class Lookup:
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        return self.sources != ("dense",) or self._measures_matches or self.settings.guard
+        only_keys = self.sources == ("dense",) and not (self._measures_matches or self._asks)
+        return not only_keys or self.settings.guard
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None

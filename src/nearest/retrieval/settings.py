@@ -55,13 +55,13 @@ _METHODS = {
     "knn": Method(_KNN),
     "knn+buckets": Method(_KNN, "buckets"),
     "knn+meta-k": Method(_KNN, "meta-k"),
-    "knn+adaptret": Method(_KNN, "adaptret", asks=True),
+    "knn+adaptret": Method(_KNN, "adaptret", asks=True, defaults={"skip": 0.5}),
     "knn+mixture": Method(_KNN, "mixture"),
     "retomaton": Method(_RETOMATON),
     "retomaton+mixture": Method(_RETOMATON, "mixture"),
     "suffix": Method(_SUFFIX, defaults={"lam": 0.5, "temperature": 64.0, "length_power": 4.0}),
     "suffix+mixture": Method(_SUFFIX, "mixture"),
-    "hybrid": Method(SOURCES, "mixture", asks=True, defaults={"guard": True}),
+    "hybrid": Method(SOURCES, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
 }
 MEMORY_METHODS = tuple(_METHODS)
 METHODS = (BASE, *MEMORY_METHODS)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
-from nearest.models.scoring import MethodRun, ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ReadText, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, check_method, settings_of_methods
@@ -137,7 +137,8 @@ def evaluate(
     )
     nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
     base_seconds = 0.0
-    for block in scorer.blocks(progress, "evaluate"):
+    with_view = any(run.lookup.needs_lm for run in runs.values())
+    for block in scorer.blocks(progress, "evaluate", with_view):
         base_seconds += block.seconds
         for name in methods:
             run = runs.get(name)
@@ -165,13 +166,13 @@ def _lookups(
     if memory is None:
         raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
     return {
-        name: Lookup(memory, name, settings)
+        name: Lookup.of(memory, name, settings)
         for name, settings in settings_of_methods(of_memory, memory, given).items()
     }
 
 
 def _result(
-    scorer: Scorer,
+    scorer: Scorer | ReadText,
     method: str,
     nll: Float[np.ndarray, " documents"],
     compared_to: Float[np.ndarray, " documents"] | None,

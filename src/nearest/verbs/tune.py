@@ -1,5 +1,6 @@
 """Find a method's settings on held-out text: retrieve once, then sweep as array mathematics."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +12,16 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
-from nearest.models.scoring import ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
+from nearest.retrieval.gates.adaptret import fit_adaptret
+from nearest.retrieval.gates.buckets import fit_buckets
+from nearest.retrieval.gates.fit_mixture import Trial, distance_unit, fit_mixture
+from nearest.retrieval.gates.gate import StoredGate, View
+from nearest.retrieval.gates.meta_k import fit_meta_k
+from nearest.retrieval.gates.seen import Seen
+from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import (
     MEMORY_METHODS,
@@ -28,6 +36,11 @@ from nearest.retrieval.walk import Trails, walk
 TEMPERATURES = tuple(round(2 ** (i / 2), 2) for i in range(-4, 25))  # 0.25 … 4096, by √2
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98
 KS = (16, 64, 256, 1024)
+_PUBLISHED: Mapping[str, Callable[[Iterable[Seen]], StoredGate]] = {
+    "buckets": fit_buckets,
+    "meta-k": fit_meta_k,
+    "adaptret": fit_adaptret,
+}
 LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
@@ -59,6 +72,27 @@ class Tuned:
         }
 
 
+@dataclass(frozen=True)
+class TunedGate:
+    """A trained gate with the settings it goes with; nll in nats, of the text it was trained on."""
+
+    method: str
+    settings: Settings
+    gate: StoredGate = field(repr=False)
+    nll: float
+    base_nll: float
+    tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """What is stored in the memory beside the gate."""
+        return {
+            **as_stored(self.settings, self.method),
+            "tuned_nll": self.nll,
+            "tuned_base_nll": self.base_nll,
+            "tuned_tokens": self.tokens,
+        }
+
+
 def tune(
     model: PreTrainedModel,
     memory: Memory,
@@ -73,11 +107,13 @@ def tune(
     store: bool = True,
     progress: Progress = no_progress,
     **fixed: Any,
-) -> Tuned:
+) -> Tuned | TunedGate:
     """Find the settings with the lowest nll on documents that are not to be scored later.
 
     λ and the temperature are swept; with them k for kNN-LM (of the candidates for the largest k),
-    and length_power for the methods that weigh by match length.
+    and length_power for the methods that weigh by match length. For a method with a gate, such as
+    "knn+mixture" or "hybrid", the gate is trained instead; the text's hidden states are then held
+    in memory.
 
     Args:
         model, memory, documents, tokenizer, window, stride, batch_size, force, progress: as in
@@ -91,7 +127,10 @@ def tune(
         NearestError: model, memory, text or settings cannot be used.
     """
     check_method(method, MEMORY_METHODS)
-    lookup, variant, variants = _sweep_of(method, memory, fixed)
+    if swept := {"lam", "temperature"} & {n for n, value in fixed.items() if value is not None}:
+        raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
+    given = {name: value for name, value in fixed.items() if value is not None}
+    resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
     scorer = Scorer.prepare(
         model,
         memory,
@@ -102,6 +141,27 @@ def tune(
         batch_size=batch_size,
         force=force,
     )
+    tuned: Tuned | TunedGate
+    if method_named(method).gate is None:
+        tuned = _sweep(scorer, memory, method, given, progress)
+        gate = None
+    else:
+        tuned = _train(scorer, memory, method, given, progress)
+        gate = to_store(tuned.gate, method)
+    if store:
+        store_settings(memory.path, method, tuned.as_json(), gate)
+    return tuned
+
+
+def _sweep(
+    scorer: Scorer | ReadText,
+    memory: Memory,
+    method: str,
+    given: dict[str, Any],
+    progress: Progress,
+) -> Tuned:
+    """Every temperature, λ and variant of one retrieval."""
+    lookup, variant, variants = _sweep_of(method, memory, given)
     lm_probs, memory_probs = [], []
     trails: Trails = {}
     for block in scorer.blocks(progress, f"tune {method}"):
@@ -126,7 +186,7 @@ def tune(
         settings = replace(settings, k=int(variants[best[1]]), candidates=int(variants[-1]))
     elif variant == "length_power":
         settings = replace(settings, length_power=variants[best[1]])
-    tuned = Tuned(
+    return Tuned(
         method=method,
         settings=settings,
         nll=float(grid[best]),
@@ -136,21 +196,60 @@ def tune(
         variant=variant,
         variants=variants,
     )
-    if store:
-        store_settings(memory.path, method, tuned.as_json())
-    return tuned
+
+
+def _train(
+    scorer: Scorer | ReadText,
+    memory: Memory,
+    method: str,
+    given: dict[str, Any],
+    progress: Progress,
+) -> TunedGate:
+    """Train the method's gate on the text, looked up as the method does."""
+    chosen = method_named(method)
+    sources, kind, asks = chosen.sources, str(chosen.gate), chosen.asks
+    settings = replace(Settings(**method_named(method).defaults), **given)
+    if "dense" in sources:
+        settings = replace(settings, k=min(settings.k, memory.entries))
+    blocks = list(scorer.blocks(progress, f"read for {method}", with_view=True))
+
+    def seen(searched: float) -> Iterator[Seen]:
+        return _looked_up(Lookup(memory, method, settings, Trial(sources, searched)), blocks)
+
+    gate: StoredGate
+    if kind in _PUBLISHED:
+        gate = _PUBLISHED[kind](seen(1.0))
+    else:
+        # With every search, with none, and with half of them, for states that a gate leads to.
+        shares = (1.0, 0.0, 0.5) if asks else (1.0,)
+        unit = distance_unit(seen(1.0))
+        gate = fit_mixture(sources, [seen(share) for share in shares], unit, asks)
+    run = MethodRun(Lookup(memory, method, settings, gate))
+    nll = -torch.cat([run.log_probs(block) for block in blocks]).double()
+    base = -torch.cat([block.lm_log_probs for block in blocks]).double()
+    return TunedGate(method, settings, gate, float(nll.mean()), float(base.mean()), len(base))
+
+
+def _looked_up(lookup: Lookup, blocks: Sequence[ScoredBlock]) -> Iterator[Seen]:
+    trails: Trails = {}
+    first = 0
+    for block in blocks:
+        for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
+            yield Seen(
+                first + rows,
+                View(block.queries.rows(rows), candidates, lookup.memory),
+                block.targets[rows],
+                block.lm_log_probs[rows].numpy(),
+                block.documents[rows],
+            )
+        first += len(block.targets)
 
 
 def _sweep_of(
-    method: str, memory: Memory, fixed: dict[str, Any]
+    method: str, memory: Memory, given: dict[str, Any]
 ) -> tuple[Lookup, str, tuple[float, ...]]:
     """The widest retrieval, and what of it is varied beside temperature and λ."""
-    swept = {"lam", "temperature"} & {name for name, value in fixed.items() if value is not None}
-    if swept:
-        raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
-    given = {name: value for name, value in fixed.items() if value is not None}
     defaults = Settings(**method_named(method).defaults)
-    resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
     known = method_named(method).settings
     widest = replace(defaults, **given)
     if "k" in known:

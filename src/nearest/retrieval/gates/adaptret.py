@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.retrieval.distribution import Component
-from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll, observe
+from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll, observe, temperature_of
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import above_quantile, quantiles_of
+from nearest.retrieval.gates.quantiles import above_quantile, check_quantiles, quantiles_of
 from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import held_out_documents, train_network
+from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
 
 LONGEST = 4  # tokens of the n-grams that are looked at
 _FIGURES = 2 + 2 * LONGEST
@@ -49,7 +49,7 @@ class AdaptRetGate:
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ where a search was made and found something; elsewhere the model is left alone."""
-        found = (view.candidates.ids[:, view.candidates.of("dense")] >= 0).any(axis=1)
+        found = view.candidates.has("dense")
         return np.where(found, self._lams(view), np.float32(0))[:, None]
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
@@ -71,7 +71,8 @@ class AdaptRetGate:
         """The gate that was stored."""
         network = Network.of(arrays, "mix")
         network.check(None, 2)
-        return cls(float(config["temperature"]), network, arrays["quantiles"])
+        check_quantiles(arrays["quantiles"])
+        return cls(temperature_of(config), network, arrays["quantiles"])
 
 
 def fit_adaptret(
@@ -90,6 +91,7 @@ def fit_adaptret(
         SettingError: the text is too short.
     """
     data = observe(seen, adaptret_inputs, [_component(t) for t in temperatures])
+    check_enough(len(data.inputs))
     lams = best_lams(data.lm_probs, data.probs)
     best = int(nll(data.lm_probs, data.probs, lams).argmin())
     lm, memory = torch.from_numpy(data.lm_probs), torch.from_numpy(data.probs[:, best])
@@ -135,9 +137,7 @@ def adaptret_inputs(view: View) -> Float[np.ndarray, "q inputs"]:
     return np.concatenate([queries.keys, *figures], axis=1).astype(np.float32)
 
 
-def lams_of(
-    network: Network, inputs: Float[np.ndarray, "q inputs"]
-) -> Float[np.ndarray, " q"]:
+def lams_of(network: Network, inputs: Float[np.ndarray, "q inputs"]) -> Float[np.ndarray, " q"]:
     """λ of the memory (float32)."""
     logits = network(inputs)
     lams: Float[np.ndarray, " q"] = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))

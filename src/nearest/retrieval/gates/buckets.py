@@ -9,7 +9,14 @@ from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
 from nearest.retrieval.distribution import Component
-from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nearest_distance, nll, observe
+from nearest.retrieval.gates.fitting import (
+    TEMPERATURES,
+    best_lams,
+    nearest_distance,
+    nll,
+    observe,
+    temperature_of,
+)
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.seen import Seen
 
@@ -63,7 +70,7 @@ class BucketsGate:
             raise ValueError("the edges of buckets do not ascend")
         if not ((lams >= 0) & (lams <= 1)).all():
             raise ValueError("λ outside [0, 1]")
-        return cls(_component(float(config["temperature"]), int(config["first"])), edges, lams)
+        return cls(_component(temperature_of(config), int(config["first"])), edges, lams)
 
 
 def fit_buckets(

@@ -1,7 +1,7 @@
-"""What fits of published gates have in common: one array for the whole text, and a line search."""
+"""What the fits of published gates share: the whole text as arrays, and the best constant shares."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from nearest.retrieval.distribution import Component, component_probs
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.seen import Seen
 
-TEMPERATURES = tuple(2.0**i for i in range(-2, 13))  # ¼ … 4096
+TEMPERATURES = tuple(2.0**i for i in range(-2, 13))  # 0.25 … 4096
 LARGEST_LAM = 0.99  # a token that the memory lacks must not become impossible
 _HALVINGS = 40
 _ROUNDS = 50
@@ -39,7 +39,7 @@ def observe(
     """
     rows, parts = [], []
     for one in seen:
-        found = (one.view.candidates.ids[:, one.view.candidates.of("dense")] >= 0).any(axis=1)
+        found = one.view.candidates.has("dense")
         probs = component_probs(one.view.candidates, components, one.targets)
         part = Observed(
             inputs(one.view).astype(np.float32),
@@ -59,6 +59,14 @@ def observe(
     return Observed(*(np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)))
 
 
+def temperature_of(config: Mapping[str, Any]) -> float:
+    """The temperature of a stored gate; ValueError when it is none."""
+    temperature = float(config["temperature"])
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"a temperature of {temperature}")
+    return temperature
+
+
 def nearest_distance(view: View) -> Float[np.ndarray, " q"]:
     """Of each query's dense candidates the smallest distance (float32), +inf without any."""
     distances = view.candidates.distances[:, view.candidates.of("dense")]
@@ -71,7 +79,7 @@ def best_lams(
 ) -> Float[np.ndarray, " components"]:
     """The λ of each component alone beside the model that has the lowest nll, at most LARGEST_LAM.
 
-    The nll is convex in λ: its slope −Σ (p − p_LM) / (p_LM + λ(p − p_LM)) is halved in on.
+    The nll is convex in λ, so its slope −Σ (p − p_LM) / (p_LM + λ(p − p_LM)) is 0 in one place.
     """
     gains = probs - lm_probs[:, None]
     low, high = np.zeros(probs.shape[1]), np.full(probs.shape[1], LARGEST_LAM)
@@ -108,5 +116,5 @@ def best_shares(probs: Float[np.ndarray, "n choices"]) -> Float[np.ndarray, " ch
 def mixed_nll(
     probs: Float[np.ndarray, "n choices"], shares: Float[np.ndarray, " choices"]
 ) -> float:
-    """Summed nll of a mixture."""
+    """Summed negative log-likelihood in nats of several distributions together."""
     return float(-np.log(np.maximum(probs @ shares, _FLOOR)).sum())

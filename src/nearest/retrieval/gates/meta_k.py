@@ -1,4 +1,8 @@
-"""How many neighbours to trust, by a network (Zheng et al., arXiv:2105.13022)."""
+"""How many neighbours to trust, by a network (Zheng et al., arXiv:2105.13022).
+
+The paper's K is at most 32. With a larger one the network still looks at 32 neighbours, and weighs
+the nearest 64, 128, … K by them.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +16,21 @@ from torch import Tensor
 from nearest.errors import SettingError
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
-from nearest.retrieval.gates.fitting import TEMPERATURES, best_shares, mixed_nll, observe
+from nearest.retrieval.gates.fitting import (
+    TEMPERATURES,
+    best_shares,
+    mixed_nll,
+    observe,
+    temperature_of,
+)
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import held_out_documents, train_network
+from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
 
 MOST = 1024
-LOOKED_AT = 32
-_HIDDEN = 32
+_LOOKED_AT = 32
+_HIDDEN = 32  # as in the paper
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class MetaKGate:
     Attributes:
         temperature: of every component.
         most: K.
-        network: distances of the K nearest and numbers of distinct values among them → logits.
+        network: `meta_k_inputs` → logits of the model and of each k.
     """
 
     temperature: float
@@ -49,11 +59,12 @@ class MetaKGate:
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over all k; 0 without a dense candidate."""
-        logits = self.network(meta_k_inputs(view.candidates, min(self.most, LOOKED_AT))).astype(np.float64)
+        logits = self.network(meta_k_inputs(view.candidates, _looked_at(self.most))).astype(
+            np.float64
+        )
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = weights[:, 1:] / weights.sum(axis=1, keepdims=True)
-        found = (view.candidates.ids[:, view.candidates.of("dense")] >= 0).any(axis=1)
-        return np.where(found[:, None], shares, 0.0)
+        return np.where(view.candidates.has("dense")[:, None], shares, 0.0)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Temperature and K as JSON, the network as arrays."""
@@ -64,8 +75,8 @@ class MetaKGate:
         """The gate that was stored."""
         most = int(config["most"])
         network = Network.of(arrays, "mix")
-        network.check(2 * most, 1 + len(_ks(most)))
-        return cls(float(config["temperature"]), most, network)
+        network.check(2 * _looked_at(most), 1 + most.bit_length())
+        return cls(temperature_of(config), most, network)
 
 
 def fit_meta_k(
@@ -88,7 +99,8 @@ def fit_meta_k(
     if most < 1 or most & (most - 1):
         raise SettingError(f"most must be a power of two, got {most}: k is 1, 2, 4, … most")
     components = [c for t in temperatures for c in meta_k_components(t, most)]
-    data = observe(seen, lambda view: meta_k_inputs(view.candidates, min(most, LOOKED_AT)), components)
+    data = observe(seen, lambda view: meta_k_inputs(view.candidates, _looked_at(most)), components)
+    check_enough(len(data.inputs))
     choices = [
         np.concatenate([data.lm_probs[:, None], probs], axis=1)
         for probs in np.split(data.probs, len(temperatures), axis=1)
@@ -116,7 +128,7 @@ def fit_meta_k(
 
 def meta_k_components(temperature: float, most: int) -> tuple[Component, ...]:
     """The nearest 1, 2, 4, … `most` neighbours."""
-    return tuple(Component(("dense",), temperature, first=k) for k in _ks(most))
+    return tuple(Component(("dense",), temperature, first=2**i) for i in range(most.bit_length()))
 
 
 def meta_k_inputs(candidates: Candidates, most: int) -> Float[np.ndarray, "q inputs"]:
@@ -144,5 +156,5 @@ def _distinct(values: Int[np.ndarray, "q most"]) -> Int[np.ndarray, "q most"]:
     return new.cumsum(axis=1)
 
 
-def _ks(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length())]
+def _looked_at(most: int) -> int:
+    return min(most, _LOOKED_AT)

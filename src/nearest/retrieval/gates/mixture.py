@@ -1,11 +1,11 @@
 """Our gate: a small network mixes several components from cheap features.
 
 Components are made of dense, pointed and matched candidates, each weighed at several temperatures
-and length powers; the language model is one more. A second, smaller network guesses before the
-dense search what it would gain.
+and length powers; the language model is one more. A second network guesses, before the dense
+search, what it would gain.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,65 +17,109 @@ from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.features import features
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
+from nearest.retrieval.gates.quantiles import above_quantile
+
+# One source's candidates, or neighbouring ones' together, in some ways of weighing them:
+# (multiple of the distances' unit as temperature, length power).
+_GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
+    ("dense",): ((0.3, 0.0), (1.2, 5.0)),
+    ("dense", "pointers"): ((0.3, 0.0), (0.6, 2.0), (1.2, 5.0)),
+    ("suffix",): ((0.6, 0.0), (1.2, 4.0), (2.4, 6.0), (1e4, 8.0)),
+    ("dense", "pointers", "suffix"): ((1.2, 5.0), (2.4, 6.0)),
+}
+_VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
+
+
+def components_for(sources: Sequence[str], unit: float) -> tuple[Component, ...]:
+    """The components that a mixture over these sources weighs.
+
+    `unit`: how much farther an ordinary candidate is than the nearest, on average.
+    """
+    return tuple(
+        Component(group, multiple * unit, power)
+        for group, ways in _GROUPS.items()
+        if set(group) <= set(sources)
+        for multiple, power in ways
+    )
+
+
+def voted_among(components: Sequence[Component], unit: float) -> tuple[int, ...]:
+    """The numbers of the components whose votes tell most of what the memory knows."""
+    return tuple(
+        number
+        for number, one in enumerate(components)
+        if one.temperature == _VOTED * unit and len(one.sources) < len(SOURCES)
+    )
 
 
 @dataclass(frozen=True)
-class Search:
-    """Guesses what a dense search gains, in nats, and where its guesses lay on the tuning text."""
+class SearchGuess:
+    """Guesses what a dense search gains, in nats, and where the guesses lay on the tuning text."""
 
-    names: tuple[str, ...]
     network: Network
-    quantiles: Float[np.ndarray, " quantiles"]  # of the guesses, at even steps from 0 to 1
+    quantiles: Float[np.ndarray, " quantiles"]  # at even steps from 0 to 1
 
 
 @dataclass(frozen=True)
 class MixtureGate:
-    """Networks with what they look at and what they weigh."""
+    """Networks with what they look at and what they weigh.
 
+    Attributes:
+        sources: of the method it was trained for.
+        components: that are weighed.
+        voted: the numbers of those whose votes it looks at.
+        mix: features → logits of the language model and of each component.
+        search: None for a method that does not ask whether to search.
+    """
+
+    sources: tuple[str, ...]
     components: tuple[Component, ...]
-    names: tuple[str, ...]
-    network: Network  # features → logits of the language model and of each component
-    search: Search | None = None
+    voted: tuple[int, ...]
+    mix: Network
+    search: SearchGuess | None = None
 
     @property
     def needs_lm(self) -> bool:
         """It sees the model's entropy and largest probability."""
         return True
 
+    def features(self, view: View) -> Float[np.ndarray, "q features"]:
+        """What the mixing network looks at."""
+        return features(view, self.sources, [self.components[i] for i in self.voted])
+
+    def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
+        """What the searching network looks at: nothing that depends on earlier searches."""
+        free = [source for source in self.sources if source == "suffix"]
+        voted = [self.components[i] for i in self.voted]
+        return features(view, free, [one for one in voted if set(one.sources) <= set(free)])
+
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates."""
-        logits = self.network(features(view, self.names)).astype(np.float64)
+        logits = self.mix(self.features(view)).astype(np.float64)
         logits[:, 1:][~available(view, self.components)] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares: Float[np.ndarray, "q components"] = weights[:, 1:] / weights.sum(
-            axis=1, keepdims=True
-        )
+        weights /= weights.sum(axis=1, keepdims=True)
+        shares: Float[np.ndarray, "q components"] = weights[:, 1:]
         return shares
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Where the guessed gain lies above the quantile that saves as many searches."""
-        count = len(before.candidates.ids)
-        if self.search is None or skip <= 0:
-            return np.ones(count, dtype=bool)
-        if skip >= 1:
-            return np.zeros(count, dtype=bool)
-        quantiles = self.search.quantiles
-        threshold = np.interp(skip, np.linspace(0, 1, len(quantiles)), quantiles)
-        gains = self.search.network(features(before, self.search.names))[:, 0]
-        worth: Bool[np.ndarray, " q"] = gains > threshold
-        return worth
+        if self.search is None:
+            return np.ones(len(before.candidates.ids), dtype=bool)
+        gains = self.search.network(self.features_before(before))[:, 0]
+        return above_quantile(gains, self.search.quantiles, skip)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Components and names of features as JSON, the networks as arrays."""
+        """Components and sources as JSON, the networks as arrays."""
         config: dict[str, Any] = {
+            "sources": list(self.sources),
             "components": [
                 [list(one.sources), one.temperature, one.length_power] for one in self.components
             ],
-            "features": list(self.names),
+            "voted": list(self.voted),
         }
-        arrays = self.network.arrays("mix")
+        arrays = self.mix.arrays("mix")
         if self.search is not None:
-            config["search_features"] = list(self.search.names)
             arrays |= self.search.network.arrays("search")
             arrays["quantiles"] = self.search.quantiles
         return config, arrays
@@ -88,18 +132,23 @@ class MixtureGate:
             for sources, temperature, power in config["components"]
         )
         search = None
-        if "search_features" in config:
-            names = tuple(config["search_features"])
-            search = Search(names, Network.of(arrays, "search"), arrays["quantiles"])
-        return cls(components, tuple(config["features"]), Network.of(arrays, "mix"), search)
+        if "quantiles" in arrays:
+            search = SearchGuess(Network.of(arrays, "search"), arrays["quantiles"])
+        gate = cls(
+            tuple(config["sources"]),
+            components,
+            tuple(int(number) for number in config["voted"]),
+            Network.of(arrays, "mix"),
+            search,
+        )
+        if gate.mix.outputs != len(components) + 1:
+            raise ValueError("the network's outputs are not the components")
+        return gate
 
 
-def available(view: View, components: tuple[Component, ...]) -> Bool[np.ndarray, "q components"]:
+def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
     """Whether each component has a candidate."""
-    has = {
-        source: np.isfinite(view.candidates.distances[:, view.candidates.of(source)]).any(axis=1)
-        for source in SOURCES
-    }
+    has = {source: view.candidates.has(source) for source in SOURCES}
     found = [np.any([has[source] for source in one.sources], axis=0) for one in components]
     stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
     return stacked

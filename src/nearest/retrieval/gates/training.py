@@ -1,5 +1,6 @@
 """Train small networks with torch, and give them as plain arrays."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +20,15 @@ _CHECKS = 20  # how often held-out rows are looked at
 
 # Rows of the data and the network's outputs for them → their mean loss.
 Loss = Callable[[Int[Tensor, " rows"], Float[Tensor, "rows outputs"]], Tensor]
+
+
+def check_enough(tokens: int) -> None:
+    """Refuse a text in which there is too little to fit anything (SettingError)."""
+    if tokens < _LEAST_TOKENS:
+        raise SettingError(
+            f"the tuning text has {tokens:,} tokens, too few to train a gate: give it at least "
+            f"{_LEAST_TOKENS}"
+        )
 
 
 def train_network(
@@ -43,26 +53,17 @@ def train_network(
         hidden, layers: width and number of the hidden layers.
         steps: of training.
         seed: of weights, batches and dropout.
-        emphasis: standard deviation of each standardised input; 1 when None.
+        emphasis: standard deviation of each input as the first layer sees it; 1 when None.
         start: what the untrained network gives for every input; random when None.
-        held_out: rows that do not train; what they are predicted best by, looked at from the start
-            on and after every twentieth of the steps, is kept. When None, what comes last.
-
-    Raises:
-        SettingError: there is too little text to fit anything.
+        held_out: rows that do not train. The network that predicts them best is kept, of the
+            untrained one and those after every twentieth of the steps; when None, the last one.
     """
-    if len(inputs) < _LEAST_TOKENS:
-        raise SettingError(
-            f"the tuning text has {len(inputs):,} predictions, too few to train a gate: give it at "
-            f"least {_LEAST_TOKENS}"
-        )
     chosen = np.ones(len(inputs), dtype=bool) if held_out is None else ~held_out
+    training, checked = (torch.from_numpy(np.flatnonzero(rows)) for rows in (chosen, ~chosen))
     mean, scale = inputs[chosen].mean(axis=0), inputs[chosen].std(axis=0) + np.float32(1e-6)
     if emphasis is not None:
         scale = (scale / emphasis).astype(np.float32)
     standard = torch.from_numpy((inputs - mean) / scale)
-    training = torch.from_numpy(np.flatnonzero(chosen))
-    checked = torch.from_numpy(np.flatnonzero(~chosen))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _mlp([inputs.shape[1], *[hidden] * layers, outputs], start)
@@ -76,19 +77,20 @@ def train_network(
                 error = _checked(model, standard, checked, loss)
                 if error < least:
                     best, least = _network(model, mean, scale), error
-            if step < steps:
-                rows = training[torch.randint(len(training), (min(_BATCH, len(training)),))]
-                optimiser.zero_grad()
-                loss(rows, model(standard[rows])).backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                schedule.step()
+            if step == steps:
+                break
+            rows = training[torch.randint(len(training), (min(_BATCH, len(training)),))]
+            optimiser.zero_grad()
+            loss(rows, model(standard[rows])).backward()
+            optimiser.step()
+            schedule.step()
     return _network(model, mean, scale) if best is None else best
 
 
 def held_out_documents(
     documents: Int[np.ndarray, " n"], share: float = 0.1, seed: int = 0
 ) -> Bool[np.ndarray, " n"]:
-    """Which predictions are of this share of the documents; of only one, its end."""
+    """Which predictions are of this share of the documents, chosen at random; of one, its end."""
     numbers = np.unique(documents)
     if len(numbers) < 2:
         return np.arange(len(documents)) >= round((1 - share) * len(documents))
@@ -98,7 +100,7 @@ def held_out_documents(
 
 
 def _mlp(sizes: Sequence[int], start: Float[np.ndarray, " outputs"] | None) -> nn.Sequential:
-    linear = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     if start is not None:
         nn.init.zeros_(linear[-1].weight)
         linear[-1].bias.data = torch.from_numpy(start.astype(np.float32))
@@ -108,8 +110,10 @@ def _mlp(sizes: Sequence[int], start: Float[np.ndarray, " outputs"] | None) -> n
     return model
 
 
-def _checked(model: nn.Sequential, inputs: Tensor, rows: Tensor, loss: Loss) -> float:
-    """The loss of rows that do not train."""
+def _checked(
+    model: nn.Sequential, inputs: Float[Tensor, "n inputs"], rows: Int[Tensor, " r"], loss: Loss
+) -> float:
+    """The loss of rows, without dropout."""
     model.eval()
     with torch.no_grad():
         error = float(loss(rows, model(inputs[rows])))

@@ -1,0 +1,238 @@
+"""Make a memory's keys smaller, as a new generation: fewer dims, coarser codes, merged entries.
+
+After He et al. (arXiv:2109.04212). Tokens, documents, suffix arrays and clusters stay what they
+are; the index is built anew over what is stored then.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+from nearest.errors import SettingError
+from nearest.folder import ArrayFile
+from nearest.index.approximate import check_spec
+from nearest.index.clusters import check_neighbours, greedy_merge
+from nearest.index.keys import KeyFormat, key_format
+from nearest.index.neighbours import NO_ENTRY, position_dtype
+from nearest.index.product import ProductFormat, product_parts, train_codebooks
+from nearest.index.projection import Projection
+from nearest.memory.generation import changing, of_generation
+from nearest.memory.key_files import (
+    KEY_ARRAYS,
+    KeyWriter,
+    key_paths,
+    open_projection,
+    stored_format,
+)
+from nearest.memory.manifest import (
+    FileRecord,
+    KeysRecord,
+    Manifest,
+    ProjectionRecord,
+    SegmentRecord,
+    write_manifest,
+)
+from nearest.memory.memory import Memory
+from nearest.memory.segment import Segment
+from nearest.memory.segment_writer import IndexChoice, write_index
+from nearest.progress import Progress, no_progress
+
+_SEED = 0
+_SAMPLE = 32_768  # keys that principal components and centroids are found in
+_BLOCK = 16_384  # keys that are rewritten at once
+_NEIGHBOURS = 9  # as in the paper
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What to do to the keys; None and False leave them as they are.
+
+    Attributes:
+        keys: fp16, int8, or pqM: a byte for each of M parts.
+        pca: dimensions to keep.
+        merge: join near entries of the same value into one that counts for all of them.
+        neighbours: of each entry, that may be merged into it; 9 when None.
+        index: a FAISS factory string, exact or auto; None builds the kind that each segment has.
+        recall: to tune the index to; None: what it was tuned to.
+    """
+
+    keys: str | None = None
+    pca: int | None = None
+    merge: bool = False
+    neighbours: int | None = None
+    index: str | None = None
+    recall: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys is None and self.pca is None and not self.merge:
+            raise SettingError("nothing is to be compressed: say how (--keys, --pca, --merge)")
+        if self.keys is not None and product_parts(self.keys) is None:
+            key_format(self.keys)
+        if self.neighbours is not None:
+            check_neighbours(self.neighbours)
+            if not self.merge:
+                raise SettingError("neighbours are for merging: ask for it too (--merge)")
+
+
+class _Plan(NamedTuple):
+    """How all segments' keys are to be stored: the map they go through first, and the format."""
+
+    step: Projection | None
+    form: KeyFormat
+    record: KeysRecord
+
+
+def compress_memory(path: Path, compression: Compression, progress: Progress = no_progress) -> None:
+    """Rewrite the keys of every segment, and its index.
+
+    Raises:
+        SettingError: the settings do not fit the memory, or it has no keys.
+        FolderError: the folder is no memory, or cannot be written.
+    """
+    with changing(path) as manifest:
+        memory = Memory.open(path)
+        if compression.merge and any(record.kept is not None for record in manifest.segments):
+            raise SettingError(
+                f"the entries of {path} have been merged already, and what was merged is gone: "
+                "leave merging out, or build the memory anew"
+            )
+        for record in manifest.segments:  # before anything is written for nothing
+            dim = compression.pca or memory.keys_record.stored_dim
+            check_spec(_index_choice(record, compression).spec, dim, None)
+        plan = _plan(path, memory, compression)
+        segments = [
+            _rewrite(path, manifest, segment, plan, compression, progress)
+            for segment in memory.segments
+        ]
+        write_manifest(
+            path,
+            msgspec.structs.replace(
+                manifest,
+                generation=manifest.generation + 1,
+                keys=plan.record,
+                segments=segments,
+            ),
+        )
+
+
+def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
+    """Fit projection and centroids to a sample of the stored keys, and write them."""
+    record, generation = memory.keys_record, memory.manifest.generation + 1
+    if compression.keys is None and compression.pca is None:
+        return _Plan(None, stored_format(path, record), record)
+    rng = np.random.default_rng(_SEED)
+    entries = memory.valued_entries()
+    chosen = rng.choice(entries, size=min(_SAMPLE, len(entries)), replace=False)
+    sample = memory.keys.rows(np.sort(chosen))
+    step, projection, codebooks = None, record.projection, None
+    if compression.pca is not None:
+        step = Projection.fit(sample, compression.pca, record.metric)
+        sample = step.apply(sample)
+        whole = step.after(open_projection(path, record))
+        file = _write_array(path, of_generation(generation, "projection.npy"), whole.matrix)
+        projection = ProjectionRecord(step.dim, file)
+    name = compression.keys or record.format
+    parts = product_parts(name)
+    if parts is None:
+        form: KeyFormat = key_format(name)
+    else:
+        form = ProductFormat(train_codebooks(sample, parts, rng))
+        codebooks = _write_array(path, of_generation(generation, "codebooks.npy"), form.codebooks)
+    return _Plan(
+        step,
+        form,
+        msgspec.structs.replace(record, format=name, projection=projection, codebooks=codebooks),
+    )
+
+
+def _rewrite(
+    path: Path,
+    manifest: Manifest,
+    segment: Segment,
+    plan: _Plan,
+    compression: Compression,
+    progress: Progress,
+) -> SegmentRecord:
+    """Write a segment's keys in the new format, merged where asked, and their index."""
+    old, dim = segment.record, plan.record.stored_dim
+    folder, generation = path / "segments" / old.name, manifest.generation + 1
+    prefix = of_generation(generation, "")
+    files = {kind: file for kind, file in old.files.items() if kind not in KEY_ARRAYS}
+    kept, searched = old.kept, segment.searched
+    if compression.merge:
+        row_of, weights = _merge(segment, compression.neighbours or _NEIGHBOURS, progress)
+        for kind, array in (("rows", row_of), ("weights", weights)):
+            place = f"segments/{old.name}/{prefix}{kind}.npy"
+            files[kind] = _write_array(path, place, array)
+        searched = np.flatnonzero(weights)
+        kept = len(searched)
+    paths = key_paths(folder, plan.form, dim, prefix)
+    # Merged entries' keys lie without gaps; others each at its position.
+    positions = searched if kept is not None else np.arange(old.tokens)
+    with KeyWriter(paths, plan.form, dim, len(positions)) as file:
+        for start in range(0, len(positions), _BLOCK):
+            rows = segment.keys.rows(positions[start : start + _BLOCK])
+            rows = rows if plan.step is None else plan.step.apply(rows)
+            _check_range(rows, plan.form)
+            file.write(start, rows)
+            progress("keys", start + len(rows), len(positions))
+    files |= {k: FileRecord.of(path, p.relative_to(path).as_posix()) for k, p in paths.items()}
+    record = msgspec.structs.replace(old, files=files, kept=kept)
+    rewritten = Segment(path, msgspec.structs.replace(manifest, keys=plan.record), record)
+    index = write_index(
+        path,
+        folder / f"{prefix}index.faiss",
+        rewritten.keys,
+        searched,
+        _index_choice(old, compression),
+        progress,
+    )
+    return msgspec.structs.replace(record, index=index)
+
+
+def _index_choice(record: SegmentRecord, compression: Compression) -> IndexChoice:
+    """As asked for, else as the segment has it."""
+    before, default = record.index, IndexChoice()
+    if before is not None:
+        default = IndexChoice(before.spec, before.recall_target)
+    return IndexChoice(
+        default.spec if compression.index is None else compression.index,
+        default.recall if compression.recall is None else compression.recall,
+    )
+
+
+def _merge(
+    segment: Segment, neighbours: int, progress: Progress
+) -> tuple[Int[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+    """The row of the key that each position has or shares, and how many each stands for."""
+    entries, tokens = segment.entries, segment.record.tokens
+    values = np.full(tokens, NO_ENTRY)
+    values[entries] = segment.tokens[entries + 1]
+
+    def near(some: Int[np.ndarray, " b"]) -> Int[np.ndarray, "b k"]:
+        return segment.search_by_keys(segment.keys.rows(some), neighbours + 1, 0).ids
+
+    merged = greedy_merge(values, entries, near, np.random.default_rng(_SEED), progress)
+    number = np.cumsum(merged.weights > 0) - 1
+    row_of = np.full(tokens, NO_ENTRY, position_dtype(tokens))
+    row_of[entries] = number[merged.into[entries]]
+    return row_of, merged.weights
+
+
+def _check_range(rows: Float[np.ndarray, "m dim"], form: KeyFormat) -> None:
+    largest = float(np.abs(rows).max())
+    if not largest <= form.largest:
+        raise SettingError(
+            f"a key reaches {largest:g}, which {form.name} keys cannot hold: choose int8 (--keys)"
+        )
+
+
+def _write_array(root: Path, place: str, array: np.ndarray) -> FileRecord:
+    """Write a whole array below the memory's folder."""
+    with ArrayFile(root / place, array.dtype, array.shape[1:], rows=len(array)) as file:
+        file.write(0, array)
+    return FileRecord.of(root, place)
