@@ -19,6 +19,7 @@ from nearest.errors import FolderError, SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.ngrams import Ngrams, joined_ngrams, successors
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
 from nearest.memory.cluster_files import open_clusters
 from nearest.memory.gate_files import GateFile, open_gates
@@ -171,6 +172,11 @@ class Memory:
         """
         return self.keys.distances(self._stored(queries), ids)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether some entries stand for others that were merged into them."""
+        return any(segment.weights is not None for segment in self.segments)
+
     def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """Log of the number of entries that each stands for (float32), to be added to −d/T.
 
@@ -258,6 +264,19 @@ class Memory:
                 ids = np.where(ids < 0, NO_ENTRY, ids + first)
             found.append(Matches(ids, lengths, longest))
         return found[0] if len(found) == 1 else joined_matches(found, most)
+
+    def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
+        """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
+
+        `context` and `ends` as in `longest_matches`.
+        """
+        start_token = self.manifest.model.start_token
+        return joined_ngrams(
+            [
+                successors(part.tokens, part.suffixes, start_token, context, ends, longest)
+                for part in self.segments
+            ]
+        )
 
     def match_lengths(
         self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]

@@ -71,7 +71,8 @@ class Lookup:
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        return self.sources != ("dense",) or self._measures_matches or self.settings.guard
+        only_keys = self.sources == ("dense",) and not (self._measures_matches or self._asks)
+        return not only_keys or self.settings.guard
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
@@ -107,6 +108,7 @@ class Lookup:
             np.concatenate([part.lengths for part in parts], axis=1),
             (dense.ids.shape[1], pointed.ids.shape[1], matched.ids.shape[1]),
             searched,
+            self.memory.log_weights(ids) if self.memory.has_weights else None,
         )
 
     def follow(
@@ -124,7 +126,7 @@ class Lookup:
 
     def weights(self, queries: Queries, candidates: Candidates) -> Weights:
         """What each candidate adds to the probability of its value, and what the model does."""
-        shares = self.gate.shares(View(queries, candidates))
+        shares = self.gate.shares(View(queries, candidates, self.memory))
         return candidate_weights(candidates, self.gate.components, shares)
 
     def token_log_probs(
@@ -166,7 +168,8 @@ class Lookup:
             return np.zeros(count, dtype=bool)
         if self._asks and isinstance(self.gate, SearchGate):
             nothing = no_part(count), np.zeros(count, dtype=bool)
-            before = View(queries, self._joined(nothing[0], pointed, matched, nothing[1]))
+            found = self._joined(nothing[0], pointed, matched, nothing[1])
+            before = View(queries, found, self.memory)
             return self.gate.worth_searching(before, self.settings.skip)
         if "pointers" not in self.sources:
             return np.ones(count, dtype=bool)
