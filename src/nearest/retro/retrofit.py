@@ -61,6 +61,7 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         self.generation_config = base.generation_config
         self.retro_config = retro_config
         self.base = base.requires_grad_(False).eval()
+        self._blocks = list(blocks_of(base))  # no module list, which would name them a second time
         own = set(inspect.signature(base.forward).parameters)
         self._known = own | TransformersKwargs.__optional_keys__ | {"return_dict"}
         table = cast(nn.Embedding, base.get_input_embeddings())
@@ -139,9 +140,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
     @contextmanager
     def _attending(self, read: NeighbourReader) -> Iterator[None]:
         """Send what leaves the chosen layers of the base through the new ones."""
-        blocks = blocks_of(self.base)
         handles = [
-            blocks[int(number)].register_forward_hook(_after(layer, read))
+            self._blocks[int(number)].register_forward_hook(_after(layer, read))
             for number, layer in self.adapter.layers.items()
         ]
         try:
