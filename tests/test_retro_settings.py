@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from nearest.errors import SettingError
 from nearest.retro import RetroConfig, RetroForCausalLM
-from nearest.retro.attention import ChunkedCrossAttention, Retrieved
 from nearest.retro.blocks import FeedForward, Residual
+from nearest.retro.chunked import ChunkedCrossAttention, Retrieved
 from nearest.retro.chunks import Segment
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import linear_buckets, log_buckets

@@ -11,7 +11,7 @@ from transformers import Cache, GenerationMixin
 from nearest.errors import SettingError
 from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
-from nearest.retro.encoder import neighbour_chunks, segment_of
+from nearest.retro.reading import neighbour_chunks, segment_of
 
 Retrieve = Callable[[Tensor], Tensor]
 """(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""

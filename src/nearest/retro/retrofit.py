@@ -20,12 +20,13 @@ from nearest.encode.identity import model_fingerprint, model_name, vocabulary_si
 from nearest.encode.layers import blocks_of
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
-from nearest.retro.attention import ChunkedCrossAttention
 from nearest.retro.blocks import Residual
 from nearest.retro.cache import RetroCache
+from nearest.retro.chunked import ChunkedCrossAttention
 from nearest.retro.config import RetroConfig
-from nearest.retro.encoder import Encoder, NeighbourReader, check_call, chunks_seen, segment_of
+from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
+from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
