@@ -152,6 +152,11 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
     def _embed(
         self, input_ids: Int[Tensor, "batch n"], places: Int[Tensor, "_ n"]
     ) -> Float[Tensor, "batch n dim"]:
+        if not (int(input_ids.min()) >= 0 and int(input_ids.max()) < self.config.vocab_size):
+            raise SettingError(
+                f"input_ids lie in {int(input_ids.min())} … {int(input_ids.max())}, but the "
+                f"vocabulary has {self.config.vocab_size} tokens: use the model's own tokenizer"
+            )
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             if int(places.max()) >= self.config.max_position_embeddings:
