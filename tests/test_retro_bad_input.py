@@ -115,7 +115,7 @@ def test_tokens_outside_the_vocabulary(token):
 
 
 def test_more_tokens_than_positions():
-    model = tiny_model("retro-pytorch")
+    model = tiny_model("retro-pytorch", max_position_embeddings=40)
     assert model(tokens(1, 40)).logits.shape == (1, 40, VOCAB)
     with pytest.raises(SettingError, match=r"41 tokens long.*40 positions"):
         model(tokens(1, 41))

@@ -68,7 +68,7 @@ class ChunkedCrossAttention(Attention):
             stack, current = retrieved.segment.merge(old.get(name), tensor)
             stacks.append(stack)
             if retrieved.state:
-                retrieved.state.keep(name, current)
+                retrieved.state.keep_current(name, stack, current)
         return stacks[0], stacks[1]
 
     def _with_null(self, x: Float[Tensor, "b c h n d"], which: int) -> Float[Tensor, "b c h k d"]:

@@ -172,12 +172,15 @@ class Segment:
         parts = [] if old is None else [old[:, None]]
         parts += [] if new is None else [new]
         stack = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        current = self.current(stack)
+        return (current[:, None] if self.single else stack), current
+
+    def current(self, stack: Tensor) -> Tensor:
+        """What acts after this pass, (batch, …), of what acts in its blocks."""
         last = [max(done - self.first_block, 0) for done in self.finished]
         if self.uniform:
-            current = stack[:, last[0]]
-        else:
-            current = stack[torch.arange(len(stack)), torch.tensor(last)]
-        return (current[:, None] if self.single else stack), current
+            return stack[:, last[0]]
+        return stack[torch.arange(len(stack)), torch.tensor(last)]
 
 
 def _column(numbers: Sequence[int], like: Tensor) -> Int[Tensor, "batch 1"]:

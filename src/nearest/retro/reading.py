@@ -122,8 +122,8 @@ class NeighbourReader:
         segment, state = self.segment, self.state
         chunks, carry = segment.chunk_states(x, state.tensors.get("carry") if state else None)
         if state:
+            state.begin(segment, x)
             state.keep("carry", carry)
-            state.columns += segment.columns
         seen = (self.ids != self.config.pad_token_id) & (self.ids >= 0)
         shape = (seen.shape[2], seen.shape[3])
         encoded = new = None
@@ -140,7 +140,7 @@ class NeighbourReader:
             return Retrieved(segment, shape[1], None, None, None, None)
         stack, current = segment.merge(state.tensors.get("seen") if state else None, new)
         if state:
-            state.keep("seen", current)
+            state.keep_current("seen", stack, current)
         silent = torch.tensor(segment.absent, device=x.device) | ~stack.any(-1)
         return Retrieved(
             segment,
