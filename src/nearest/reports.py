@@ -26,8 +26,8 @@ from nearest.progress import Progress as Report
 if TYPE_CHECKING:
     from nearest.memory.manifest import KeysRecord
     from nearest.memory.memory import Memory
-    from nearest.verbs.evaluate import Result
     from nearest.verbs.generate import DocumentShare, Generation
+    from nearest.verbs.results import Result
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
 _LEAST_SHARE = 0.005  # of the text, for a document to be shown

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nearest.verbs.evaluate import Result
+from nearest.verbs.results import Result
 from nearest.verbs.tune import Tuned
 
 INK, GREY, RULE = "#1f2328", "#8b8f96", "#e4e1d8"

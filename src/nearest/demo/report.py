@@ -13,8 +13,8 @@ from nearest import __version__
 from nearest.demo.corpus import Split, repeated_share
 from nearest.demo.passage import Passage
 from nearest.errors import require
-from nearest.verbs.evaluate import Result
 from nearest.verbs.generate import DocumentShare, Generation
+from nearest.verbs.results import Result
 from nearest.verbs.tune import Tuned
 
 _TEMPLATE = Path(__file__).with_name("template.html")
