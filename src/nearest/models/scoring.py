@@ -49,6 +49,16 @@ class ScoredBlock:
     lm_log_probs: Float[Tensor, " n"]
     seconds: float
 
+    def head(self, most: int) -> "ScoredBlock":
+        """The first predictions, at most so many."""
+        return ScoredBlock(
+            self.documents[:most],
+            self.queries.rows(slice(most)),
+            self.targets[:most],
+            self.lm_log_probs[:most],
+            self.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -119,15 +129,20 @@ class Scorer:
         return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
     def blocks(
-        self, progress: Progress, stage: str, with_view: bool = False
+        self,
+        progress: Progress,
+        stage: str,
+        with_view: bool = False,
+        most_tokens: int | None = None,
     ) -> Iterator[ScoredBlock]:
         """Every prediction of the text exactly once, in its order.
 
-        `with_view` adds to the queries what gates see of the model's predictions.
+        `with_view` adds to the queries what gates see of the model's predictions; `most_tokens`
+        bounds the tokens that the model reads for a block, for uses that keep much of each.
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.documents, with_view):
+        for group in self.encoder.scores(self.text.documents, with_view, most_tokens):
             scored = []
             for batch in group:
                 scored.append(batch)
