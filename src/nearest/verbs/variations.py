@@ -72,8 +72,8 @@ def variations(
     for share in skip:  # which random skipping needs too
         Settings(skip=share)
     values: dict[str | None, list[float | None]] = {
-        "min_knns": sorted(set(min_knns)),
-        "skip": sorted(set(skip)),
+        "min_knns": [*sorted(set(min_knns))],
+        "skip": [*sorted(set(skip))],
         None: [None],
     }
     varied = []
