@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nearest.memory.memory import Memory
     from nearest.models.attach import attach
     from nearest.verbs.evaluate import evaluate
+    from nearest.verbs.sweep import sweep
     from nearest.verbs.tune import tune
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "attach": "nearest.models.attach",
     "evaluate": "nearest.verbs.evaluate",
     "read_documents": "nearest.corpus.documents",
+    "sweep": "nearest.verbs.sweep",
     "tune": "nearest.verbs.tune",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "attach",
     "evaluate",
     "read_documents",
+    "sweep",
     "tune",
 ]
 

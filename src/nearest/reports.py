@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nearest.memory.memory import Memory
     from nearest.verbs.generate import DocumentShare, Generation
     from nearest.verbs.results import Result
+    from nearest.verbs.sweep import Point
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
 _LEAST_SHARE = 0.005  # of the text, for a document to be shown
@@ -96,6 +97,28 @@ def results_table(results: Sequence["Result"]) -> RenderableType:
         if result.delta_nll is not None
     ]
     return Group(table, *differences)
+
+
+def sweep_table(points: Sequence["Point"]) -> RenderableType:
+    """A row a point."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "setting"):
+        table.add_column(name)
+    for name in ("perplexity", "FoSS", "added ms", "difference", "95 % interval"):
+        table.add_column(name, justify="right")
+    for point in points:
+        result = point.result
+        setting = "" if point.setting is None else f"{point.setting} {_number(point.value, 'g')}"
+        table.add_row(
+            result.method,
+            setting,
+            f"{result.ppl:.2f}",
+            _number(result.foss, ".2f"),
+            f"{result.added_ms:.3f}",
+            _number(result.delta_nll, "+.4f"),
+            _interval(result.delta_low, result.delta_high),
+        )
+    return table
 
 
 def info_table(memory: "Memory") -> RenderableType:
