@@ -79,7 +79,7 @@ def _setting(point: Point) -> str:
     if point.setting is None or point.value is None:
         return "as tuned"
     if point.setting == RANDOM_SKIP:
-        return f"{percent(point.value)} skipped at random"
+        return f"{percent(point.value)} at random"
     return f"{point.setting} {'∞' if point.value == float('inf') else format(point.value, 'g')}"
 
 
@@ -132,12 +132,12 @@ def _published_section(points: Sequence[Point], published: Sequence[Published]) 
     )
     sources = "; ".join(sorted({one.source for one in published}))
     return (
-        "<section>\n  <h2>Beside published curves</h2>\n"
-        f"  <p>Grey and dashed: validation perplexities as reported by {escape(sources)} on {base}."
-        " They are of other models, corpora and memories, so each curve is drawn relative to kNN-LM "
-        "on its own: the shapes can be compared, the numbers cannot. A level without points is a "
-        "method’s best, at whatever FoSS.</p>\n"
-        f'  <div class="pair"><div>{published_plot(points, published)}</div></div>\n</section>'
+        '<section class="pair">\n  <div>\n    <h2>Beside published curves</h2>\n'
+        "    <p>Dashed, in grey and black: validation perplexities as reported by "
+        f"{escape(sources)} on {base}. They are of other models, corpora and memories, so each "
+        "curve is drawn relative to kNN-LM on its own: the shapes can be compared, the numbers "
+        "cannot. A level without points is a method’s best, at whatever FoSS.</p>\n  </div>\n"
+        f"  <div>{published_plot(points, published)}</div>\n</section>"
     )
 
 

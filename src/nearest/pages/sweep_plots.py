@@ -136,10 +136,10 @@ def _draw_published(axes: Axes, points: Sequence[Point], published: Sequence[Pub
             relative = [ppl / ours[0] for ppl in _perplexities(curve)]
             axes.plot(_saved(curve), relative, label=curve.name, **curve.style)
     for number, corpus in enumerate(published):
-        marker, dashes = "Xp*h"[number % 4], (0, (5, 2 + 2 * number))
+        marker, colour = "Xp*h"[number % 4], (GREY, INK)[number % 2]
         for method, curve_points in corpus.curves.items():
             name = f"{method}, {corpus.corpus} (published)"
-            style: dict[str, Any] = {"color": GREY, "linestyle": dashes, "label": name}
+            style: dict[str, Any] = {"color": colour, "linestyle": (0, (4, 3)), "label": name}
             known = [(foss, ppl / corpus.knn) for foss, ppl in curve_points if foss is not None]
             if known:
                 foss, ppl = zip(*known, strict=True)
@@ -147,7 +147,7 @@ def _draw_published(axes: Axes, points: Sequence[Point], published: Sequence[Pub
             else:  # a level
                 axes.axhline(curve_points[0][1] / corpus.knn, linewidth=0.8, **style)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.text(0.0, 1, "kNN-LM", va="bottom", color=INK)
+    axes.text(1.0, 1, "kNN-LM", ha="right", va="bottom", color=INK)
     _foss_axis(axes)
     axes.set_ylabel("perplexity relative to kNN-LM’s (lower is better)")
 
@@ -168,18 +168,17 @@ def _name_value(axes: Axes, point: Point) -> None:
         (0, -12),
         textcoords="offset points",
         ha="center",
-        fontsize=7.5,
+        fontsize=8.5,
         color=INK,
     )
 
 
 def _mark_base(axes: Axes, points: Sequence[Point]) -> None:
-    """Scale to what the methods reach, and say where the base model is, inside or beyond."""
+    """Scale to what the methods reach, and say where the base model is: often far above."""
     base = points[0].result.ppl
     reached = [p.result.ppl for p in points[1:] if p.setting != RANDOM_SKIP]
     low, high = min(reached), max(reached)
-    if low <= base <= 1.3 * high:
-        high = max(base, high)
+    low, high = min(low, base), max(high, base) if base <= 1.3 * high else high
     margin = 0.09 * np.log(high / low) + 0.01
     axes.set_yscale("log")
     axes.set_ylim(low * np.exp(-margin), high * np.exp(margin))
@@ -189,20 +188,9 @@ def _mark_base(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_ylabel("token perplexity (lower is better)")
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
-    if low * np.exp(-margin) <= base <= high * np.exp(margin):
-        axes.axhline(base, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-        text, y, va = f"model alone: {base:.1f}", base, "bottom"
-    else:
-        text, y, va = f"model alone: {base:.1f}, beyond the top", high * np.exp(margin), "top"
-    axes.annotate(
-        text,
-        (0.98, y),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va=va,
-        fontsize=8.5,
-        color=INK,
-    )
+    inside = base <= high * np.exp(margin)
+    label = f"model alone: {base:.1f}" + ("" if inside else ", beyond the top")
+    axes.axhline(base, label=label, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
 
 
 def _foss_axis(axes: Axes) -> None:
@@ -219,5 +207,5 @@ def _legend_above(axes: Axes) -> None:
         ncols=2,
         handlelength=2.2,
         columnspacing=1.4,
-        fontsize=8.5,
+        fontsize=9,
     )
