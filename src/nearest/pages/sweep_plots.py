@@ -188,8 +188,7 @@ def _mark_base(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_ylabel("token perplexity (lower is better)")
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
-    inside = base <= high * np.exp(margin)
-    label = f"model alone: {base:.1f}" + ("" if inside else ", beyond the top")
+    label = f"model alone: {base:.1f}" + ("" if base <= high * np.exp(margin) else " ↑")
     axes.axhline(base, label=label, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
 
 
