@@ -10,13 +10,10 @@ its own tool does: a window at a time, loss from the model's output. Time is of 
 
 import contextlib
 import io
-import sys
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
-import torch
 
 from common import (
     arguments,
@@ -30,50 +27,7 @@ from common import (
     timed,
 )
 from nearest import Memory, evaluate
-
-LAM, TEMPERATURE, K, NPROBE, SPEC = 0.8, 10.0, 1024, 32, "IVF4096,PQ64"
-
-
-def knn_transformers_wrapper(code: Path, memory: Memory) -> Any:
-    """Their kNN-LM over our files: the index by its path, the values as their array."""
-    sys.path.insert(0, str(code))
-    from knnlm import DIST, KEY_TYPE, KNNWrapper
-
-    segment = memory.segments[0]
-
-    class OverOurFiles(KNNWrapper):
-        def setup_faiss(self) -> tuple[Any, Any]:
-            index = faiss.read_index(str(memory.path / segment.record.index.file.path))
-            index.nprobe = self.probe
-            values = np.append(segment.tokens[1:], 0).astype(np.int64)[:, None]
-            self.vals = torch.from_numpy(values)
-            return index, index
-
-    # Their layer lookup wants nn.Linear's attribute, which GPT-2's head has.
-    return OverOurFiles(
-        dstore_size=memory.tokens,
-        dstore_dir=None,
-        dimension=memory.manifest.keys.dim,
-        knn_sim_func=DIST.l2,
-        knn_keytype=KEY_TYPE.last_ffn_input,
-        no_load_keys=True,
-        knn_gpu=False,
-        k=K,
-        lmbda=LAM,
-        knn_temp=TEMPERATURE,
-        probe=NPROBE,
-    )
-
-
-def their_nll(model: Any, documents: list[np.ndarray]) -> float:
-    """Summed nll, a window a forward pass, from the loss the model reports."""
-    total = 0.0
-    for document in documents:
-        inputs = torch.from_numpy(document)[None]
-        with torch.no_grad():
-            loss = model(input_ids=inputs, labels=inputs).loss
-        total += loss.item() * (len(document) - 1)
-    return total
+from public_knn import LAM, NPROBE, SPEC, TEMPERATURE, K, their_nll, wrapper_over
 
 
 def main() -> None:
@@ -94,7 +48,7 @@ def main() -> None:
     nll: dict[str, float] = {}
 
     with contextlib.redirect_stderr(io.StringIO()):
-        wrapper = knn_transformers_wrapper(options.code, memory)
+        wrapper = wrapper_over(options.code, memory)
 
     def theirs() -> float:
         wrapper.break_into(model)

@@ -265,6 +265,45 @@ def test_cluster_explains_what_cannot_be(memory: Path, options: list[Any], messa
     assert message in result.err
 
 
+def test_compress_gives_another_generation(memory: Path, world: SimpleNamespace) -> None:
+    options = ["--keys", "pq8", "--pca", 16, "--merge", "--neighbours", 5]
+    (record,) = json_lines("compress", memory, *options, "--spec", "Flat", "--recall", 0.5)
+    assert record == json_lines("info", memory)[0]
+    assert record["generation"] == 2
+    assert "16 of 32 dims, pq8, l2" in record["keys"]
+    assert record["kept_entries"] < record["entries"] == world.built["kept_entries"]
+    assert record["files"].keys() - world.built["files"].keys() == {
+        "index",
+        "rows",
+        "weights",
+        "codebooks",
+        "projection",
+    }
+    assert record["files"]["keys"] == 8 * record["kept_entries"] + 128
+    assert record["bytes"] == sum(record["files"].values())
+    index = record["index_of_segment_000001"]
+    assert (index["spec"], index["recall_target"]) == ("Flat", 0.5)
+    assert verify(memory) == []
+    (knn,) = json_lines("eval", memory, "--text", world.text, "--method", "knn", "--k", 5)
+    assert knn["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing is to be compressed"),
+        (["--keys", "fp8"], "key format 'fp8' is unknown"),
+        (["--pca", 32], "pca must be from 1 to 31"),
+        (["--keys", "int8", "--neighbours", 3], "neighbours are for merging"),
+    ],
+)
+def test_compress_explains_what_cannot_be(memory: Path, options: list[Any], message: str) -> None:
+    result = invoke("compress", memory, *options)
+    assert result.code == 2
+    assert message in result.err
+    assert json_lines("info", memory)[0]["generation"] == 1
+
+
 # --- eval -----------------------------------------------------------------------------------------
 
 
@@ -494,7 +533,18 @@ def test_info_loads_neither_torch_nor_transformers(world: SimpleNamespace) -> No
 
 def test_help_names_every_verb() -> None:
     done = subprocess.run([NEAREST, "--help"], capture_output=True, text=True, check=True)
-    for verb in ("build", "info", "verify", "index", "cluster", "tune", "eval", "generate", "demo"):
+    for verb in (
+        "build",
+        "info",
+        "verify",
+        "index",
+        "cluster",
+        "compress",
+        "tune",
+        "eval",
+        "generate",
+        "demo",
+    ):
         assert f" {verb} " in done.stdout
     assert done.stderr == ""
 

@@ -1,5 +1,6 @@
 """Clusters in the memory folder, and what memories of every key format answer."""
 
+import copy
 import itertools
 import json
 import os
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import FULL, call_fails, edit_manifest, make_documents, snapshot
 from nearest import Memory
-from nearest.errors import FolderError, SettingError
+from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import ArrayFile, sha256_of, writer_lock
 from nearest.index.clusters import kmeans_clusters
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
@@ -494,6 +496,50 @@ def test_a_failed_clustering_leaves_everything_as_it_was(
         cluster_memory(folder, KMeans(5))
     monkeypatch.undo()
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("keys", ["int8", "none"])
+@pytest.mark.parametrize(("owner", "name"), [(ArrayFile, "_pwrite"), (os, "fsync")])
+def test_a_build_that_fails_at_any_file_leaves_nothing_and_can_be_repeated(
+    keys: str,
+    owner: Any,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    path = tmp_path / "new.memory"
+    for count in range(1, 6):
+        call_fails(monkeypatch, owner, name, count, FULL)
+        with pytest.raises(FolderError, match="the disk is full: free some space"):
+            Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path, keys=keys)
+        monkeypatch.undo()
+        assert snapshot(tmp_path) == {}
+    (path / "segments/000001").mkdir(parents=True)
+    for file in ("suffix.npy", "keys.npy", "scales.npy"):  # as a kill would leave them
+        (path / "segments/000001" / file).write_bytes(b"stale")
+    Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path, keys=keys)
+    assert verify(path) == []
+    assert files(path) == {
+        "manifest.json",
+        *(record.path for record in Memory.open(path).manifest.file_records()),
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
+def test_keys_that_int8_cannot_hold_stop_the_build(
+    tmp_path: Path,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    value: float,
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.ln_2.bias").fill_(value)
+    with pytest.raises(ModelError, match="which int8 keys cannot hold: check the model's weights"):
+        Memory.build(model, tiny_tokenizer, DOCUMENTS[:3], tmp_path / "m", keys="int8")
+    assert snapshot(tmp_path) == {}
 
 
 # A child kills itself just before the n-th call of a function; the parent says how each ended.

@@ -10,31 +10,48 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nearest.corpus.documents import Document, read_documents
+    from nearest.episodic import EpisodicMemory, EpisodicSettings
     from nearest.errors import NearestError
     from nearest.memory.memory import Memory
     from nearest.models.attach import attach
+    from nearest.models.memorizing.attention import MemorizingAttention
+    from nearest.models.memorizing.layers import memorize
+    from nearest.models.memorizing.memory import AttentionMemory
+    from nearest.models.scoring import read_text
     from nearest.verbs.evaluate import evaluate
     from nearest.verbs.sweep import sweep
     from nearest.verbs.tune import tune
 
 _HOMES = {
+    "AttentionMemory": "nearest.models.memorizing.memory",
     "Document": "nearest.corpus.documents",
+    "EpisodicMemory": "nearest.episodic",
+    "EpisodicSettings": "nearest.episodic",
+    "MemorizingAttention": "nearest.models.memorizing.attention",
     "Memory": "nearest.memory.memory",
     "NearestError": "nearest.errors",
     "attach": "nearest.models.attach",
     "evaluate": "nearest.verbs.evaluate",
+    "memorize": "nearest.models.memorizing.layers",
     "read_documents": "nearest.corpus.documents",
+    "read_text": "nearest.models.scoring",
     "sweep": "nearest.verbs.sweep",
     "tune": "nearest.verbs.tune",
 }
 
 __all__ = [
+    "AttentionMemory",
     "Document",
+    "EpisodicMemory",
+    "EpisodicSettings",
+    "MemorizingAttention",
     "Memory",
     "NearestError",
     "attach",
     "evaluate",
+    "memorize",
     "read_documents",
+    "read_text",
     "sweep",
     "tune",
 ]

@@ -78,19 +78,13 @@ class Encoder:
             yield batch, encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
 
     def scores(
-        self,
-        documents: Iterable[Tokens],
-        with_view: bool = False,
-        most_tokens: int | None = None,
+        self, documents: Iterable[Tokens], with_view: bool = False
     ) -> Iterator[Iterator[ScoredBatch]]:
         """The key of every prediction and the model's log-probability of it, timed.
 
-        Batches come in groups, of about so many tokens at most where that is given: the predictions
-        of a group follow those of the one before.
+        Batches come in groups: the predictions of a group follow those of the one before.
         """
-        most = _GROUP_BYTES // (4 * self.layer.dim)
-        most = most if most_tokens is None else min(most, most_tokens)
-        together = max(1, most // (self.window * self.batch_size))
+        together = max(1, _GROUP_BYTES // (4 * self.layer.dim * self.window * self.batch_size))
         for group in grouped_batches(
             documents, self.window, self.stride, self.batch_size, together
         ):

@@ -89,7 +89,7 @@ def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
     """The first module with a weight matrix entered after the last block's attention."""
     events: list[nn.Module | None] = []  # a matrix entered, or None: an attention left
     handles = []
-    for module in _last_block(model).modules():
+    for module in blocks_of(model)[-1].modules():
         if _MIXER.search(type(module).__name__):
             handles.append(module.register_forward_hook(lambda *_: events.append(None)))
         elif any(weight.ndim >= 2 for weight in module.parameters(recurse=False)):
@@ -109,16 +109,15 @@ def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
     )
 
 
-def _last_block(model: PreTrainedModel) -> nn.Module:
-    """The last element of the module list that holds most of the model's weights."""
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The module list that holds most of the model's weights."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise ModelError(
-            f"{type(model).__name__} has no list of blocks to look for a feed-forward layer in: "
-            "use the key layer last_hidden (--key-layer last_hidden)"
+            f"{type(model).__name__} has no list of blocks to look for layers in: for keys use the "
+            "key layer last_hidden (--key-layer last_hidden)"
         )
-    stack = max(stacks, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
-    return stack[-1]
+    return max(stacks, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
 
 
 @torch.inference_mode()

@@ -183,6 +183,12 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
         )
 
 
+def training_rows(spec: str, dim: int) -> int:
+    """Rows that train an index well: 39 for each list and each 8-bit code, FAISS's own minimum."""
+    ivf = _ivf_of(_make_index(spec, dim, "l2"))
+    return 39 * max(256, 0 if ivf is None else int(ivf.nlist))
+
+
 def _make_index(spec: str, dim: int, metric: Metric) -> Any:
     faiss = load_faiss()
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT

@@ -1,13 +1,38 @@
 """The reference every other index is measured against: all keys, compared one block at a time."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
-from nearest.index.neighbours import Neighbours, sort_nearest_first
+from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
 _BLOCK_BYTES = 1 << 26
+
+# Ids of some rows, and the rows as float32.
+Block = tuple[Int[np.ndarray, "_"], Float[np.ndarray, "_ dim"]]
+
+
+def scan(
+    queries: Float[np.ndarray, "q dim"], blocks: Iterable[Block], k: int, metric: Metric
+) -> Neighbours:
+    """The k nearest of all rows, exactly up to float32 rounding of the distances."""
+    faiss = load_faiss()
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
+    best = Neighbours(
+        np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+    )
+    for ids, rows in blocks:
+        distances, local = faiss.knn(queries, rows, min(k, len(rows)), metric=kind)
+        merged = Neighbours(
+            np.concatenate([best.ids, ids[local]], axis=1),
+            np.concatenate([best.distances, -distances if metric == "ip" else distances], axis=1),
+        )
+        best = sort_nearest_first(merged, k)
+    return best.padded(k)
 
 
 class ExactIndex:
@@ -19,42 +44,17 @@ class ExactIndex:
         self._ids = ids
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest entries, exactly up to float32 rounding of the distances."""
-        faiss = load_faiss()
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        inner = self._keys.metric == "ip"
+        """The k nearest entries."""
+        return scan(queries, self._blocks(), k, self._keys.metric)
+
+    def _blocks(self) -> Iterator[Block]:
         block = max(1, _BLOCK_BYTES // (4 * self._keys.dim))
-        best = Neighbours(
-            np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        )
         for start in range(0, len(self._ids), block):
             ids = self._ids[start : start + block]
-            rows = self._keys.rows(ids)
-            distances, local = faiss.knn(
-                queries,
-                rows,
-                min(k, len(rows)),
-                metric=faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2,
-            )
-            found = Neighbours(ids[local], -distances if inner else distances)
-            merged = Neighbours(
-                np.concatenate([best.ids, found.ids], axis=1),
-                np.concatenate([best.distances, found.distances], axis=1),
-            )
-            best = sort_nearest_first(merged, k)
-        return _padded(best, k)
+            yield ids, self._keys.rows(ids)
 
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
         """Distances to chosen entries; +inf for id -1."""
         return self._keys.distances(queries, ids)
-
-
-def _padded(found: Neighbours, k: int) -> Neighbours:
-    """Fill rows up to k with id -1 at distance +inf."""
-    missing = ((0, 0), (0, k - found.ids.shape[1]))
-    return Neighbours(
-        np.pad(found.ids, missing, constant_values=-1),
-        np.pad(found.distances, missing, constant_values=np.inf),
-    )

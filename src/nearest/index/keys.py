@@ -67,6 +67,35 @@ class KeyFormat(Protocol):
         """Keys that are stored in these arrays."""
 
 
+class Float32Keys:
+    """Keys as they are, float32 [n, dim], in memory only."""
+
+    def __init__(self, keys: Float[np.ndarray, "n dim"], metric: Metric) -> None:
+        self._keys = keys
+        self.metric = metric
+        self.dim = keys.shape[1]
+
+    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The keys of entries."""
+        rows: Float[np.ndarray, "m dim"] = self._keys[ids]
+        return rows
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances of all that is chosen, gathered at once."""
+        rows = self._keys[ids]
+        if self.metric == "ip":
+            distances = -np.einsum("qd,qkd->qk", queries, rows)
+        else:
+            distances = ((rows - queries[:, None]) ** 2).sum(-1)
+        return np.where(ids < 0, np.float32(np.inf), distances)
+
+    def problems(self) -> list[str]:
+        """None that could be seen here."""
+        return []
+
+
 class Float16Keys:
     """Keys as float16 [n, dim]."""
 

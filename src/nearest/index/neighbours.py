@@ -19,6 +19,14 @@ class Neighbours(NamedTuple):
     ids: Int[np.ndarray, "q k"]  # int64
     distances: Float[np.ndarray, "q k"]  # float32
 
+    def padded(self, k: int) -> "Neighbours":
+        """Rows filled up to k with id -1 at distance +inf."""
+        missing = ((0, 0), (0, k - self.ids.shape[1]))
+        return Neighbours(
+            np.pad(self.ids, missing, constant_values=NO_ENTRY),
+            np.pad(self.distances, missing, constant_values=np.inf),
+        )
+
 
 @runtime_checkable
 class VectorIndex(Protocol):

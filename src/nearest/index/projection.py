@@ -32,9 +32,9 @@ class Projection:
         dim = rows.shape[1]
         if not 1 <= out < dim:
             raise SettingError(f"pca must be from 1 to {dim - 1}, the keys' dims less 1, got {out}")
-        wide = rows.astype(np.float64)
-        mean = wide.mean(axis=0) if metric == "l2" else np.zeros(dim)
-        _, directions = np.linalg.eigh((wide - mean).T @ (wide - mean))  # ascending
+        mean = rows.mean(axis=0, dtype=np.float64) if metric == "l2" else np.zeros(dim)
+        centred = rows - mean
+        _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
         weights = directions[:, ::-1][:, :out].T
         return cls(np.column_stack([weights, -weights @ mean]).astype(np.float32))
 

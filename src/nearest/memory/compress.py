@@ -42,7 +42,7 @@ from nearest.memory.segment_writer import IndexChoice, write_index
 from nearest.progress import Progress, no_progress
 
 _SEED = 0
-_SAMPLE = 65_536  # keys that principal components are found in
+_SAMPLE = 32_768  # keys that principal components and centroids are found in
 _BLOCK = 16_384  # keys that are rewritten at once
 _NEIGHBOURS = 9  # as in the paper
 
@@ -196,10 +196,13 @@ def _rewrite(
 
 def _index_choice(record: SegmentRecord, compression: Compression) -> IndexChoice:
     """As asked for, else as the segment has it."""
-    choice, before = IndexChoice(), record.index
+    before, default = record.index, IndexChoice()
     if before is not None:
-        choice = IndexChoice(before.spec, before.recall_target)
-    return IndexChoice(compression.index or choice.spec, compression.recall or choice.recall)
+        default = IndexChoice(before.spec, before.recall_target)
+    return IndexChoice(
+        default.spec if compression.index is None else compression.index,
+        default.recall if compression.recall is None else compression.recall,
+    )
 
 
 def _merge(

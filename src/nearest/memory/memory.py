@@ -182,7 +182,8 @@ class Memory:
             if segment.weights is None:
                 continue
             inside = (ids >= first) & (ids < first + segment.record.tokens)
-            weights[inside] = np.log(np.maximum(segment.weights[ids[inside] - first], 1))
+            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
         return weights
 
     def index_distances(
@@ -191,7 +192,7 @@ class Memory:
         """As `key_distances`, but to the index's own codes, as its searches measure them."""
         queries = self._stored(queries)
         parts = [
-            segment.index.distances(queries, self._local(ids, segment, int(first)))
+            segment.index_distances(queries, self._local(ids, segment, int(first)))
             for segment, first in zip(self.segments, self._first_entry, strict=False)
         ]
         return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)

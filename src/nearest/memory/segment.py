@@ -14,7 +14,13 @@ from nearest.folder import open_array
 from nearest.index.approximate import read_index
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys, MergedKeys
-from nearest.index.neighbours import Neighbours, VectorIndex, position_dtype, sort_nearest_first
+from nearest.index.neighbours import (
+    NO_ENTRY,
+    Neighbours,
+    VectorIndex,
+    position_dtype,
+    sort_nearest_first,
+)
 from nearest.memory.documents import FRAME_DTYPE, DocumentReader
 from nearest.memory.key_files import open_keys, stored_format
 from nearest.memory.manifest import KeysRecord, Manifest, SegmentRecord
@@ -128,6 +134,14 @@ class Segment:
     def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest by the index's own codes, with its own distances."""
         return self.index.search(queries, min(k, self.record.searched))
+
+    def index_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distances to the index's codes of entries, or of those that they were merged into."""
+        if self.rows is not None:
+            ids = np.where(ids < 0, NO_ENTRY, self.searched[self.rows[ids]])
+        return self.index.distances(queries, ids)
 
 
 def no_keys(folder: Path) -> SettingError:

@@ -6,6 +6,7 @@ import numpy as np
 
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
+from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.memory import Memory
 from nearest.memory.segment import Segment
@@ -34,6 +35,9 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems = _checksum_problems(path, manifest, progress)
     if problems:
         return problems  # what is damaged cannot be trusted to describe itself
+    projection = open_projection(path, manifest.keys)
+    if projection is not None and not np.isfinite(projection.matrix).all():
+        problems.append("the projection is not finite")
     memory = Memory(path, manifest, [Segment(path, manifest, r) for r in manifest.segments])
     for segment in memory.segments:
         found = _structure(segment, manifest)

@@ -21,14 +21,11 @@ from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
-from nearest.progress import Progress
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.walk import Trails, walk
-
-# Documents, plain strings, or arrays of token ids.
-ScoredInput = Iterable[Document | str | Tokens]
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,13 @@ class ScoredBlock:
     lm_log_probs: Float[Tensor, " n"]
     seconds: float
 
-    def head(self, most: int) -> "ScoredBlock":
-        """The first predictions, at most so many."""
+    def rows(self, rows: slice) -> "ScoredBlock":
+        """A run of its predictions, with the seconds of all."""
         return ScoredBlock(
-            self.documents[:most],
-            self.queries.rows(slice(most)),
-            self.targets[:most],
-            self.lm_log_probs[:most],
+            self.documents[rows],
+            self.queries.rows(rows),
+            self.targets[rows],
+            self.lm_log_probs[rows],
             self.seconds,
         )
 
@@ -72,7 +69,7 @@ class Scorer:
         cls,
         model: PreTrainedModel,
         memory: Memory | None,
-        documents: ScoredInput,
+        documents: "ScoredInput",
         *,
         tokenizer: Any = None,
         window: int | None = None,
@@ -80,7 +77,7 @@ class Scorer:
         score_eos: bool = False,
         force: bool = False,
         batch_size: int | None = None,
-    ) -> "Scorer":
+    ) -> "Scorer | ReadText":
         """Check that model, memory, tokenizer and text fit together.
 
         Windows not given are the memory's, so that queries are made as keys were. A tokenizer not
@@ -89,6 +86,8 @@ class Scorer:
         Raises:
             NearestError: they do not fit.
         """
+        if isinstance(documents, ReadText):
+            return documents
         refuse_attached(model)
         if isinstance(documents, str | Document):
             raise CorpusError("one document is given: give a list of documents")
@@ -129,20 +128,15 @@ class Scorer:
         return cls(text, Encoder.of(model, layer, window, stride, batch_size))
 
     def blocks(
-        self,
-        progress: Progress,
-        stage: str,
-        with_view: bool = False,
-        most_tokens: int | None = None,
+        self, progress: Progress, stage: str, with_view: bool = False
     ) -> Iterator[ScoredBlock]:
         """Every prediction of the text exactly once, in its order.
 
-        `with_view` adds to the queries what gates see of the model's predictions; `most_tokens`
-        bounds the tokens that the model reads for a block, for uses that keep much of each.
+        `with_view` adds to the queries what gates see of the model's predictions.
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.documents, with_view, most_tokens):
+        for group in self.encoder.scores(self.text.documents, with_view):
             scored = []
             for batch in group:
                 scored.append(batch)
@@ -216,6 +210,53 @@ def _joined_views(views: Sequence[LmView | None], order: Int[np.ndarray, " n"]) 
     if not some:
         return None
     return LmView(*(np.concatenate(parts)[order] for parts in zip(*some, strict=True)))
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text that a model has read, kept in memory so that it is read but once.
+
+    `evaluate` and `tune` take it in the place of documents; windows are those it was read with.
+    """
+
+    text: Text
+    read: tuple[ScoredBlock, ...]
+
+    def blocks(
+        self, progress: Progress, stage: str, with_view: bool = False
+    ) -> Iterator[ScoredBlock]:
+        """What was read; gates' views are there anyway."""
+        done = 0
+        for block in self.read:
+            yield block
+            done += len(block.targets)
+            progress(stage, done, self.text.predictions)
+
+
+# Documents, plain strings, arrays of token ids, or what a model has read of such.
+ScoredInput = Iterable[Document | str | Tokens] | ReadText
+
+
+def read_text(
+    model: PreTrainedModel,
+    memory: Memory | None,
+    documents: ScoredInput,
+    *,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> ReadText:
+    """Let a model read a text, for several calls of `evaluate` and `tune`.
+
+    Args:
+        model, memory, documents: as in `evaluate`; the memory decides about key layer and windows.
+        progress: told (stage, done, total).
+        **options: tokenizer, window, stride, score_eos, batch_size, force, as in `evaluate`.
+
+    Raises:
+        NearestError: they do not fit.
+    """
+    scorer = Scorer.prepare(model, memory, documents, **options)
+    return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)))
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Any:

@@ -4,7 +4,7 @@ Each method is followed through the text once for every value of the setting tha
 it searches. They share the model's pass and the dense searches, of which each query has one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from nearest.verbs.variations import (
 
 RANDOM_SKIP = "random_skip"  # kNN-LM whose searches are left out by lot, as a measure for the rest
 
-_BLOCK_TOKENS = 1 << 16  # the neighbours of so many queries are remembered at a time
+_REMEMBERED = 1 << 15  # queries whose neighbours are remembered at a time, and a document more
 _WARM_UP = 4  # predictions of each method before clocks start: files are opened, kernels compiled
 
 
@@ -130,16 +130,17 @@ def sweep(
     base, base_seconds = np.zeros(len(text.documents)), 0.0
     done, total = 0, text.predictions * len(runs)
     with_view = any(variation.lookup.needs_lm for variation in varied)
-    for number, block in enumerate(scorer.blocks(progress, "read", with_view, _BLOCK_TOKENS)):
+    for number, block in enumerate(scorer.blocks(progress, "read", with_view)):
         base_seconds += block.seconds
         np.add.at(base, block.documents, -block.lm_log_probs.double().numpy())
         if number == 0:
             _warm_up(runs, block, cache)
-        for run in searching_most:
-            run.follow(block, cache)
-            done += len(block.targets)
-            progress("sweep", done, total)
-        cache.forget()
+        for piece in _pieces(block):
+            for run in searching_most:
+                run.follow(piece, cache)
+                done += len(piece.targets)
+                progress("sweep", done, total)
+            cache.forget()
     points = [Point(None, None, result_of(text, BASE, base, Cost(base_seconds), {}))]
     for run in runs:
         points += _points(run, text, base, base_seconds, cache, skip)
@@ -214,9 +215,19 @@ def _searches_most(run: _Run) -> tuple[bool, float, float]:
     return lookup.keeps_state, lookup.settings.skip, -lookup.settings.min_knns
 
 
+def _pieces(block: ScoredBlock) -> Iterator[ScoredBlock]:
+    """Whole documents at a time, so that few neighbours need be remembered for all runs."""
+    starts = np.flatnonzero(np.diff(block.documents, prepend=-1))
+    first = 0
+    for start in [*starts[1:], len(block.targets)]:
+        if start - first >= _REMEMBERED or start == len(block.targets):
+            yield block.rows(slice(first, start))
+            first = start
+
+
 def _warm_up(runs: Iterable[_Run], block: ScoredBlock, cache: SearchCache) -> None:
     """Let every method predict a little before the clocks start."""
-    few = block.head(min(_WARM_UP, len(block.targets) // 2))
+    few = block.rows(slice(min(_WARM_UP, len(block.targets) // 2)))
     if not len(few.targets):
         return
     for run in runs:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
-from nearest.models.scoring import MethodRun, ScoredBlock, ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
 from nearest.retrieval.gates.fit_mixture import Trial, distance_unit, fit_mixture
@@ -146,7 +146,11 @@ def tune(
 
 
 def _sweep(
-    scorer: Scorer, memory: Memory, method: str, given: dict[str, Any], progress: Progress
+    scorer: Scorer | ReadText,
+    memory: Memory,
+    method: str,
+    given: dict[str, Any],
+    progress: Progress,
 ) -> Tuned:
     """Every temperature, λ and variant of one retrieval."""
     lookup, variant, variants = _sweep_of(method, memory, given)
@@ -187,7 +191,11 @@ def _sweep(
 
 
 def _train(
-    scorer: Scorer, memory: Memory, method: str, given: dict[str, Any], progress: Progress
+    scorer: Scorer | ReadText,
+    memory: Memory,
+    method: str,
+    given: dict[str, Any],
+    progress: Progress,
 ) -> TunedGate:
     """Train the method's gate on the text, looked up as the method does."""
     sources, asks = method_named(method).sources, method_named(method).asks

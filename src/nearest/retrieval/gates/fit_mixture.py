@@ -20,7 +20,7 @@ from nearest.retrieval.gates.mixture import (
 )
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import train_network
+from nearest.retrieval.gates.training import check_enough, train_network
 
 _QUANTILES = 101
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
@@ -84,6 +84,7 @@ def fit_mixture(
     voted = voted_among(components, unit)
     untrained = MixtureGate(tuple(sources), components, voted, _NOTHING)
     seen = [_collect(untrained, view) for view in views]
+    check_enough(len(seen[0].rows))
     data = _Data(*(np.concatenate(parts) for parts in zip(*seen, strict=True)))
     probs, masked = torch.from_numpy(data.probs), torch.from_numpy(~data.available)
 

@@ -31,6 +31,8 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
             f"{cure}"
         )
     try:
+        if file.record.config["method"] != method:
+            raise ValueError(f"it was trained for {file.record.config['method']}")
         return KINDS[kind].restored(file.record.config, file.arrays())
     except (KeyError, TypeError, ValueError) as error:
         raise SettingError(
@@ -41,4 +43,4 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
 def to_store(gate: StoredGate, method: str) -> NewGate:
     """A trained gate as it goes into the memory."""
     config, arrays = gate.stored()
-    return NewGate(str(method_named(method).gate), config, arrays)
+    return NewGate(str(method_named(method).gate), {**config, "method": method}, arrays)

@@ -21,6 +21,15 @@ _DROPOUT = 0.1
 Loss = Callable[[Int[Tensor, " rows"], Float[Tensor, "rows outputs"]], Tensor]
 
 
+def check_enough(tokens: int) -> None:
+    """Refuse a text in which there is too little to fit anything (SettingError)."""
+    if tokens < _LEAST_TOKENS:
+        raise SettingError(
+            f"the tuning text has {tokens:,} tokens, too few to train a gate: give it at least "
+            f"{_LEAST_TOKENS}"
+        )
+
+
 def train_network(
     inputs: Float[np.ndarray, "n inputs"],
     loss: Loss,
@@ -31,16 +40,7 @@ def train_network(
     steps: int = 600,
     seed: int = 0,
 ) -> Network:
-    """Fit an MLP (GELU, dropout .1, AdamW with one cycle); same data and seed, same network.
-
-    Raises:
-        SettingError: there is too little text to fit anything.
-    """
-    if len(inputs) < _LEAST_TOKENS:
-        raise SettingError(
-            f"the tuning text has {len(inputs):,} tokens, too few to train a gate: give it at "
-            f"least {_LEAST_TOKENS}"
-        )
+    """Fit an MLP (GELU, dropout .1, AdamW with one cycle); same data and seed, same network."""
     mean, scale = inputs.mean(axis=0), inputs.std(axis=0) + np.float32(1e-6)
     standard = torch.from_numpy((inputs - mean) / scale)
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,1 @@
+"""Memorizing attention: earlier segments of a document as cached keys and values."""

@@ -1,0 +1,290 @@
+"""What a RETRO model is made of: every point in which the published implementations differ.
+
+Two public implementations define the family, named here after their authors' repositories:
+`norlund` (arXiv:2302.12128) and `retro-pytorch`; `paper` follows arXiv:2112.04426.
+"""
+
+from dataclasses import field
+from typing import Any, no_type_check
+
+from transformers import PreTrainedConfig
+
+from nearest.errors import SettingError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "rms_clamped", "layer"),
+    "feed_forward": ("geglu", "mlp"),
+    "activation": ("gelu_tanh", "gelu"),
+    "positions": ("buckets", "rotary"),
+    "bucket_spacing": ("linear", "log"),
+    "cca_buckets": ("concat", "shared"),
+    "cca_rotary": ("aligned", "public"),
+    "chunk_count": ("ceil", "floor"),
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "norlund": {},
+    "retro-pytorch": {
+        "vocab_size": 28_996,
+        "bos_token_id": 101,
+        "eos_token_id": 102,
+        "decoder_dim": 768,
+        "decoder_heads": 8,
+        "decoder_attention_dim": 512,
+        "decoder_ffn_dim": 3072,
+        "cca_layers": [0, 2, 5, 8],
+        "encoder_heads": 8,
+        "encoder_attention_dim": 512,
+        "encoder_cross_layers": [0, 1],
+        "norm": "rms_clamped",
+        "scale_scores": True,
+        "feed_forward": "mlp",
+        "activation": "gelu",
+        "bias": True,
+        "positions": "rotary",
+        "absolute_positions": True,
+        "share_embeddings": True,
+        "embedding_std": 1.0,
+        "head_bias": True,
+        "project_encoder_output": True,
+        "null_neighbour": True,
+        "mask_encoder_context": False,
+        "mask_input_pads": False,
+        "masked_score": None,
+        "chunk_count": "floor",
+        "ignore_pad_labels": True,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "feed_forward_dropout": 0.0,
+    },
+    "paper": {
+        "vocab_size": 128_000,
+        "decoder_dim": 896,
+        "decoder_heads": 16,
+        "decoder_attention_dim": 1024,
+        "decoder_ffn_dim": 3584,
+        "encoder_heads": 16,
+        "encoder_attention_dim": 1024,
+        "encoder_cross_layers": [0],
+        "scale_scores": True,
+        "feed_forward": "mlp",
+        "bucket_spacing": "log",
+        "cca_buckets": "shared",
+        "decoder_buckets": 32,
+        "cca_bucket_count": 32,
+        "encoder_buckets": 32,
+        "encoder_cross_buckets": 32,
+        "chunk_count": "floor",
+        "masked_score": None,
+    },
+}
+
+
+@no_type_check  # its base class makes __init__ take more than the fields
+class RetroConfig(PreTrainedConfig):
+    """Settings of a RETRO model; the defaults are the published model of the `norlund` lineage.
+
+    Args:
+        chunk_size: m, tokens of a chunk; the neighbours of a chunk act from its last token on.
+        decoder_dim, decoder_layers, decoder_heads, decoder_attention_dim, decoder_ffn_dim: sizes;
+            the attention dim is that of all heads together.
+        cca_layers: decoder layers with chunked cross-attention, counted from 0. The encoder reads
+            the hidden states of the first of them, after its self-attention.
+        encoder_dim, encoder_layers, encoder_heads, encoder_attention_dim, encoder_ffn_dim: sizes.
+        encoder_cross_layers: encoder layers that attend to the chunk being answered, from 0.
+        norm: "rms" x/(rms + 1e-8), "rms_clamped" x/max(rms, 1e-8), or "layer".
+        gated_norm: also multiply by σ(x·w).
+        deepnet: norms after the residual sums, which are weighted, and initial weights by depth
+            (arXiv:2203.00555); take norm="layer" with it.
+        scale_scores: multiply attention scores by head_dim^-½.
+        feed_forward: "geglu" (arXiv:2002.05202) or "mlp". activation: GELU by tanh or exact.
+        bias: biases in feed-forward and attention outputs.
+        positions: "buckets", a learned bias of the scores for each layer and relative position, or
+            "rotary" (arXiv:2104.09864) on the first `rotary_dim` dims of a head.
+        bucket_spacing: "linear" clamps distances; "log" spaces the far half logarithmically up to
+            `bucket_max_distance` (arXiv:1910.10683).
+        decoder_buckets, cca_bucket_count, encoder_buckets, encoder_cross_buckets: buckets in
+            self-attention, chunked cross-attention, the encoder's self- and cross-attention.
+        cca_buckets: "concat" counts positions through a chunk's neighbours one after another;
+            "shared" gives each neighbour the same ones, d = i − i' + m − 1 (the paper).
+        cca_rotary: "aligned" places row i of a chunk's queries at i + m − 1; "public" at 2m − 2 for
+            row 0 and 0 for the others, as the weights of retro-pytorch were trained.
+        absolute_positions: add learned embeddings of up to `max_position_embeddings` positions.
+        share_embeddings: the encoder's table is the decoder's, of encoder_dim columns, with a
+            projection to the decoder where the dims differ.
+        embedding_std: initial standard deviation of the decoder's table.
+        head_bias, tie_word_embeddings: of the output head.
+        project_encoder_output: norm and projection to decoder_dim after the encoder.
+        null_neighbour: a learned key and value that chunked cross-attention always sees; without
+            it, a chunk whose neighbours are all padding adds exactly nothing.
+        mask_encoder_context: hide padding of the chunk from the encoder's cross-attention.
+        mask_input_pads: where no attention_mask is given, hide pad_token_id in the input.
+        masked_score: added to the score of padding; None for half the least number of the dtype.
+        chunk_count: neighbours are given for ceil or floor of length / m chunks; those of an
+            unfinished chunk are never read.
+        shift_labels: labels are shifted here, as in transformers; False: the data set did it.
+        ignore_pad_labels: labels equal to pad_token_id do not count, besides −100.
+        attention_dropout, residual_dropout, feed_forward_dropout: of attention weights, of what
+            is added to the residual stream, and inside the feed-forward.
+
+    Raises:
+        SettingError: a setting is unknown or does not fit another.
+    """
+
+    model_type = "nearest-retro"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 - as in transformers
+        "hidden_size": "decoder_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_heads",
+    }
+
+    vocab_size: int = 32_128
+    pad_token_id: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    chunk_size: int = 64
+    use_cache: bool = True
+
+    decoder_dim: int = 1536
+    decoder_layers: int = 12
+    decoder_heads: int = 12
+    decoder_attention_dim: int = 1536
+    decoder_ffn_dim: int = 6144
+    cca_layers: list[int] = field(default_factory=lambda: [5, 8, 11])
+
+    encoder_dim: int = 896
+    encoder_layers: int = 2
+    encoder_heads: int = 14
+    encoder_attention_dim: int = 896
+    encoder_ffn_dim: int = 3584
+    encoder_cross_layers: list[int] = field(default_factory=lambda: [1])
+
+    norm: str = "rms"
+    gated_norm: bool = False
+    deepnet: bool = False
+    scale_scores: bool = False
+    feed_forward: str = "geglu"
+    activation: str = "gelu_tanh"
+    bias: bool = False
+
+    positions: str = "buckets"
+    bucket_spacing: str = "linear"
+    bucket_max_distance: int = 128
+    decoder_buckets: int = 1024
+    cca_bucket_count: int = 192
+    encoder_buckets: int = 256
+    encoder_cross_buckets: int = 192
+    cca_buckets: str = "concat"
+    rotary_dim: int = 32
+    cca_rotary: str = "aligned"
+    absolute_positions: bool = False
+    max_position_embeddings: int = 2048
+
+    share_embeddings: bool = False
+    embedding_std: float = 0.02
+    head_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    project_encoder_output: bool = False
+    null_neighbour: bool = False
+    mask_encoder_context: bool = True
+    mask_input_pads: bool = True
+    masked_score: float | None = -10_000.0
+    chunk_count: str = "ceil"
+
+    shift_labels: bool = True
+    ignore_pad_labels: bool = False
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    feed_forward_dropout: float = 0.1
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> "RetroConfig":
+        """Settings of `norlund`, `retro-pytorch` or `paper`, with changes.
+
+        Raises:
+            SettingError: no such preset, or a setting is unknown.
+        """
+        if name not in _PRESETS:
+            raise SettingError(f"preset {name!r} is unknown: choose among {', '.join(_PRESETS)}")
+        if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
+            raise SettingError(f"{unknown[0]!r} is no setting of a RETRO model: see RetroConfig")
+        return cls(**{**_PRESETS[name], **settings})
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.cca_layers = sorted(self.cca_layers)
+        self.encoder_cross_layers = sorted(self.encoder_cross_layers)
+        self._check()
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def encoder_head_dim(self) -> int:
+        """Dims of one of the encoder's heads."""
+        return self.encoder_attention_dim // self.encoder_heads
+
+    @property
+    def decoder_head_dim(self) -> int:
+        """Dims of one of the decoder's heads."""
+        return self.decoder_attention_dim // self.decoder_heads
+
+    @property
+    def input_dim(self) -> int:
+        """Columns of the decoder's embedding table."""
+        return self.encoder_dim if self.share_embeddings else self.decoder_dim
+
+    @property
+    def encoder_output_dim(self) -> int:
+        """Dims of what chunked cross-attention attends to."""
+        return self.decoder_dim if self.project_encoder_output else self.encoder_dim
+
+    def chunks(self, length: int) -> int:
+        """How many chunks' neighbours an input of so many tokens comes with."""
+        whole, rest = divmod(length, self.chunk_size)
+        return whole + (rest > 0 and self.chunk_count == "ceil")
+
+    def _check(self) -> None:
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise SettingError(
+                    f"{name} {getattr(self, name)!r} is unknown: choose {' or '.join(values)}"
+                )
+        if self.chunk_size < 2:
+            raise SettingError(f"chunk_size must be at least 2, got {self.chunk_size}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise SettingError(
+                f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: "
+                "neighbours are padded with it"
+            )
+        for side in ("encoder", "decoder"):
+            dim, heads = getattr(self, f"{side}_attention_dim"), getattr(self, f"{side}_heads")
+            if heads < 1 or dim % heads:
+                raise SettingError(
+                    f"{side}_attention_dim {dim} is not divisible by {side}_heads {heads}"
+                )
+            if self.positions == "rotary" and (
+                self.rotary_dim % 2 or not 0 < self.rotary_dim <= dim // heads
+            ):
+                raise SettingError(
+                    f"rotary_dim {self.rotary_dim} must be even and at most a head's {dim // heads}"
+                )
+        for name, layers, depth in (
+            ("cca_layers", self.cca_layers, self.decoder_layers),
+            ("encoder_cross_layers", self.encoder_cross_layers, self.encoder_layers),
+        ):
+            if len(set(layers)) < len(layers) or any(not 0 <= i < depth for i in layers):
+                raise SettingError(
+                    f"{name} {layers} must be different layers, counted from 0, of {depth}"
+                )
+        if self.positions == "buckets" and self.bucket_spacing == "log":
+            most = max(self.decoder_buckets // 2, self.cca_bucket_count // 4)
+            if self.bucket_max_distance <= most:
+                raise SettingError(
+                    f"bucket_max_distance {self.bucket_max_distance} must exceed {most}: so many "
+                    "distances have a bucket each"
+                )
+        if self.tie_word_embeddings and self.input_dim != self.decoder_dim:
+            raise SettingError(
+                f"the head cannot be tied to a table of {self.input_dim} columns when the decoder "
+                f"has {self.decoder_dim} dims: make them equal, or untie it"
+            )

@@ -1,0 +1,113 @@
+"""What `generate` needs beyond transformers' own: neighbours for each chunk as it ends."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, GenerationMixin
+
+from nearest.errors import SettingError
+from nearest.retro.chunks import Segment
+from nearest.retro.config import RetroConfig
+from nearest.retro.encoder import neighbour_chunks, segment_of
+
+Retrieve = Callable[[Tensor], Tensor]
+"""(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
+
+
+class RetroGenerationMixin(GenerationMixin):
+    """`generate` with `neighbours`, a callable, and `neighbour_ids` of the prompt's first chunks.
+
+    The callable gets (n, m) token ids of chunks, no two alike, and returns (n, neighbours, length)
+    token ids padded with −1 or the padding token: `NeighbourCache` keeps it from being asked twice.
+    Chunks that neither gives neighbours for have none. Without both, retrieval is off.
+    """
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes a RetroCache
+
+    retro_config: RetroConfig  # settings of chunks and neighbours
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Int[Tensor, "batch n"],
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        neighbour_ids: Tensor | None = None,
+        neighbours: Retrieve | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of the next pass, with neighbours of the chunks that end in it."""
+        inputs: dict[str, Any] = cast(Any, super()).prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        columns = inputs["input_ids"].shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is None:  # transformers found no padding: a generated token is none
+            attention_mask = input_ids.new_ones(len(input_ids), seen + columns)
+            inputs["attention_mask"] = attention_mask
+        if neighbours is None and neighbour_ids is None:
+            return inputs
+        if input_ids.shape[1] < seen + columns:
+            raise SettingError(
+                f"only {input_ids.shape[1]} of {seen + columns} tokens are given, too few to look "
+                "chunks up: pass the whole sequence, and no prefill_chunk_size"
+            )
+        config = self.retro_config
+        segment = segment_of(config, inputs["input_ids"], attention_mask, past_key_values)
+        needed = neighbour_chunks(config, segment)
+        inputs["neighbour_ids"] = _gather(input_ids, segment, needed, neighbour_ids, neighbours)
+        return inputs
+
+
+def _gather(
+    input_ids: Int[Tensor, "batch n"],
+    segment: Segment,
+    needed: int,
+    given: Tensor | None,
+    retrieve: Retrieve | None,
+) -> Int[Tensor, "batch needed neighbours length"]:
+    """Neighbours of the chunks that end in a pass: given, else retrieved, else padding."""
+    known = 0 if given is None else given.shape[1]
+    found: dict[tuple[int, int], Tensor] = {}
+    wanted: list[tuple[int, int]] = []
+    m = segment.chunk_size
+    for row, (past, finished) in enumerate(zip(segment.past, segment.finished, strict=True)):
+        for i in range(finished):
+            number = past // m + i
+            if given is not None and number < known:
+                found[row, i] = given[row, number]
+            else:
+                wanted.append((row, i))
+    if wanted and retrieve is not None:
+        first = [segment.starts[row] + (segment.past[row] // m + i) * m for row, i in wanted]
+        chunks = torch.stack(
+            [input_ids[row, f : f + m] for (row, _), f in zip(wanted, first, strict=True)]
+        )
+        unique, which = chunks.unique(dim=0, return_inverse=True)
+        answers = retrieve(unique)
+        if answers.ndim != 3 or len(answers) != len(unique) or answers.is_floating_point():
+            raise SettingError(
+                f"neighbours(…) gave {answers.dtype} of the shape {tuple(answers.shape)} for "
+                f"{len(unique)} chunks: it must return (chunks, neighbours, length) token ids"
+            )
+        found.update(zip(wanted, answers.to(input_ids.device)[which], strict=True))
+    shapes = {tuple(ids.shape) for ids in found.values()}
+    if len(shapes) > 1:
+        raise SettingError(
+            f"neighbours have the shapes {sorted(shapes)}: give and retrieve as many for every "
+            "chunk, padded to one length"
+        )
+    shape = shapes.pop() if shapes else (1, 1) if given is None else tuple(given.shape[2:])
+    ids = input_ids.new_full((len(input_ids), needed, *shape), -1)
+    for (row, i), tokens in found.items():
+        ids[row, i] = tokens
+    return ids

@@ -1,0 +1,284 @@
+"""RETRO as a Hugging Face causal language model (arXiv:2112.04426)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from nearest.errors import SettingError
+from nearest.retro.attention import Attention, ChunkedCrossAttention, SelfAttention, hidden_keys
+from nearest.retro.blocks import FeedForward, Residual, deepnet_gain
+from nearest.retro.cache import RetroCache
+from nearest.retro.config import RetroConfig
+from nearest.retro.encoder import (
+    Encoder,
+    NeighbourReader,
+    check_call,
+    chunks_seen,
+    segment_of,
+)
+from nearest.retro.generation import RetroGenerationMixin
+from nearest.retro.norms import RmsNorm, make_norm
+from nearest.retro.positions import BucketBias, Rotation, rotation
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, chunked cross-attention in some layers, feed-forward."""
+
+    def __init__(self, config: RetroConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attention = Residual(config, "decoder", SelfAttention(config, "decoder", layer))
+        self.chunked_cross_attention = (
+            Residual(config, "decoder", ChunkedCrossAttention(config, layer))
+            if layer in config.cca_layers
+            else None
+        )
+        self.feed_forward = Residual(config, "decoder", FeedForward(config, "decoder"))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch n dim"],
+        hidden: Float[Tensor, "batch 1 1 k"] | None,
+        turns: Rotation | None,
+        cache: RetroCache | None,
+        read: NeighbourReader | None,
+    ) -> Float[Tensor, "batch n dim"]:
+        """See `SelfAttention`; read: None switches retrieval off."""
+        x = self.self_attention(x, hidden, turns, cache)
+        if self.chunked_cross_attention is not None and read is not None:
+            x = self.chunked_cross_attention(x, read(x))
+        return self.feed_forward(x)
+
+
+class RetroPreTrainedModel(PreTrainedModel):
+    """How weights are made and files are found."""
+
+    config_class = RetroConfig
+    config: RetroConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer", "EncoderLayer"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's defaults, but: embeddings and null keys normal, biases of positions zero."""
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            decoder = module is self.get_input_embeddings()
+            initialization.normal_(module.weight, std=self.config.embedding_std if decoder else 1)
+        elif isinstance(module, RmsNorm):
+            initialization.ones_(module.weight)
+            if module.gate is not None:
+                initialization.ones_(module.gate)
+        elif isinstance(module, BucketBias):
+            initialization.zeros_(module.weight)
+        if isinstance(module, ChunkedCrossAttention) and module.null is not None:
+            initialization.normal_(module.null)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Every module's own, then what depends on a matrix's part in its layer."""
+        super().initialize_weights()  # type: ignore[no-untyped-call]
+        if self.config.deepnet:
+            for module in self.modules():
+                self._init_deepnet(module)
+
+    def _init_deepnet(self, module: nn.Module) -> None:
+        """Xavier by depth; matrices that hold several are drawn part by part."""
+        parts: list[tuple[nn.Linear, list[float]]] = []
+        if isinstance(module, Attention):
+            gain = deepnet_gain(self.config, module.side)
+            parts = [(module.q, [1.0]), (module.kv, [1.0, gain]), (module.out, [gain])]
+        elif isinstance(module, FeedForward):
+            gain = deepnet_gain(self.config, module.side)
+            parts = [(module.up, [gain] * (1 + module.gated)), (module.down, [gain])]
+        elif isinstance(module, Encoder) and isinstance(module.project, nn.Linear):
+            parts = [(module.project, [1.0])]
+        for linear, gains in parts:
+            if getattr(linear.weight, "_is_hf_initialized", False):
+                continue  # read from a file
+            for part, gain in zip(linear.weight.chunk(len(gains)), gains, strict=True):
+                nn.init.xavier_normal_(part, gain)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
+    """Predicts tokens with the neighbours of the chunks before.
+
+    Neighbours are given for each forward pass, or made by `generate` from a callable; without any,
+    the same weights are a plain language model.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RetroConfig) -> None:
+        super().__init__(config)
+        self.retro_config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.input_dim)
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, config.input_dim)
+            if config.absolute_positions
+            else None
+        )
+        self.embed_project = (
+            nn.Linear(config.input_dim, config.decoder_dim)
+            if config.input_dim != config.decoder_dim
+            else None
+        )
+        self.embed_neighbours = (
+            None
+            if config.share_embeddings or not config.cca_layers
+            else nn.Embedding(config.vocab_size, config.encoder_dim)
+        )
+        self.encoder = Encoder(config) if config.cca_layers else None
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
+        self.norm = (
+            nn.Identity()
+            if config.deepnet  # whose layers end with a norm
+            else make_norm(config.norm, config.decoder_dim, config.gated_norm)
+        )
+        self.lm_head = nn.Linear(config.decoder_dim, config.vocab_size, bias=config.head_bias)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch n"],
+        attention_mask: Tensor | None = None,
+        neighbour_ids: Tensor | None = None,
+        labels: Int[Tensor, "batch n"] | None = None,
+        past_key_values: RetroCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next tokens, and the loss where labels are given.
+
+        Args:
+            input_ids: tokens; after a cache, only those it has not seen.
+            attention_mask: (batch, tokens so far), 0 where padding stands; leading zeros shift a
+                row's positions and chunks. Where none is given, see `mask_input_pads`.
+            neighbour_ids: int64 (batch, chunks, neighbours, length), of ⌈n/m⌉ or ⌊n/m⌋ chunks (see
+                `chunk_count`), after a cache of those that end in this pass; −1 and pad_token_id
+                are padding. None: no retrieval.
+            labels: token ids, −100 where none is to be predicted; see `shift_labels`.
+            past_key_values: of the passes before; updated.
+            use_cache: return a cache; by default outside training.
+            logits_to_keep: the last so many positions, or positions, get logits; 0 for all.
+            output_hidden_states: return the states after the embedding and each layer.
+            **kwargs: num_items_in_batch, for the loss.
+
+        Raises:
+            SettingError: shapes, dtypes or ids that do not fit.
+        """
+        if unknown := set(kwargs) - {"num_items_in_batch"}:
+            raise SettingError(f"forward knows no argument {sorted(unknown)[0]!r}: leave it out")
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = RetroCache(config=self.config)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        x = self._decode(input_ids, attention_mask, neighbour_ids, past_key_values, states)
+        logits = self.lm_head(slice_logits_to_keep(x, logits_to_keep))
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(logits, labels, kwargs),
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if states is None else tuple(states),
+        )
+
+    def _decode(
+        self,
+        input_ids: Int[Tensor, "batch n"],
+        attention_mask: Tensor | None,
+        neighbour_ids: Tensor | None,
+        cache: RetroCache | None,
+        states: list[Tensor] | None,
+    ) -> Float[Tensor, "batch n dim"]:
+        """Normed states of the last layer; `states` gathers those before it."""
+        segment = segment_of(self.config, input_ids, attention_mask, cache)
+        if neighbour_ids is not None:
+            check_call(self.config, segment, neighbour_ids, cache)
+        mask = self._input_mask(input_ids, attention_mask, cache)
+        places = segment.positions.to(input_ids.device)
+        x = self._embed(input_ids, places)
+        hidden = None if mask is None else hidden_keys(self.config, mask, x)
+        turns = None
+        if self.config.positions == "rotary":
+            cos, sin = rotation(places, self.config.rotary_dim, x)
+            turns = cos[:, None], sin[:, None]
+        read = None
+        if neighbour_ids is not None and self.encoder is not None:
+            read = NeighbourReader(
+                self.config,
+                self.encoder,
+                self.embed_neighbours or self.embed_tokens,
+                segment,
+                neighbour_ids,
+                chunks_seen(mask, segment),
+                cache.chunk if cache is not None else None,
+            )
+        for layer in self.layers:
+            if states is not None:
+                states.append(x)
+            x = layer(x, hidden, turns, cache, read)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x
+
+    def _embed(
+        self, input_ids: Int[Tensor, "batch n"], places: Int[Tensor, "_ n"]
+    ) -> Float[Tensor, "batch n dim"]:
+        x = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            if int(places.max()) >= self.config.max_position_embeddings:
+                raise SettingError(
+                    f"the input is {int(places.max()) + 1} tokens long, but the model has "
+                    f"{self.config.max_position_embeddings} positions: shorten it"
+                )
+            x = x + self.embed_positions(places)
+        return x if self.embed_project is None else self.embed_project(x)
+
+    def _input_mask(
+        self,
+        input_ids: Int[Tensor, "batch n"],
+        attention_mask: Tensor | None,
+        cache: RetroCache | None,
+    ) -> Bool[Tensor, "batch seen"] | None:
+        """Which tokens so far are no padding; None where it does not matter."""
+        if attention_mask is not None:
+            return attention_mask.bool()
+        if not self.config.mask_input_pads:
+            return None
+        mask = input_ids != self.config.pad_token_id
+        if cache is not None:
+            if "input" in cache.chunk.tensors:
+                mask = torch.cat([cache.chunk.tensors["input"], mask], dim=1)
+            cache.chunk.tensors["input"] = mask
+        return mask
+
+    def _loss(
+        self, logits: Float[Tensor, "batch _ vocab"], labels: Tensor, options: dict[str, Any]
+    ) -> Float[Tensor, ""]:
+        if self.config.ignore_pad_labels:
+            labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            shift_labels=None if self.config.shift_labels else labels,
+            **options,
+        )
+
+
+AutoConfig.register(RetroConfig.model_type, RetroConfig)
+AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM)

@@ -1,0 +1,354 @@
+"""The mixture gate, its network, the votes it looks at, and the guard, against plain loops."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import PreTrainedModel
+
+from conftest import edit_manifest, make_documents, make_model, make_tokenizer, random_documents
+from nearest import Memory, evaluate, tune
+from nearest.encode.view import LmView, lm_view
+from nearest.errors import FolderError, SettingError
+from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.distribution import Component, component_probs
+from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
+from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.guard import gained, gained_before, guarded
+from nearest.retrieval.gates.mixture import MixtureGate, available, components_for
+from nearest.retrieval.gates.seen import Seen
+from nearest.retrieval.gates.training import train_network
+from nearest.retrieval.queries import Queries
+from nearest.retrieval.votes import votes, votes_reference
+
+TOKENIZER = make_tokenizer()
+ALL = ("dense", "pointers", "suffix")
+
+
+def view_of(rows: int, rng: np.random.Generator, none: tuple[str, ...] = ()) -> View:
+    """Random candidates, some missing; sources in `none` have found nothing at all."""
+    columns = (4, 3, 5)
+    distances = rng.random((rows, 12)).astype(np.float32) * 20
+    distances[rng.random((rows, 12)) < 0.3] = np.inf
+    for source, part in zip(ALL, (slice(0, 4), slice(4, 7), slice(7, 12)), strict=True):
+        if source in none:
+            distances[:, part] = np.inf
+    missing = np.isinf(distances)
+    ids = np.where(missing, -1, rng.integers(0, 100, (rows, 12)))
+    values = np.where(missing, -1, rng.integers(0, 5, (rows, 12)))
+    lengths = np.where(missing, 0, rng.integers(0, 9, (rows, 12))).astype(np.int16)
+    lm = LmView(rng.random(rows).astype(np.float32) * 5, -rng.random(rows).astype(np.float32) * 5)
+    queries = Queries(
+        np.zeros((rows, 2), np.float32), np.zeros(1, np.int64), np.zeros(rows, int), lm
+    )
+    return View(
+        queries, Candidates(ids, values, distances, lengths, columns, np.ones(rows, dtype=bool))
+    )
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40))
+def test_votes_equal_a_dictionary(seed: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.random((3, width)).astype(np.float32)
+    weights[rng.random((3, width)) < 0.3] = 0
+    weights[1] = 0
+    values = rng.integers(-1, 6, (3, width)) * 4096  # the same slot in a small hash table
+    values[values < 0] = -1
+    np.testing.assert_allclose(votes(weights, values), votes_reference(weights, values), atol=1e-4)
+
+
+def test_the_network_computes_what_was_trained() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(3, 2, (500, 4)).astype(np.float32)
+    targets = torch.from_numpy(inputs[:, :1] * 2 - inputs[:, 1:2])
+
+    def loss(rows: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        return ((outputs - targets[rows]) ** 2).mean()
+
+    network = train_network(inputs, loss, 1, steps=200)
+    same = train_network(inputs, loss, 1, steps=200)
+    for a, b in zip(network.weights, same.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    layers: list[nn.Module] = []
+    for weight, bias in zip(network.weights, network.biases, strict=True):
+        linear = nn.Linear(*weight.shape)
+        linear.weight.data = torch.from_numpy(weight.T.copy())
+        linear.bias.data = torch.from_numpy(bias)
+        layers += [linear, nn.GELU(approximate="tanh")]
+    torch_network = nn.Sequential(*layers[:-1])
+    with torch.no_grad():
+        expected = torch_network(torch.from_numpy((inputs - network.mean) / network.scale)).numpy()
+    np.testing.assert_allclose(network(inputs), expected, atol=1e-4)
+    assert float(((network(inputs) - targets.numpy()) ** 2).mean()) < 0.5 * float(targets.var())
+
+
+def fitted(asks: bool = True, sources: tuple[str, ...] = ALL) -> MixtureGate:
+    """A gate of random text, seen with every search and with none."""
+
+    def seen(none: tuple[str, ...]) -> Iterator[Seen]:
+        for number in range(2):
+            rng = np.random.default_rng(number)
+            view = view_of(150, rng, none)
+            yield Seen(
+                np.arange(150) + 150 * number,
+                view,
+                rng.integers(0, 5, 150),
+                np.log(rng.random(150).astype(np.float32) * 0.5 + 1e-3),
+                np.zeros(150, int),
+            )
+
+    unit = distance_unit(seen(()))
+    return fit_mixture(sources, [seen(()), seen(("dense", "pointers"))], unit, asks)
+
+
+def test_shares_are_of_what_there_is_and_leave_some_to_the_model(rng: np.random.Generator) -> None:
+    gate = fitted()
+    view = view_of(60, rng, ("pointers",))
+    shares = gate.shares(view)
+    has = available(view, gate.components)
+    for number, component in enumerate(gate.components):
+        own = view.candidates.distances[:, view.candidates.of(*component.sources)]
+        assert has[:, number].tolist() == np.isfinite(own).any(axis=1).tolist()
+    assert (shares[~has] == 0).all()
+    assert (shares[has] > 0).all()
+    assert (shares.sum(axis=1) < 1).all()
+
+
+def test_a_gate_is_the_same_after_storing(rng: np.random.Generator) -> None:
+    gate = fitted()
+    config, arrays = gate.stored()
+    again = MixtureGate.restored(config, arrays)
+    view = view_of(40, rng)
+    np.testing.assert_array_equal(again.shares(view), gate.shares(view))
+    for skip in (0.0, 0.3, 1.0):
+        np.testing.assert_array_equal(
+            again.worth_searching(view, skip), gate.worth_searching(view, skip)
+        )
+    with pytest.raises(ValueError, match="outputs"):
+        MixtureGate.restored({**config, "components": config["components"][1:]}, arrays)
+
+
+def test_skip_is_the_fraction_of_the_tuning_text() -> None:
+    gate = fitted()
+    views = [view_of(150, np.random.default_rng(number)) for number in range(2)]
+    for skip in (0.0, 0.25, 0.5, 0.75, 1.0):
+        searched = np.mean([gate.worth_searching(view, skip).mean() for view in views])
+        assert searched == pytest.approx(1 - skip, abs=0.02)
+
+
+def test_the_gate_learns_when_to_trust_the_memory() -> None:
+    """The memory is right when its match is long, else a lottery; the model knows little."""
+
+    def seen(seed: int) -> Iterator[Seen]:
+        rng = np.random.default_rng(seed)
+        rows = 3000
+        good = rng.random(rows) < 0.5
+        targets = rng.integers(0, 50, rows)
+        values = np.where(good, targets, rng.integers(0, 50, rows))[:, None].repeat(5, 1)
+        lengths = np.where(good, 9, 1)[:, None].repeat(5, 1).astype(np.int16)
+        lm = LmView(np.full(rows, np.log(50), np.float32), np.full(rows, -np.log(50), np.float32))
+        queries = Queries(
+            np.zeros((rows, 2), np.float32), np.zeros(1, np.int64), np.zeros(rows, int), lm
+        )
+        candidates = Candidates(
+            np.ones((rows, 5), int), values, np.ones((rows, 5), np.float32), lengths, (0, 0, 5),
+            np.zeros(rows, dtype=bool),
+        )  # fmt: skip
+        lm_log_probs = np.full(rows, -np.log(50), np.float32)
+        documents = np.zeros(rows, int)
+        yield Seen(np.arange(rows), View(queries, candidates), targets, lm_log_probs, documents)
+
+    gate = fit_mixture(("suffix",), [seen(0)], 1.0, asks=False)
+    (held_out,) = seen(1)
+    shares = gate.shares(held_out.view)
+    probs = component_probs(held_out.view.candidates, gate.components, held_out.targets)
+    lm = np.exp(held_out.lm_log_probs)
+    nll = -np.log((shares * probs).sum(1) + (1 - shares.sum(1)) * lm).mean()
+    fixed = min(
+        -np.log(lam * probs[:, 0] + (1 - lam) * lm).mean() for lam in np.linspace(0.01, 0.99, 99)
+    )
+    # Knowing when: half the tokens for certain, of the others 1 in 50 by chance, else the model.
+    best = 0.5 * 0.0 + 0.5 * np.log(50)
+    assert nll < best + 0.05 < fixed - 0.3
+
+
+def test_the_unit_is_the_gap_to_the_middle_candidate() -> None:
+    view = view_of(1, np.random.default_rng(0))
+    distances = np.full((1, 12), np.inf, np.float32)
+    distances[0, [0, 5, 9]] = 2.0, 7.0, 30.0
+    candidates = view.candidates._replace(distances=distances)
+    one = Seen(
+        np.zeros(1, int), View(view.queries, candidates), np.zeros(1, int),
+        np.zeros(1, np.float32), np.zeros(1, int),
+    )  # fmt: skip
+    assert distance_unit([one]) == 5.0
+    assert distance_unit([]) == 1.0
+
+
+def test_components_are_of_the_methods_sources_alone() -> None:
+    for sources in (("dense",), ("dense", "pointers"), ("suffix",), ALL):
+        components = components_for(sources, 2.0)
+        assert {source for one in components for source in one.sources} == set(sources)
+    assert Component(("dense",), 0.6, 0.0) in components_for(("dense",), 2.0)
+
+
+def test_the_view_of_a_model_closed_form() -> None:
+    log_probs = torch.tensor([[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]]).log()
+    view = lm_view(log_probs)
+    np.testing.assert_allclose(view.entropy, np.log([2, 3]), rtol=1e-5)
+    np.testing.assert_allclose(view.max_log_prob, -np.log([2, 3]), rtol=1e-5)
+
+
+# The guard.
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_the_guard_equals_a_loop_and_costs_at_most_ln_2_a_document(
+    seed: int, documents: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    numbers = np.repeat(np.arange(documents), rng.integers(1, 9, documents))
+    base = torch.from_numpy(np.log(rng.random(len(numbers)))).double()
+    mixed = torch.from_numpy(np.log(rng.random(len(numbers)))).double()
+    begun = float(rng.normal())
+    before = gained_before(gained(base, mixed), numbers, begun)
+    final = guarded(base, mixed, before).numpy()
+    sums = {number: (begun if number == 0 else 0.0) for number in range(documents)}
+    for i, number in enumerate(numbers):
+        weight = 1 / (1 + np.exp(-sums[number]))
+        expected = np.log(weight * mixed[i].exp() + (1 - weight) * base[i].exp())
+        assert final[i] == pytest.approx(expected, abs=1e-9)
+        sums[number] += float(mixed[i] - base[i])
+    for number in range(1, documents):
+        own = numbers == number
+        best = max(float(base[own].sum()), float(mixed[own].sum()))
+        assert final[own].sum() >= best - np.log(2) - 1e-9
+
+
+def test_an_impossible_token_does_not_break_the_guard() -> None:
+    base = torch.tensor([-1.0, -1.0, -torch.inf, -1.0])
+    mixed = torch.tensor([-torch.inf, -0.5, -torch.inf, -0.5])
+    before = gained_before(gained(base, mixed), np.zeros(4, int), 0.0)
+    final = guarded(base, mixed, before)
+    assert not final.isnan().any()
+    assert final[0] == pytest.approx(-1 - np.log(2), abs=1e-6)
+    assert final[1] == pytest.approx(-1.0, abs=1e-6)
+
+
+# Through the verbs.
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tuned_memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) -> Memory:
+    memory = build_memory(model, make_documents(30, 40))
+    text = make_documents(12, 40, seed=1)
+    for method in ("hybrid", "knn+mixture", "retomaton+mixture", "suffix+mixture"):
+        options = {} if method == "suffix+mixture" else {"k": 16}
+        opened = Memory.open(memory.path)
+        tune(model, opened, text, method=method, tokenizer=TOKENIZER, **options)
+    return Memory.open(memory.path)
+
+
+TEXT = make_documents(6, 40, seed=2)
+
+
+def test_gates_help_and_are_used_by_their_method_alone(
+    model: PreTrainedModel, tuned_memory: Memory
+) -> None:
+    methods = ["base", "knn", "knn+mixture", "retomaton+mixture", "suffix+mixture", "hybrid"]
+    results = {
+        result.method: result
+        for result in evaluate(model, tuned_memory, TEXT, methods, tokenizer=TOKENIZER)
+    }
+    for method in methods[2:]:
+        assert results[method].nll < results["base"].nll
+        assert results[method].lam is None
+    assert results["knn"].lam == 0.25
+    assert results["knn"].foss == results["knn+mixture"].foss == 0
+    assert results["suffix+mixture"].foss == 1
+    assert 0.2 < results["hybrid"].foss < 0.8
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_skip_at_its_ends(model: PreTrainedModel, tuned_memory: Memory, skip: float) -> None:
+    result = evaluate(model, tuned_memory, TEXT, "hybrid", tokenizer=TOKENIZER, skip=skip)
+    assert result.foss == skip
+
+
+def test_the_guard_in_evaluate_equals_a_loop_over_documents(
+    model: PreTrainedModel, tuned_memory: Memory
+) -> None:
+    base, plain, safe = (
+        evaluate(model, tuned_memory, TEXT, method, tokenizer=TOKENIZER, **options)
+        for method, options in (
+            ("base", {}),
+            ("knn", {"lam": 0.9, "temperature": 30.0}),
+            ("knn", {"lam": 0.9, "temperature": 30.0, "guard": True}),
+        )
+    )
+    best = np.minimum(base.document_nll, plain.document_nll)
+    assert (safe.document_nll <= best + np.log(2) + 1e-4).all()
+    assert not np.allclose(safe.document_nll, plain.document_nll)
+
+
+def test_a_method_without_its_gate_says_how_to_train_it(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    memory = build_memory(model, random_documents())
+    with pytest.raises(SettingError, match="--method knn --gate mixture"):
+        evaluate(model, memory, TEXT, "knn+mixture", tokenizer=TOKENIZER)
+    with pytest.raises(SettingError, match="--method hybrid"):
+        evaluate(model, memory, TEXT, "hybrid", tokenizer=TOKENIZER)
+
+
+def test_tuning_text_of_three_tokens_is_refused_and_nothing_changes(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    memory = build_memory(model, random_documents())
+    with pytest.raises(SettingError, match="3 tokens, too few"):
+        tune(model, memory, ["abc"], method="hybrid", tokenizer=TOKENIZER)
+    assert Memory.open(memory.path).manifest == memory.manifest
+
+
+def test_a_damaged_gate_is_refused_when_it_is_used(
+    model: PreTrainedModel, tuned_memory: Memory, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.memory"
+    shutil.copytree(tuned_memory.path, copy)
+    (file,) = copy.glob("g*.hybrid.gate.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    memory = Memory.open(copy)
+    evaluate(model, memory, TEXT, "knn", tokenizer=TOKENIZER)
+    with pytest.raises(FolderError, match="damaged"):
+        evaluate(model, memory, TEXT, "hybrid", tokenizer=TOKENIZER)
+
+
+def test_a_gate_of_another_kind_or_shape_is_refused(
+    model: PreTrainedModel, tuned_memory: Memory, tmp_path: Path
+) -> None:
+    def other_kind(manifest: dict[str, Any]) -> None:
+        manifest["gates"]["hybrid"]["kind"] = "meta-k"
+
+    def other_method(manifest: dict[str, Any]) -> None:
+        manifest["gates"]["hybrid"] = manifest["gates"]["suffix+mixture"]
+
+    for change, message in ((other_kind, "another kind"), (other_method, "trained for suffix")):
+        copy = tmp_path / change.__name__
+        shutil.copytree(tuned_memory.path, copy)
+        edit_manifest(copy, change)
+        with pytest.raises(SettingError, match=message):
+            evaluate(model, Memory.open(copy), TEXT, "hybrid", tokenizer=TOKENIZER)
