@@ -103,20 +103,22 @@ def sweep_table(points: Sequence["Point"]) -> RenderableType:
     """A row a point."""
     table = Table(box=None, pad_edge=False)
     for name in ("method", "setting"):
-        table.add_column(name)
-    for name in ("perplexity", "FoSS", "added ms", "difference", "95 % interval"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("ppl", "FoSS", "added ms", "difference in nll, 95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         result = point.result
         setting = "" if point.setting is None else f"{point.setting} {_number(point.value, 'g')}"
+        difference = _number(result.delta_nll, "+.3f")
+        if result.delta_low is not None and result.delta_high is not None:
+            difference += f" [{result.delta_low:+.3f}, {result.delta_high:+.3f}]"
         table.add_row(
             result.method,
             setting,
             f"{result.ppl:.2f}",
             _number(result.foss, ".2f"),
             f"{result.added_ms:.3f}",
-            _number(result.delta_nll, "+.4f"),
-            _interval(result.delta_low, result.delta_high),
+            difference,
         )
     return table
 

@@ -151,13 +151,12 @@ def _facts(swept: Sweep, memory: Memory) -> Iterator[str]:
         "The model reads the text once, for all methods. Every method then predicts each token "
         "once for every setting, in turn, on the same machine."
     )
-    searches = ", ".join(f"{name} {ms:.3f}" for name, ms in swept.search_ms.items())
-    if searches:
+    if swept.search_ms:
+        by_method = ", ".join(f"{name} {ms:.3f}" for name, ms in swept.search_ms.items())
         yield (
             "The dense search of a query is made once, when the first setting asks for it, and "
             "answered from a cache after that; methods share it when they look at equally many "
-            "candidates by the same distances. Mean time of a search, in ms: "
-            f"{searches}."
+            f"candidates by the same distances. Mean time of a search, in ms: {by_method}."
         )
     yield (
         "<b>Added ms</b> is therefore not one measured run: it is the setting’s own measured time "
