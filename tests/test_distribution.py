@@ -51,6 +51,14 @@ def test_match_lengths_weigh_as_their_power() -> None:
     np.testing.assert_allclose(weights_of(found, 2.0, 2.0), [[4 / 20, 16 / 20, 0]], rtol=1e-6)
 
 
+def test_an_entry_that_stands_for_three_weighs_as_three() -> None:
+    found = candidates(np.array([[5.0, 5.0, INF]]))
+    merged = found._replace(log_counts=np.log([[3.0, 1.0, 1.0]]).astype(np.float32))
+    np.testing.assert_allclose(weights_of(merged, 2.0), [[0.75, 0.25, 0.0]], rtol=1e-6)
+    probs = component_probs(merged, [Component(("dense",), 2.0)], np.zeros(1, np.int64))
+    np.testing.assert_allclose(probs, [[1.0]])
+
+
 def test_without_neighbours_nothing_has_weight() -> None:
     component = Component(("dense",), 1.0)
     weights, lm = candidate_weights(candidates(np.full((1, 3), INF)), [component], np.ones((1, 1)))

@@ -167,6 +167,8 @@ def test_the_manifest_describes_everything_that_was_built(
         "metric": "l2",
         "window": 64,
         "stride": 32,
+        "projection": None,
+        "codebooks": None,
     }
     (segment,) = manifest["segments"]
     index = segment.pop("index")
@@ -177,6 +179,7 @@ def test_the_manifest_describes_everything_that_was_built(
         "entries": tokens - len(DOCUMENTS),
         "frames": 1,
         "files": {name: records[name] for name in FILES},
+        "kept": None,
     }
     assert index["spec"] == ("exact" if kind == "exact" else IVF)
     assert index["file"] == records.get("index")

@@ -171,6 +171,11 @@ class Memory:
         """
         return self.keys.distances(self._stored(queries), ids)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether some entries stand for others that were merged into them."""
+        return any(segment.weights is not None for segment in self.segments)
+
     def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """Log of the number of entries that each stands for (float32), to be added to −d/T.
 

@@ -23,6 +23,8 @@ class Candidates(NamedTuple):
     lengths: Int[np.ndarray, "q c"]  # int16, tokens of left context shared with the query
     columns: tuple[int, int, int]  # how many columns each source has
     searched: Bool[np.ndarray, " q"]  # whether the dense search was made
+    # float32: of how many entries each stands for; None where each stands for itself
+    log_counts: Float[np.ndarray, "q c"] | None = None
 
     def rows(self, rows: slice | Bool[np.ndarray, " q"]) -> "Candidates":
         """Those of some queries."""
@@ -33,6 +35,7 @@ class Candidates(NamedTuple):
             self.lengths[rows],
             self.columns,
             self.searched[rows],
+            None if self.log_counts is None else self.log_counts[rows],
         )
 
     def of(self, *sources: str) -> slice:

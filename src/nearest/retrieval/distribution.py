@@ -2,7 +2,8 @@
 
 kNN-LM (Khandelwal et al., 2020, arXiv:1911.00172) weighs a candidate by exp(−d/T). Here it is
 (1 + m)^b · exp(−d/T): m is the number of tokens of left context that candidate and query share, and
-b = 0 gives kNN-LM and RetoMaton. p = Σ λ_c·p_c + (1 − Σ λ_c)·p_LM over components c. Pure functions
+b = 0 gives kNN-LM and RetoMaton. An entry into which others were merged counts as often as they and
+it were (arXiv:2109.04212). p = Σ λ_c·p_c + (1 − Σ λ_c)·p_LM over components c. Pure functions
 of arrays; sums are made in float32 or better.
 """
 
@@ -18,6 +19,10 @@ from torch import Tensor
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
 from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.fast_exp import fast_exp
+
+# Sums may be reordered, so that they are made of vectors; infinities and NaN stay what they are.
+_FAST = {"reassoc", "contract", "nsz"}
 
 
 class Component(NamedTuple):
@@ -42,8 +47,9 @@ def component_probs(
                 candidates.distances[part, columns],  # noqa: B023  all is called at once
                 candidates.lengths[part, columns],  # noqa: B023
                 candidates.values[part, columns],  # noqa: B023
+                _part_of(candidates.log_counts, part, columns),  # noqa: B023
                 tokens[part],
-                1 / component.temperature,  # noqa: B023
+                np.float32(1 / component.temperature),  # noqa: B023
                 log_lengths,  # noqa: B023
                 probs[part, n],  # noqa: B023
             )
@@ -77,7 +83,8 @@ def candidate_weights(
             _add_weights(
                 candidates.distances[part, columns],  # noqa: B023
                 candidates.lengths[part, columns],  # noqa: B023
-                1 / component.temperature,  # noqa: B023
+                _part_of(candidates.log_counts, part, columns),  # noqa: B023
+                np.float32(1 / component.temperature),  # noqa: B023
                 log_lengths,  # noqa: B023
                 shares[part, n],  # noqa: B023
                 weights[part, columns],  # noqa: B023
@@ -141,53 +148,78 @@ def _prepared(
     return columns, np.float32(component.length_power) * lengths
 
 
+def _part_of(
+    log_counts: Float[np.ndarray, "q c"] | None, part: slice, columns: slice
+) -> Float[np.ndarray, "_ _"] | None:
+    return None if log_counts is None else log_counts[part, columns]
+
+
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _best_score(distances: Any, lengths: Any, per_distance: Any, log_lengths: Any) -> Any:
-    best = -np.inf
-    for j in range(len(distances)):
-        best = max(best, log_lengths[lengths[j]] - distances[j] * per_distance)
-    return best
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+def _weigh(
+    distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, log_lengths: Any,
+    weights: Any,
+) -> Any:
+    """Fill in row i's weights, the largest 1; returns their sum, 0 without candidates."""
+    size = len(weights)
+    nearest = np.float32(np.inf)
+    for j in range(size):
+        nearest = min(nearest, distances[i, j])
+    if nearest == np.inf:
+        return np.float32(0)
+    # Large distances lose digits when divided, small differences of them do not.
+    for j in range(size):
+        weights[j] = (nearest - distances[i, j]) * per_distance
+    if log_lengths[1] > 0:
+        for j in range(size):
+            weights[j] += log_lengths[lengths[i, j]]
+    if log_counts is not None:
+        for j in range(size):
+            weights[j] += log_counts[i, j]
+    best = -np.float32(np.inf)
+    for j in range(size):
+        best = max(best, weights[j])
+    total = np.float32(0)
+    for j in range(size):
+        weight = fast_exp(weights[j] - best)
+        weights[j] = weight
+        total += weight
+    return total
 
 
 @no_type_check
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _token_probs(
-    distances: Any, lengths: Any, values: Any, tokens: Any, per_distance: Any, log_lengths: Any,
-    probs: Any,
+    distances: Any, lengths: Any, values: Any, log_counts: Any, tokens: Any, per_distance: Any,
+    log_lengths: Any, probs: Any,
 ) -> None:
+    weights = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(tokens)):
-        best = _best_score(distances[i], lengths[i], per_distance, log_lengths)
-        if best == -np.inf:
-            continue
-        total = right = 0.0
-        for j in range(distances.shape[1]):
-            score = log_lengths[lengths[i, j]] - distances[i, j] * per_distance
-            weight = np.exp(np.float32(score - best))
-            total += weight
-            if values[i, j] == tokens[i]:
-                right += weight
-        probs[i] = right / total
+        total = _weigh(
+            distances, lengths, log_counts, i, per_distance, log_lengths, weights
+        )
+        if total > 0:
+            right = np.float32(0)
+            for j in range(len(weights)):
+                if values[i, j] == tokens[i]:
+                    right += weights[j]
+            probs[i] = right / total
 
 
 @no_type_check
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _add_weights(
-    distances: Any, lengths: Any, per_distance: Any, log_lengths: Any, shares: Any, weights: Any,
-    lm: Any,
+    distances: Any, lengths: Any, log_counts: Any, per_distance: Any, log_lengths: Any,
+    shares: Any, weights: Any, lm: Any,
 ) -> None:
     row = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(distances)):
-        best = _best_score(distances[i], lengths[i], per_distance, log_lengths)
-        if best == -np.inf or shares[i] == 0:
+        if shares[i] == 0:
             continue
-        lm[i] -= shares[i]
-        total = 0.0
-        for j in range(len(row)):
-            score = log_lengths[lengths[i, j]] - distances[i, j] * per_distance
-            row[j] = np.exp(np.float32(score - best))
-            total += row[j]
-        for j in range(len(row)):
-            weights[i, j] += row[j] * (shares[i] / total)
+        total = _weigh(distances, lengths, log_counts, i, per_distance, log_lengths, row)
+        if total > 0:
+            lm[i] -= shares[i]
+            for j in range(len(row)):
+                weights[i, j] += row[j] * (shares[i] / total)
 # fmt: on

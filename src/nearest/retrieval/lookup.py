@@ -113,6 +113,7 @@ class Lookup:
             np.concatenate([part.lengths for part in parts], axis=1),
             (dense.ids.shape[1], pointed.ids.shape[1], matched.ids.shape[1]),
             searched,
+            self.memory.log_weights(ids) if self.memory.has_weights else None,
         )
 
     def follow(
