@@ -339,9 +339,19 @@ def test_an_earlier_report_is_replaced_and_nothing_else_touched(
         assert snapshot(other) == {name: content.encode()}
 
     (tmp_path / "file").write_text("mine")
-    for inside in ("file", "file/below"):
-        with pytest.raises(FolderError, match="is a file"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for inside in ("file", "file/below", "link"):
+        with pytest.raises(FolderError, match="is not a folder"):
             report.check_folder(tmp_path / inside)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may all
+    for out in (tmp_path, tmp_path / "new"):
+        with pytest.raises(FolderError, match=f"{tmp_path} cannot be written to"):
+            report.check_folder(out)
 
 
 def test_a_failing_disk_leaves_the_earlier_report(

@@ -29,18 +29,22 @@ def check_folder(out: Path) -> None:
             matplotlib is missing.
     """
     require("matplotlib", "plots")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise FolderError(f"{existing} is a file, so no folder: give --out another one")
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise FolderError(f"{existing} cannot be written to: give --out another folder")
-    if existing != out:
-        return
-    others = [item.name for item in sorted(out.iterdir()) if not _is_ours(item)]
+    with disk_errors_explained(out):
+        existing = next(folder for folder in (out, *out.absolute().parents) if _is_there(folder))
+        if not existing.is_dir():
+            raise FolderError(f"{existing} is not a folder: give --out another one")
+        if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+            raise FolderError(f"{existing} cannot be written to: give --out another folder")
+        items = sorted(out.iterdir()) if existing == out else []
+        others = [item.name for item in items if not _is_ours(item)]
     if others:
         raise FolderError(
             f"{out} holds {others[0]}, which is not of an earlier sweep: give --out another folder"
         )
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _is_ours(item: Path) -> bool:

@@ -27,7 +27,7 @@ def render(swept: Sweep, memory: Memory, published: Sequence[Published] = ()) ->
     from nearest.pages.sweep_plots import foss_plot, time_plot
 
     points = swept.points
-    best = _lowest(points)
+    best = _lowest(points[1:])
     return filled(
         _TEMPLATE,
         mark=MARK,
@@ -50,19 +50,18 @@ def render(swept: Sweep, memory: Memory, published: Sequence[Published] = ()) ->
 
 
 def _lowest(points: Sequence[Point]) -> Point:
-    return min(points[1:], key=lambda point: point.result.nll)
+    return min(points, key=lambda point: point.result.nll)
 
 
 def _lead(points: Sequence[Point], memory: Memory) -> str:
-    base = points[0].result
+    base, best = points[0].result, _lowest(points[1:])
     said = (
         f"The model alone reads {base.tokens:,} tokens of {len(base.document_tokens):,} documents "
-        f"with perplexity {base.ppl:.1f}. With {memory.path.name} the lowest is "
-        f"{_placed(_lowest(points))}."
+        f"with perplexity {base.ppl:.1f}. With {memory.path.name} the lowest is {_placed(best)}."
     )
     without = [p for p in points[1:] if p.result.foss == 1 and p.setting != RANDOM_SKIP]
-    if without and _lowest([points[0], *without]) is not _lowest(points):
-        said += f" Without any search it is {_placed(_lowest([points[0], *without]))}."
+    if without and _lowest(without) is not best:
+        said += f" Without any search it is {_placed(_lowest(without))}."
     return said
 
 
