@@ -19,9 +19,9 @@ from nearest.metrics import bootstrap_interval
 from nearest.verbs.results import Result
 
 TRAIN = {"dclaw": "train-2m.jsonl", "wikitext2": "train.jsonl"}
-MIN_KNNS = (1, 2, 5, 20, 100, float("inf"))
-GATED = ("knn+buckets", "knn+meta-k", "knn+adaptret", "knn+mixture", "retomaton+mixture")
-SKIPS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+MIN_KNNS = "1,2,5,20,100,inf"
+GATED = "knn+buckets,knn+meta-k,knn+adaptret,knn+mixture,retomaton+mixture"
+SKIPS = "0,0.25,0.5,0.75,0.9,1"
 
 
 def memory_of(corpus: Path, name: str, path: Path, **options: Any) -> Path:
@@ -42,7 +42,7 @@ def compared(row: Result, to: Result) -> dict[str, float | None]:
 
 
 def main() -> None:
-    options = arguments(__doc__, corpus="dclaw")
+    options = arguments(__doc__, corpus="dclaw", min_knns=MIN_KNNS, gated=GATED, skips=SKIPS)
     model, tokenizer = model_and_tokenizer()
     corpus = options.corpora / options.corpus
     path = memory_of(corpus, options.corpus, options.work / f"{options.corpus}.memory")
@@ -82,12 +82,12 @@ def main() -> None:
     tuned("knn")
     scored("knn", "knn")
     by_min_knns = {}
-    for min_knns in MIN_KNNS:
+    for min_knns in map(float, options.min_knns.split(",")):
         found = tuned("retomaton", min_knns=min_knns)
         by_min_knns[min_knns] = found.nll
-        scored(f"retomaton min_knns {min_knns}", "retomaton")
+        scored(f"retomaton min_knns {min_knns:g}", "retomaton")
     best = min(by_min_knns, key=lambda min_knns: by_min_knns[min_knns])
-    rows["best retomaton"] = rows[f"retomaton min_knns {best}"]
+    rows["best retomaton"] = rows[f"retomaton min_knns {best:g}"]
     tuned("suffix")
     scored("suffix", "suffix")
     tuned("suffix", matches=1024)
@@ -96,13 +96,13 @@ def main() -> None:
     scored("suffix counts", "suffix", bare)
     tuned("suffix+mixture")
     scored("suffix+mixture", "suffix+mixture")
-    for method in GATED:
+    for method in filter(None, options.gated.split(",")):
         fixed = {"min_knns": best} if method.startswith("retomaton") else {}
         tuned(method, **fixed)
         scored(method, method)
     tuned("hybrid")
-    for skip in SKIPS:
-        scored(f"hybrid skip {skip}", "hybrid", skip=skip)
+    for skip in map(float, options.skips.split(",")):
+        scored(f"hybrid skip {skip:g}", "hybrid", skip=skip)
     scored("hybrid without guard", "hybrid", skip=0.0, guard=False)
 
 

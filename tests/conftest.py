@@ -5,7 +5,9 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,12 @@ def make_documents(count: int, words: int, seed: int = 0) -> list[Document]:
     ]
 
 
+def documents_apart(count: int, words: int, seed: int = 0) -> list[Document]:
+    """As `make_documents`, each with a first letter of its own: alike beginnings have one key."""
+    documents = make_documents(count, words, seed)
+    return [replace(d, text=f"{chr(ord('A') + i)}{d.text}") for i, d in enumerate(documents)]
+
+
 def random_documents() -> list[Document]:
     """Texts in which hardly any context stands twice, so that no two keys are equally near."""
     rng = np.random.default_rng(0)
@@ -105,6 +113,16 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     unsigned = "0" * 64
     text = json.dumps({**manifest, "checksum": unsigned})
     path.write_text(text.replace(unsigned, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def in_two_segments(parts: list[Memory], path: Path) -> Memory:
+    """One memory of two that were built alike."""
+    shutil.copytree(parts[0].path, path)
+    shutil.copytree(parts[1].path / "segments/000001", path / "segments/000002")
+    second = json.loads((parts[1].path / "manifest.json").read_bytes())["segments"][0]
+    second = json.loads(json.dumps(second).replace("000001", "000002"))
+    edit_manifest(path, lambda manifest: manifest["segments"].append(second))
+    return Memory.open(path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:

@@ -17,7 +17,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import FULL, call_fails, edit_manifest, make_documents, snapshot
+from conftest import (
+    FULL,
+    call_fails,
+    edit_manifest,
+    in_two_segments,
+    make_documents,
+    snapshot,
+)
 from nearest import Memory
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import ArrayFile, sha256_of, writer_lock
@@ -60,16 +67,6 @@ def textual(build_memory: Build, tiny_model: PreTrainedModel) -> Memory:
 
 def files(path: Path) -> set[str]:
     return {name for name, data in snapshot(path).items() if data is not None}
-
-
-def in_two_segments(parts: list[Memory], path: Path) -> Memory:
-    """One memory of two that were built alike."""
-    shutil.copytree(parts[0].path, path)
-    shutil.copytree(parts[1].path / "segments/000001", path / "segments/000002")
-    second = json.loads((parts[1].path / "manifest.json").read_bytes())["segments"][0]
-    second = json.loads(json.dumps(second).replace("000001", "000002"))
-    edit_manifest(path, lambda manifest: manifest["segments"].append(second))
-    return Memory.open(path)
 
 
 # --- key distances --------------------------------------------------------------------------------

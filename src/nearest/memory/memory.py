@@ -19,6 +19,7 @@ from nearest.errors import FolderError, SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.ngrams import Ngrams, joined_ngrams, successors
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
 from nearest.memory.cluster_files import open_clusters
 from nearest.memory.gate_files import GateFile, open_gates
@@ -263,6 +264,19 @@ class Memory:
                 ids = np.where(ids < 0, NO_ENTRY, ids + first)
             found.append(Matches(ids, lengths, longest))
         return found[0] if len(found) == 1 else joined_matches(found, most)
+
+    def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
+        """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
+
+        `context` and `ends` as in `longest_matches`.
+        """
+        start_token = self.manifest.model.start_token
+        return joined_ngrams(
+            [
+                successors(part.tokens, part.suffixes, start_token, context, ends, longest)
+                for part in self.segments
+            ]
+        )
 
     def match_lengths(
         self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]

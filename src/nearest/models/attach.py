@@ -25,7 +25,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
-from nearest.errors import NearestError, SettingError
+from nearest.errors import ModelError, NearestError, SettingError
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.models.prefixes import Pass, Prefixes, Sequences
@@ -100,7 +100,7 @@ class Session:
         self._layer = matching_key_layer(lookup.memory, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
         self._here = _Here()
-        self._forward_lock = threading.Lock()
+        self._forward_lock = threading.RLock()  # hooks on one module would mix up threads' keys
         self._generate_lock = threading.Lock()
         self._generated: _Generated | None = None
         names = ("forward", "prepare_inputs_for_generation", "generate")
@@ -168,7 +168,7 @@ class Session:
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
         targets = tokens[first + 1 :].numpy()
-        with self.disabled():
+        with self.disabled(), self._forward_lock:
             keys, lm_log_probs, view = encode_and_score(
                 self.model,
                 self._layer,
@@ -202,27 +202,30 @@ class Session:
         def forward(*args: Any, **kwargs: Any) -> Any:
             here = self._here
             if here.base_only:
-                return original(*args, **kwargs)
+                with self._forward_lock:
+                    return original(*args, **kwargs)
             named = signature.bind_partial(*args, **kwargs).arguments
             rest = named.pop("kwargs", {})
             as_tuple = kwargs.pop("return_dict", None) is False
             tokens, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
             shape = (named["inputs_embeds"] if tokens is None else tokens).shape[:2]
             sequences, here.sequences = here.sequences, None
+            # A call between the steps of generate(), as for guidance, has a state of its own.
+            prefixes = here.prefixes if sequences else None
             this = None
             if self.lookup.needs_context:
                 sequences = sequences or Sequences.of_call(named)
                 this = Pass(sequences, shape[1], keep, self._keeps_state)
                 if "logits_to_keep" in signature.parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
-            # Hooks on one module would mix up two threads' keys.
             with self._forward_lock, captured_input(self._layer.module) as seen:
                 output = original(*args, return_dict=True, **kwargs)
             if this is None:
                 output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
             else:
                 hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
-                output.logits = self._mix_rows(this, hidden, output.logits, keep)
+                prefixes = prefixes or Prefixes(self.lookup)
+                output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
                 output.loss = self.model.loss_function(
                     logits=output.logits,
@@ -260,15 +263,16 @@ class Session:
     def _mix_rows(
         self,
         this: Pass,
+        prefixes: Prefixes,
         hidden: Float[Tensor, "rows states dim"],
         logits: Float[Tensor, "*shape vocab"],
         keep: int | Tensor,
-    ) -> Float[Tensor, "*shape vocab"]:
+    ) -> Float[Tensor, "*kept vocab"]:
         """Log-probabilities of base and memory together; the base's alone before the first."""
         log_probs = logits.float().log_softmax(-1)
-        rows = this.rows(hidden, log_probs)
-        this.put((self._here.prefixes or Prefixes(self.lookup)).mix(rows), into=log_probs)
-        return slice_logits_to_keep(log_probs, keep)
+        mixed = log_probs.clone()  # what gradients need stays as it is
+        this.put(prefixes.mix(this.rows(hidden, log_probs)), into=mixed)
+        return slice_logits_to_keep(mixed, keep)
 
     @property
     def _keeps_state(self) -> bool:
@@ -292,6 +296,11 @@ class Session:
             if here.prefixes is not None:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
+                if here.ids is None and past > here.first:
+                    raise ModelError(
+                        "replay looks up positions of the prompt that the given cache stands for: "
+                        "leave past_key_values out, or replay fewer positions"
+                    )
                 if past and kwargs.get("next_sequence_length") is None and here.ids is not None:
                     here.ids = torch.cat([here.ids, ids], dim=1)  # a long prompt, in pieces
                 else:

@@ -102,13 +102,13 @@ class Pass:
         if sequences.first is not None:
             first = max(0, sequences.first - self._offset)
             begin = first if keeps_state else max(begin, first)
-        self._begin = np.maximum(begin, sequences.starts - self._offset)
-        self._end = np.maximum(self._begin, end)
+        begins: list[int] = np.maximum(begin, sequences.starts - self._offset).tolist()
+        self._spans = [(begin, max(begin, end)) for begin in begins]  # of each row's columns
 
     @property
     def reach(self) -> int:
         """How many columns from the end hold all that are looked up."""
-        return int(self._width - self._begin.min())
+        return self._width - min(begin for begin, _ in self._spans)
 
     def rows(
         self,
@@ -117,7 +117,7 @@ class Pass:
     ) -> list[Row]:
         """The rows of the pass; both tensors hold its last columns."""
         rows = []
-        for row, (begin, end) in enumerate(zip(self._begin, self._end, strict=True)):
+        for row, (begin, end) in enumerate(self._spans):
             start = int(self._sequences.starts[row])
             rows.append(
                 Row(
@@ -130,11 +130,11 @@ class Pass:
         return rows
 
     def put(
-        self, mixed: Sequence[Float[Tensor, "m vocab"]], into: Float[Tensor, "rows logits vocab"]
+        self, mixed: Sequence[Float[Tensor, "_ vocab"]], into: Float[Tensor, "rows logits vocab"]
     ) -> None:
         """Write each row's mixtures into the log-probabilities that they belong to."""
-        for row, own in enumerate(mixed):
-            self._columns(into[row], self._begin[row], self._end[row])[:] = own
+        for row, (begin, end) in enumerate(self._spans):
+            self._columns(into[row], begin, end)[:] = mixed[row]
 
     def _columns(
         self, of_row: Float[Tensor, "columns size"], begin: int, end: int
@@ -245,7 +245,7 @@ def _gain(found: _Reached, token: int) -> float:
     """What the memory gained on a token that came."""
     if found.predicted is None:
         return 0.0
-    base, mixed = (log_probs[token : token + 1] for log_probs in found.predicted[:2])
+    base, mixed = (log_probs[token : token + 1].detach() for log_probs in found.predicted[:2])
     return float(gained(base, mixed))
 
 

@@ -43,6 +43,11 @@ class Candidates(NamedTuple):
         first, last = SOURCES.index(sources[0]), SOURCES.index(sources[-1])
         return slice(sum(self.columns[:first]), sum(self.columns[: last + 1]))
 
+    def has(self, source: str) -> Bool[np.ndarray, " q"]:
+        """Whether a source found anything."""
+        found: Bool[np.ndarray, " q"] = (self.ids[:, self.of(source)] != NO_ENTRY).any(axis=1)
+        return found
+
 
 class Part(NamedTuple):
     """What one source found; see Candidates."""

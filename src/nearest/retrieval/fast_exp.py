@@ -32,7 +32,7 @@ _as_float32: Any = intrinsic(_bits_as_float32)
 @no_type_check  # numba compiles the bare function
 @numba.njit(nogil=True, inline="always")
 def fast_exp(x: Any) -> Any:
-    """exp(x) for float32 x ≤ 0, 0 for −∞, to about 2e-7 of itself: 2^n · exp(r) with |r| ≤ ln 2 / 2."""
+    """exp(x) for float32 x ≤ 0, to about 2e-7: 2^n · exp(r) with |r| ≤ ln 2 / 2; 0 for −∞."""
     bounded = max(x, _LEAST)
     n = np.int32(bounded * _PER_LN_2 - _HALF)  # nearest, for what is not positive
     whole = np.float32(n)

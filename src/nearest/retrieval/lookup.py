@@ -79,7 +79,8 @@ class Lookup:
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        return self.sources != ("dense",) or self._measures_matches or self.settings.guard
+        only_keys = self.sources == ("dense",) and not (self._measures_matches or self._asks)
+        return not only_keys or self.settings.guard
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
@@ -90,11 +91,13 @@ class Lookup:
         """
         none = no_part(len(queries.keys))
         dense = pointed = matched = none
+        left = np.zeros(len(queries.keys), dtype=np.int64)
         if pointers is not None and "pointers" in self.sources:
             pointed = self._pointed(queries, pointers)
+            left = (pointers >= 0).sum(axis=1)
         if "suffix" in self.sources:
             matched = self._matched(queries)
-        searched = self._to_search(queries, pointed, matched)
+        searched = self._to_search(queries, left, pointed, matched)
         if searched.any():
             dense = scattered(self._dense(queries.rows(searched)), searched)
         if self.settings.dedup:
@@ -131,7 +134,7 @@ class Lookup:
 
     def weights(self, queries: Queries, candidates: Candidates) -> Weights:
         """What each candidate adds to the probability of its value, and what the model does."""
-        shares = self.gate.shares(View(queries, candidates))
+        shares = self.gate.shares(View(queries, candidates, self.memory))
         return candidate_weights(candidates, self.gate.components, shares)
 
     def token_log_probs(
@@ -161,18 +164,24 @@ class Lookup:
             lm_log_probs, probs, torch.from_numpy(weights.lm)[:, None].to(device)
         )
 
-    def _to_search(self, queries: Queries, pointed: Part, matched: Part) -> Bool[np.ndarray, " q"]:
-        """Which queries are searched for: as the gate says, else where pointers are few."""
+    def _to_search(
+        self, queries: Queries, left: Int[np.ndarray, " q"], pointed: Part, matched: Part
+    ) -> Bool[np.ndarray, " q"]:
+        """Which queries are searched for: as the gate says, else where few pointers are left.
+
+        `left` counts them before clusters add to them.
+        """
         count = len(queries.keys)
         if "dense" not in self.sources:
             return np.zeros(count, dtype=bool)
         if self._asks and isinstance(self.gate, SearchGate):
             nothing = no_part(count), np.zeros(count, dtype=bool)
-            before = View(queries, self._joined(nothing[0], pointed, matched, nothing[1]))
+            found = self._joined(nothing[0], pointed, matched, nothing[1])
+            before = View(queries, found, self.memory)
             return self.gate.worth_searching(before, self.settings.skip)
         if "pointers" not in self.sources:
             return np.ones(count, dtype=bool)
-        fewer: Bool[np.ndarray, " q"] = (pointed.ids >= 0).sum(axis=1) < self.settings.min_knns
+        fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
 
     def _dense(self, queries: Queries) -> Part:

@@ -1,6 +1,6 @@
 """Find a method's settings on held-out text: retrieve once, then sweep as array mathematics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,11 @@ from nearest.memory.writer import store_settings
 from nearest.models.scoring import MethodRun, ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
+from nearest.retrieval.gates.adaptret import fit_adaptret
+from nearest.retrieval.gates.buckets import fit_buckets
 from nearest.retrieval.gates.fit_mixture import Trial, distance_unit, fit_mixture
 from nearest.retrieval.gates.gate import StoredGate, View
+from nearest.retrieval.gates.meta_k import fit_meta_k
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
@@ -33,6 +36,11 @@ from nearest.retrieval.walk import Trails, walk
 TEMPERATURES = tuple(round(2 ** (i / 2), 2) for i in range(-4, 25))  # 0.25 … 4096, by √2
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98
 KS = (16, 64, 256, 1024)
+_PUBLISHED: Mapping[str, Callable[[Iterable[Seen]], StoredGate]] = {
+    "buckets": fit_buckets,
+    "meta-k": fit_meta_k,
+    "adaptret": fit_adaptret,
+}
 LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
@@ -198,7 +206,8 @@ def _train(
     progress: Progress,
 ) -> TunedGate:
     """Train the method's gate on the text, looked up as the method does."""
-    sources, asks = method_named(method).sources, method_named(method).asks
+    chosen = method_named(method)
+    sources, kind, asks = chosen.sources, str(chosen.gate), chosen.asks
     settings = replace(Settings(**method_named(method).defaults), **given)
     if "dense" in sources:
         settings = replace(settings, k=min(settings.k, memory.entries))
@@ -207,10 +216,14 @@ def _train(
     def seen(searched: float) -> Iterator[Seen]:
         return _looked_up(Lookup(memory, method, settings, Trial(sources, searched)), blocks)
 
-    # With every search, with none, and with half of them, for states that a gate leads to.
-    shares = (1.0, 0.0, 0.5) if asks else (1.0,)
-    unit = distance_unit(seen(1.0))
-    gate = fit_mixture(sources, [seen(share) for share in shares], unit, asks)
+    gate: StoredGate
+    if kind in _PUBLISHED:
+        gate = _PUBLISHED[kind](seen(1.0))
+    else:
+        # With every search, with none, and with half of them, for states that a gate leads to.
+        shares = (1.0, 0.0, 0.5) if asks else (1.0,)
+        unit = distance_unit(seen(1.0))
+        gate = fit_mixture(sources, [seen(share) for share in shares], unit, asks)
     run = MethodRun(Lookup(memory, method, settings, gate))
     nll = -torch.cat([run.log_probs(block) for block in blocks]).double()
     base = -torch.cat([block.lm_log_probs for block in blocks]).double()
@@ -224,7 +237,7 @@ def _looked_up(lookup: Lookup, blocks: Sequence[ScoredBlock]) -> Iterator[Seen]:
         for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
             yield Seen(
                 first + rows,
-                View(block.queries.rows(rows), candidates),
+                View(block.queries.rows(rows), candidates, lookup.memory),
                 block.targets[rows],
                 block.lm_log_probs[rows].numpy(),
                 block.documents[rows],

@@ -19,10 +19,10 @@ from nearest.retrieval.gates.mixture import (
     voted_among,
 )
 from nearest.retrieval.gates.network import Network
+from nearest.retrieval.gates.quantiles import quantiles_of
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.training import check_enough, train_network
 
-_QUANTILES = 101
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
 _UNIT_BATCHES = 20
 _FLOOR = 1e-20  # of a probability, so that its logarithm is finite
@@ -104,8 +104,8 @@ def fit_mixture(
 
     network = train_network(seen[0].before, error, 1)
     guesses = network(seen[0].before)[:, 0]
-    quantiles = np.quantile(guesses, np.linspace(0, 1, _QUANTILES)).astype(np.float32)
-    return MixtureGate(tuple(sources), components, voted, mix, SearchGuess(network, quantiles))
+    search = SearchGuess(network, quantiles_of(guesses))
+    return MixtureGate(tuple(sources), components, voted, mix, search)
 
 
 _NOTHING = Network(np.zeros(0, np.float32), np.zeros(0, np.float32), (), ())

@@ -11,16 +11,21 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nearest.memory.memory import Memory
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.queries import Queries
 
 
 class View(NamedTuple):
-    """What a gate may look at; before a dense search the candidates have none of its entries."""
+    """What a gate may look at; before a dense search the candidates have none of its entries.
+
+    `memory` is there for gates that look into its corpus.
+    """
 
     queries: Queries
     candidates: Candidates
+    memory: Memory | None = None
 
 
 @runtime_checkable

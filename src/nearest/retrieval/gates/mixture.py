@@ -17,6 +17,7 @@ from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.features import features
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
+from nearest.retrieval.gates.quantiles import above_quantile
 
 # One source's candidates, or neighbouring ones' together, in some ways of weighing them:
 # (multiple of the distances' unit as temperature, length power).
@@ -103,16 +104,10 @@ class MixtureGate:
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Where the guessed gain lies above the quantile that saves as many searches."""
-        count = len(before.candidates.ids)
-        if self.search is None or skip <= 0:
-            return np.ones(count, dtype=bool)
-        if skip >= 1:
-            return np.zeros(count, dtype=bool)
-        quantiles = self.search.quantiles
-        threshold = np.interp(skip, np.linspace(0, 1, len(quantiles)), quantiles)
+        if self.search is None:
+            return np.ones(len(before.candidates.ids), dtype=bool)
         gains = self.search.network(self.features_before(before))[:, 0]
-        worth: Bool[np.ndarray, " q"] = gains > threshold
-        return worth
+        return above_quantile(gains, self.search.quantiles, skip)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Components and sources as JSON, the networks as arrays."""
@@ -153,11 +148,7 @@ class MixtureGate:
 
 def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
     """Whether each component has a candidate."""
-    candidates = view.candidates
-    has = {
-        source: np.isfinite(candidates.distances[:, candidates.of(source)]).any(axis=1)
-        for source in SOURCES
-    }
+    has = {source: view.candidates.has(source) for source in SOURCES}
     found = [np.any([has[source] for source in one.sources], axis=0) for one in components]
     stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
     return stacked

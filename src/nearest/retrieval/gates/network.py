@@ -1,5 +1,6 @@
 """A small network as plain arrays: trained with torch elsewhere, applied here with numpy alone."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,25 @@ class Network:
     def outputs(self) -> int:
         """Number of outputs."""
         return len(self.biases[-1])
+
+    def check(self, inputs: int | None, outputs: int) -> None:
+        """Refuse what is not finite, or does not fit together or to these sizes (ValueError).
+
+        `inputs` None: any number.
+        """
+        vectors = (self.mean, self.scale, *self.biases)
+        sizes = [vector.size for vector in (self.mean, *self.biases)]
+        if (
+            any(vector.ndim != 1 for vector in vectors)
+            or self.scale.size != sizes[0]
+            or [weight.shape for weight in self.weights] != list(itertools.pairwise(sizes))
+            or sizes[-1] != outputs
+            or inputs not in (None, sizes[0])
+        ):
+            raise ValueError(f"a network's arrays, of sizes {sizes}, do not fit together")
+        arrays = (*vectors, *self.weights)
+        if not all(one.dtype == np.float32 and np.isfinite(one).all() for one in arrays):
+            raise ValueError("a network has weights that are no finite float32")
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """By name, to be stored."""

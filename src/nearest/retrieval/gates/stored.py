@@ -3,11 +3,19 @@
 from nearest.errors import SettingError
 from nearest.memory.gate_files import NewGate
 from nearest.memory.memory import Memory
+from nearest.retrieval.gates.adaptret import AdaptRetGate
+from nearest.retrieval.gates.buckets import BucketsGate
 from nearest.retrieval.gates.gate import StoredGate
+from nearest.retrieval.gates.meta_k import MetaKGate
 from nearest.retrieval.gates.mixture import MixtureGate
 from nearest.retrieval.settings import method_named
 
-KINDS: dict[str, type[StoredGate]] = {"mixture": MixtureGate}
+KINDS: dict[str, type[StoredGate]] = {
+    "buckets": BucketsGate,
+    "meta-k": MetaKGate,
+    "adaptret": AdaptRetGate,
+    "mixture": MixtureGate,
+}
 
 
 def load_gate(memory: Memory, method: str) -> StoredGate | None:

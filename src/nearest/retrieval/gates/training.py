@@ -1,11 +1,11 @@
 """Train small networks with torch, and give them as plain arrays."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearest.errors import SettingError
@@ -16,6 +16,7 @@ _BATCH = 2_048
 _LEARNING_RATE = 4e-3
 _WEIGHT_DECAY = 1e-2
 _DROPOUT = 0.1
+_CHECKS = 20  # how often held-out rows are looked at
 
 # Rows of the data and the network's outputs for them → their mean loss.
 Loss = Callable[[Int[Tensor, " rows"], Float[Tensor, "rows outputs"]], Tensor]
@@ -39,27 +40,92 @@ def train_network(
     layers: int = 2,
     steps: int = 600,
     seed: int = 0,
+    emphasis: Float[np.ndarray, " inputs"] | None = None,
+    start: Float[np.ndarray, " outputs"] | None = None,
+    held_out: Bool[np.ndarray, " n"] | None = None,
 ) -> Network:
-    """Fit an MLP (GELU, dropout .1, AdamW with one cycle); same data and seed, same network."""
-    mean, scale = inputs.mean(axis=0), inputs.std(axis=0) + np.float32(1e-6)
+    """Fit an MLP (GELU, dropout .1, AdamW with one cycle); same data and seed, same network.
+
+    Args:
+        inputs: float32, a row for each prediction.
+        loss: of some rows.
+        outputs: of the network.
+        hidden, layers: width and number of the hidden layers.
+        steps: of training.
+        seed: of weights, batches and dropout.
+        emphasis: standard deviation of each input as the first layer sees it; 1 when None.
+        start: what the untrained network gives for every input; random when None.
+        held_out: rows that do not train. The network that predicts them best is kept, of the
+            untrained one and those after every twentieth of the steps; when None, the last one.
+    """
+    chosen = np.ones(len(inputs), dtype=bool) if held_out is None else ~held_out
+    training, checked = (torch.from_numpy(np.flatnonzero(rows)) for rows in (chosen, ~chosen))
+    mean, scale = inputs[chosen].mean(axis=0), inputs[chosen].std(axis=0) + np.float32(1e-6)
+    if emphasis is not None:
+        scale = (scale / emphasis).astype(np.float32)
     standard = torch.from_numpy((inputs - mean) / scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sizes = [inputs.shape[1], *[hidden] * layers, outputs]
-        linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
-        model = nn.Sequential(linear[0])
-        for layer in linear[1:]:
-            model.extend([nn.GELU(approximate="tanh"), nn.Dropout(_DROPOUT), layer])
+        model = _mlp([inputs.shape[1], *[hidden] * layers, outputs], start)
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=steps)
-        for _ in range(steps):
-            rows = torch.randint(len(inputs), (min(_BATCH, len(inputs)),))
+        best, least = None, np.inf
+        for step in range(steps + 1):
+            if len(checked) and step % max(1, steps // _CHECKS) == 0:
+                error = _checked(model, standard, checked, loss)
+                if error < least:
+                    best, least = _network(model, mean, scale), error
+            if step == steps:
+                break
+            rows = training[torch.randint(len(training), (min(_BATCH, len(training)),))]
             optimiser.zero_grad()
             loss(rows, model(standard[rows])).backward()
             optimiser.step()
             schedule.step()
+    return _network(model, mean, scale) if best is None else best
+
+
+def held_out_documents(
+    documents: Int[np.ndarray, " n"], share: float = 0.1, seed: int = 0
+) -> Bool[np.ndarray, " n"]:
+    """Which predictions are of this share of the documents, chosen at random; of one, its end."""
+    numbers = np.unique(documents)
+    if len(numbers) < 2:
+        return np.arange(len(documents)) >= round((1 - share) * len(documents))
+    count = max(1, round(share * len(numbers)))
+    chosen = np.random.default_rng(seed).choice(numbers, size=count, replace=False)
+    return np.isin(documents, chosen)
+
+
+def _mlp(sizes: Sequence[int], start: Float[np.ndarray, " outputs"] | None) -> nn.Sequential:
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    if start is not None:
+        nn.init.zeros_(linear[-1].weight)
+        linear[-1].bias.data = torch.from_numpy(start.astype(np.float32))
+    model = nn.Sequential(linear[0])
+    for layer in linear[1:]:
+        model.extend([nn.GELU(approximate="tanh"), nn.Dropout(_DROPOUT), layer])
+    return model
+
+
+def _checked(
+    model: nn.Sequential, inputs: Float[Tensor, "n inputs"], rows: Int[Tensor, " r"], loss: Loss
+) -> float:
+    """The loss of rows, without dropout."""
+    model.eval()
+    with torch.no_grad():
+        error = float(loss(rows, model(inputs[rows])))
+    model.train()
+    return error
+
+
+def _network(
+    model: nn.Sequential, mean: Float[np.ndarray, " inputs"], scale: Float[np.ndarray, " inputs"]
+) -> Network:
+    """The model's present weights."""
+    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
     return Network(
         mean,
         scale,
