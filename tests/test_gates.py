@@ -1,7 +1,9 @@
 """Buckets, meta-k and AdaptRet: plain loops, closed forms, and texts whose right gate is known."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import make_documents, make_model, make_tokenizer
 from nearest import Memory, evaluate, tune
+from nearest.corpus.documents import read_documents
 from nearest.encode.view import LmView
 from nearest.errors import SettingError
 from nearest.retrieval.candidates import Candidates
@@ -27,7 +30,7 @@ from nearest.retrieval.gates.buckets import BucketsGate, bucket_of, fit_buckets
 from nearest.retrieval.gates.fitting import LARGEST_LAM, best_lams, best_shares, mixed_nll, nll
 from nearest.retrieval.gates.gate import Gate, StoredGate, View
 from nearest.retrieval.gates.meta_k import MetaKGate, fit_meta_k, meta_k_inputs
-from nearest.retrieval.gates.quantiles import above_quantile, quantiles_of
+from nearest.retrieval.gates.quantiles import quantiles_of, worth_searching
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.training import held_out_documents, train_network
 from nearest.retrieval.lookup import Lookup
@@ -283,16 +286,17 @@ def test_as_many_searches_are_skipped_as_asked_for_and_the_worst_ones(
         assert other.nll(gate, searched) == pytest.approx(-np.log(LM_PROB))
 
 
-@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=50), st.floats(0.01, 0.99))
-def test_quantiles(figures: list[float], share: float) -> None:
-    array = np.array(figures, np.float32)
-    quantiles = quantiles_of(array)
-    above = above_quantile(array, quantiles, share)
-    assert set(array[above]).isdisjoint(array[~above])
-    if len(set(figures)) == len(figures) and len(figures) > 20:
-        assert abs((~above).mean() - share) < 0.1
-    assert above_quantile(array, quantiles, 0.0).all()
-    assert not above_quantile(array, quantiles, 1.0).any()
+@pytest.mark.parametrize("skip", [0.0, 0.3, 0.99, 1.0])
+def test_quantiles_part_what_can_be_told_apart(
+    text: Text, rng: np.random.Generator, skip: float
+) -> None:
+    view = text.view(np.arange(200))
+    figures = rng.permutation(200).astype(np.float32)
+    worth = worth_searching(view, lambda _: figures, quantiles_of(figures), skip)
+    assert set(figures[~worth]) == set(range(round(200 * skip)))
+    equal = np.ones(200, np.float32)
+    same = worth_searching(view, lambda _: equal, quantiles_of(equal), skip)
+    assert same.tolist() == [skip < 1] * 200
 
 
 # All of them.
@@ -503,3 +507,31 @@ def test_adaptret_is_given_the_context(tuned_memory: Memory) -> None:
         method: Lookup.of(tuned_memory, method, Settings()).needs_context for method in METHODS
     }
     assert needs == {"knn+buckets": False, "knn+meta-k": False, "knn+adaptret": True}
+
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "corpora").is_dir(), reason="needs ../shared/corpora")
+def test_gates_beat_the_tuned_lam_on_real_text(tmp_path: Path) -> None:
+    """Statutes as memory of a general model; fitted on valid's even documents, scored on odd."""
+    folder = SHARED / "lm" / "general-gpt2-7m"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = SHARED / "corpora" / "dclaw"
+    train, valid = (
+        list(itertools.islice(read_documents([corpus / name]), count))
+        for name, count in (("train-2m.jsonl", 400), ("valid.jsonl", 80))
+    )
+    path = tmp_path / "law.memory"
+    Memory.build(model, tokenizer, train, path)
+    for method in ("knn", *METHODS):
+        tune(model, Memory.open(path), valid[::2], method=method, tokenizer=tokenizer)
+    memory = Memory.open(path)
+    fixed, *gated = (
+        evaluate(model, memory, valid[1::2], method, tokenizer=tokenizer, **options)
+        for method, options in zip(("knn", *METHODS), ({}, {}, {}, {"skip": 0.0}), strict=True)
+    )
+    for result in gated:
+        assert result.nll < fixed.nll

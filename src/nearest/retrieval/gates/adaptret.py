@@ -10,10 +10,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearest.retrieval.distribution import Component
-from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll, observe, temperature_of
+from nearest.retrieval.gates.fitting import (
+    FLOOR,
+    TEMPERATURES,
+    best_lams,
+    nll,
+    observe,
+    temperature_of,
+)
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import above_quantile, check_quantiles, quantiles_of
+from nearest.retrieval.gates.quantiles import check_quantiles, quantiles_of, worth_searching
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
 
@@ -53,8 +60,8 @@ class AdaptRetGate:
         return np.where(view.candidates.has("dense"), lams, np.float32(0))[:, None]
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
-        """Where λ lies above the quantile that saves as many searches."""
-        return above_quantile(self._log_odds(before), self.quantiles, skip)
+        """Where λ reaches the quantile that saves as many searches."""
+        return worth_searching(before, self._log_odds, self.quantiles, skip)
 
     def _log_odds(self, view: View) -> Float[np.ndarray, " q"]:
         return _log_odds(self.network(adaptret_inputs(view)))
@@ -120,7 +127,7 @@ def adaptret_loss(
     """−mean log(λ_LM·p_LM + λ·p_memory) + .05·mean λ, in nats."""
     shares = logits.softmax(-1)
     mixed = shares[:, 0] * lm_probs + shares[:, 1] * memory_probs
-    return -mixed.clamp(min=1e-20).log().mean() + _PENALTY * shares[:, 1].mean()
+    return -mixed.clamp(min=FLOOR).log().mean() + _PENALTY * shares[:, 1].mean()
 
 
 def adaptret_inputs(view: View) -> Float[np.ndarray, "q inputs"]:

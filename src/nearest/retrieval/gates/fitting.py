@@ -15,7 +15,7 @@ TEMPERATURES = tuple(2.0**i for i in range(-2, 13))  # 0.25 … 4096
 LARGEST_LAM = 0.99  # a token that the memory lacks must not become impossible
 _HALVINGS = 40
 _ROUNDS = 50
-_FLOOR = 1e-20  # of a probability, so that its logarithm is finite
+FLOOR = 1e-20  # of a probability, so that its logarithm is finite
 
 
 class Observed(NamedTuple):
@@ -99,7 +99,7 @@ def nll(
 ) -> Float[np.ndarray, " components"]:
     """Summed negative log-likelihood in nats of each component alone beside the model."""
     mixed = lm_probs[:, None] + lams * (probs - lm_probs[:, None])
-    total: Float[np.ndarray, " components"] = -np.log(np.maximum(mixed, _FLOOR)).sum(axis=0)
+    total: Float[np.ndarray, " components"] = -np.log(np.maximum(mixed, FLOOR)).sum(axis=0)
     return total
 
 
@@ -107,7 +107,7 @@ def best_shares(probs: Float[np.ndarray, "n choices"]) -> Float[np.ndarray, " ch
     """Constant shares of several distributions with the lowest nll, by expectation maximisation."""
     shares = np.full(probs.shape[1], 1 / probs.shape[1])
     for _ in range(_ROUNDS):
-        mixed = np.maximum(probs @ shares, _FLOOR)
+        mixed = np.maximum(probs @ shares, FLOOR)
         shares = shares * (probs / mixed[:, None]).mean(axis=0)
         shares = shares / shares.sum()
     return shares
@@ -117,4 +117,4 @@ def mixed_nll(
     probs: Float[np.ndarray, "n choices"], shares: Float[np.ndarray, " choices"]
 ) -> float:
     """Summed negative log-likelihood in nats of several distributions together."""
-    return float(-np.log(np.maximum(probs @ shares, _FLOOR)).sum())
+    return float(-np.log(np.maximum(probs @ shares, FLOOR)).sum())

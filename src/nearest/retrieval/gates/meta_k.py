@@ -17,6 +17,7 @@ from nearest.errors import SettingError
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.fitting import (
+    FLOOR,
     TEMPERATURES,
     best_shares,
     mixed_nll,
@@ -111,7 +112,7 @@ def fit_meta_k(
     probs = torch.from_numpy(choices[best])
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
-        return -(logits.softmax(-1) * probs[rows]).sum(-1).clamp(min=1e-20).log().mean()
+        return -(logits.softmax(-1) * probs[rows]).sum(-1).clamp(min=FLOOR).log().mean()
 
     network = train_network(
         data.inputs,

@@ -17,7 +17,7 @@ from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.features import features
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import above_quantile
+from nearest.retrieval.gates.quantiles import worth_searching
 
 # One source's candidates, or neighbouring ones' together, in some ways of weighing them:
 # (multiple of the distances' unit as temperature, length power).
@@ -103,11 +103,16 @@ class MixtureGate:
         return shares
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
-        """Where the guessed gain lies above the quantile that saves as many searches."""
+        """Where the guessed gain reaches the quantile that saves as many searches."""
         if self.search is None:
             return np.ones(len(before.candidates.ids), dtype=bool)
-        gains = self.search.network(self.features_before(before))[:, 0]
-        return above_quantile(gains, self.search.quantiles, skip)
+        network = self.search.network
+        return worth_searching(
+            before,
+            lambda view: network(self.features_before(view))[:, 0],
+            self.search.quantiles,
+            skip,
+        )
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Components and sources as JSON, the networks as arrays."""

@@ -1,7 +1,11 @@
 """A gate's threshold: which of its figures are large beside those of the tuning text."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Bool, Float
+
+from nearest.retrieval.gates.gate import View
 
 _STEPS = 100
 
@@ -19,16 +23,18 @@ def check_quantiles(quantiles: Float[np.ndarray, " quantiles"]) -> None:
         raise ValueError(f"quantiles are {_STEPS + 1} ascending float32")
 
 
-def above_quantile(
-    figures: Float[np.ndarray, " q"], quantiles: Float[np.ndarray, " quantiles"], share: float
+def worth_searching(
+    view: View,
+    figures: Callable[[View], Float[np.ndarray, " q"]],
+    quantiles: Float[np.ndarray, " quantiles"],
+    skip: float,
 ) -> Bool[np.ndarray, " q"]:
-    """Which figures reach the quantile of this share; all of share 0, none of share 1.
+    """Which queries' figures reach the quantile `skip`; at 0 all do, at 1 none.
 
     Where many are equal, they reach it together: what cannot be told apart is not given up.
     """
-    if share <= 0 or share >= 1:
-        return np.full(len(figures), share <= 0)
-    above: Bool[np.ndarray, " q"] = figures >= np.interp(
-        share, np.linspace(0, 1, len(quantiles)), quantiles
-    )
-    return above
+    if skip <= 0 or skip >= 1:  # then nothing need be computed
+        return np.full(len(view.candidates.ids), skip <= 0)
+    threshold = np.interp(skip, np.linspace(0, 1, len(quantiles)), quantiles)
+    worth: Bool[np.ndarray, " q"] = figures(view) >= threshold
+    return worth
