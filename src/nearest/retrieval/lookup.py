@@ -40,6 +40,8 @@ class Lookup:
         self.method = method
         self.settings = settings
         self.sources = method_named(method).sources
+        if self.sources != ("suffix",):
+            _ = memory.keys_record  # refuses a memory without keys before anything is computed
         self._asks = method_named(method).asks
         self.gate = gate or FixedGate(
             Component(self.sources, settings.temperature, settings.length_power), settings.lam
