@@ -16,7 +16,7 @@ import numpy as np
 from common import arguments, machine, model_and_tokenizer, report, timed
 from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.metrics import bootstrap_interval
-from nearest.verbs.evaluate import Result
+from nearest.verbs.results import Result
 
 TRAIN = {"dclaw": "train-2m.jsonl", "wikitext2": "train.jsonl"}
 MIN_KNNS = "1,2,5,20,100,inf"

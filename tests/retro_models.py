@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "encoder_ffn_dim": 28,
     "encoder_cross_layers": [0, 1],
     "rotary_dim": 8,
-    "max_position_embeddings": 40,
+    "max_position_embeddings": 64,
     "bos_token_id": None,
     "eos_token_id": 1,
     "bucket_max_distance": 40,

@@ -23,8 +23,8 @@ from nearest.demo.passage import Passage, score_passage, typical_document
 from nearest.demo.report import Story, Writing, render
 from nearest.errors import FolderError
 from nearest.retrieval.settings import Settings
-from nearest.verbs.evaluate import Result
 from nearest.verbs.generate import DocumentShare, GeneratedToken, Generation
+from nearest.verbs.results import Result
 from nearest.verbs.tune import KS, LAMS, TEMPERATURES, Tuned
 
 HOSTILE = (

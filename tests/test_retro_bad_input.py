@@ -106,8 +106,16 @@ def test_a_row_of_padding_alone():
         assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_outside_the_vocabulary(token):
+    input_ids = tokens(1, 9)
+    input_ids[0, 4] = token
+    with pytest.raises(SettingError, match="vocabulary has 50 tokens"):
+        tiny_model("norlund")(input_ids)
+
+
 def test_more_tokens_than_positions():
-    model = tiny_model("retro-pytorch")
+    model = tiny_model("retro-pytorch", max_position_embeddings=40)
     assert model(tokens(1, 40)).logits.shape == (1, 40, VOCAB)
     with pytest.raises(SettingError, match=r"41 tokens long.*40 positions"):
         model(tokens(1, 41))

@@ -319,13 +319,72 @@ def test_retrieval_cannot_begin_in_the_middle_of_a_cache():
         model(tokens(1, 2), neighbour_ids=neighbours(model, 1, 2), past_key_values=cache)
 
 
-def test_assisted_decoding_is_refused():
-    model, prompt = variant("norlund"), tokens(1, 12) % 3 + 2
-    options = {"max_new_tokens": 9, "neighbours": found, "prompt_lookup_num_tokens": 3}
-    with pytest.raises(RuntimeError, match="requires a cache"):
-        model.generate(prompt, **options)
-    with pytest.raises(SettingError, match="assistant"):
-        model.generate(prompt, past_key_values=RetroCache(model.config), **options)
+def test_prompt_lookup_gives_what_plain_search_gives(model):
+    """Drafts are taken back over the ends of chunks, neighbours or none."""
+    rejected: list[int] = []
+
+    class Watched(RetroCache):
+        def crop(self, tokens_to_remove: int) -> None:
+            rejected.append(-tokens_to_remove)
+            super().crop(tokens_to_remove)
+
+    for length in range(9, 9 + CHUNK):
+        prompt = tokens(1, length) % 3 + 2
+        for source in (found, None) if length == 9 else (found,):
+            options = {"max_new_tokens": 17, "eos_token_id": None, "neighbours": source}
+            plain = model.generate(prompt, **options)
+            drafted = model.generate(
+                prompt,
+                prompt_lookup_num_tokens=CHUNK + 2,
+                past_key_values=Watched(model.config),
+                **options,
+            )
+            assert torch.equal(drafted, plain)
+    assert max(rejected) > CHUNK  # whole chunks were undone
+    drafted = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(drafted, plain)
+
+
+def test_another_cache_is_refused():
+    with pytest.raises(SettingError, match="static"):
+        variant("norlund").generate(tokens(1, 6), cache_implementation="static", max_new_tokens=2)
+
+
+def test_tokens_that_cannot_be_taken_back():
+    model = variant("norlund")
+    for record, tokens_back in ((False, 2), (True, 6)):
+        cache = RetroCache(model.config)
+        if record:
+            cache.activate_past_recording()
+        model(tokens(1, 6), neighbour_ids=neighbours(model, 1, 6), past_key_values=cache)
+        cache.crop(0)
+        with pytest.raises(SettingError, match="cannot be taken back"):
+            cache.crop(-tokens_back)
+
+
+def test_rows_of_mixed_lengths_take_tokens_back(model):
+    input_ids, ids = tokens(2, 14), neighbours(model, 2, 14)
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        whole = model(input_ids, attention_mask=mask, neighbour_ids=ids).logits
+        for back in range(1, 14):
+            cache = RetroCache(model.config)
+            cache.activate_past_recording()
+            model(input_ids, attention_mask=mask, neighbour_ids=ids, past_key_values=cache)
+            cache.crop(-back)
+            begun = torch.tensor([(14 - back) // CHUNK, max(11 - back, 0) // CHUNK])
+            ended = torch.tensor([14 // CHUNK, 11 // CHUNK]) - begun
+            rest = torch.full((2, int(ended.max()), 2, 6), -1)
+            for row in range(2):
+                done = ids[row, begun[row] : begun[row] + ended[row]]
+                rest[row, : len(done)] = done
+            logits = model(
+                input_ids[:, -back:], attention_mask=mask, neighbour_ids=rest, past_key_values=cache
+            ).logits
+            torch.testing.assert_close(logits[0], whole[0, -back:], rtol=0, atol=1e-8)
+            real = min(back, 11)
+            torch.testing.assert_close(logits[1, -real:], whole[1, -real:], rtol=0, atol=1e-8)
 
 
 def test_a_cache_follows_its_rows():

@@ -261,3 +261,10 @@ def test_neighbours_cannot_begin_in_the_middle(fitted):
     cache = fitted(tokens(1, 6), use_cache=True).past_key_values
     with pytest.raises(SettingError, match="without neighbours"):
         fitted(tokens(1, 2), neighbour_ids=found(tokens(1, 4))[None], past_key_values=cache)
+
+
+def test_drafts_are_taken_back(fitted):
+    prompt = tokens(1, 11) % 3 + 2
+    options = {"max_new_tokens": 20, "eos_token_id": None, "neighbours": found}
+    drafted = fitted.generate(prompt, prompt_lookup_num_tokens=CHUNK + 1, **options)
+    assert torch.equal(drafted, fitted.generate(prompt, **options))

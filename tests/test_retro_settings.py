@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from nearest.errors import SettingError
 from nearest.retro import RetroConfig, RetroForCausalLM
-from nearest.retro.attention import ChunkedCrossAttention, Retrieved
 from nearest.retro.blocks import FeedForward, Residual
+from nearest.retro.chunked import ChunkedCrossAttention, Retrieved
 from nearest.retro.chunks import Segment
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import linear_buckets, log_buckets
@@ -444,3 +444,21 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(SettingError, match="norlund, retro-pytorch, paper"):
         RetroConfig.preset("gpt")
+
+
+def test_the_padding_token_is_a_setting():
+    model = tiny_model("norlund", pad_token_id=5)
+    input_ids, ids = tokens(1, 10) % 4 + 6, neighbours(model, 1, 10) % 4 + 6
+    for replaced, reads in ((0, True), (5, False)):
+        given = ids.clone()
+        given[0, 0, 0, -1] = replaced
+        hidden = ids.clone()
+        hidden[0, 0, 0, -1] = -1
+        one, other = (model(input_ids, neighbour_ids=n).logits for n in (given, hidden))
+        assert torch.equal(one, other) != reads
+        tokens_with = input_ids.clone()
+        tokens_with[0, 2] = replaced
+        mask = torch.ones_like(input_ids)
+        mask[0, 2] = 0
+        one, other = model(tokens_with).logits, model(tokens_with, attention_mask=mask).logits
+        assert torch.equal(one, other) != reads

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nearest.models.memorizing.memory import AttentionMemory
     from nearest.models.scoring import read_text
     from nearest.verbs.evaluate import evaluate
+    from nearest.verbs.sweep import sweep
     from nearest.verbs.tune import tune
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "memorize": "nearest.models.memorizing.layers",
     "read_documents": "nearest.corpus.documents",
     "read_text": "nearest.models.scoring",
+    "sweep": "nearest.verbs.sweep",
     "tune": "nearest.verbs.tune",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "memorize",
     "read_documents",
     "read_text",
+    "sweep",
     "tune",
 ]
 

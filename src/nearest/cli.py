@@ -48,6 +48,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
 ]
+ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
 Force = Annotated[
     bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
 ]
@@ -379,7 +380,7 @@ def evaluate(
     guard: Guard = None,
     window: Window = None,
     stride: Stride = None,
-    score_eos: Annotated[bool, typer.Option(help="Predict each document's end too.")] = False,
+    score_eos: ScoreEos = False,
     batch_size: BatchSize = None,
     encoding_errors: Encoding = "strict",
     force: Force = False,
@@ -396,7 +397,7 @@ def evaluate(
             loaded,
             opened,
             read_documents(text, encoding_errors=encoding_errors),
-            [name.strip() for name in method.split(",")],
+            _with_commas(method),
             tokenizer=tokenizer,
             window=window,
             stride=stride,
@@ -421,6 +422,74 @@ def evaluate(
             typer.echo(json.dumps(result.as_json()))
     else:
         out.print(reports.results_table(results))
+
+
+@app.command()
+@explained
+def sweep(
+    memory: MemoryPath,
+    text: TextPaths,
+    out_path: Annotated[
+        Path, typer.Option("--out", help="Folder for sweep.csv, sweep.png and sweep.html.")
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="With commas: knn, retomaton …; what was tuned when not given."),
+    ] = None,
+    min_knns: Annotated[
+        str | None, typer.Option(help="Values of RetoMaton, with commas: 1,2,5,20,100,inf.")
+    ] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="Values of search gates, with commas: 0,.25,.5,.75,.9,1.")
+    ] = None,
+    published: Annotated[
+        str, typer.Option(help="Draw published curves too: wikitext-103, law-mt, or both.")
+    ] = "",
+    model: ModelName = None,
+    window: Window = None,
+    stride: Stride = None,
+    score_eos: ScoreEos = False,
+    batch_size: BatchSize = None,
+    encoding_errors: Encoding = "strict",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw perplexity against saved searches and against time, for every method.
+
+    The model reads the text once, and each dense search is made once for all.
+    """
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.pages.published import published_named
+    from nearest.pages.sweep import check_folder, write_report
+    from nearest.verbs.sweep import sweep as sweep_memory
+
+    beside = published_named(_with_commas(published))
+    values = {"min_knns": _numbers(min_knns, "min-knns"), "skip": _numbers(skip, "skip")}
+    check_folder(out_path)
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        swept = sweep_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            None if methods is None else _with_commas(methods),
+            tokenizer=tokenizer,
+            window=window,
+            stride=stride,
+            score_eos=score_eos,
+            batch_size=batch_size,
+            force=force,
+            progress=progress,
+            **values,
+        )
+    write_report(out_path, swept, opened, beside)
+    if as_json:
+        for point in swept.points:
+            typer.echo(json.dumps(point.as_json()))
+    else:
+        out.print(reports.sweep_table(swept.points))
+    err.print(f"see {escape(str(out_path / 'sweep.html'))}", soft_wrap=True)
 
 
 @app.command()
@@ -523,6 +592,22 @@ def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTraine
             "name it (--model)"
         )
     return opened, *load_model_and_tokenizer(model or opened.manifest.model.name)
+
+
+def _with_commas(text: str) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in _with_commas(text)]
+    except ValueError as error:
+        raise NearestError(
+            f"--{option} {text!r} is no list of numbers: write them with commas, as in 1,2,inf"
+        ) from error
 
 
 def show_info(memory: "Memory", as_json: bool) -> None:

@@ -26,8 +26,9 @@ from nearest.progress import Progress as Report
 if TYPE_CHECKING:
     from nearest.memory.manifest import KeysRecord
     from nearest.memory.memory import Memory
-    from nearest.verbs.evaluate import Result
     from nearest.verbs.generate import DocumentShare, Generation
+    from nearest.verbs.results import Result
+    from nearest.verbs.sweep import Point
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
 _LEAST_SHARE = 0.005  # of the text, for a document to be shown
@@ -96,6 +97,30 @@ def results_table(results: Sequence["Result"]) -> RenderableType:
         if result.delta_nll is not None
     ]
     return Group(table, *differences)
+
+
+def sweep_table(points: Sequence["Point"]) -> RenderableType:
+    """A row a point."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "setting"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ppl", "FoSS", "added ms", "difference in nll, 95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in points:
+        result = point.result
+        setting = "" if point.setting is None else f"{point.setting} {_number(point.value, 'g')}"
+        difference = _number(result.delta_nll, "+.3f")
+        if result.delta_low is not None and result.delta_high is not None:
+            difference += f" [{result.delta_low:+.3f}, {result.delta_high:+.3f}]"
+        table.add_row(
+            result.method,
+            setting,
+            f"{result.ppl:.2f}",
+            _number(result.foss, ".2f"),
+            f"{result.added_ms:.3f}",
+            difference,
+        )
+    return table
 
 
 def info_table(memory: "Memory") -> RenderableType:

@@ -13,8 +13,8 @@ from nearest.models.scoring import MethodRun, Scorer
 from nearest.progress import no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import resolve_settings
-from nearest.verbs.evaluate import Result
 from nearest.verbs.generate import decode_pieces
+from nearest.verbs.results import Result
 
 _TOKENS = 220
 

@@ -1,52 +1,33 @@
 """The report's plots, as SVG elements to stand inside a page. Needs matplotlib (extra: plots)."""
 
-import io
-import re
-
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from nearest.verbs.evaluate import Result
+from nearest.pages.figures import AMBER, GREY, INK, ROSE, RULE, STYLE, TEAL, axis_label, figure, svg
+from nearest.verbs.results import Result
 from nearest.verbs.tune import Tuned
 
-INK, GREY, RULE = "#1f2328", "#8b8f96", "#e4e1d8"
-AMBER, TEAL, ROSE = "#d18b00", "#1b7f79", "#b8405e"
 _STEP = 4  # temperatures are √2 apart; the plotted ones ×4
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text, in the page's own font
-    "svg.hashsalt": "nearest",
-    "font.size": 9.5,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-}
 
 
 def tuning_plot(tuned: Tuned) -> str:
     """Perplexity on the tuning text against λ, a line a temperature, the best settings marked."""
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure, axes = _figure(5.2, 4.3)
+    with matplotlib.rc_context(STYLE):
+        drawn, axes = figure(5.2, 4.3)
         _draw_tuning(axes, tuned)
-        return _svg(figure, "Perplexity against the weight of the memory, by temperature")
+        return svg(drawn, "Perplexity against the weight of the memory, by temperature")
 
 
 def documents_plot(names: list[str], base: Result, knn: Result) -> str:
     """Change in nll a token of every scored document, the largest gain on top."""
     change = (knn.document_nll - base.document_nll) / base.document_tokens
     order = np.argsort(-change)
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure, axes = _figure(5.2, 1.0 + 0.185 * len(names))
+    with matplotlib.rc_context(STYLE):
+        drawn, axes = figure(5.2, 1.0 + 0.185 * len(names))
         colours = [TEAL if change[i] < 0 else ROSE for i in order]
         axes.barh(np.arange(len(order)), change[order], color=colours, height=0.68)
-        axes.set_yticks(np.arange(len(order)), [_label(names[i]) for i in order])
+        axes.set_yticks(np.arange(len(order)), [axis_label(names[i]) for i in order])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.7, len(order) - 0.3)
         axes.axvline(0, color=GREY, linewidth=0.8)
@@ -57,7 +38,7 @@ def documents_plot(names: list[str], base: Result, knn: Result) -> str:
         axes.grid(axis="x", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("change in nll, nats a token (left is better)")
-        return _svg(figure, "Change in negative log-likelihood of every test topic")
+        return svg(drawn, "Change in negative log-likelihood of every test topic")
 
 
 def _draw_tuning(axes: Axes, tuned: Tuned) -> None:
@@ -113,28 +94,3 @@ def _dashes(offset: int) -> tuple[float, tuple[float, ...] | None]:
         2: (0, (6, 2, 1.5, 2)),
     }
     return patterns[offset // _STEP]
-
-
-def _label(name: str) -> str:
-    """A name short enough for an axis, its dollars kept from being read as formulae."""
-    return (name if len(name) <= 30 else name[:29] + "…").replace("$", r"\$")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    return figure, axes
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """An inline SVG element: no XML prologue, no metadata, width left to the page."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing)
-    drawn = buffer.getvalue()
-    tag, _, body = drawn[drawn.index("<svg") :].partition(">")
-    box = re.findall(r'viewBox="[^"]*"', tag)[0]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    return f'<svg role="img" aria-label="{label}" {box}>{body}'

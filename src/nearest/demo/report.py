@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 from nearest import __version__
 from nearest.demo.corpus import Split, repeated_share
 from nearest.demo.passage import Passage
 from nearest.errors import require
-from nearest.verbs.evaluate import Result
+from nearest.pages.page import filled, interval, number, percent
 from nearest.verbs.generate import DocumentShare, Generation
+from nearest.verbs.results import Result
 from nearest.verbs.tune import Tuned
 
 _TEMPLATE = Path(__file__).with_name("template.html")
@@ -61,7 +61,8 @@ def render(story: Story) -> str:
     headline = f"perplexity {base.ppl:.1f} → {knn.ppl:.1f}"
     names = [document.id for document in split.test]
     settings = tuned.settings
-    return Template(_TEMPLATE.read_text("utf-8")).substitute(
+    return filled(
+        _TEMPLATE,
         headline=headline,
         title=f'Perplexity <span class="from">{base.ppl:.1f} →</span> {knn.ppl:.1f}',
         lead=escape(_lead(story)),
@@ -77,7 +78,7 @@ def render(story: Story) -> str:
         passage_note=f"The beginning of <b>{escape(story.passage.document)}</b>, the test topic "
         "whose gain is the median: each token coloured by how much likelier, or less likely, the "
         f"memory makes it. With λ {settings.lam:g} it can at worst take "
-        f"{_percent(settings.lam)} of a token’s probability away; what it can give has no such "
+        f"{percent(settings.lam)} of a token’s probability away; what it can give has no such "
         "bound.",
         passage="".join(_gain(text, gain) for text, gain in story.passage.tokens),
         passage_legend=_legend_of_gains(settings.lam),
@@ -86,7 +87,7 @@ def render(story: Story) -> str:
         "best, a model this small soon turns in circles when it always takes the likeliest token, "
         "as it does alone.) Every token knows its sources.",
         writing_legend="from the memory: "
-        + "".join(_shaded(_percent(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
+        + "".join(_shaded(percent(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
         writings="".join(_writing(writing) for writing in story.writings),
         facts=_facts(story),
         commands=escape(_commands(story)),
@@ -104,9 +105,9 @@ def _legend_of_gains(lam: float) -> str:
 
 def _lead(story: Story) -> str:
     low, high = story.knn.delta_low, story.knn.delta_high
-    change = _percent(math.expm1(story.knn.delta_nll or 0), "+.0f")
+    change = percent(math.expm1(story.knn.delta_nll or 0), "+.0f")
     if low is not None and high is not None:
-        ends = (_percent(math.expm1(end), "+.0f") for end in (low, high))
+        ends = (percent(math.expm1(end), "+.0f") for end in (low, high))
         change += " (95\xa0% interval {} to {}, paired by topic)".format(*ends)
     return (
         f"A general language model of {story.parameters / 1e6:.1f} million parameters reads "
@@ -129,11 +130,11 @@ def _results_table(base: Result, knn: Result) -> str:
     rows: dict[str, Callable[[Result], str]] = {
         "token perplexity": lambda r: f"{r.ppl:.2f}",
         "negative log-likelihood, nats a token": lambda r: f"{r.nll:.4f}",
-        "95 % interval": lambda r: _interval(r.nll_low, r.nll_high),
-        "paired difference": lambda r: _number(r.delta_nll, "+.4f"),
-        "95 % interval of the difference": lambda r: _interval(r.delta_low, r.delta_high),
-        "word perplexity": lambda r: _number(r.word_ppl, ",.0f"),
-        "bits a byte": lambda r: _number(r.bpb, ".3f"),
+        "95 % interval": lambda r: interval(r.nll_low, r.nll_high),
+        "paired difference": lambda r: number(r.delta_nll, "+.4f"),
+        "95 % interval of the difference": lambda r: interval(r.delta_low, r.delta_high),
+        "word perplexity": lambda r: number(r.word_ppl, ",.0f"),
+        "bits a byte": lambda r: number(r.bpb, ".3f"),
         "tokens": lambda r: f"{r.tokens:,}",
         "tokens a second, on this machine": lambda r: f"{r.tok_s:,.0f}",
     }
@@ -154,7 +155,7 @@ def _writing(writing: Writing) -> str:
     documents = writing.knn.documents
     shown = [item for item in documents if item.weight >= _LEAST_SHARE][:_SOURCES]
     rest = [item.weight for item in documents[len(shown) :]]
-    share = ("less than " if sum(rest) < 0.001 else "") + _percent(max(0.001, sum(rest)), ".1f")
+    share = ("less than " if sum(rest) < 0.001 else "") + percent(max(0.001, sum(rest)), ".1f")
     return (
         '<div class="writing"><div class="pair">'
         f'<div><p class="note">with memory</p><div class="text"><b>{prompt}</b>{shaded}</div></div>'
@@ -172,7 +173,7 @@ def _source(document: DocumentShare) -> str:
         for part in (document.before, document.token, document.after)
     )
     return (
-        f'<tr><td class="share">{_percent(document.weight, ".1f")}'
+        f'<tr><td class="share">{percent(document.weight, ".1f")}'
         f'<span class="bar" style="--w:{document.weight:.3f}"></span></td>'
         f'<td class="name">{escape(document.id)}<small>{title}</small></td>'
         f'<td class="quote">…{before}<mark>{token}</mark>{after}…</td></tr>'
@@ -180,7 +181,7 @@ def _source(document: DocumentShare) -> str:
 
 
 def _shaded(text: str, weight: float) -> str:
-    return _span("memory", weight, f"{_percent(weight)} from the memory", text)
+    return _span("memory", weight, f"{percent(weight)} from the memory", text)
 
 
 def _gain(text: str, gain: float) -> str:
@@ -202,7 +203,7 @@ def _facts(story: Story) -> str:
     facts = (
         f"Text: the topics of <code>pydoc</code> in Python {escape(story.python)}. "
         f"{len(split.repeated)} of them repeat a longer one and are left out: of the test’s "
-        f"eight-word runs, {_percent(repeated_share(test, memory), '.1f')} stand in the memory.",
+        f"eight-word runs, {percent(repeated_share(test, memory), '.1f')} stand in the memory.",
         f"Memory: {len(split.memory)} topics, {characters[0]:,} characters, {story.entries:,} "
         "entries.",
         f"Tuning: {len(split.tuning)} topics, {characters[1]:,} characters, "
@@ -224,15 +225,3 @@ def _commands(story: Story) -> str:
             f"--sources --temperature {story.writing_temperature:g}",
         )
     )
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4f} … {high:.4f}".replace("-", "−")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec).replace("-", "−")
-
-
-def _percent(share: float, spec: str = ".0f") -> str:
-    return f"{_number(100 * share, spec)}\xa0%"

@@ -27,8 +27,9 @@ from nearest.errors import FolderError, require
 from nearest.folder import disk_errors_explained, write_atomically
 from nearest.memory.manifest import MANIFEST, read_manifest
 from nearest.memory.memory import Memory
-from nearest.verbs.evaluate import Result, evaluate
+from nearest.verbs.evaluate import evaluate
 from nearest.verbs.generate import generate
+from nearest.verbs.results import Result
 from nearest.verbs.tune import Tuned, tune
 
 MODEL = Path(__file__).with_name("general-gpt2-7m")

@@ -46,6 +46,16 @@ class ScoredBlock:
     lm_log_probs: Float[Tensor, " n"]
     seconds: float
 
+    def rows(self, rows: slice) -> "ScoredBlock":
+        """A run of its predictions, with the seconds of all."""
+        return ScoredBlock(
+            self.documents[rows],
+            self.queries.rows(rows),
+            self.targets[rows],
+            self.lm_log_probs[rows],
+            self.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Scorer:

@@ -24,17 +24,24 @@ from nearest.retrieval.distribution import (
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
 from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.queries import Queries
+from nearest.retrieval.search_cache import Search
 from nearest.retrieval.settings import Settings, method_named
 
 
 class Lookup:
     """A memory, a method, its settings, and the gate that weighs what is found.
 
-    A method with a trained gate needs one (`gates.stored`); else λ is fixed.
+    A method with a trained gate needs one (`gates.stored`); else λ is fixed. Dense searches are the
+    memory's own, unless several lookups share them (`search_cache`).
     """
 
     def __init__(
-        self, memory: Memory, method: str, settings: Settings, gate: Gate | None = None
+        self,
+        memory: Memory,
+        method: str,
+        settings: Settings,
+        gate: Gate | None = None,
+        search: Search | None = None,
     ) -> None:
         self.memory = memory
         self.method = method
@@ -43,6 +50,7 @@ class Lookup:
         if self.sources != ("suffix",):
             _ = memory.keys_record  # refuses a memory without keys before anything is computed
         self._asks = method_named(method).asks
+        self._search = search or memory.search
         self.gate = gate or FixedGate(
             Component(self.sources, settings.temperature, settings.length_power), settings.lam
         )
@@ -180,9 +188,7 @@ class Lookup:
 
     def _dense(self, queries: Queries) -> Part:
         settings = self.settings
-        found = self.memory.search(
-            queries.keys, settings.k, settings.distances, settings.candidates
-        )
+        found = self._search(queries.keys, settings.k, settings.distances, settings.candidates)
         return Part(found.ids, found.distances, self._lengths(queries, found.ids))
 
     def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:

@@ -1,14 +1,11 @@
-"""Multi-head attention: within a sequence, to another one, and to a chunk's neighbours."""
-
-from dataclasses import dataclass
+"""Multi-head attention: within a sequence, and from a neighbour to its chunk."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from nearest.retro.cache import ChunkState, RetroCache
-from nearest.retro.chunks import Segment
+from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
 from nearest.retro.positions import BucketBias, Rotation, rotate, rotation
 
@@ -182,97 +179,3 @@ class ContextAttention(Attention):
             q = rotate(q, rotation(places, dim, q))
             k = rotate(k, rotation(torch.arange(m), dim, k))
         return self.mix(q, k, v, bias, hidden).reshape(x.shape)
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """What the neighbours of one forward pass give to every layer that attends to them."""
-
-    segment: Segment
-    length: int  # tokens of a neighbour
-    encoded: Float[Tensor, "batch chunks tokens dim"] | None  # None: no chunk ends in this pass
-    hidden: Float[Tensor, "sequences 1 1 keys"] | None  # added to scores; None: all are seen
-    silent: Bool[Tensor, "batch blocks 1 1"] | None  # blocks to which nothing is added
-    state: ChunkState | None  # of generation; taken from and left for the next pass
-
-
-class ChunkedCrossAttention(Attention):
-    """A sequence attends to the neighbours of the chunk before (arXiv:2112.04426, §2.4)."""
-
-    def __init__(self, config: RetroConfig, layer: int) -> None:
-        super().__init__(config, "decoder", config.encoder_output_dim, config.cca_bucket_count)
-        self.layer = layer
-        inner = config.decoder_attention_dim
-        self.null = nn.Parameter(torch.randn(2 * inner)) if config.null_neighbour else None
-
-    def forward(
-        self, x: Float[Tensor, "batch n dim"], retrieved: Retrieved
-    ) -> Float[Tensor, "batch n dim"]:
-        """Zeros before the first chunk ends and where all neighbours are padding."""
-        segment = retrieved.segment
-        if segment.blocks == 0:
-            return torch.zeros_like(x)
-        k, v = self._keys_values(retrieved)
-        q = self.split(segment.into_blocks(self.q(x)))
-        if self.bias is None:
-            q = rotate(q, self._query_rotation(segment, q))
-        answers = self.mix(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *self._scores(retrieved, k)
-        ).unflatten(0, q.shape[:2])
-        if retrieved.silent is not None:
-            answers = answers.masked_fill(retrieved.silent, 0)
-        return segment.from_blocks(answers)
-
-    def _keys_values(self, retrieved: Retrieved) -> tuple[Tensor, Tensor]:
-        """Of what each block attends to, (batch, blocks, heads, keys, dim); updates the state."""
-        new: list[Tensor | None] = [None, None]
-        if retrieved.encoded is not None:
-            k, v = self.keys_values(retrieved.encoded)
-            if self.bias is None:
-                places = torch.arange(k.shape[-2]) % retrieved.length
-                k = rotate(k, rotation(places, self.config.rotary_dim, k))
-            new = [self._with_null(k, 0), self._with_null(v, 1)]
-        old = retrieved.state.tensors if retrieved.state else {}
-        stacks = []
-        for name, tensor in zip((f"keys.{self.layer}", f"values.{self.layer}"), new, strict=True):
-            stack, current = retrieved.segment.merge(old.get(name), tensor)
-            stacks.append(stack)
-            if retrieved.state:
-                retrieved.state.keep(name, current)
-        return stacks[0], stacks[1]
-
-    def _with_null(self, x: Float[Tensor, "b c h n d"], which: int) -> Float[Tensor, "b c h k d"]:
-        if self.null is None:
-            return x
-        null = self.null.chunk(2)[which].reshape(self.heads, 1, -1)
-        return torch.cat([null.expand(*x.shape[:2], -1, -1, -1), x], dim=-2)
-
-    def _query_rotation(self, segment: Segment, q: Tensor) -> Rotation:
-        m = self.config.chunk_size
-        if self.config.cca_rotary == "aligned":
-            places = segment.rows + m - 1
-        else:
-            places = (segment.rows == 0) * (2 * m - 2)
-        cos, sin = rotation(places, self.config.rotary_dim, q)
-        return cos[:, None, None], sin[:, None, None]
-
-    def _scores(self, retrieved: Retrieved, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to scores: for all sequences alike, and for each."""
-        if self.bias is None:
-            return None, retrieved.hidden
-        segment, m = retrieved.segment, self.config.chunk_size
-        nulls = 0 if self.null is None else 1
-        keys, ahead = k.shape[-2] - nulls, 0
-        if self.config.cca_buckets == "shared":
-            keys, ahead = retrieved.length, m - 1
-        if segment.single and segment.uniform:
-            bias = self.bias(1, keys, ahead + int(segment.rows))
-        else:
-            bias = self.bias(m, keys, ahead)
-        if self.config.cca_buckets == "shared":
-            bias = bias.repeat(1, 1, k.shape[-2] // keys)
-        bias = F.pad(bias, (nulls, 0))
-        if segment.uniform or not segment.single:
-            return bias, retrieved.hidden
-        mine = bias[:, segment.rows[:, 0]].transpose(0, 1)[:, :, None]
-        return None, mine if retrieved.hidden is None else mine + retrieved.hidden

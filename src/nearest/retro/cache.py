@@ -1,6 +1,6 @@
 """What generation keeps between forward passes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from jaxtyping import Int
@@ -8,6 +8,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from nearest.errors import SettingError
+from nearest.retro.chunks import Segment
+
+
+@dataclass
+class LastPass:
+    """What a pass was made of, so that its last tokens can be taken back."""
+
+    segment: Segment
+    states: Tensor  # (batch, columns, dim), where the encoder reads
+    carry: Tensor | None  # of the unfinished chunk before
+    stacks: dict[str, Tensor] = field(default_factory=dict)  # of all its blocks
 
 
 @dataclass
@@ -21,6 +32,42 @@ class ChunkState:
     columns: int = 0  # read so far, padding included
     shape: tuple[int, int] | None = None  # neighbours of a chunk, and tokens of each
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    recording: bool = False  # keep the last pass
+    last: LastPass | None = None
+
+    def begin(self, segment: Segment, states: Tensor) -> None:
+        """Note a pass that starts."""
+        self.columns += segment.columns
+        carry = self.tensors.get("carry")
+        self.last = LastPass(segment, states, carry) if self.recording else None
+
+    def keep_current(self, name: str, stack: Tensor, current: Tensor) -> None:
+        """Store what stays of what the blocks of a pass attended to."""
+        self.keep(name, current)
+        if self.last is not None:
+            self.last.stacks[name] = stack
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last tokens of the last pass, as assisted decoding does with drafts."""
+        if "input" in self.tensors:
+            self.tensors["input"] = self.tensors["input"][:, :-tokens]
+        if self.columns == 0:  # retrieval is off
+            return
+        if self.last is None or tokens >= self.last.segment.columns:
+            raise SettingError(
+                f"{tokens} tokens cannot be taken back: only some of the last pass can, after "
+                "activate_past_recording()"
+            )
+        last = self.last
+        segment = replace(last.segment, columns=last.segment.columns - tokens)
+        self.columns -= tokens
+        self.keep("carry", segment.chunk_states(last.states[:, : segment.columns], last.carry)[1])
+        for name, stack in last.stacks.items():
+            if segment.first_block == 1 and segment.chunks == 0:
+                del self.tensors[name]  # no chunk has ended
+            else:
+                self.keep(name, segment.current(stack))
+        self.last = None
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Store a tensor; of a view its own numbers alone, so that a long prompt's are freed."""
@@ -70,15 +117,17 @@ class RetroCache(DynamicCache):
         super().reset()  # type: ignore[no-untyped-call]
         self.chunk = ChunkState()
 
-    @property
-    def is_croppable(self) -> bool:
-        """False: neighbours of chunks before the current one are not kept."""
-        return False
+    def activate_past_recording(self) -> None:
+        """From now on keep what each pass was made of, so that `crop` can take tokens back."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.chunk.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget the last tokens, which assisted decoding asks for."""
+        """Forget the last tokens, a negative number of them, which the last pass has read.
+
+        Raises:
+            SettingError: they are more than the last pass read, or it was not recorded.
+        """
         if tokens_to_remove:
-            raise SettingError(
-                "the cache cannot go back, which assisted decoding needs: generate without an "
-                "assistant or prompt lookup, or with use_cache=False"
-            )
+            self.chunk.crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)

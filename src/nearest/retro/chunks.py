@@ -8,7 +8,6 @@ batch may be padded on the left and so stand differently; a pass may continue ot
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -163,23 +162,25 @@ class Segment:
         slots = columns + _column(self.begun, flat) + 1 - _column(self.pads, flat) - first
         return _take(flat, slots).masked_fill((slots < 0)[..., None], 0)
 
-    def merge(self, old: Any, new: Any) -> tuple[Tensor, Tensor]:
+    def merge(self, old: Tensor | None, new: Tensor | None) -> tuple[Tensor, Tensor]:
         """What each block attends to, (batch, blocks, …), and what stays for the next pass.
 
         Args:
-            old: of the chunk finished last before this pass, (batch, …), or None.
-            new: of the chunks finished in this pass, (batch, chunks, …), or None.
+            old: of the chunk finished last before this pass, (batch, …); None before any has.
+            new: of the chunks finished in this pass, (batch, chunks, …); None if none does.
         """
-        if self.first_block == 1:
-            stack = new
-        else:
-            stack = old[:, None] if new is None else torch.cat([old[:, None], new], dim=1)
+        parts = [] if old is None else [old[:, None]]
+        parts += [] if new is None else [new]
+        stack = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        current = self.current(stack)
+        return (current[:, None] if self.single else stack), current
+
+    def current(self, stack: Tensor) -> Tensor:
+        """What acts after this pass, (batch, …), of what acts in its blocks."""
         last = [max(done - self.first_block, 0) for done in self.finished]
         if self.uniform:
-            current = stack[:, last[0]]
-        else:
-            current = stack[torch.arange(len(stack)), torch.tensor(last)]
-        return (current[:, None] if self.single else stack), current
+            return stack[:, last[0]]
+        return stack[torch.arange(len(stack)), torch.tensor(last)]
 
 
 def _column(numbers: Sequence[int], like: Tensor) -> Int[Tensor, "batch 1"]:

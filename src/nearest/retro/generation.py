@@ -6,12 +6,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 
 from nearest.errors import SettingError
+from nearest.retro.cache import RetroCache
 from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
-from nearest.retro.encoder import neighbour_chunks, segment_of
+from nearest.retro.reading import neighbour_chunks, segment_of
 
 Retrieve = Callable[[Tensor], Tensor]
 """(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
@@ -25,9 +26,24 @@ class RetroGenerationMixin(GenerationMixin):
     Chunks that neither gives neighbours for have none. Without both, retrieval is off.
     """
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes a RetroCache
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *others: Any,
+        **named: Any,
+    ) -> Any:
+        """Where transformers would make its dynamic cache, make one of ours."""
+        if generation_config.cache_implementation is not None:
+            raise SettingError(
+                f"cache_implementation {generation_config.cache_implementation!r} is none for "
+                "models with neighbours, which have a cache of their own: leave it out"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RetroCache(cast(Any, self).config)
+            return None
+        prepare = cast(Any, super())._prepare_cache_for_generation
+        return prepare(generation_config, model_kwargs, *others, **named)
 
     retro_config: RetroConfig  # settings of chunks and neighbours
 

@@ -5,108 +5,22 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nearest.errors import SettingError
-from nearest.retro.attention import Attention, ChunkedCrossAttention, SelfAttention, hidden_keys
-from nearest.retro.blocks import FeedForward, Residual, deepnet_gain
+from nearest.retro.attention import hidden_keys
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
-from nearest.retro.encoder import (
-    Encoder,
-    NeighbourReader,
-    check_call,
-    chunks_seen,
-    segment_of,
-)
+from nearest.retro.decoder import DecoderLayer
+from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
-from nearest.retro.norms import RmsNorm, make_norm
-from nearest.retro.positions import BucketBias, Rotation, rotation
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, chunked cross-attention in some layers, feed-forward."""
-
-    def __init__(self, config: RetroConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attention = Residual(config, "decoder", SelfAttention(config, "decoder", layer))
-        self.chunked_cross_attention = (
-            Residual(config, "decoder", ChunkedCrossAttention(config, layer))
-            if layer in config.cca_layers
-            else None
-        )
-        self.feed_forward = Residual(config, "decoder", FeedForward(config, "decoder"))
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch n dim"],
-        hidden: Float[Tensor, "batch 1 1 k"] | None,
-        turns: Rotation | None,
-        cache: RetroCache | None,
-        read: NeighbourReader | None,
-    ) -> Float[Tensor, "batch n dim"]:
-        """See `SelfAttention`; read: None switches retrieval off."""
-        x = self.self_attention(x, hidden, turns, cache)
-        if self.chunked_cross_attention is not None and read is not None:
-            x = self.chunked_cross_attention(x, read(x))
-        return self.feed_forward(x)
-
-
-class RetroPreTrainedModel(PreTrainedModel):
-    """How weights are made and files are found."""
-
-    config_class = RetroConfig
-    config: RetroConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["DecoderLayer", "EncoderLayer"]  # noqa: RUF012
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's defaults, but: embeddings and null keys normal, biases of positions zero."""
-        if isinstance(module, nn.Linear | nn.LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, nn.Embedding):
-            decoder = module is self.get_input_embeddings()
-            initialization.normal_(module.weight, std=self.config.embedding_std if decoder else 1)
-        elif isinstance(module, RmsNorm):
-            initialization.ones_(module.weight)
-            if module.gate is not None:
-                initialization.ones_(module.gate)
-        elif isinstance(module, BucketBias):
-            initialization.zeros_(module.weight)
-        if isinstance(module, ChunkedCrossAttention) and module.null is not None:
-            initialization.normal_(module.null)
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Every module's own, then what depends on a matrix's part in its layer."""
-        super().initialize_weights()  # type: ignore[no-untyped-call]
-        if self.config.deepnet:
-            for module in self.modules():
-                self._init_deepnet(module)
-
-    def _init_deepnet(self, module: nn.Module) -> None:
-        """Xavier by depth; matrices that hold several are drawn part by part."""
-        parts: list[tuple[nn.Linear, list[float]]] = []
-        if isinstance(module, Attention):
-            gain = deepnet_gain(self.config, module.side)
-            parts = [(module.q, [1.0]), (module.kv, [1.0, gain]), (module.out, [gain])]
-        elif isinstance(module, FeedForward):
-            gain = deepnet_gain(self.config, module.side)
-            parts = [(module.up, [gain] * (1 + module.gated)), (module.down, [gain])]
-        elif isinstance(module, Encoder) and isinstance(module.project, nn.Linear):
-            parts = [(module.project, [1.0])]
-        for linear, gains in parts:
-            if getattr(linear.weight, "_is_hf_initialized", False):
-                continue  # read from a file
-            for part, gain in zip(linear.weight.chunk(len(gains)), gains, strict=True):
-                nn.init.xavier_normal_(part, gain)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+from nearest.retro.initial import RetroPreTrainedModel
+from nearest.retro.norms import make_norm
+from nearest.retro.positions import rotation
+from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
 
 
 class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
@@ -238,6 +152,11 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
     def _embed(
         self, input_ids: Int[Tensor, "batch n"], places: Int[Tensor, "_ n"]
     ) -> Float[Tensor, "batch n dim"]:
+        if not (int(input_ids.min()) >= 0 and int(input_ids.max()) < self.config.vocab_size):
+            raise SettingError(
+                f"input_ids lie in {int(input_ids.min())} … {int(input_ids.max())}, but the "
+                f"vocabulary has {self.config.vocab_size} tokens: use the model's own tokenizer"
+            )
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             if int(places.max()) >= self.config.max_position_embeddings:

@@ -20,12 +20,13 @@ from nearest.encode.identity import model_fingerprint, model_name, vocabulary_si
 from nearest.encode.layers import blocks_of
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
-from nearest.retro.attention import ChunkedCrossAttention
 from nearest.retro.blocks import Residual
 from nearest.retro.cache import RetroCache
+from nearest.retro.chunked import ChunkedCrossAttention
 from nearest.retro.config import RetroConfig
-from nearest.retro.encoder import Encoder, NeighbourReader, check_call, chunks_seen, segment_of
+from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
+from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -61,6 +62,7 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         self.generation_config = base.generation_config
         self.retro_config = retro_config
         self.base = base.requires_grad_(False).eval()
+        self._blocks = list(blocks_of(base))  # no module list, which would name them a second time
         own = set(inspect.signature(base.forward).parameters)
         self._known = own | TransformersKwargs.__optional_keys__ | {"return_dict"}
         table = cast(nn.Embedding, base.get_input_embeddings())
@@ -139,9 +141,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
     @contextmanager
     def _attending(self, read: NeighbourReader) -> Iterator[None]:
         """Send what leaves the chosen layers of the base through the new ones."""
-        blocks = blocks_of(self.base)
         handles = [
-            blocks[int(number)].register_forward_hook(_after(layer, read))
+            self._blocks[int(number)].register_forward_hook(_after(layer, read))
             for number, layer in self.adapter.layers.items()
         ]
         try:

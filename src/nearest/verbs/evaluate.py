@@ -1,68 +1,20 @@
 """Score text by the base model and with a memory, in one pass of the model over it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from nearest.corpus.text import Text
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
-from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
-from nearest.models.scoring import MethodRun, ReadText, ScoredInput, Scorer
+from nearest.models.scoring import MethodRun, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, check_method, settings_of_methods
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method's figures on a text; nll is the mean in nats a token.
-
-    Attributes:
-        nll_low, nll_high: 95 % interval of nll by document bootstrap; None for a single document.
-        ppl: perplexity a token.
-        word_ppl: perplexity a white-space word; None where the text was given as tokens.
-        bpb: bits a UTF-8 byte; None where the text was given as tokens.
-        foss: fraction of saved searches; None for the base model.
-        seconds: of the base model and, for a method, of its own part.
-        added_ms: milliseconds a token that the method adds to the base model.
-        delta_nll, delta_low, delta_high: difference in nll to the first method, paired by document.
-        document_nll: summed nll of each document, in nats.
-        document_tokens: tokens predicted in each document.
-    """
-
-    method: str
-    tokens: int
-    nll: float
-    nll_low: float | None
-    nll_high: float | None
-    ppl: float
-    word_ppl: float | None
-    bpb: float | None
-    foss: float | None
-    tok_s: float
-    seconds: float
-    added_ms: float
-    lam: float | None
-    temperature: float | None
-    k: int | None
-    delta_nll: float | None
-    delta_low: float | None
-    delta_high: float | None
-    document_nll: Float[np.ndarray, " documents"] = field(repr=False)
-    document_tokens: Int[np.ndarray, " documents"] = field(repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """The stable JSON keys."""
-        arrays = ("document_nll", "document_tokens")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        return {
-            name: None if isinstance(value, float) and not np.isfinite(value) else value
-            for name, value in values.items()
-        }
+from nearest.verbs.results import Cost, Result, result_of
 
 
 @overload
@@ -146,7 +98,12 @@ def evaluate(
             np.add.at(nll[name], block.documents, -log_probs.double().numpy())
     results = [
         _result(
-            scorer, name, nll[name], nll[methods[0]] if n else None, base_seconds, runs.get(name)
+            scorer.text,
+            name,
+            nll[name],
+            nll[methods[0]] if n else None,
+            base_seconds,
+            runs.get(name),
         )
         for n, name in enumerate(methods)
     ]
@@ -172,44 +129,14 @@ def _lookups(
 
 
 def _result(
-    scorer: Scorer | ReadText,
+    text: Text,
     method: str,
     nll: Float[np.ndarray, " documents"],
     compared_to: Float[np.ndarray, " documents"] | None,
     base_seconds: float,
     run: MethodRun | None,
 ) -> Result:
-    text = scorer.text
-    settings: dict[str, Any] = {} if run is None else run.lookup.settings.of(method)
-    own_seconds = 0.0 if run is None else run.seconds
-    counts = np.array([len(tokens) - 1 for tokens in text.documents])
-    tokens, total = int(counts.sum()), float(nll.sum())
-    interval = bootstrap_interval(nll, counts)
-    delta = Interval(None, None)
-    delta_nll = None
-    if compared_to is not None:
-        delta_nll = float((nll - compared_to).sum() / tokens)
-        delta = bootstrap_interval(nll - compared_to, counts)
-    seconds = base_seconds + own_seconds
-    return Result(
-        method=method,
-        tokens=tokens,
-        nll=total / tokens,
-        nll_low=interval.low,
-        nll_high=interval.high,
-        ppl=perplexity(total, tokens),
-        word_ppl=perplexity(total, text.words) if text.words else None,
-        bpb=bits_per_byte(total, text.utf8_bytes) if text.utf8_bytes else None,
-        foss=None if run is None else 1 - run.searches / run.tokens,
-        tok_s=tokens / seconds,
-        seconds=seconds,
-        added_ms=1000 * own_seconds / tokens,
-        lam=settings.get("lam"),
-        temperature=settings.get("temperature"),
-        k=settings.get("k"),
-        delta_nll=delta_nll,
-        delta_low=delta.low,
-        delta_high=delta.high,
-        document_nll=nll,
-        document_tokens=counts,
-    )
+    if run is None:
+        return result_of(text, method, nll, Cost(base_seconds), {}, compared_to)
+    cost = Cost(base_seconds, run.seconds, 1 - run.searches / run.tokens)
+    return result_of(text, method, nll, cost, run.lookup.settings.of(method), compared_to)

@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearest.errors import ModelError
 from nearest.retro.config import RetroConfig
-from nearest.retro.convert.rules import Rule, check_family, layers_of, load, same, save, shape_of
+from nearest.retro.convert.rules import (
+    Rule,
+    check_family,
+    check_vocabulary,
+    layers_of,
+    load,
+    same,
+    save,
+    shape_of,
+)
 from nearest.retro.model import RetroForCausalLM
 
 _ATTENTION = "multi_head_attention"
@@ -30,11 +38,7 @@ def from_norlund(
         ModelError: keys are missing or left over, or shapes do not fit.
     """
     config = RetroConfig.preset("norlund", **{**_settings(state), **settings})
-    if vocab_size not in (None, config.vocab_size):
-        raise ModelError(
-            f"the checkpoint has a vocabulary of {config.vocab_size} tokens, not {vocab_size}: it "
-            "belongs to another tokenizer"
-        )
+    check_vocabulary(config, vocab_size)
     shared = {"base.encoder.enc_embs.weight"} if config.share_embeddings else set()
     return load(state, config, _rules(config), shared)
 

@@ -6,9 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearest.errors import ModelError, SettingError
+from nearest.errors import SettingError
 from nearest.retro.config import RetroConfig
-from nearest.retro.convert.rules import Rule, check_family, layers_of, load, same, save, shape_of
+from nearest.retro.convert.rules import (
+    Rule,
+    check_family,
+    check_vocabulary,
+    layers_of,
+    load,
+    same,
+    save,
+    shape_of,
+)
 from nearest.retro.model import RetroForCausalLM
 
 _HEADS = 8  # whatever its argument says
@@ -33,11 +42,7 @@ def from_retro_pytorch(
         ModelError: keys are missing or left over, or shapes do not fit.
     """
     config = RetroConfig.preset("retro-pytorch", **{**_settings(state), **settings})
-    if vocab_size not in (None, config.vocab_size):
-        raise ModelError(
-            f"the checkpoint has a vocabulary of {config.vocab_size} tokens, not {vocab_size}: it "
-            "belongs to another tokenizer"
-        )
+    check_vocabulary(config, vocab_size)
     return load(state, config, _rules(config), set(_ROTARY))
 
 

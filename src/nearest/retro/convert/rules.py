@@ -90,6 +90,15 @@ def check_family(config: RetroConfig, family: RetroConfig, free: set[str]) -> No
             )
 
 
+def check_vocabulary(config: RetroConfig, vocab_size: int | None) -> None:
+    """Refuse a checkpoint of another vocabulary than is wanted (ModelError)."""
+    if vocab_size not in (None, config.vocab_size):
+        raise ModelError(
+            f"the checkpoint has a vocabulary of {config.vocab_size} tokens, not {vocab_size}: it "
+            "belongs to another tokenizer"
+        )
+
+
 def shape_of(state: Mapping[str, Tensor], name: str) -> torch.Size:
     """Shape of a weight without which nothing can be told (ModelError)."""
     if name not in state:

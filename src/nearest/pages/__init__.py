@@ -1,0 +1,1 @@
+"""Layer 9: HTML pages and figures that need nothing else, in one look."""

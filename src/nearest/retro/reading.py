@@ -1,0 +1,152 @@
+"""From the arguments of a forward pass to what its layers need of the neighbours."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+from nearest.errors import SettingError
+from nearest.retro.attention import hidden_keys
+from nearest.retro.cache import ChunkState, RetroCache
+from nearest.retro.chunked import Retrieved
+from nearest.retro.chunks import Segment
+from nearest.retro.config import RetroConfig
+from nearest.retro.encoder import Encoder
+
+
+def segment_of(
+    config: RetroConfig,
+    input_ids: Int[Tensor, "batch columns"],
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+) -> Segment:
+    """Where the tokens of a call stand: after a cache, and after padding on the left."""
+    batch, columns = input_ids.shape
+    seen = cache.get_seq_length() if cache is not None else 0
+    if attention_mask is None:
+        return Segment(config.chunk_size, columns, seen, (0,) * batch)
+    if tuple(attention_mask.shape) != (batch, seen + columns):
+        raise SettingError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but must be (batch, "
+            f"tokens so far) = ({batch}, {seen + columns})"
+        )
+    starts = (attention_mask.cumsum(1) == 0).sum(1)
+    return Segment(config.chunk_size, columns, seen, tuple(starts.tolist()))
+
+
+def neighbour_chunks(config: RetroConfig, segment: Segment) -> int:
+    """How many chunks' neighbours a call comes with."""
+    return segment.chunks if segment.seen else config.chunks(segment.columns)
+
+
+def check_call(config: RetroConfig, segment: Segment, ids: Tensor, cache: Cache | None) -> None:
+    """Refuse neighbours of a wrong shape, dtype or range, or that came too late (SettingError)."""
+    if not config.cca_layers:
+        raise SettingError("neighbour_ids are given, but cca_layers is empty: no layer reads them")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise SettingError(f"neighbour_ids must be token ids, int64, got {ids.dtype}: convert them")
+    seen, batch = segment.seen, len(segment.starts)
+    chunks = neighbour_chunks(config, segment)
+    if ids.ndim != 4 or tuple(ids.shape[:2]) != (batch, chunks):
+        raise SettingError(
+            f"neighbour_ids have the shape {tuple(ids.shape)}, but must be (batch, chunks, "
+            f"neighbours, length) = ({batch}, {chunks}, …): {segment.columns} tokens after {seen} "
+            f"in chunks of {config.chunk_size}, chunk_count {config.chunk_count!r}"
+        )
+    if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < config.vocab_size):
+        raise SettingError(
+            f"neighbour_ids lie in {int(ids.min())} … {int(ids.max())}, but the vocabulary has "
+            f"{config.vocab_size} tokens: give token ids, and −1 or the padding token for none"
+        )
+    if segment.chunks and not ids.numel():
+        raise SettingError(
+            f"neighbour_ids have the shape {tuple(ids.shape)} and so no tokens: give padding where "
+            "there are no neighbours, or None to switch retrieval off"
+        )
+    if cache is not None and (not isinstance(cache, RetroCache) or cache.chunk.columns != seen):
+        raise SettingError(
+            "this cache was filled without neighbours: start anew to switch retrieval on"
+        )
+
+
+def chunks_seen(
+    mask: Bool[Tensor, "batch columns"] | None, segment: Segment
+) -> Bool[Tensor, "batch chunks m"] | None:
+    """Which tokens of the chunks that end in a pass are no padding; None where all are."""
+    if mask is None or bool(mask.all()):
+        return None
+    columns = segment.chunk_columns().to(mask.device).clamp(max=mask.shape[1] - 1)
+    return mask.gather(1, columns.flatten(1)).reshape(columns.shape)
+
+
+class NeighbourReader:
+    """Encodes a pass's neighbours when the first layer asks, and tells the others the same."""
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        encoder: Encoder,
+        embed: Callable[[Tensor], Tensor],
+        segment: Segment,
+        ids: Int[Tensor, "batch _ neighbours length"],
+        context_seen: Bool[Tensor, "batch chunks m"] | None,
+        state: ChunkState | None,
+    ) -> None:
+        """Of one pass.
+
+        Args:
+            config: the model's. encoder: reads neighbours. embed: makes ids vectors.
+            segment: the pass.
+            ids: neighbours of at least the finished chunks; −1 and pad_token_id are padding.
+            context_seen: which tokens of the finished chunks are no padding; None where all are.
+            state: what generation keeps between passes, updated; None without a cache.
+        """
+        self.config = config
+        self.encoder = encoder
+        self.embed = embed
+        self.segment = segment
+        self.ids = ids[:, : segment.chunks]
+        self.context_seen = context_seen
+        self.state = state
+        self._retrieved: Retrieved | None = None
+
+    def __call__(self, x: Float[Tensor, "batch columns dim"]) -> Retrieved:
+        """What a layer attends to; x: the decoder's states, which the encoder reads once."""
+        if self._retrieved is None:
+            self._retrieved = self._read(x)
+        return self._retrieved
+
+    def _read(self, x: Float[Tensor, "batch columns dim"]) -> Retrieved:
+        segment, state = self.segment, self.state
+        chunks, carry = segment.chunk_states(x, state.tensors.get("carry") if state else None)
+        if state:
+            state.begin(segment, x)
+            state.keep("carry", carry)
+        seen = (self.ids != self.config.pad_token_id) & (self.ids >= 0)
+        shape = (seen.shape[2], seen.shape[3])
+        encoded = new = None
+        if segment.chunks:
+            embedded = self.embed(self.ids.clamp(min=0))
+            encoded = self.encoder(embedded, seen, chunks, self.context_seen)
+            nulls = int(self.config.null_neighbour)
+            new = nn.functional.pad(seen.flatten(2), (nulls, 0), value=True)
+            if state:
+                state.set_shape(shape)
+        elif state and state.shape:
+            shape = state.shape
+        if segment.blocks == 0:
+            return Retrieved(segment, shape[1], None, None, None, None)
+        stack, current = segment.merge(state.tensors.get("seen") if state else None, new)
+        if state:
+            state.keep_current("seen", stack, current)
+        silent = torch.tensor(segment.absent, device=x.device) | ~stack.any(-1)
+        return Retrieved(
+            segment,
+            shape[1],
+            encoded,
+            hidden_keys(self.config, stack.flatten(0, 1), x),
+            silent[..., None, None] if bool(silent.any()) else None,
+            state,
+        )

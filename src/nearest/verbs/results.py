@@ -1,0 +1,109 @@
+"""What scoring a text gives: one method's figures, with intervals by document bootstrap."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.corpus.text import Text
+from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method's figures on a text; nll is the mean in nats a token.
+
+    Attributes:
+        nll_low, nll_high: 95 % interval of nll by document bootstrap; None for a single document.
+        ppl: perplexity a token.
+        word_ppl: perplexity a white-space word; None where the text was given as tokens.
+        bpb: bits a UTF-8 byte; None where the text was given as tokens.
+        foss: fraction of saved searches; None for the base model.
+        seconds: of the base model and, for a method, of its own part.
+        added_ms: milliseconds a token that the method adds to the base model.
+        delta_nll, delta_low, delta_high: difference in nll to the first method, paired by document.
+        document_nll: summed nll of each document, in nats.
+        document_tokens: tokens predicted in each document.
+    """
+
+    method: str
+    tokens: int
+    nll: float
+    nll_low: float | None
+    nll_high: float | None
+    ppl: float
+    word_ppl: float | None
+    bpb: float | None
+    foss: float | None
+    tok_s: float
+    seconds: float
+    added_ms: float
+    lam: float | None
+    temperature: float | None
+    k: int | None
+    delta_nll: float | None
+    delta_low: float | None
+    delta_high: float | None
+    document_nll: Float[np.ndarray, " documents"] = field(repr=False)
+    document_tokens: Int[np.ndarray, " documents"] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable JSON keys."""
+        arrays = ("document_nll", "document_tokens")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        return {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in values.items()
+        }
+
+
+class Cost(NamedTuple):
+    """Seconds of the base model and of the method's own part; fraction of saved searches."""
+
+    base: float
+    own: float = 0.0
+    foss: float | None = None
+
+
+def result_of(
+    text: Text,
+    method: str,
+    nll: Float[np.ndarray, " documents"],
+    cost: Cost,
+    settings: Mapping[str, Any],
+    compared_to: Float[np.ndarray, " documents"] | None = None,
+) -> Result:
+    """Figures from the summed nll of each document, and of those it is compared to."""
+    counts = np.array([len(tokens) - 1 for tokens in text.documents])
+    tokens, total = int(counts.sum()), float(nll.sum())
+    interval = bootstrap_interval(nll, counts)
+    delta = Interval(None, None)
+    delta_nll = None
+    if compared_to is not None:
+        delta_nll = float((nll - compared_to).sum() / tokens)
+        delta = bootstrap_interval(nll - compared_to, counts)
+    seconds = cost.base + cost.own
+    return Result(
+        method=method,
+        tokens=tokens,
+        nll=total / tokens,
+        nll_low=interval.low,
+        nll_high=interval.high,
+        ppl=perplexity(total, tokens),
+        word_ppl=perplexity(total, text.words) if text.words else None,
+        bpb=bits_per_byte(total, text.utf8_bytes) if text.utf8_bytes else None,
+        foss=cost.foss,
+        tok_s=tokens / seconds,
+        seconds=seconds,
+        added_ms=1000 * cost.own / tokens,
+        lam=settings.get("lam"),
+        temperature=settings.get("temperature"),
+        k=settings.get("k"),
+        delta_nll=delta_nll,
+        delta_low=delta.low,
+        delta_high=delta.high,
+        document_nll=nll,
+        document_tokens=counts,
+    )
