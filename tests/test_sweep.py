@@ -1,6 +1,7 @@
 """Sweeps: rows are those of `evaluate`, the model reads once, each query is searched once."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import pytest
 from matplotlib.image import imread
 from transformers import PreTrainedModel
 
-from conftest import call_fails, make_documents, make_tokenizer, snapshot
-from nearest import Memory, evaluate, read_text, sweep, tune
+from conftest import call_fails, make_tokenizer, random_documents, snapshot
+from nearest import Document, Memory, evaluate, read_text, sweep, tune
 from nearest.errors import FolderError, NearestError, SettingError
 from nearest.models import scoring
 from nearest.pages import sweep as report
@@ -29,7 +30,22 @@ from test_cli import EVAL_KEYS, invoke, json_lines, write_jsonl
 from test_demo import Page, assert_self_contained
 
 TOKENIZER = make_tokenizer()
-TEXT = make_documents(6, 40, seed=9)
+CORPUS = random_documents()
+
+
+def excerpts(count: int, size: int, seed: int) -> list[Document]:
+    """Documents put together from two pieces of the corpus: pointers lead on inside each."""
+    rng = np.random.default_rng(seed)
+    texts = [document.text for document in CORPUS]
+    starts = rng.integers(0, 20, (count, 2))
+    picked = rng.integers(0, len(texts), (count, 2))
+    return [
+        Document(f"t{i}", "".join(texts[n][a : a + size] for n, a in zip(*pair, strict=True)))
+        for i, pair in enumerate(zip(picked, starts, strict=True))
+    ]
+
+
+TEXT = excerpts(5, 20, seed=9)
 METHODS = ["knn", "retomaton", "suffix", "hybrid"]
 MIN_KNNS = [3, 1, float("inf"), 1]  # in no order, and one twice
 SKIPS = [0.0, 0.4, 1.0]
@@ -38,8 +54,8 @@ SKIPS = [0.0, 0.4, 1.0]
 @pytest.fixture(scope="module")
 def memory(tiny_model: PreTrainedModel, build_memory: Callable[..., Memory]) -> Memory:
     """Tuned for every method of METHODS, such that all searches are of one kind."""
-    path = build_memory(tiny_model, make_documents(30, 40)).path
-    held_out = make_documents(12, 40, seed=1)
+    path = build_memory(tiny_model, CORPUS).path
+    held_out = excerpts(8, 20, seed=1)
     for method in METHODS:
         options = {} if method == "suffix" else {"k": 16}
         tune(tiny_model, Memory.open(path), held_out, method=method, tokenizer=TOKENIZER, **options)
@@ -154,7 +170,7 @@ def test_the_model_reads_once_and_each_query_is_searched_once(
     try:
         evaluate(tiny_model, memory, TEXT, "base", tokenizer=TOKENIZER)
         once = passes.total()
-        swept = sweep(tiny_model, memory, TEXT, tokenizer=TOKENIZER)
+        sweep(tiny_model, memory, TEXT, tokenizer=TOKENIZER, min_knns=MIN_KNNS, skip=SKIPS)
         assert passes.total() == 2 * once
     finally:
         handle.remove()
@@ -163,11 +179,10 @@ def test_the_model_reads_once_and_each_query_is_searched_once(
         [b.queries.keys for b in read_text(tiny_model, memory, TEXT, tokenizer=TOKENIZER).read]
     )
     assert set(searched) == {row.tobytes() for row in keys}
-    assert len(swept.points) > 15
 
 
 def test_what_is_remembered_at_a_time_changes_nothing(
-    swept: Sweep, tiny_model: PreTrainedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    tiny_model: PreTrainedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most: list[int] = []
     forget = SearchCache.forget
@@ -176,14 +191,17 @@ def test_what_is_remembered_at_a_time_changes_nothing(
         most.append(sum(len(answers.of) for answers in self._answers.values()))
         forget(self)
 
+    def swept() -> Sweep:
+        methods = ["knn", "retomaton"]
+        return sweep(tiny_model, memory, TEXT, methods, tokenizer=TOKENIZER, min_knns=[1], skip=[0])
+
+    whole = swept()
     monkeypatch.setattr(SearchCache, "forget", watched)
     monkeypatch.setattr(sweep_module, "_REMEMBERED", 1)  # then document after document
-    again = sweep(tiny_model, memory, TEXT, min_knns=MIN_KNNS, skip=SKIPS, tokenizer=TOKENIZER)
-    for one, other in zip(swept.points, again.points, strict=True):
+    for one, other in zip(whole.points, swept().points, strict=True):
         np.testing.assert_allclose(one.result.document_nll, other.result.document_nll, rtol=1e-5)
         assert one.result.foss == other.result.foss
-    assert len(most) == len(TEXT)
-    assert all(count <= len(document.text) for count, document in zip(most, TEXT, strict=True))
+    assert most == [len(document.text) for document in TEXT]
 
 
 def test_the_cache_answers_as_the_memory(memory: Memory, rng: np.random.Generator) -> None:
@@ -307,10 +325,14 @@ def test_page_says_every_setting_and_how_time_is_counted(swept: Sweep, memory: M
         "40 % at random",
         "the memory has none",
         "plus the number of searches that it asks for times the mean time of one in this sweep",
-        "Without any search",
     ):
         assert phrase in text
     assert "Not tuned" not in text
+    best = dataclasses.replace(swept.points[1].result, nll=0.0, ppl=1.0)
+    with_search = [swept.points[0], Point(None, None, best), *swept.points[2:]]
+    said = Page(render(dataclasses.replace(swept, points=with_search), memory)).text
+    assert "the lowest is 1.0, by knn at FoSS 0.00" in said
+    assert "Without any search it is" in said
     untuned = Sweep(swept.points, swept.search_ms, ["knn"])
     assert "with default settings: knn." in Page(render(untuned, memory)).text
 

@@ -30,7 +30,7 @@ class Ngrams(NamedTuple):
 
 
 class Successors(NamedTuple):
-    """What one array knows of n-grams: how many entries, and tokens that follow (int32, else -1)."""
+    """What one array knows of n-grams: how many entries, and what follows them (int32, else -1)."""
 
     counts: Int[np.ndarray, "q n"]
     sampled: Int[np.ndarray, "q n sampled"]

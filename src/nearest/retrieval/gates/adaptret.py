@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearest.retrieval.distribution import Component
@@ -30,7 +30,7 @@ class AdaptRetGate:
     Attributes:
         temperature: by which distances are divided.
         network: features → logits of the language model and of the memory.
-        quantiles: of λ on the tuning text.
+        quantiles: of λ's log-odds on the tuning text.
     """
 
     temperature: float
@@ -49,15 +49,15 @@ class AdaptRetGate:
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ where a search was made and found something; elsewhere the model is left alone."""
-        found = view.candidates.has("dense")
-        return np.where(found, self._lams(view), np.float32(0))[:, None]
+        lams = np.exp(-np.logaddexp(np.float32(0), -self._log_odds(view)))
+        return np.where(view.candidates.has("dense"), lams, np.float32(0))[:, None]
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Where λ lies above the quantile that saves as many searches."""
-        return above_quantile(self._lams(before), self.quantiles, skip)
+        return above_quantile(self._log_odds(before), self.quantiles, skip)
 
-    def _lams(self, view: View) -> Float[np.ndarray, " q"]:
-        return lams_of(self.network, adaptret_inputs(view))
+    def _log_odds(self, view: View) -> Float[np.ndarray, " q"]:
+        return _log_odds(self.network(adaptret_inputs(view)))
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The temperature as JSON, network and quantiles as arrays."""
@@ -110,7 +110,7 @@ def fit_adaptret(
         start=np.log([1 - lam, lam]),
         held_out=held_out_documents(data.documents, seed=seed),
     )
-    quantiles = quantiles_of(lams_of(network, data.inputs))
+    quantiles = quantiles_of(_log_odds(network(data.inputs)))
     return AdaptRetGate(temperatures[best], network, quantiles)
 
 
@@ -137,11 +137,10 @@ def adaptret_inputs(view: View) -> Float[np.ndarray, "q inputs"]:
     return np.concatenate([queries.keys, *figures], axis=1).astype(np.float32)
 
 
-def lams_of(network: Network, inputs: Float[np.ndarray, "q inputs"]) -> Float[np.ndarray, " q"]:
-    """λ of the memory (float32)."""
-    logits = network(inputs)
-    lams: Float[np.ndarray, " q"] = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
-    return lams
+def _log_odds(logits: Float[np.ndarray, "q 2"]) -> Float[np.ndarray, " q"]:
+    """log(λ / (1 − λ)), which tells λ near 0 or 1 apart where float32 cannot."""
+    log_odds: Float[np.ndarray, " q"] = logits[:, 1] - logits[:, 0]
+    return log_odds
 
 
 def _emphasis(inputs: int) -> Float[np.ndarray, " inputs"]:

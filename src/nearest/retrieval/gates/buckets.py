@@ -110,14 +110,18 @@ def bucket_of(
     nearest: Float[np.ndarray, " q"], edges: Float[np.ndarray, " edges"]
 ) -> Int[np.ndarray, " q"]:
     """The number of each distance's bucket."""
-    return np.searchsorted(edges, nearest, side="right")
+    bucket: Int[np.ndarray, " q"] = np.searchsorted(edges, nearest, side="right")
+    return bucket
 
 
 def _edges(nearest: Float[np.ndarray, " n"], buckets: int) -> Float[np.ndarray, " edges"]:
     """Between equally many distances; equal distances stay together, so buckets may be fewer."""
     ordered = np.sort(nearest)
-    edges = np.unique(ordered[np.arange(1, buckets) * len(ordered) // buckets])
-    return edges[edges > ordered[0]]
+    edges: Float[np.ndarray, " edges"] = np.unique(
+        ordered[np.arange(1, buckets) * len(ordered) // buckets]
+    )
+    above: Float[np.ndarray, " edges"] = edges[edges > ordered[0]]
+    return above
 
 
 def _component(temperature: float, first: int) -> Component:

@@ -1,4 +1,4 @@
-"""What the fits of published gates share: the whole text as arrays, and the best constant shares."""
+"""What fits of published gates share: a text as arrays, and the best constant shares."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

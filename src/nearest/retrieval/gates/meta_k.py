@@ -153,7 +153,8 @@ def _distinct(values: Int[np.ndarray, "q most"]) -> Int[np.ndarray, "q most"]:
     same = values[:, :, None] == values[:, None, :]
     earlier = np.tril(np.ones(same.shape[1:], dtype=bool), -1)
     new = ~(same & earlier).any(axis=2) & (values >= 0)
-    return new.cumsum(axis=1)
+    distinct: Int[np.ndarray, "q most"] = new.cumsum(axis=1)
+    return distinct
 
 
 def _looked_at(most: int) -> int:
