@@ -5,6 +5,7 @@ A corpus is read straight from a memory's files; every search compares with ever
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -146,8 +147,8 @@ class Oracle:
     def _extended(self, pointers: list[int]) -> list[int]:
         extended = list(pointers)
         if len(extended) < self.max_knns:
-            own = [self.corpus.cluster[i] for i in pointers if i in self.corpus.cluster]
-            for cluster in sorted(set(own), key=lambda c: (-own.count(c), c)):
+            own = Counter(self.corpus.cluster[i] for i in pointers if i in self.corpus.cluster)
+            for cluster in sorted(own, key=lambda c: (-own[c], c)):
                 extended += self.corpus.members[cluster]
         return extended[: self.max_knns]
 
@@ -175,8 +176,10 @@ class Oracle:
                 score + self.length_power * math.log(1 + matched[i])
                 for i, score in zip(candidates, scores, strict=True)
             ]
-        parts = [math.exp(score - max(scores)) for score in scores]
-        return [(i, self.lam * p / sum(parts)) for i, p in zip(candidates, parts, strict=True)]
+        best = max(scores)
+        parts = [math.exp(score - best) for score in scores]
+        total = sum(parts)
+        return [(i, self.lam * p / total) for i, p in zip(candidates, parts, strict=True)]
 
     def _mixed(self, weights: list[tuple[int, float]], lm_log_probs: np.ndarray) -> np.ndarray:
         if not weights:

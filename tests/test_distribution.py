@@ -15,7 +15,7 @@ from nearest.retrieval.distribution import (
     component_weights_reference,
     mixed_log_probs,
     nll_over_lams,
-    vocabulary_probs,
+    vocabulary_log_probs,
 )
 
 INF = float("inf")
@@ -128,10 +128,17 @@ def test_sources_stand_side_by_side() -> None:
 
 
 def test_votes_add_up_by_value_and_ignore_missing_ones() -> None:
-    weights = torch.tensor([[0.5, 0.2, 0.3, 0.0]])
-    values = torch.tensor([[3, 1, 3, -1]])
-    expected = torch.tensor([[0.0, 0.2, 0.0, 0.8]])
-    torch.testing.assert_close(vocabulary_probs(weights, values, 4), expected)
+    weights = torch.tensor([[0.25, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    values = torch.tensor([[3, 1, 3, -1], [-1, -1, -1, -1]])
+    lm = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    expected = torch.tensor([[0.05, 0.2, 0.15, 0.6], [0.4, 0.3, 0.2, 0.1]])
+    shares = torch.tensor([[0.5], [1.0]])
+    mixed = vocabulary_log_probs(lm.log(), weights, values, shares)
+    torch.testing.assert_close(mixed.exp(), expected)
+    alone = vocabulary_log_probs(lm.log(), weights * 2, values, torch.zeros(2, 1))
+    torch.testing.assert_close(alone.exp()[0], torch.tensor([0.0, 0.2, 0.0, 0.8]))
+    none = vocabulary_log_probs(lm.log(), weights[:, :0], values[:, :0], torch.ones(2, 1))
+    torch.testing.assert_close(none.exp(), lm)
 
 
 @given(st.floats(0, 1, width=32), st.integers(0, 2**31))

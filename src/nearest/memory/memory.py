@@ -249,6 +249,8 @@ class Memory:
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.
 
+        There are fewer columns if the memory holds fewer entries.
+
         Args:
             context: int64 token ids; a match never reaches back beyond a start token.
             ends: query i is context[: ends[i] + 1].
@@ -258,7 +260,12 @@ class Memory:
         found = []
         for segment, first in zip(self.segments, self._first_entry, strict=False):
             ids, lengths, longest = longest_matches(
-                segment.tokens, segment.suffixes, start_token, context, ends, most
+                segment.tokens,
+                segment.suffixes,
+                start_token,
+                context,
+                ends,
+                min(most, segment.record.entries),
             )
             if first:
                 ids = np.where(ids < 0, NO_ENTRY, ids + first)

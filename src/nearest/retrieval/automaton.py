@@ -25,8 +25,8 @@ def extend(
     the corpus's order. As published, a member that is a pointer too stands twice.
     """
     counts = (pointers >= 0).sum(1)
-    width = most if clusters is not None else min(most, int(counts.max(initial=0)))
-    extended = np.full((len(pointers), width), NO_ENTRY, dtype=np.int64)
+    width = int(counts.max(initial=0)) + (0 if clusters is None else len(clusters.members))
+    extended = np.full((len(pointers), min(most, width)), NO_ENTRY, dtype=np.int64)
     if clusters is None:
         _compact(pointers, extended)
     else:

@@ -111,22 +111,36 @@ def component_weights_reference(
     return normalised
 
 
-def vocabulary_probs(
-    weights: Float[Tensor, "q c"], values: Int[Tensor, "q c"], vocab_size: int
-) -> Float[Tensor, "q vocab"]:
-    """The candidates' weights summed by value; value −1 has no weight."""
-    votes = weights.new_zeros(len(values), vocab_size)
-    return votes.scatter_add(-1, values.clamp(min=0), weights)
-
-
 def mixed_log_probs(
     lm_log_probs: Float[Tensor, "*shape"],
     memory_probs: Float[Tensor, "*shape"],
     lm_share: Float[Tensor, "*#shape"],
 ) -> Float[Tensor, "*shape"]:
     """log(p_memory + λ_LM·p_LM) in nats; the memory's shares are in p_memory already."""
-    lm_share = lm_share.to(lm_log_probs.dtype).clamp(min=0)  # a sum of shares may exceed 1 by ulps
-    return torch.logaddexp(lm_log_probs + lm_share.log(), memory_probs.log())
+    return torch.logaddexp(_shared(lm_log_probs, lm_share), memory_probs.log())
+
+
+def vocabulary_log_probs(
+    lm_log_probs: Float[Tensor, "q vocab"],
+    weights: Float[Tensor, "q c"],
+    values: Int[Tensor, "q c"],
+    lm_share: Float[Tensor, "q 1"],
+) -> Float[Tensor, "q vocab"]:
+    """`mixed_log_probs` of every token, with the weights of candidates summed by value.
+
+    Value −1 has no weight. Only tokens with candidates are mixed: of a large vocabulary few.
+    """
+    tokens = values.clamp(min=0)
+    votes = torch.zeros_like(lm_log_probs).scatter_add(-1, tokens, weights)
+    mixed = mixed_log_probs(lm_log_probs.gather(-1, tokens), votes.gather(-1, tokens), lm_share)
+    return _shared(lm_log_probs, lm_share).scatter(-1, tokens, mixed)
+
+
+def _shared(
+    lm_log_probs: Float[Tensor, "*shape"], lm_share: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
+    """log(λ_LM·p_LM); a sum of the others' shares may exceed 1 by ulps."""
+    return lm_log_probs + lm_share.to(lm_log_probs.dtype).clamp(min=0).log()
 
 
 def nll_over_lams(

@@ -19,7 +19,7 @@ from nearest.retrieval.distribution import (
     Weights,
     candidate_weights,
     mixed_log_probs,
-    vocabulary_probs,
+    vocabulary_log_probs,
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
 from nearest.retrieval.gates.stored import load_gate
@@ -47,6 +47,8 @@ class Lookup:
         self.method = method
         self.settings = settings
         self.sources = method_named(method).sources
+        if self.sources != ("suffix",):
+            _ = memory.keys_record  # refuses a memory without keys before anything is computed
         self._asks = method_named(method).asks
         self._search = search or memory.search
         self.gate = gate or FixedGate(
@@ -155,13 +157,11 @@ class Lookup:
         """Log-probabilities of every token, on the device of `lm_log_probs`."""
         device = lm_log_probs.device
         weights = self.weights(queries, candidates)
-        probs = vocabulary_probs(
+        return vocabulary_log_probs(
+            lm_log_probs,
             torch.from_numpy(weights.candidates).to(device),
             torch.from_numpy(candidates.values).to(device),
-            lm_log_probs.shape[-1],
-        )
-        return mixed_log_probs(
-            lm_log_probs, probs, torch.from_numpy(weights.lm)[:, None].to(device)
+            torch.from_numpy(weights.lm)[:, None].to(device),
         )
 
     def _to_search(

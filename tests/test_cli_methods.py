@@ -1,0 +1,220 @@
+"""RetoMaton and suffix retrieval on the command line, with and without keys."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from conftest import make_documents
+from nearest import Memory, evaluate, read_documents
+from test_bad_input import invoke, refused, works
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> SimpleNamespace:
+    """A memory with keys and clusters, one without keys, and a text to be scored."""
+    folder = tmp_path_factory.mktemp("methods")
+    for name, documents in (
+        ("corpus.jsonl", make_documents(12, 30)),
+        ("text.jsonl", make_documents(2, 20, seed=1)),
+    ):
+        lines = [json.dumps({"id": d.id, "text": d.text}) for d in documents]
+        (folder / name).write_text("\n".join(lines))
+    memory, textual = folder / "law.memory", folder / "text.memory"
+    works("build", model_folder, folder / "corpus.jsonl", "--out", memory)
+    works("cluster", memory, "--clusters", 60)
+    works("build", model_folder, folder / "corpus.jsonl", "--out", textual, "--keys", "none")
+    return SimpleNamespace(memory=memory, textual=textual, text=folder / "text.jsonl")
+
+
+RETOMATON = {"lam": 0.6, "temperature": 40.0, "k": 12, "min_knns": 3, "max_knns": 50}
+SUFFIX = {"lam": 0.6, "temperature": 40.0, "matches": 9, "length_power": 2.5}
+
+
+def as_options(settings: dict[str, Any]) -> list[Any]:
+    return [part for name, v in settings.items() for part in (f"--{name.replace('_', '-')}", v)]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "more"),
+    [
+        ("retomaton", RETOMATON, {}),
+        ("retomaton", RETOMATON | {"min_knns": "inf", "length_power": 1.5}, {"dedup": True}),
+        ("retomaton", RETOMATON | {"min_knns": 0}, {"dedup": False}),
+        ("retomaton", RETOMATON | {"distances": "index"}, {}),
+        ("suffix", SUFFIX, {}),
+        ("knn", {"lam": 0.6, "temperature": 40.0, "k": 12, "length_power": 2.0}, {}),
+    ],
+)
+def test_eval_takes_every_setting(
+    world: SimpleNamespace,
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    method: str,
+    settings: dict[str, Any],
+    more: dict[str, bool],
+) -> None:
+    """As the library does with the same."""
+    flags = ["--dedup" if value else "--no-dedup" for value in more.values()]
+    where = [world.memory, "--text", world.text, "--method", method]
+    (record,) = works("eval", *where, *as_options(settings), *flags)
+    given = {name: float("inf") if v == "inf" else v for name, v in settings.items()} | more
+    text = list(read_documents([world.text]))
+    memory = Memory.open(world.memory)
+    expected = evaluate(tiny_model, memory, text, method, tokenizer=tiny_tokenizer, **given)
+    assert record["nll"] == pytest.approx(expected.nll, rel=1e-6)
+    assert record["foss"] == pytest.approx(expected.foss)
+    assert record["k"] == given.get("k")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "stored"),
+    [
+        ("retomaton", ["--min-knns", "inf", "--k", 20, "--dedup"], {"min_knns": "inf", "k": 20}),
+        ("retomaton", ["--max-knns", 7], {"max_knns": 7, "dedup": False}),
+        ("suffix", ["--matches", 30], {"matches": 30}),
+        ("suffix", ["--length-power", 1.5], {"length_power": 1.5}),
+    ],
+)
+def test_what_was_tuned_is_used(
+    world: SimpleNamespace, method: str, options: list[Any], stored: dict[str, Any]
+) -> None:
+    (tuned,) = works("tune", world.memory, "--text", world.text, "--method", method, *options)
+    assert tuned.items() >= {"method": method, **stored}.items()
+    (record,) = works("eval", world.memory, "--text", world.text, "--method", method)
+    assert record["nll"] == pytest.approx(tuned["tuned_nll"], rel=1e-4)
+    assert record["lam"] == tuned["lam"]
+    (info,) = works("info", world.memory)
+    assert {"method": method, **info[f"settings_of_{method}"]} == tuned
+    options = ["--prompt", "the court", "--max-new-tokens", 6, "--method", method]
+    (generated,) = works("generate", world.memory, *options, "--sources")
+    assert 0 < len(generated["tokens"]) <= 6
+
+
+def test_several_methods_each_take_their_own_settings(world: SimpleNamespace) -> None:
+    options = ["--method", "base,retomaton,suffix", "--min-knns", 5, "--matches", 9, "--lam", 0.3]
+    base, retomaton, suffix = works("eval", world.memory, "--text", world.text, *options)
+    assert (base["lam"], retomaton["lam"], suffix["lam"]) == (None, 0.3, 0.3)
+    assert (base["foss"], suffix["foss"], suffix["k"]) == (None, 1.0, None)
+    assert 0 <= retomaton["foss"] < 1
+    assert suffix["delta_nll"] == pytest.approx(suffix["nll"] - base["nll"])
+
+
+@pytest.mark.parametrize("method", ["retomaton", "suffix"])
+def test_generate_continues_with_sources(world: SimpleNamespace, method: str) -> None:
+    settings = RETOMATON if method == "retomaton" else SUFFIX
+    options = ["--prompt", "the court shall", "--max-new-tokens", 8, "--method", method]
+    options += as_options(settings | {"lam": 0.9})
+    (found,) = works("generate", world.memory, *options, "--sources", "--replay", "full")
+    (again,) = works("generate", world.memory, *options, "--replay", "full")
+    (beams,) = works("generate", world.memory, *options, "--sources", "--num-beams", 3)
+    assert again["text"] == found["text"]
+    originals = {d.id: d.text for d in make_documents(12, 30)}
+    for generated in (found, beams):
+        assert max(token["memory_weight"] for token in generated["tokens"]) > 0.5
+        for share in generated["documents"]:
+            passage = share["before"] + share["token"] + share["after"]
+            assert passage in originals[share["id"]]
+
+
+BAD: list[tuple[str, list[Any], str]] = [
+    ("retomaton", ["--min-knns", -1], "min_knns must be at least 0, got -1"),
+    ("retomaton", ["--min-knns", "nan"], "min_knns must be at least 0, got nan"),
+    ("retomaton", ["--max-knns", 0], "max_knns must be at least 1, got 0"),
+    ("retomaton", ["--length-power", "inf"], "length_power must be at least 0 and finite"),
+    ("retomaton", ["--matches", 5], "'matches' is no setting of retomaton: choose among"),
+    ("suffix", ["--matches", 0], "matches must be at least 1, got 0"),
+    ("suffix", ["--length-power", -1], "length_power must be at least 0 and finite, got -1"),
+    ("suffix", ["--k", 5], "'k' is no setting of suffix: choose among"),
+    ("suffix", ["--min-knns", 1], "'min_knns' is no setting of suffix"),
+    ("suffix", ["--dedup"], "'dedup' is no setting of suffix"),
+    ("suffix", ["--distances", "keys"], "'distances' is no setting of suffix"),
+    ("knn", ["--max-knns", 5], "'max_knns' is no setting of knn"),
+]
+
+
+@pytest.mark.parametrize("verb", ["eval", "tune", "generate"])
+@pytest.mark.parametrize(("method", "options", "message"), BAD, ids=str)
+def test_settings_that_a_method_does_not_have(
+    world: SimpleNamespace, verb: str, method: str, options: list[Any], message: str
+) -> None:
+    required = ["--prompt", "a"] if verb == "generate" else ["--text", world.text]
+    assert message in refused(verb, world.memory, *required, "--method", method, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--min-knns", "few"), ("--max-knns", "inf"), ("--matches", "1.5"), ("--length-power", "x")],
+)
+def test_numbers_that_are_none(world: SimpleNamespace, option: str, value: str) -> None:
+    result = invoke("eval", world.memory, "--text", world.text, option, value)
+    assert (result.code, result.out) == (2, "")
+    assert option in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("replay", ["-1", "some", "1.5", ""])
+def test_replay_that_means_nothing(world: SimpleNamespace, replay: str) -> None:
+    options = ["--prompt", "a", "--method", "retomaton", "--replay", replay]
+    message = refused("generate", world.memory, *options)
+    assert f'replay must be a number of positions or "full", got {replay!r}' in message
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("method", "option"), [("suffix", "--matches"), ("retomaton", "--max-knns")]
+)
+def test_more_candidates_than_entries_are_all_of_them(
+    world: SimpleNamespace, method: str, option: str
+) -> None:
+    """Not an array of a thousand million columns."""
+    where = ["eval", world.memory, "--text", world.text, "--method", method, "--lam", 0.5, option]
+    (all_of_them,) = works(*where, 10**9)
+    (many,) = works(*where, 20_000)
+    assert all_of_them["nll"] == pytest.approx(many["nll"], rel=1e-6)
+
+
+# --- no keys --------------------------------------------------------------------------------------
+
+
+def test_suffix_needs_no_keys(world: SimpleNamespace) -> None:
+    where = [world.textual, "--text", world.text, "--method", "suffix"]
+    (tuned,) = works("tune", *where)
+    (record,) = works("eval", *where)
+    assert record["nll"] == pytest.approx(tuned["tuned_nll"], rel=1e-4)
+    assert tuned["tuned_nll"] < tuned["tuned_base_nll"] - 0.5
+    options = ["--prompt", "the court", "--max-new-tokens", 6, "--method", "suffix", "--sources"]
+    (generated,) = works("generate", world.textual, *options)
+    assert max(token["memory_weight"] for token in generated["tokens"]) > 0.3
+    shown = invoke("generate", world.textual, *options)
+    assert shown.code == 0
+    assert "strongest passage" in shown.out
+
+
+@pytest.mark.parametrize("verb", ["eval", "tune", "generate"])
+@pytest.mark.parametrize(
+    ("method", "options"), [("knn", []), ("retomaton", []), ("retomaton", ["--min-knns", 0])]
+)
+def test_what_needs_keys_says_so(
+    world: SimpleNamespace, verb: str, method: str, options: list[Any]
+) -> None:
+    required = ["--prompt", "a"] if verb == "generate" else ["--text", world.text]
+    message = refused(verb, world.textual, *required, "--method", method, *options)
+    assert "has no keys (it was built with --keys none)" in message
+    assert "use the method suffix" in message
+
+
+def test_clusters_of_segments_that_are_gone(world: SimpleNamespace, tmp_path: Path) -> None:
+    import shutil
+
+    from conftest import edit_manifest
+
+    memory = Path(shutil.copytree(world.memory, tmp_path / "m"))
+    edit_manifest(memory, lambda m: m["clusters"].update(segments=["000007"]))
+    where = ["eval", memory, "--text", world.text, "--method"]
+    message = refused(*where, "retomaton")
+    assert "the clusters of" in message
+    assert "make them anew with `nearest cluster`" in message
+    works(*where, "knn,suffix")  # which follow none
