@@ -150,7 +150,7 @@ def test_right_padding_changes_no_key_and_no_score(kind: str, name: str) -> None
     wanted = np.zeros((2, 20), dtype=bool)
     wanted[0, 5:19], wanted[1, :6] = True, True
     targets = np.concatenate([long[6:20], short[1:7]])
-    keys, log_probs = encode_and_score(model, layer, inputs, wanted, targets)
+    keys, log_probs, _ = encode_and_score(model, layer, inputs, wanted, targets)
     torch.testing.assert_close(encode_keys(model, layer, inputs, wanted), keys)
     for tokens, rows, start, stop in ((long, slice(0, 14), 5, 19), (short, slice(14, 20), 0, 6)):
         alone, logits = keys_and_logits(model, torch.from_numpy(tokens), name)

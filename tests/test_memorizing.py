@@ -17,6 +17,7 @@ from conftest import make_model
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.index.approximate import ApproximateIndex, build_index
 from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float32Keys
 from nearest.index.neighbours import Neighbours, VectorIndex
 from nearest.models.memorizing import attention, memory
 from nearest.models.memorizing.attention import MemorizingAttention, attend_memory
@@ -275,12 +276,13 @@ def test_nearest_equals_brute_force(data: st.DataObject) -> None:
 
 
 def exact(keys: np.ndarray) -> VectorIndex:
-    return ExactIndex(keys, np.arange(len(keys)), "ip")
+    return ExactIndex(Float32Keys(keys, "ip"), np.arange(len(keys)))
 
 
 def hnsw(keys: np.ndarray) -> VectorIndex:
     rng = np.random.default_rng(0)
-    return ApproximateIndex(build_index(keys, np.arange(len(keys)), "HNSW16", "ip", rng), "ip")
+    index = build_index(Float32Keys(keys, "ip"), np.arange(len(keys)), "HNSW16", rng)
+    return ApproximateIndex(index, "ip")
 
 
 @pytest.mark.parametrize("index", [exact, hnsw])

@@ -35,6 +35,11 @@ class VectorIndex(Protocol):
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries of each query, nearest first by this index's own distances."""
 
+
+@runtime_checkable
+class MeasuringIndex(VectorIndex, Protocol):
+    """An index that also measures chosen entries."""
+
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:

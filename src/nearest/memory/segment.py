@@ -16,8 +16,8 @@ from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys, MergedKeys
 from nearest.index.neighbours import (
     NO_ENTRY,
+    MeasuringIndex,
     Neighbours,
-    VectorIndex,
     position_dtype,
     sort_nearest_first,
 )
@@ -104,7 +104,7 @@ class Segment:
         return self._keys
 
     @cached_property
-    def index(self) -> VectorIndex:
+    def index(self) -> MeasuringIndex:
         """The index that the manifest names, read after its checksum has matched."""
         keys, record = self.keys, self.record.index
         if record is None or record.file is None or self._index_file is None:
