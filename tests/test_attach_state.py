@@ -45,7 +45,6 @@ class World:
     layer: str
     memory: Memory
     corpus: Corpus
-    name: str
     method: str
     given: dict[str, Any]
 
@@ -76,7 +75,7 @@ def made(
 @pytest.fixture(params=METHODS)
 def world(request: pytest.FixtureRequest, made: Any) -> World:
     method, given = METHODS[request.param]
-    return World(*made, Corpus(made[-1]), request.param, method, given)
+    return World(*made, Corpus(made[-1]), method, given)
 
 
 STATES: list[tuple[str, int | str]] = [  # a replay is of no use to what keeps no state
@@ -93,8 +92,7 @@ with_replays = pytest.mark.parametrize(("world", "replay"), STATES, indirect=["w
 @pytest.fixture
 def follower(made: Any) -> World:
     """The method with the most to remember."""
-    name = "retomaton"
-    return World(*made, Corpus(made[-1]), name, *METHODS[name])
+    return World(*made, Corpus(made[-1]), *METHODS["retomaton"])
 
 
 def prompt_of(memory: Memory, document: int, start: int, length: int) -> Tensor:
@@ -358,8 +356,15 @@ def test_a_replay_of_what_a_cache_stands_for_is_refused(follower: World, replay:
     with follower.attached(replay=replay) as session:
         with session.disabled(), torch.no_grad():
             follower.model(input_ids=prompt[:, :6], past_key_values=cache)
-        with pytest.raises(ModelError, match="replay"):
+        with pytest.raises(ModelError, match="replay fewer positions"):
             generate(follower, prompt, past_key_values=cache)
+        with pytest.raises(ModelError, match="give the whole sequence as input_ids"):
+            generate(
+                follower,
+                prompt[:, 6:],
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+            )
         output = generate(follower, prompt)
         check(follower, output.sequences[0], 9, output.scores, replayed=REPLAYED[str(replay)])
     with follower.attached(replay=2):  # as far as the cache does not reach

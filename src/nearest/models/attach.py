@@ -298,8 +298,9 @@ class Session:
                 past = 0 if cache is None else int(cache.get_seq_length())
                 if here.ids is None and past > here.first:
                     raise ModelError(
-                        "replay looks up positions of the prompt that the given cache stands for: "
-                        "leave past_key_values out, or replay fewer positions"
+                        "past_key_values stand for positions of the prompt that are to be looked "
+                        "up: give the whole sequence as input_ids and replay fewer positions, or "
+                        "leave the cache out"
                     )
                 if past and kwargs.get("next_sequence_length") is None and here.ids is not None:
                     here.ids = torch.cat([here.ids, ids], dim=1)  # a long prompt, in pieces
