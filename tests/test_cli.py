@@ -542,6 +542,7 @@ def test_help_names_every_verb() -> None:
         "compress",
         "tune",
         "eval",
+        "sweep",
         "generate",
         "demo",
     ):
