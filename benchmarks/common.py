@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from nearest import Document, read_documents
+from nearest import Document, Memory, read_documents
 from nearest.encode.identity import load_model_and_tokenizer
+from nearest.metrics import bootstrap_interval
+from nearest.verbs.results import Result
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "src" / "nearest" / "demo" / "general-gpt2-7m"
+TRAIN = {"dclaw": "train-2m.jsonl", "wikitext2": "train.jsonl"}
 T = TypeVar("T")
 
 
@@ -45,6 +48,25 @@ def first_documents(path: Path, tokenizer: Any, tokens: int) -> Iterator[Documen
         held += 1 + len(tokenizer(document.text, verbose=False)["input_ids"])
         if held >= tokens:
             return
+
+
+def memory_of(options: Any, corpus: str, suffix: str = "", **build: Any) -> Path:
+    """Of a corpus's training text; built unless it is there from an earlier run."""
+    path: Path = options.work / f"{corpus}{suffix}.memory"
+    if not path.exists():
+        model, tokenizer = model_and_tokenizer()
+        documents = read_documents([options.corpora / corpus / TRAIN[corpus]])
+        seconds, memory = timed(lambda: Memory.build(model, tokenizer, documents, path, **build))
+        report(built=path.name, entries=memory.entries, seconds=seconds)
+    return path
+
+
+def compared(row: Result, to: Result) -> dict[str, float | None]:
+    """The paired 95 % interval of the difference in nll a token."""
+    difference = row.document_nll - to.document_nll
+    low, high = bootstrap_interval(difference, row.document_tokens)
+    mean = float(difference.sum() / row.document_tokens.sum())
+    return {"delta_nll": mean, "delta_low": low, "delta_high": high}
 
 
 def stream_of_windows(documents: Iterator[Document], tokenizer: Any, window: int) -> list[Any]:

@@ -1,59 +1,69 @@
 """Every method in one table: perplexity, saved searches and time, on law or on WikiText-2.
 
 The memory is the corpus's training text, everything is tuned on its valid text and scored on the
-whole of its test text. RetoMaton is tuned for each `min_knns`; of these the lowest on valid is the
-one that others are compared to. "suffix counts" is a memory without keys (`--keys none`).
+whole of its test text. RetoMaton is tuned for each `min_knns`, without clusters and with those of
+k-means; of these the lowest on valid is the one that others are compared to. "suffix counts" is a
+memory without keys (`--keys none`).
 
     python benchmarks/methods.py --corpus dclaw
     python benchmarks/methods.py --corpus wikitext2
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import arguments, machine, model_and_tokenizer, report, timed
+from common import arguments, compared, machine, memory_of, model_and_tokenizer, report, timed
 from nearest import Memory, evaluate, read_documents, read_text, tune
-from nearest.metrics import bootstrap_interval
+from nearest.memory.clustering import KMeans, cluster_memory
 from nearest.verbs.results import Result
 
-TRAIN = {"dclaw": "train-2m.jsonl", "wikitext2": "train.jsonl"}
 MIN_KNNS = "1,2,5,20,100,inf"
 GATED = "knn+buckets,knn+meta-k,knn+adaptret,knn+mixture,retomaton+mixture"
 SKIPS = "0,0.25,0.5,0.75,0.9,1"
 
 
-def memory_of(corpus: Path, name: str, path: Path, **options: Any) -> Path:
-    if not path.exists():
-        model, tokenizer = model_and_tokenizer()
-        documents = read_documents([corpus / TRAIN[name]])
-        seconds, memory = timed(lambda: Memory.build(model, tokenizer, documents, path, **options))
-        report(built=str(path.name), entries=memory.entries, seconds=seconds)
-    return path
-
-
-def compared(row: Result, to: Result) -> dict[str, float | None]:
-    """The paired interval of the difference in nll a token."""
-    difference = row.document_nll - to.document_nll
-    low, high = bootstrap_interval(difference, row.document_tokens)
-    mean = float(difference.sum() / row.document_tokens.sum())
-    return {"delta_nll": mean, "delta_low": low, "delta_high": high}
+def clustered(path: Path, clusters: int) -> Path:
+    """A copy of the memory, with clusters."""
+    copy = path.with_name(f"{path.stem}-{clusters}-clusters.memory")
+    if not copy.exists():
+        shutil.copytree(path, copy)
+        how = KMeans(clusters, sample=8 * clusters, iterations=5)
+        seconds, _ = timed(lambda: cluster_memory(copy, how))
+        memory = Memory.open(copy)
+        suffixes = sum(one.record.files["suffixes"].size for one in memory.segments)
+        record = memory.manifest.clusters
+        of_clusters = sum(file.size for file in record.files.values()) if record else 0
+        report(
+            built=copy.name,
+            seconds=seconds,
+            suffix_bytes_an_entry=suffixes / memory.entries,
+            cluster_bytes_an_entry=of_clusters / memory.entries,
+        )
+    return copy
 
 
 def main() -> None:
-    options = arguments(__doc__, corpus="dclaw", min_knns=MIN_KNNS, gated=GATED, skips=SKIPS)
-    model, tokenizer = model_and_tokenizer()
-    corpus = options.corpora / options.corpus
-    path = memory_of(corpus, options.corpus, options.work / f"{options.corpus}.memory")
-    bare = memory_of(
-        corpus, options.corpus, options.work / f"{options.corpus}-bare.memory", keys="none"
+    options = arguments(
+        __doc__,
+        corpus="dclaw",
+        min_knns=MIN_KNNS,
+        clusters=20_000,
+        clustered_min_knns="1,20",
+        gated=GATED,
+        skips=SKIPS,
     )
+    model, tokenizer = model_and_tokenizer()
+    path = memory_of(options, options.corpus)
+    bare = memory_of(options, options.corpus, "-bare", keys="none")
+    with_clusters = clustered(path, options.clusters)
     read = {
         split: read_text(
             model,
             Memory.open(path),
-            read_documents([corpus / f"{split}.jsonl"]),
+            read_documents([options.corpora / options.corpus / f"{split}.jsonl"]),
             tokenizer=tokenizer,
         )
         for split in ("valid", "test")
@@ -81,13 +91,19 @@ def main() -> None:
     scored("base", "base")
     tuned("knn")
     scored("knn", "knn")
-    by_min_knns = {}
-    for min_knns in map(float, options.min_knns.split(",")):
-        found = tuned("retomaton", min_knns=min_knns)
-        by_min_knns[min_knns] = found.nll
-        scored(f"retomaton min_knns {min_knns:g}", "retomaton")
-    best = min(by_min_knns, key=lambda min_knns: by_min_knns[min_knns])
-    rows["best retomaton"] = rows[f"retomaton min_knns {best:g}"]
+    variants = {}
+    for kind, where, values in (
+        ("retomaton", path, options.min_knns),
+        ("retomaton with clusters", with_clusters, options.clustered_min_knns),
+    ):
+        for min_knns in map(float, values.split(",")):
+            found = tuned("retomaton", where, min_knns=min_knns)
+            name = f"{kind}, min_knns {min_knns:g}"
+            scored(name, "retomaton", where)
+            variants[name] = (found.nll, min_knns)
+    best = min(variants, key=lambda name: variants[name])
+    report(best_retomaton_on_valid=best)
+    rows["best retomaton"] = rows[best]
     tuned("suffix")
     scored("suffix", "suffix")
     tuned("suffix", matches=1024)
@@ -97,7 +113,7 @@ def main() -> None:
     tuned("suffix+mixture")
     scored("suffix+mixture", "suffix+mixture")
     for method in filter(None, options.gated.split(",")):
-        fixed = {"min_knns": best} if method.startswith("retomaton") else {}
+        fixed = {"min_knns": variants[best][1]} if method.startswith("retomaton") else {}
         tuned(method, **fixed)
         scored(method, method)
     tuned("hybrid")

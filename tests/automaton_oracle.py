@@ -87,7 +87,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A method with its settings over a corpus."""
+    """A method with its settings over a corpus.
+
+    Where the text stands in the memory from the entry `own` on, each position's own entry is no
+    candidate.
+    """
 
     corpus: Corpus
     method: str
@@ -99,6 +103,7 @@ class Oracle:
     dedup: bool = False
     length_power: float = 0.0
     matches: int = 256
+    own: int | None = None
 
     def predict(
         self, keys: np.ndarray, lm_log_probs: np.ndarray, tokens: list[int], first: int = 0
@@ -109,17 +114,18 @@ class Oracle:
         found = []
         for position in range(first, len(keys)):
             context = tokens[: position + 1]
+            left_out = None if self.own is None else self.own + position
             distances = self.corpus.distances(keys[position])
             noise = 1e-6 * (keys[position] ** 2).sum()
             searched = False
             if self.method == "suffix":
-                candidates = self._longest_matches(context)
+                candidates = self._longest_matches(context, left_out)
             else:
                 pointers = self._successors(current)
                 searched = self.method == "knn" or len(pointers) < self.min_knns
-                entries = sorted(self.corpus.value, key=lambda i: distances[i])
+                entries = sorted(self.corpus.value.keys() - {left_out}, key=lambda i: distances[i])
                 neighbours = entries[: self.k] if searched else []
-                extended = self._extended([i for i, _ in pointers[: self.max_knns]])
+                extended = self._extended([i for i, _ in pointers[: self.max_knns]], left_out)
                 if self.dedup:
                     seen = set(neighbours)
                     extended = [i for i in extended if not (i in seen or seen.add(i))]
@@ -144,25 +150,26 @@ class Oracle:
         """The entries after those that were right, but for those that ended their document."""
         return [(i + 1, d) for i, d in current if i + 1 in self.corpus.value]
 
-    def _extended(self, pointers: list[int]) -> list[int]:
+    def _extended(self, pointers: list[int], left_out: int | None) -> list[int]:
         extended = list(pointers)
         if len(extended) < self.max_knns:
             own = Counter(self.corpus.cluster[i] for i in pointers if i in self.corpus.cluster)
             for cluster in sorted(own, key=lambda c: (-own[c], c)):
                 extended += self.corpus.members[cluster]
-        return extended[: self.max_knns]
+        return [i for i in extended if i != left_out][: self.max_knns]
 
-    def _longest_matches(self, context: list[int]) -> list[int]:
+    def _longest_matches(self, context: list[int], left_out: int | None) -> list[int]:
         levels: dict[int, list[int]] = {}
+        matches = self.matches + (left_out is not None)
         for entry in self.corpus.sorted_entries():
             levels.setdefault(self.corpus.match_length(entry, context), []).append(entry)
         candidates: list[int] = []
         for length in sorted(levels, reverse=True):
-            want = min(self.matches - len(candidates), len(levels[length]))
+            want = min(matches - len(candidates), len(levels[length]))
             if length and want:
                 level = levels[length]
                 candidates += [level[n * len(level) // want] for n in range(want)]
-        return candidates
+        return [i for i in candidates if i != left_out][: self.matches]
 
     def _weights(
         self, candidates: list[int], distances: np.ndarray, context: list[int]

@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
-from conftest import documents_apart, make_model
-from nearest import Memory, attach, evaluate
+from conftest import documents_apart, make_documents, make_model, make_tokenizer
+from gate_oracle import GateOracle
+from nearest import Memory, attach, evaluate, tune
 from nearest.errors import ModelError, SettingError
 from nearest.memory.clustering import KMeans, cluster_memory
 from nearest.models.attach import Session
 from nearest.models.prefixes import Prefixes
+from nearest.retrieval.settings import method_named
 
 NEW = 10
 WEIGHING = {"lam": 0.7, "temperature": 60.0}
@@ -32,8 +34,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "suffix": ("suffix", {**WEIGHING, "matches": 20, "length_power": 3.0}),
     "knn that measures matches": ("knn", {**WEIGHING, "k": 12, "length_power": 2.0}),
+    "hybrid": ("hybrid", {"k": 12, "max_knns": 40, "matches": 20, "skip": 0.4, "guard": True}),
+    "adaptret": ("knn+adaptret", {"k": 12, "skip": 0.0}),
 }
 DOCUMENTS = documents_apart(9, 20, seed=3)
+TUNING = make_documents(8, 20, seed=4)
+TOKENIZER = make_tokenizer()
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,11 @@ class World:
     def predictions(self, tokens: Tensor, first: int) -> list[Prediction]:
         """Of every position from `first` on, where the state is empty."""
         sequence = tokens.tolist()
-        oracle = Oracle(self.corpus, self.method, **self.given)
+        oracle: Oracle | GateOracle
+        if method_named(self.method).gate is None:
+            oracle = Oracle(self.corpus, self.method, **self.given)
+        else:
+            oracle = GateOracle(self.memory, self.method, self.given)
         return oracle.predict(*states_of(self.copy, sequence, self.layer), sequence, first)
 
 
@@ -69,6 +79,11 @@ def made(
     model = make_model(kind)
     memory = build_memory(model, DOCUMENTS, key_layer=layer)
     cluster_memory(memory.path, KMeans(80))
+    for method, given in METHODS.values():
+        if method_named(method).gate is not None:
+            tune(
+                model, Memory.open(memory.path), TUNING, method=method, tokenizer=TOKENIZER, **given
+            )
     return model, make_model(kind), layer, Memory.open(memory.path)
 
 
@@ -84,6 +99,9 @@ STATES: list[tuple[str, int | str]] = [  # a replay is of no use to what keeps n
     ("retomaton", "full"),
     ("retomaton that measures matches", "full"),
     ("suffix", "full"),
+    ("hybrid", 3),
+    ("hybrid", "full"),
+    ("adaptret", "full"),
 ]
 REPLAYED = {"0": 0, "3": 3, "full": 1000}
 with_replays = pytest.mark.parametrize(("world", "replay"), STATES, indirect=["world"])

@@ -1,7 +1,7 @@
 """RetoMaton: each step against plain lists, the method against a simulation of the paper's."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,13 @@ class World:
     blocks: list[ScoredBlock]
     states: list[tuple[np.ndarray, np.ndarray]]
 
+    texts: list[np.ndarray]
+
     def walked(self, method: str, **given: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Of each text, the log-probability of every token and whether there was a search."""
         lookup = Lookup(self.memory, method, resolve_settings(method, self.memory, **given))
-        found: list[list[float]] = [[] for _ in TEXTS]
-        searched: list[list[bool]] = [[] for _ in TEXTS]
+        found: list[list[float]] = [[] for _ in self.texts]
+        searched: list[list[bool]] = [[] for _ in self.texts]
         trails: walk.Trails = {}
         for block in self.blocks:
             log_probs, made = np.empty(len(block.targets)), np.empty(len(block.targets), bool)
@@ -230,10 +232,10 @@ def states_in_windows(memory: Memory, model: Any, tokens: np.ndarray) -> tuple[A
     return np.concatenate(keys), np.concatenate(log_probs)
 
 
-def world_of(memory: Memory, model: Any) -> World:
-    blocks = list(Scorer.prepare(model, memory, TEXTS).blocks(no_progress, ""))
-    states = [states_in_windows(memory, model, tokens) for tokens in TEXTS]
-    return World(memory, Corpus(memory), blocks, states)
+def world_of(memory: Memory, model: Any, texts: list[np.ndarray] = TEXTS, **options: Any) -> World:
+    blocks = list(Scorer.prepare(model, memory, texts, **options).blocks(no_progress, ""))
+    states = [states_in_windows(memory, model, tokens) for tokens in texts]
+    return World(memory, Corpus(memory), blocks, states, texts)
 
 
 @pytest.fixture(scope="module")
@@ -288,18 +290,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def check_against_the_simulation(world: World, method: str, given: dict[str, Any]) -> None:
-    oracle = Oracle(world.corpus, method, **WEIGHING, **given)
+def check_against_the_simulation(
+    world: World, method: str, given: dict[str, Any], own: Sequence[int | None] = (None,) * 99
+) -> None:
     log_probs, searched = world.walked(method, **WEIGHING, **given)
     compared = 0
-    for tokens, states, found, made in zip(TEXTS, world.states, log_probs, searched, strict=True):
+    for tokens, states, found, made, entry in zip(
+        world.texts, world.states, log_probs, searched, own[: len(world.texts)], strict=True
+    ):
+        oracle = Oracle(world.corpus, method, **WEIGHING, **given, own=entry)
         told = oracle.predict(*states, tokens.tolist())
         clear = np.array([one.clear for one in told], dtype=bool)
         expected = np.array([p.log_probs[t] for p, t in zip(told, tokens[1:], strict=True)])
         np.testing.assert_allclose(found[clear], expected[clear], rtol=1e-3, atol=1e-4)
         assert made[clear].tolist() == [one.searched for one in told if one.clear]
         compared += clear.sum()
-    assert compared > 0.8 * sum(len(tokens) - 1 for tokens in TEXTS)
+    assert compared > 0.8 * sum(len(tokens) - 1 for tokens in world.texts)
 
 
 @pytest.mark.filterwarnings("ignore:k = ")
@@ -327,6 +333,50 @@ def test_match_lengths_weigh_as_a_scan_says(
     worlds: dict[str, World], kind: str, method: str, given: dict[str, Any]
 ) -> None:
     check_against_the_simulation(worlds[kind], method, given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "given"),
+    [
+        ("documents", "knn", {"k": 24}),
+        ("documents", "knn", {"k": 10_000}),
+        ("documents", "retomaton", {"k": 24, "min_knns": 3}),
+        ("documents, k-means", "retomaton", {"k": 24, "min_knns": 20, "max_knns": 5}),
+        ("documents", "suffix", {"matches": 5, "length_power": 4.0}),
+        ("segments", "suffix", {"matches": 10_000, "length_power": 4.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:k = ")
+def test_a_text_that_stands_in_the_memory_is_predicted_without_itself(
+    worlds: dict[str, World], tiny_model: Any, kind: str, method: str, given: dict[str, Any]
+) -> None:
+    """Left out by id, wherever it stands among the candidates."""
+    memory = worlds[kind].memory
+    starts = np.cumsum([0, *(len(memory.document_tokens(i)) for i in range(6))])
+    world = world_of(
+        memory,
+        tiny_model,
+        [memory.document_tokens(i).astype(int) for i in (5, 2)],
+        exclude_own=True,
+    )
+    check_against_the_simulation(world, method, given, [int(starts[i]) for i in (5, 2)])
+
+
+@pytest.mark.parametrize("method", ["knn", "retomaton", "suffix"])
+def test_a_text_costs_more_without_itself_and_a_new_one_the_same(
+    worlds: dict[str, World], tiny_model: Any, method: str
+) -> None:
+    memory = worlds["segments"].memory
+    texts = [memory.document_tokens(6).astype(int), TEXTS[0]]
+    given = {"matches": 10_000} if method == "suffix" else {"k": 24}
+    kept, left_out = (
+        evaluate(tiny_model, memory, texts, method, **WEIGHING, **given, exclude_own=exclude)
+        for exclude in (False, True)
+    )
+    dearer = left_out.document_nll - kept.document_nll
+    assert dearer[0] > 1
+    assert dearer[1] == pytest.approx(0, abs=1e-4)
 
 
 # No neighbour that is the last to be chosen, so that rounding decides nothing.

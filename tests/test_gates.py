@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nearest.encode.view import LmView
 from nearest.errors import SettingError
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import component_probs
+from nearest.retrieval.gates import training
 from nearest.retrieval.gates.adaptret import (
     AdaptRetGate,
     adaptret_inputs,
@@ -30,9 +32,16 @@ from nearest.retrieval.gates.buckets import BucketsGate, bucket_of, fit_buckets
 from nearest.retrieval.gates.fitting import LARGEST_LAM, best_lams, best_shares, mixed_nll, nll
 from nearest.retrieval.gates.gate import Gate, StoredGate, View
 from nearest.retrieval.gates.meta_k import MetaKGate, fit_meta_k, meta_k_inputs
+from nearest.retrieval.gates.mixture import MixtureGate, components_for
+from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.quantiles import quantiles_of, worth_searching
 from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import held_out_documents, train_network
+from nearest.retrieval.gates.training import (
+    cross_fitted,
+    folds_of,
+    held_out_documents,
+    train_network,
+)
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings
@@ -452,6 +461,79 @@ def test_held_out_rows_choose_the_network_and_train_nothing() -> None:
     assert trained == set(np.flatnonzero(~held_out).tolist())
     agreeing = fitted(0.5 + inputs[:, 0])
     assert ((agreeing(inputs)[:, 0] - 0.5 - inputs[:, 0]) ** 2).mean() < 0.1
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_folds_are_of_whole_documents_or_of_runs(sizes: list[int], seed: int) -> None:
+    documents = np.repeat(np.random.default_rng(seed).permutation(len(sizes)), sizes)
+    folds = folds_of(documents)
+    held = np.bincount(folds, minlength=5)
+    assert len(folds) == sum(sizes)
+    if len(sizes) < 5:
+        assert (np.diff(folds) >= 0).all()
+        assert held.max() - held.min() <= 1
+    else:
+        assert all(len(set(folds[documents == document])) == 1 for document in range(len(sizes)))
+        assert held.max() - held.min() <= max(sizes)
+
+
+def test_little_text_is_not_learnt_by_heart() -> None:
+    """Where inputs say nothing, six hundred steps learn the noise; cross-fitting finds that out."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 10)).astype(np.float32)
+    targets = torch.from_numpy(rng.normal(size=600).astype(np.float32))
+    left_out: list[set[int]] = []
+
+    def loss(rows: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or not outputs.requires_grad:
+            left_out.append(set(rows.tolist()))
+        return ((outputs[:, 0] - targets[rows]) ** 2).mean()
+
+    def error(network: Network) -> float:
+        """On text that it has not seen."""
+        return float((network(rng.normal(size=(2000, 10)).astype(np.float32)) ** 2).mean())
+
+    folds = folds_of(np.repeat(np.arange(30), 20))
+    few = cross_fitted(inputs, loss, 1, folds)
+    assert error(few) < 0.2 * error(train_network(inputs, loss, 1))
+    for fold in range(5):  # each left out once for either number of steps that was tried
+        assert left_out.count(set(np.flatnonzero(folds == fold).tolist())) == 2
+    assert len(left_out) == 10
+
+
+def test_much_text_is_trained_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_FEW", 100)
+    inputs = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    targets = torch.from_numpy(inputs[:, 0])
+
+    def loss(rows: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        return ((outputs[:, 0] - targets[rows]) ** 2).mean()
+
+    found = cross_fitted(inputs, loss, 1, np.zeros(100, int))
+    expected = train_network(inputs, loss, 1)
+    np.testing.assert_array_equal(found(inputs), expected(inputs))
+
+
+def test_a_trained_gate_leaves_every_token_possible(text: Text) -> None:
+    """However sure the network is: a token that the memory lacks keeps the model's probability."""
+
+    def sure(inputs: int, outputs: int) -> Network:
+        weights = np.zeros((inputs, outputs), np.float32)
+        logits = np.where(np.arange(outputs) == 1, 200, 0).astype(np.float32)
+        return Network(
+            np.zeros(inputs, np.float32), np.ones(inputs, np.float32), (weights,), (logits,)
+        )
+
+    view = text.view(np.arange(50))
+    components = components_for(("dense",), 1.0)
+    mixture = MixtureGate(("dense",), components, (1,), sure(0, 0))
+    gates = (
+        MetaKGate(1.0, 4, sure(8, 4)),
+        AdaptRetGate(1.0, sure(adaptret_inputs(view).shape[1], 2), np.linspace(-1, 1, 5)),
+        replace(mixture, mix=sure(mixture.features(view).shape[1], 1 + len(components))),
+    )
+    for gate in gates:
+        np.testing.assert_allclose(gate.shares(view).sum(axis=1), 0.999, atol=1e-6)
 
 
 def test_emphasis_is_the_spread_of_an_input() -> None:

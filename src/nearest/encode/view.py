@@ -20,6 +20,10 @@ class LmView(NamedTuple):
 
 
 def lm_view(log_probs: Float[Tensor, "q vocab"]) -> LmView:
-    """From the model's log-probabilities of every token; a token of probability 0 adds nothing."""
+    """From the model's log-probabilities of every token; a token of probability 0 adds nothing.
+
+    Gradients do not flow through it: to a gate it is an input like any other.
+    """
+    log_probs = log_probs.detach()
     terms = torch.where(log_probs == -torch.inf, 0.0, log_probs.exp() * log_probs)
     return LmView(-terms.sum(-1).cpu().numpy(), log_probs.amax(-1).cpu().numpy())

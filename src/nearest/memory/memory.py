@@ -5,7 +5,7 @@ token of the same document, so values and provenance need no arrays of their own
 int64 and count through all segments.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,6 +352,28 @@ class Memory:
         """A document's token ids, its context token first."""
         segment, local = self._segment_of_document(number)
         return segment.tokens[segment.offsets[local] : segment.offsets[local + 1]]
+
+    def first_entries(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
+        """The first entry of the document that has exactly these tokens; -1 where there is none.
+
+        Raises:
+            SettingError: entries have been merged, so that they cannot be told apart.
+        """
+        if self.has_weights:
+            raise SettingError(
+                f"entries of {self.path} were merged into others, so that a text's own cannot be "
+                "left out: use the memory from before `nearest compress --merge`"
+            )
+        wanted = {len(tokens) for tokens in documents}
+        found: dict[bytes, int] = {}
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            starts = segment.offsets[:-1][np.isin(np.diff(segment.offsets), list(wanted))]
+            for start in starts.tolist():
+                end = segment.offsets[np.searchsorted(segment.offsets, start, side="right")]
+                name = segment.tokens[start:end].astype(np.int64).tobytes()
+                found.setdefault(name, first + start)
+        names = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in documents]
+        return np.array([found.get(name, NO_ENTRY) for name in names], dtype=np.int64)
 
     def _segment_of_document(self, number: int) -> tuple[Segment, int]:
         if not 0 <= number < self.documents:

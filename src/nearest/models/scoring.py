@@ -19,6 +19,7 @@ from nearest.encode.identity import model_name, start_token, vocabulary_size
 from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
+from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.memory import Memory
 from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress, no_progress
@@ -63,6 +64,7 @@ class Scorer:
 
     text: Text
     encoder: Encoder
+    own: Int[np.ndarray, " documents"] | None = None  # entry of each document's start; -1: none
 
     @classmethod
     def prepare(
@@ -77,11 +79,14 @@ class Scorer:
         score_eos: bool = False,
         force: bool = False,
         batch_size: int | None = None,
+        exclude_own: bool = False,
     ) -> "Scorer | ReadText":
         """Check that model, memory, tokenizer and text fit together.
 
         Windows not given are the memory's, so that queries are made as keys were. A tokenizer not
-        given is loaded from where the model came from, when there is text to tokenise.
+        given is loaded from where the model came from, when there is text to tokenise. With
+        `exclude_own`, a document that stands in the memory too is predicted without the entries
+        that are itself.
 
         Raises:
             NearestError: they do not fit.
@@ -125,7 +130,12 @@ class Scorer:
             keys = memory.manifest.keys
             if keys is not None and window is None and stride is None:
                 window, stride = keys.window, keys.stride
-        return cls(text, Encoder.of(model, layer, window, stride, batch_size))
+        own = None
+        if exclude_own and memory is not None:
+            own = memory.first_entries(
+                [tokens[: len(tokens) - score_eos] for tokens in text.documents]
+            )
+        return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
 
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
@@ -153,6 +163,10 @@ class Scorer:
         starts = np.cumsum([0, *map(len, texts)])[:-1]
         documents, positions = documents[order], positions[order]
         rows = torch.from_numpy(order)
+        own = None
+        if self.own is not None:
+            begun = self.own[documents]
+            own = np.where(begun < 0, NO_ENTRY, begun + positions)
         return ScoredBlock(
             documents,
             Queries(
@@ -160,6 +174,7 @@ class Scorer:
                 np.concatenate(texts),
                 starts[documents - first] + positions,
                 _joined_views([one.view for one in scored], order),
+                own,
             ),
             np.concatenate([one.batch.targets for one in scored])[order],
             torch.cat([one.lm_log_probs for one in scored])[rows],
@@ -250,7 +265,8 @@ def read_text(
     Args:
         model, memory, documents: as in `evaluate`; the memory decides about key layer and windows.
         progress: told (stage, done, total).
-        **options: tokenizer, window, stride, score_eos, batch_size, force, as in `evaluate`.
+        **options: tokenizer, window, stride, score_eos, batch_size, force, exclude_own, as in
+            `evaluate`.
 
     Raises:
         NearestError: they do not fit.

@@ -63,6 +63,23 @@ def no_part(queries: int) -> Part:
     return Part(empty.astype(np.int64), empty.astype(np.float32), empty.astype(np.int16))
 
 
+def without_own(part: Part, own: Int[np.ndarray, " q"], most: int) -> Part:
+    """Up to `most` entries a row, of `most` + 1 that were looked for: all but the query's own.
+
+    A row that lacks its own loses its last.
+    """
+    if part.ids.shape[1] <= most:
+        part = Part(
+            *(
+                np.pad(array, ((0, 0), (0, 1)), constant_values=fill)
+                for array, fill in zip(part, (NO_ENTRY, np.inf, 0), strict=True)
+            )
+        )
+    gone = (part.ids == own[:, None]) & (own >= 0)[:, None]
+    gone[~gone.any(axis=1), -1] = True
+    return Part(*(array[~gone].reshape(len(own), -1) for array in part))
+
+
 def scattered(part: Part, rows: Bool[np.ndarray, " n"]) -> Part:
     """Parts of some queries as parts of all n; the other rows hold nothing."""
     if rows.all():

@@ -3,7 +3,7 @@
 Every method is this pipeline with its own sources and settings; it keeps no state between calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.memory import Memory
 from nearest.retrieval import automaton
-from nearest.retrieval.candidates import Candidates, Part, no_part, scattered
+from nearest.retrieval.candidates import Candidates, Part, no_part, scattered, without_own
 from nearest.retrieval.distribution import (
     Component,
     Weights,
@@ -186,26 +186,44 @@ class Lookup:
 
     def _dense(self, queries: Queries) -> Part:
         settings = self.settings
-        found = self._search(queries.keys, settings.k, settings.distances, settings.candidates)
-        return Part(found.ids, found.distances, self._lengths(queries, found.ids))
+
+        def search(k: int) -> Part:
+            found = self._search(queries.keys, k, settings.distances, settings.candidates)
+            return Part(found.ids, found.distances, self._lengths(queries, found.ids))
+
+        return self._others(queries, search, settings.k)
 
     def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:
         settings = self.settings
-        ids = automaton.extend(pointers, self.memory.clusters, settings.max_knns)
         measured = (
             self.memory.key_distances
             if settings.distances == "keys"
             else self.memory.index_distances
         )
-        return Part(ids, measured(queries.keys, ids), self._lengths(queries, ids))
+
+        def extend(most: int) -> Part:
+            ids = automaton.extend(pointers, self.memory.clusters, most)
+            return Part(ids, measured(queries.keys, ids), self._lengths(queries, ids))
+
+        return self._others(queries, extend, settings.max_knns)
 
     def _matched(self, queries: Queries) -> Part:
-        found = self.memory.longest_matches(queries.context, queries.ends, self.settings.matches)
-        if self.memory.manifest.keys is None:  # then match lengths alone weigh
-            distances = np.where(found.ids < 0, np.float32(np.inf), np.float32(0))
-        else:
-            distances = self.memory.key_distances(queries.keys, found.ids)
-        return Part(found.ids, distances, found.lengths)
+        def match(most: int) -> Part:
+            found = self.memory.longest_matches(queries.context, queries.ends, most)
+            if self.memory.manifest.keys is None:  # then match lengths alone weigh
+                distances = np.where(found.ids < 0, np.float32(np.inf), np.float32(0))
+            else:
+                distances = self.memory.key_distances(queries.keys, found.ids)
+            return Part(found.ids, distances, found.lengths)
+
+        return self._others(queries, match, self.settings.matches)
+
+    @staticmethod
+    def _others(queries: Queries, find: Callable[[int], Part], most: int) -> Part:
+        """Up to `most` entries as found, the queries' own left out."""
+        if queries.own is None:
+            return find(most)
+        return without_own(find(most + 1), queries.own, most)
 
     def _lengths(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Int[np.ndarray, "q c"]:
         """Match lengths, where the gate weighs by them."""

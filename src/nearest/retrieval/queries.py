@@ -13,15 +13,18 @@ class Queries(NamedTuple):
     """Query i has the hidden state keys[i] and the tokens context[: ends[i] + 1].
 
     A context reaches back to its last start token; several documents may stand one after another.
-    `lm` is there for methods that need it.
+    `lm` is there for methods that need it. Where the text stands in the memory too, `own` names the
+    entry that each query is itself (-1 where it is none), which is then left out.
     """
 
     keys: Float[np.ndarray, "q dim"]  # float32
     context: Tokens  # int64
     ends: Int[np.ndarray, " q"]
     lm: LmView | None = None
+    own: Int[np.ndarray, " q"] | None = None
 
     def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Queries":
         """Some of the queries."""
         lm = None if self.lm is None else self.lm.rows(rows)
-        return Queries(self.keys[rows], self.context, self.ends[rows], lm)
+        own = None if self.own is None else self.own[rows]
+        return Queries(self.keys[rows], self.context, self.ends[rows], lm, own)

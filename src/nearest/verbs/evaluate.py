@@ -49,6 +49,7 @@ def evaluate(
     score_eos: bool = False,
     batch_size: int | None = None,
     force: bool = False,
+    exclude_own: bool = False,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Result | list[Result]:
@@ -64,6 +65,8 @@ def evaluate(
         score_eos: predict the end of each document too.
         batch_size: windows a forward pass.
         force: accept another model than the one that built the memory.
+        exclude_own: predict a document that stands in the memory too without the entries that are
+            itself; its equals under other ids stay.
         progress: told (stage, done, total).
         **settings: lam, temperature, k, distances of the memory's method; what is not given comes
             from `tune`'s result in the memory, else from the paper's defaults.
@@ -86,6 +89,7 @@ def evaluate(
         score_eos=score_eos,
         batch_size=batch_size,
         force=force,
+        exclude_own=exclude_own,
     )
     nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
     base_seconds = 0.0

@@ -104,6 +104,7 @@ def tune(
     stride: int | None = None,
     batch_size: int | None = None,
     force: bool = False,
+    exclude_own: bool = False,
     store: bool = True,
     progress: Progress = no_progress,
     **fixed: Any,
@@ -116,8 +117,8 @@ def tune(
     in memory.
 
     Args:
-        model, memory, documents, tokenizer, window, stride, batch_size, force, progress: as in
-            `evaluate`.
+        model, memory, documents, tokenizer, window, stride, batch_size, force, exclude_own,
+            progress: as in `evaluate`.
         method: one that uses the memory.
         store: write the result into the memory, where `attach` and `evaluate` find it; a memory
             opened before must be opened again to see it.
@@ -140,6 +141,7 @@ def tune(
         stride=stride,
         batch_size=batch_size,
         force=force,
+        exclude_own=exclude_own,
     )
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:

@@ -18,7 +18,7 @@ from nearest.retrieval.gates.fitting import (
     observe,
     temperature_of,
 )
-from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.gate import LEFT_TO_LM, View
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.quantiles import check_quantiles, quantiles_of, worth_searching
 from nearest.retrieval.gates.seen import Seen
@@ -57,7 +57,7 @@ class AdaptRetGate:
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ where a search was made and found something; elsewhere the model is left alone."""
         lams = np.exp(-np.logaddexp(np.float32(0), -self._log_odds(view)))
-        return np.where(view.candidates.has("dense"), lams, np.float32(0))[:, None]
+        return np.where(view.candidates.has("dense"), (1 - LEFT_TO_LM) * lams, 0.0)[:, None]
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Where λ reaches the quantile that saves as many searches."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.retrieval.distribution import Component, component_probs
-from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.gate import LEFT_TO_LM, View
 from nearest.retrieval.gates.mixture import (
     MixtureGate,
     SearchGuess,
@@ -21,7 +21,7 @@ from nearest.retrieval.gates.mixture import (
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.quantiles import quantiles_of
 from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import check_enough, train_network
+from nearest.retrieval.gates.training import check_enough, cross_fitted, folds_of
 
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
 _UNIT_BATCHES = 20
@@ -56,9 +56,13 @@ class Trial:
 
 
 class _Data(NamedTuple):
-    """Everything about n predictions that fitting needs; probabilities with the model's first."""
+    """Everything about n predictions that fitting needs; probabilities with the model's first.
+
+    Those of components hold what the gate leaves to the model of each.
+    """
 
     rows: Int[np.ndarray, " n"]
+    documents: Int[np.ndarray, " n"]
     features: Float[np.ndarray, "n features"]
     before: Float[np.ndarray, "n features_before"]
     probs: Float[np.ndarray, "n components_and_lm"]
@@ -87,12 +91,13 @@ def fit_mixture(
     check_enough(len(seen[0].rows))
     data = _Data(*(np.concatenate(parts) for parts in zip(*seen, strict=True)))
     probs, masked = torch.from_numpy(data.probs), torch.from_numpy(~data.available)
+    folds = folds_of(seen[0].documents)
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
         shares = logits.masked_fill(masked[rows], -torch.inf).softmax(-1)
         return -((shares * probs[rows]).sum(-1) + _FLOOR).log().mean()
 
-    mix = train_network(data.features, loss, len(components) + 1)
+    mix = cross_fitted(data.features, loss, len(components) + 1, np.tile(folds, len(seen)))
     gate = MixtureGate(tuple(sources), components, voted, mix)
     if not asks:
         return gate
@@ -102,7 +107,7 @@ def fit_mixture(
     def error(rows: Tensor, guesses: Tensor) -> Tensor:
         return ((guesses[:, 0] - gains[rows]) ** 2).mean()
 
-    network = train_network(seen[0].before, error, 1)
+    network = cross_fitted(seen[0].before, error, 1, folds)
     guesses = network(seen[0].before)[:, 0]
     search = SearchGuess(network, quantiles_of(guesses))
     return MixtureGate(tuple(sources), components, voted, mix, search)
@@ -132,10 +137,12 @@ def _collect(gate: MixtureGate, seen: Iterable[Seen]) -> _Data:
     for one in seen:
         probs = component_probs(one.view.candidates, gate.components, one.targets)
         lm = np.exp(one.lm_log_probs)[:, None]
+        probs = (1 - LEFT_TO_LM) * probs + LEFT_TO_LM * lm
         has = available(one.view, gate.components)
         parts.append(
             _Data(
                 one.rows,
+                one.documents,
                 gate.features(one.view),
                 gate.features_before(one.view),
                 np.concatenate([lm, probs], axis=1).astype(np.float32),

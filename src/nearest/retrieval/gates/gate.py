@@ -16,6 +16,9 @@ from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.queries import Queries
 
+# Of what a trained gate gives the memory: a token that the memory lacks must not become impossible.
+LEFT_TO_LM = 1e-3
+
 
 class View(NamedTuple):
     """What a gate may look at; before a dense search the candidates have none of its entries.

@@ -24,7 +24,7 @@ from nearest.retrieval.gates.fitting import (
     observe,
     temperature_of,
 )
-from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.gate import LEFT_TO_LM, View
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.seen import Seen
 from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
@@ -65,7 +65,7 @@ class MetaKGate:
         )
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = weights[:, 1:] / weights.sum(axis=1, keepdims=True)
-        return np.where(view.candidates.has("dense")[:, None], shares, 0.0)
+        return np.where(view.candidates.has("dense")[:, None], (1 - LEFT_TO_LM) * shares, 0.0)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Temperature and K as JSON, the network as arrays."""

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from nearest.retrieval.candidates import SOURCES
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.features import features
-from nearest.retrieval.gates.gate import View
+from nearest.retrieval.gates.gate import LEFT_TO_LM, View
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.quantiles import worth_searching
 
@@ -94,12 +94,12 @@ class MixtureGate:
         return features(view, free, [one for one in voted if set(one.sources) <= set(free)])
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
-        """Softmax over the model and the components that have candidates."""
+        """Softmax over the model and the components that have candidates, a rest for the model."""
         logits = self.mix(self.features(view)).astype(np.float64)
         logits[:, 1:][~available(view, self.components)] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
-        shares: Float[np.ndarray, "q components"] = weights[:, 1:]
+        shares: Float[np.ndarray, "q components"] = (1 - LEFT_TO_LM) * weights[:, 1:]
         return shares
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:

@@ -17,6 +17,10 @@ _LEARNING_RATE = 4e-3
 _WEIGHT_DECAY = 1e-2
 _DROPOUT = 0.1
 _CHECKS = 20  # how often held-out rows are looked at
+_STEPS = 600
+_FEW = 30_000  # predictions, of which a network learns too much by heart in so many steps
+_STEPS_OF_FEW = (40, 80, 160, 320, _STEPS)
+_FOLDS = 5
 
 # Rows of the data and the network's outputs for them → their mean loss.
 Loss = Callable[[Int[Tensor, " rows"], Float[Tensor, "rows outputs"]], Tensor]
@@ -38,10 +42,11 @@ def train_network(
     *,
     hidden: int = 64,
     layers: int = 2,
-    steps: int = 600,
+    steps: int = _STEPS,
     seed: int = 0,
     emphasis: Float[np.ndarray, " inputs"] | None = None,
     start: Float[np.ndarray, " outputs"] | None = None,
+    left_out: Bool[np.ndarray, " n"] | None = None,
     held_out: Bool[np.ndarray, " n"] | None = None,
 ) -> Network:
     """Fit an MLP (GELU, dropout .1, AdamW with one cycle); same data and seed, same network.
@@ -55,11 +60,14 @@ def train_network(
         seed: of weights, batches and dropout.
         emphasis: standard deviation of each input as the first layer sees it; 1 when None.
         start: what the untrained network gives for every input; random when None.
+        left_out: rows that are not looked at.
         held_out: rows that do not train. The network that predicts them best is kept, of the
             untrained one and those after every twentieth of the steps; when None, the last one.
     """
-    chosen = np.ones(len(inputs), dtype=bool) if held_out is None else ~held_out
-    training, checked = (torch.from_numpy(np.flatnonzero(rows)) for rows in (chosen, ~chosen))
+    none = np.zeros(len(inputs), dtype=bool)
+    held_out = none if held_out is None else held_out
+    chosen = ~held_out if left_out is None else ~(held_out | left_out)
+    training, checked = (torch.from_numpy(np.flatnonzero(rows)) for rows in (chosen, held_out))
     mean, scale = inputs[chosen].mean(axis=0), inputs[chosen].std(axis=0) + np.float32(1e-6)
     if emphasis is not None:
         scale = (scale / emphasis).astype(np.float32)
@@ -85,6 +93,53 @@ def train_network(
             optimiser.step()
             schedule.step()
     return _network(model, mean, scale) if best is None else best
+
+
+def cross_fitted(
+    inputs: Float[np.ndarray, "n inputs"],
+    loss: Loss,
+    outputs: int,
+    folds: Int[np.ndarray, " n"],
+) -> Network:
+    """`train_network` for as many steps as suit the amount of text.
+
+    Of little text that is the number after which networks trained without a fold (`folds_of`)
+    predict it best, each fold being left out once; more are tried until that gets worse.
+    """
+    if len(folds) >= _FEW:
+        return train_network(inputs, loss, outputs)
+
+    def left_out_loss(steps: int) -> float:
+        total = 0.0
+        for fold in range(_FOLDS):
+            left_out = folds == fold
+            if left_out.any():
+                network = train_network(inputs, loss, outputs, steps=steps, left_out=left_out)
+                rows = np.flatnonzero(left_out)
+                found = torch.from_numpy(network(inputs[rows]))
+                total += len(rows) * float(loss(torch.from_numpy(rows), found))
+        return total
+
+    best, least = 0, np.inf
+    for steps in _STEPS_OF_FEW:
+        found = left_out_loss(steps)
+        if found > least:
+            break
+        best, least = steps, found
+    return train_network(inputs, loss, outputs, steps=best)
+
+
+def folds_of(documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Parts of about equal size: of whole documents, or of runs of predictions if these are few."""
+    numbers, of, sizes = np.unique(documents, return_inverse=True, return_counts=True)
+    if len(numbers) < _FOLDS:
+        return np.arange(len(documents)) * _FOLDS // len(documents)
+    filled = np.zeros(_FOLDS, dtype=np.int64)
+    folds = np.empty(len(numbers), dtype=np.int64)
+    for document in np.argsort(-sizes, kind="stable"):
+        folds[document] = filled.argmin()
+        filled[folds[document]] += sizes[document]
+    return folds[of]
 
 
 def held_out_documents(
