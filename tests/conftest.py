@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
 
 from nearest import Memory
 from nearest.corpus.documents import Document
+from nearest.retrieval.gates import training
 
 # A busy machine must not decide a test.
 settings.register_profile("patient", deadline=None)
@@ -123,6 +125,14 @@ def in_two_segments(parts: list[Memory], path: Path) -> Memory:
     second = json.loads(json.dumps(second).replace("000001", "000002"))
     edit_manifest(path, lambda manifest: manifest["segments"].append(second))
     return Memory.open(path)
+
+
+@contextmanager
+def gates_trained_at_once() -> Iterator[None]:
+    """Without cross-fitting, which takes seconds and is not what most tests are about."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "_FEW", 0)
+        yield
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:

@@ -15,7 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
-from conftest import documents_apart, make_documents, make_model, make_tokenizer
+from conftest import (
+    documents_apart,
+    gates_trained_at_once,
+    make_documents,
+    make_model,
+    make_tokenizer,
+)
 from gate_oracle import GateOracle
 from nearest import Memory, attach, evaluate, tune
 from nearest.errors import ModelError, SettingError
@@ -81,9 +87,9 @@ def made(
     cluster_memory(memory.path, KMeans(80))
     for method, given in METHODS.values():
         if method_named(method).gate is not None:
-            tune(
-                model, Memory.open(memory.path), TUNING, method=method, tokenizer=TOKENIZER, **given
-            )
+            opened = Memory.open(memory.path)
+            with gates_trained_at_once():
+                tune(model, opened, TUNING, method=method, tokenizer=TOKENIZER, **given)
     return model, make_model(kind), layer, Memory.open(memory.path)
 
 

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from conftest import edit_manifest, make_documents, make_model, make_tokenizer, random_documents
+from conftest import (
+    edit_manifest,
+    gates_trained_at_once,
+    make_documents,
+    make_model,
+    make_tokenizer,
+    random_documents,
+)
 from nearest import Memory, evaluate, tune
 from nearest.encode.view import LmView, lm_view
 from nearest.errors import FolderError, SettingError
@@ -105,7 +112,8 @@ def fitted(asks: bool = True, sources: tuple[str, ...] = ALL) -> MixtureGate:
             )
 
     unit = distance_unit(seen(()))
-    return fit_mixture(sources, [seen(()), seen(("dense", "pointers"))], unit, asks)
+    with gates_trained_at_once():
+        return fit_mixture(sources, [seen(()), seen(("dense", "pointers"))], unit, asks)
 
 
 def test_shares_are_of_what_there_is_and_leave_some_to_the_model(rng: np.random.Generator) -> None:
@@ -165,7 +173,8 @@ def test_the_gate_learns_when_to_trust_the_memory() -> None:
         documents = np.zeros(rows, int)
         yield Seen(np.arange(rows), View(queries, candidates), targets, lm_log_probs, documents)
 
-    gate = fit_mixture(("suffix",), [seen(0)], 1.0, asks=False)
+    with gates_trained_at_once():
+        gate = fit_mixture(("suffix",), [seen(0)], 1.0, asks=False)
     (held_out,) = seen(1)
     shares = gate.shares(held_out.view)
     probs = component_probs(held_out.view.candidates, gate.components, held_out.targets)
@@ -258,7 +267,8 @@ def tuned_memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) ->
     for method in ("hybrid", "knn+mixture", "retomaton+mixture", "suffix+mixture"):
         options = {} if method == "suffix+mixture" else {"k": 16}
         opened = Memory.open(memory.path)
-        tune(model, opened, text, method=method, tokenizer=TOKENIZER, **options)
+        with gates_trained_at_once():
+            tune(model, opened, text, method=method, tokenizer=TOKENIZER, **options)
     return Memory.open(memory.path)
 
 

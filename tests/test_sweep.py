@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import PreTrainedModel
 
-from conftest import call_fails, make_tokenizer, random_documents, snapshot
+from conftest import call_fails, gates_trained_at_once, make_tokenizer, random_documents, snapshot
 from nearest import Document, Memory, evaluate, read_text, sweep, tune
 from nearest.errors import FolderError, NearestError, SettingError
 from nearest.models import scoring
@@ -58,7 +58,9 @@ def memory(tiny_model: PreTrainedModel, build_memory: Callable[..., Memory]) -> 
     held_out = excerpts(8, 20, seed=1)
     for method in METHODS:
         options = {} if method == "suffix" else {"k": 16}
-        tune(tiny_model, Memory.open(path), held_out, method=method, tokenizer=TOKENIZER, **options)
+        opened = Memory.open(path)
+        with gates_trained_at_once():
+            tune(tiny_model, opened, held_out, method=method, tokenizer=TOKENIZER, **options)
     return Memory.open(path)
 
 
