@@ -1,13 +1,8 @@
 """Compressed keys: projections, product quantisation and merged entries against plain numpy."""
 
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import FULL, call_fails, edit_manifest, make_documents, random_documents, snapshot
+from conftest import (
+    FULL,
+    call_fails,
+    edit_manifest,
+    in_two_segments,
+    make_documents,
+    random_documents,
+    snapshot,
+)
+from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory, evaluate
 from nearest.errors import FolderError, SettingError
-from nearest.folder import ArrayFile, sha256_of
+from nearest.folder import ArrayFile
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.clusters import Clusters
 from nearest.index.keys import Float16Keys, MergedKeys
@@ -38,8 +42,6 @@ DIM = 32
 METRICS = ["l2", "ip"]
 SEGMENT = "segments/000001"
 DOCUMENTS = make_documents(12, 30)
-
-Build = Callable[..., Memory]
 
 
 def distances_between(rows: np.ndarray, queries: np.ndarray, metric: Metric) -> np.ndarray:
@@ -204,16 +206,8 @@ def indexed(build_memory: Build, tiny_model: PreTrainedModel) -> Memory:
     return build_memory(tiny_model, DOCUMENTS, index="IVF4,SQ8")
 
 
-def copy_of(memory: Memory, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(memory.path, tmp_path / "copy.memory"))
-
-
 def original_rows(memory: Memory) -> np.ndarray:
     return np.load(memory.path / SEGMENT / "keys.npy").astype(np.float32)
-
-
-def files(path: Path) -> set[str]:
-    return {name for name, data in snapshot(path).items() if data is not None}
 
 
 COMPRESSIONS = {
@@ -249,7 +243,7 @@ def kept_by_hand(memory: Memory, rows: np.ndarray, neighbours: int) -> dict[int,
 def test_searches_are_over_what_is_stored(original: Memory, tmp_path: Path, kind: str) -> None:
     """Every distance is that of the decoded keys to the query, both through the stored map."""
     how, metric = COMPRESSIONS[kind], original.keys_record.metric
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     told: list[tuple[str, int, int | None]] = []
     compress_memory(path, how, lambda *report: told.append(report))
     assert ("keys", told[-1][1], told[-1][1]) in told
@@ -297,7 +291,7 @@ def test_merged_entries_are_counted(
     original = build_memory(tiny_model, random_documents()[:2])
     rows = original_rows(original)
     expected = kept_by_hand(original, rows, 9)
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     compress_memory(path, Compression(merge=True))
     memory = Memory.open(path)
     segment = memory.segments[0]
@@ -322,7 +316,7 @@ def test_weights_stand_for_the_entries_that_were_merged(
 ) -> None:
     """exp(−d/T + log weight), summed by value, is what the entries gave one by one at that key."""
     original = build_memory(tiny_model, DOCUMENTS)
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     compress_memory(path, Compression(merge=True))
     memory = Memory.open(path)
     query = original_rows(original)[[100]] + 0.3
@@ -338,7 +332,7 @@ def test_weights_stand_for_the_entries_that_were_merged(
 
 
 def test_compressing_further_composes(original: Memory, tmp_path: Path) -> None:
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     for how in (Compression(pca=24), Compression(merge=True, pca=12), Compression(keys="int8")):
         compress_memory(path, how)
         assert verify(path) == []
@@ -367,7 +361,7 @@ def test_compressing_further_composes(original: Memory, tmp_path: Path) -> None:
 
 
 def test_the_index_is_built_anew_as_it_was_or_as_asked(indexed: Memory, tmp_path: Path) -> None:
-    path = copy_of(indexed, tmp_path)
+    path = copied(indexed.path, tmp_path)
     compress_memory(path, Compression(pca=8, recall=0.9))
     record = Memory.open(path).segments[0].record.index
     assert record is not None
@@ -380,7 +374,7 @@ def test_the_index_is_built_anew_as_it_was_or_as_asked(indexed: Memory, tmp_path
 
 
 def test_old_readers_go_on_and_clusters_stay(indexed: Memory, tmp_path: Path) -> None:
-    path = copy_of(indexed, tmp_path)
+    path = copied(indexed.path, tmp_path)
     cluster_memory(path, GreedyMerge())
     reader = Memory.open(path)
     queries = original_rows(indexed)[[5, 9]]
@@ -398,7 +392,7 @@ def test_old_readers_go_on_and_clusters_stay(indexed: Memory, tmp_path: Path) ->
 def test_entries_that_left_the_index_are_measured_by_those_they_were_merged_into(
     original: Memory, tmp_path: Path, index: str
 ) -> None:
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     compress_memory(path, Compression(merge=True, index=index))
     memory = Memory.open(path)
     ids = np.concatenate([memory.valued_entries(), [-1]])[None]
@@ -412,11 +406,7 @@ def test_two_segments_are_compressed_alike(
     build_memory: Build, tiny_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     parts = [build_memory(tiny_model, part) for part in (DOCUMENTS[:5], DOCUMENTS[5:])]
-    path = copy_of(parts[0], tmp_path)
-    shutil.copytree(parts[1].path / SEGMENT, path / "segments/000002")
-    second = json.loads((parts[1].path / "manifest.json").read_bytes())["segments"][0]
-    second = json.loads(json.dumps(second).replace("000001", "000002"))
-    edit_manifest(path, lambda manifest: manifest["segments"].append(second))
+    path = in_two_segments(parts, tmp_path / "joined.memory").path
     compress_memory(path, Compression(keys="pq8", pca=16, merge=True))
     assert verify(path) == []
     memory = Memory.open(path)
@@ -438,7 +428,7 @@ def test_predictions_hardly_change_when_little_is_lost(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """Callers give the model's own states, whatever is stored."""
-    path = copy_of(original, tmp_path)
+    path = copied(original.path, tmp_path)
     compress_memory(path, Compression(keys="int8", pca=30))
     options = {"tokenizer": tiny_tokenizer, "lam": 0.5, "temperature": 30.0, "k": 64}
     text = make_documents(3, 30, seed=5)
@@ -477,7 +467,7 @@ def test_predictions_hardly_change_when_little_is_lost(
 def test_settings_that_do_not_fit_change_nothing(
     indexed: Memory, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    path = copy_of(indexed, tmp_path)
+    path = copied(indexed.path, tmp_path)
     before = snapshot(path)
     with pytest.raises(SettingError, match=message):
         compress_memory(path, Compression(**options))
@@ -499,14 +489,14 @@ def test_a_memory_without_keys_cannot_be_compressed(
 @pytest.fixture(scope="module")
 def compressed(indexed: Memory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A memory that has every kind of file that compressing writes."""
-    path = copy_of(indexed, tmp_path_factory.mktemp("compressed"))
+    path = copied(indexed.path, tmp_path_factory.mktemp("compressed"))
     compress_memory(path, COMPRESSIONS["all"])
     return path
 
 
 @pytest.fixture
 def folder(compressed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(compressed, tmp_path / "damaged.memory"))
+    return copied(compressed, tmp_path)
 
 
 PLACES = {
@@ -518,24 +508,12 @@ PLACES = {
 }
 
 
-def record_of(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
-    if kind == "projection":
-        return manifest["keys"]["projection"]["file"]
-    if kind == "codebooks":
-        return manifest["keys"]["codebooks"]
-    return manifest["segments"][0]["files"][kind]
-
-
 @pytest.mark.parametrize("kind", PLACES)
 def test_verify_finds_flipped_bytes_and_missing_files(
     folder: Path, rng: np.random.Generator, kind: str
 ) -> None:
     file = folder / PLACES[kind]
-    data = file.read_bytes()
-    for position in {0, len(data) - 1, *rng.integers(len(data), size=8).tolist()}:
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << int(rng.integers(8))
-        file.write_bytes(damaged)
+    for _ in flipped(file, rng, 8):
         assert verify(folder) == [f"{PLACES[kind]} differs from its checksum"]
     file.unlink()
     for call in (Memory.open, verify):
@@ -565,12 +543,7 @@ LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_verify_checks_what_the_files_say(folder: Path, lie: str) -> None:
     kind, change, message = LIES[lie]
-    file = folder / PLACES[kind]
-    array = np.load(file)
-    file.unlink()
-    np.save(file, change(array))
-    size, digest = file.stat().st_size, sha256_of(file)
-    edit_manifest(folder, lambda m: record_of(m, kind).update(size=size, sha256=digest))
+    replaced(folder, PLACES[kind], change(np.load(folder / PLACES[kind])))
     assert message in "; ".join(verify(folder))
 
 
@@ -620,7 +593,7 @@ def test_a_failed_compression_leaves_everything_as_it_was(
     count: int,
     error: BaseException,
 ) -> None:
-    path = copy_of(indexed, tmp_path)
+    path = copied(indexed.path, tmp_path)
     before = snapshot(path)
     call_fails(monkeypatch, owner, name, count, error)
     with pytest.raises(FolderError if error is FULL else KeyboardInterrupt):
@@ -629,63 +602,29 @@ def test_a_failed_compression_leaves_everything_as_it_was(
     assert snapshot(path) == before
 
 
-# A child kills itself just before the n-th call of a function; the parent says how each ended.
-KILLED = """
-import functools, itertools, json, os, signal, sys
-from pathlib import Path
-from nearest.memory.compress import Compression, compress_memory
+CHANGES_KILLED = """
+from nearest.memory.compress import compress_memory
+from test_compress import COMPRESSIONS
 
-folder, moments, how = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-
-def kill_before(owner, name, count):
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call)
-
-children = []
-for name, count in moments:
-    child = os.fork()
-    if not child:
-        kill_before(Path if name in ("replace", "unlink") else os, name, count)
-        compress_memory(folder / f"{name}-{count}", Compression(**how))
-        os._exit(0)
-    children.append(child)
-print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
+changes = {"compress": lambda path: compress_memory(path, COMPRESSIONS["all"])}
 """
 
 
 def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_path: Path) -> None:
     moments = [
-        *(("fsync", count) for count in (1, 3, 6, 7, 8)),
-        ("pwrite", 5),
-        ("posix_fallocate", 4),
-        ("replace", 1),
-        ("unlink", 1),
+        *(("compress", "fsync", count) for count in (1, 3, 6, 7, 8)),
+        ("compress", "pwrite", 5),
+        ("compress", "posix_fallocate", 4),
+        ("compress", "replace", 1),
+        ("compress", "unlink", 1),
     ]
-    for name, count in moments:
-        shutil.copytree(indexed.path, tmp_path / f"{name}-{count}")
-    how = json.dumps(asdict(COMPRESSIONS["all"]))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, json.dumps(moments), how],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert [os.WIFSIGNALED(s) and os.WTERMSIG(s) for s in statuses] == [signal.SIGKILL] * len(
-        moments
-    ), done.stderr
-    for name, count in moments:
-        path = tmp_path / f"{name}-{count}"
+    for moment in moments:
+        shutil.copytree(indexed.path, place_of(tmp_path, moment))
+    kill_writers(CHANGES_KILLED, tmp_path, moments)
+    for moment in moments:
+        path = place_of(tmp_path, moment)
         assert verify(path) == []
-        published = (name, count) in [("fsync", 8), ("unlink", 1)]
+        published = moment[1:] in [("fsync", 8), ("unlink", 1)]
         manifest = Memory.open(path).manifest
         assert manifest.keys is not None
         assert (manifest.generation, manifest.keys.format) == (
@@ -693,10 +632,7 @@ def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_pat
         )
         compress_memory(path, Compression(keys="int8"))
         assert verify(path) == []
-        assert files(path) == {
-            "manifest.json",
-            *(record.path for record in Memory.open(path).manifest.file_records()),
-        }
+        assert files(path) == live_files(path)
 
 
 # --- clusters of merged entries, as pointers follow them ------------------------------------------

@@ -2,12 +2,8 @@
 
 import copy
 import itertools
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,10 @@ from conftest import (
     make_documents,
     snapshot,
 )
+from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory
 from nearest.errors import FolderError, ModelError, SettingError
-from nearest.folder import ArrayFile, sha256_of, writer_lock
+from nearest.folder import ArrayFile, writer_lock
 from nearest.index.clusters import kmeans_clusters
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.memory.segment_writer import IndexChoice
@@ -38,8 +35,6 @@ DIM = 32
 DOCUMENTS = make_documents(14, 30)
 FORMATS = ["fp16", "int8"]
 ARRAYS = ("of", "offsets", "members")
-
-Build = Callable[..., Memory]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -57,16 +52,12 @@ def clustered(build_memory: Build, tiny_model: PreTrainedModel) -> Path:
 @pytest.fixture
 def folder(clustered: Path, tmp_path: Path) -> Path:
     """A copy, to be changed, of a memory with clusters in its second generation."""
-    return Path(shutil.copytree(clustered, tmp_path / "copy.memory"))
+    return copied(clustered, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def textual(build_memory: Build, tiny_model: PreTrainedModel) -> Memory:
     return build_memory(tiny_model, DOCUMENTS, keys="none")
-
-
-def files(path: Path) -> set[str]:
-    return {name for name, data in snapshot(path).items() if data is not None}
 
 
 # --- key distances --------------------------------------------------------------------------------
@@ -346,17 +337,6 @@ def test_numbers_that_make_no_clusters_change_nothing(
 # --- damage and interruptions ---------------------------------------------------------------------
 
 
-def describe_anew(folder: Path, name: str) -> None:
-    """Let the manifest say of a file of clusters what it is now."""
-
-    def describe(manifest: dict[str, Any]) -> None:
-        file = manifest["clusters"]["files"][name]
-        path = folder / file["path"]
-        file.update(size=path.stat().st_size, sha256=sha256_of(path))
-
-    edit_manifest(folder, describe)
-
-
 def cluster_file(folder: Path, name: str) -> Path:
     return folder / f"g000002.clusters.{name}.npy"
 
@@ -364,11 +344,7 @@ def cluster_file(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ARRAYS)
 def test_verify_finds_every_flipped_byte(folder: Path, rng: np.random.Generator, name: str) -> None:
     file = cluster_file(folder, name)
-    data = file.read_bytes()
-    for position in {0, len(data) - 1, *rng.integers(len(data), size=12).tolist()}:
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << int(rng.integers(8))
-        file.write_bytes(damaged)
+    for _ in flipped(file, rng, 12):
         assert verify(folder) == [f"{file.name} differs from its checksum"]
     file.unlink()
     for call in (Memory.open, verify):
@@ -395,10 +371,7 @@ LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
 def test_verify_checks_that_clusters_are_consistent(folder: Path, lie: str) -> None:
     name, change, message = LIES[lie]
     file = cluster_file(folder, name)
-    array = change(np.load(file))
-    file.unlink()
-    np.save(file, array)
-    describe_anew(folder, name)
+    replaced(folder, file.name, change(np.load(file)))
     assert message in "; ".join(verify(folder))
 
 
@@ -407,13 +380,9 @@ def test_verify_checks_that_clusters_are_consistent(folder: Path, lie: str) -> N
     [(np.nan, "a scale between rows 0"), (-1.0, "a scale between"), (0.0, "a scale between")],
 )
 def test_verify_checks_the_scales(folder: Path, scale: float, message: str) -> None:
-    file = folder / "segments/000001/scales.npy"
-    scales = np.load(file)
+    scales = np.load(folder / "segments/000001/scales.npy")
     scales[7] = scale
-    file.unlink()
-    np.save(file, scales)
-    record = {"size": file.stat().st_size, "sha256": sha256_of(file)}
-    edit_manifest(folder, lambda m: m["segments"][0]["files"]["scales"].update(record))
+    replaced(folder, "segments/000001/scales.npy", scales)
     assert message in "; ".join(verify(folder))
 
 
@@ -518,10 +487,7 @@ def test_a_build_that_fails_at_any_file_leaves_nothing_and_can_be_repeated(
         (path / "segments/000001" / file).write_bytes(b"stale")
     Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path, keys=keys)
     assert verify(path) == []
-    assert files(path) == {
-        "manifest.json",
-        *(record.path for record in Memory.open(path).manifest.file_records()),
-    }
+    assert files(path) == live_files(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
@@ -539,63 +505,29 @@ def test_keys_that_int8_cannot_hold_stop_the_build(
     assert snapshot(tmp_path) == {}
 
 
-# A child kills itself just before the n-th call of a function; the parent says how each ended.
-KILLED = """
-import functools, itertools, json, os, signal, sys
-from pathlib import Path
+CHANGES_KILLED = """
 from nearest.memory.clustering import KMeans, cluster_memory
 
-folder, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
-
-def kill_before(owner, name, count):
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call)
-
-children = []
-for name, count in moments:
-    child = os.fork()
-    if not child:
-        kill_before(Path if name in ("replace", "unlink") else os, name, count)
-        cluster_memory(folder / f"{name}-{count}", KMeans(5))
-        os._exit(0)
-    children.append(child)
-print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
+changes = {"cluster": lambda path: cluster_memory(path, KMeans(5))}
 """
 
 
 def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path: Path) -> None:
     moments = [
-        *(("fsync", count) for count in range(1, 6)),
-        *(("pwrite", count) for count in (1, 4)),
-        ("posix_fallocate", 2),
-        ("replace", 1),
-        ("unlink", 1),
+        *(("cluster", "fsync", count) for count in range(1, 6)),
+        *(("cluster", "pwrite", count) for count in (1, 4)),
+        ("cluster", "posix_fallocate", 2),
+        ("cluster", "replace", 1),
+        ("cluster", "unlink", 1),
     ]
-    for name, count in moments:
-        shutil.copytree(clustered, tmp_path / f"{name}-{count}")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path, json.dumps(moments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert [os.WIFSIGNALED(s) and os.WTERMSIG(s) for s in statuses] == [signal.SIGKILL] * len(
-        moments
-    ), done.stderr
-    for name, count in moments:
-        path = tmp_path / f"{name}-{count}"
+    for moment in moments:
+        shutil.copytree(clustered, place_of(tmp_path, moment))
+    kill_writers(CHANGES_KILLED, tmp_path, moments)
+    for moment in moments:
+        path = place_of(tmp_path, moment)
         assert verify(path) == []
         memory = Memory.open(path)
-        published = (name, count) in [("fsync", 5), ("unlink", 1)]
+        published = moment[1:] in [("fsync", 5), ("unlink", 1)]
         record = memory.manifest.clusters
         assert record is not None
         assert (memory.manifest.generation, record.clusters) == ((3, 5) if published else (2, 40))

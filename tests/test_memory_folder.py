@@ -5,9 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import nearest.memory.documents
 import nearest.memory.manifest
 import nearest.memory.memory
-from conftest import FULL, call_fails, edit_manifest, make_documents, snapshot
+from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_documents, snapshot
+from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
 from nearest.corpus.windows import windows
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
@@ -60,7 +58,6 @@ DOCUMENTS = [
 ]
 
 Change = Callable[[dict[str, Any]], None]
-Build = Callable[..., Memory]
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +73,12 @@ def approximate(build_memory: Build, tiny_model: PreTrainedModel) -> Memory:
 @pytest.fixture
 def folder(approximate: Memory, tmp_path: Path) -> Path:
     """A copy, to be damaged, of a memory that has every kind of file."""
-    return Path(shutil.copytree(approximate.path, tmp_path / "copy.memory"))
+    return copied(approximate.path, tmp_path)
 
 
 def replace_file(folder: Path, kind: str, data: bytes | np.ndarray) -> None:
-    """Write another file of a segment, as if it had been built so: the manifest describes it."""
-    if isinstance(data, np.ndarray):
-        buffer = io.BytesIO()
-        np.save(buffer, data, allow_pickle=False)
-        data = buffer.getvalue()
-    path = folder / (INDEX if kind == "index" else FILES[kind])
-    path.unlink()
-    path.write_bytes(data)
-    size, digest = len(data), sha256_of(path)
-
-    def describe(manifest: dict[str, Any]) -> None:
-        segment = manifest["segments"][0]
-        file = segment["index"]["file"] if kind == "index" else segment["files"][kind]
-        file.update(size=size, sha256=digest)
-
-    edit_manifest(folder, describe)
+    """Write another file of a segment, as if it had been built so."""
+    replaced(folder, INDEX if kind == "index" else FILES[kind], data)
 
 
 def refusal(call: Callable[..., Any], *args: Any) -> str | None:
@@ -135,7 +118,7 @@ def test_the_manifest_describes_everything_that_was_built(
     manifest = json.loads((memory.path / "manifest.json").read_bytes())
     tokens = sum(1 + len(d.text.encode()) for d in DOCUMENTS)  # one token a byte
     live = {**FILES, **({"index": INDEX} if kind == "approximate" else {})}
-    assert {name for name, data in snapshot(memory.path).items() if data is not None} == {
+    assert files(memory.path) == {
         "manifest.json",
         *live.values(),
     }
@@ -279,13 +262,8 @@ def test_two_segments_are_one_memory(
     build_memory: Build, tiny_model: PreTrainedModel, exact: Memory, tmp_path: Path
 ) -> None:
     parts = [build_memory(tiny_model, part) for part in (DOCUMENTS[:7], DOCUMENTS[7:])]
-    path = Path(shutil.copytree(parts[0].path, tmp_path / "joined.memory"))
-    shutil.copytree(parts[1].path / SEGMENT, path / "segments/000002")
-    second = json.loads((parts[1].path / "manifest.json").read_bytes())["segments"][0]
-    second = json.loads(json.dumps(second).replace("000001", "000002"))
-    edit_manifest(path, lambda manifest: manifest["segments"].append(second))
-    assert verify(path) == []
-    joined = Memory.open(path)
+    joined = in_two_segments(parts, tmp_path / "joined.memory")
+    assert verify(joined.path) == []
     assert (joined.tokens, joined.entries, joined.documents) == (
         exact.tokens,
         exact.entries,
@@ -490,14 +468,6 @@ def test_a_memory_may_have_many_frames(
 # --- verify ---------------------------------------------------------------------------------------
 
 
-def found_by_verify(folder: Path) -> str:
-    """What verify says, whether it gives a list or cannot even open the memory."""
-    try:
-        return "; ".join(verify(folder))
-    except FolderError as error:
-        return str(error)
-
-
 def test_sound_memories_are_sound(exact: Memory, approximate: Memory) -> None:
     told: list[tuple[str, int, int | None]] = []
     assert verify(exact.path) == []
@@ -510,16 +480,10 @@ def test_sound_memories_are_sound(exact: Memory, approximate: Memory) -> None:
 @pytest.mark.parametrize("path", [*FILES.values(), INDEX])
 def test_verify_finds_every_flipped_byte(folder: Path, rng: np.random.Generator, path: str) -> None:
     file = folder / path
-    data = file.read_bytes()
-    positions = {0, len(data) - 1, *rng.integers(len(data), size=16).tolist()}
-    for position in sorted(positions):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << int(rng.integers(8))
-        file.write_bytes(damaged)
+    for _ in flipped(file, rng, 16):
         assert verify(folder) == [f"{path} differs from its checksum"]
         message = refusal(Memory.open, folder)  # opening need not find it, but may not crash
         assert message is None or file.name in message
-    file.write_bytes(data)
     assert verify(folder) == []
 
 
@@ -843,44 +807,16 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 
 # --- interruptions --------------------------------------------------------------------------------
 
-# Forks before each build: the imports take longer than all the builds. A child kills itself just
-# before the n-th call of a function; the parent prints how each child ended.
-KILLED = """
-import functools, itertools, json, os, signal, sys
-from pathlib import Path
-
-tests, folder, moments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-sys.path.insert(0, tests)
+CHANGES_KILLED = """
 from conftest import make_documents, make_model, make_tokenizer
 from nearest import Memory
 from nearest.memory.segment_writer import IndexChoice
 from nearest.memory.writer import rebuild_index
 
-def kill_before(owner, name, count):
-    original, calls = getattr(owner, name), itertools.count(1)
+def build(path):
+    Memory.build(make_model(), make_tokenizer(), make_documents(12, 30), path, index="IVF4,SQ8")
 
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call)
-
-children = []
-for verb, name, count in moments:
-    child = os.fork()
-    if not child:
-        path = folder / f"{verb}-{name}-{count}"
-        kill_before(Path if name in ("replace", "unlink") else os, name, count)
-        if verb == "build":
-            documents = make_documents(12, 30)
-            Memory.build(make_model(), make_tokenizer(), documents, path, index="IVF4,SQ8")
-        else:
-            rebuild_index(path, IndexChoice("IVF8,Flat"))
-        os._exit(0)
-    children.append(child)
-print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
+changes = {"build": build, "index": lambda path: rebuild_index(path, IndexChoice("IVF8,Flat"))}
 """
 BUILD_KILLS = [
     *(("build", "fsync", count) for count in range(1, 10)),
@@ -899,20 +835,9 @@ INDEX_KILLS = [
 def killed(tmp_path_factory: pytest.TempPathFactory, approximate: Memory) -> Path:
     """Folders that processes killed in the middle of their work have left, named by the moment."""
     folder = tmp_path_factory.mktemp("killed")
-    moments = [*BUILD_KILLS, *INDEX_KILLS]
     for moment in INDEX_KILLS:
-        shutil.copytree(approximate.path, folder / "-".join(map(str, moment)))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), folder, json.dumps(moments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert [os.WIFSIGNALED(s) and os.WTERMSIG(s) for s in statuses] == [signal.SIGKILL] * len(
-        moments
-    ), done.stderr
+        shutil.copytree(approximate.path, place_of(folder, moment))
+    kill_writers(CHANGES_KILLED, folder, [*BUILD_KILLS, *INDEX_KILLS])
     return folder
 
 
@@ -923,7 +848,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
     tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    path = killed / "-".join(map(str, moment))
+    path = place_of(killed, moment)
     assert path.is_dir()
     if moment == ("build", "fsync", 9):  # after the manifest's rename: the memory is whole
         assert verify(path) == []
@@ -934,7 +859,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
     Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path)
     assert verify(path) == []
     assert Memory.open(path).documents == 3
-    assert {name for name, data in snapshot(path).items() if data is not None} == {
+    assert files(path) == {
         "manifest.json",
         *FILES.values(),
     }
@@ -944,7 +869,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
 def test_a_killed_change_leaves_a_whole_generation(
     killed: Path, moment: tuple[str, str, int], approximate: Memory
 ) -> None:
-    path = killed / "-".join(map(str, moment))
+    path = place_of(killed, moment)
     assert verify(path) == []
     memory = Memory.open(path)
     published = moment in [("index", "fsync", 3), ("index", "unlink", 1)]
@@ -953,7 +878,7 @@ def test_a_killed_change_leaves_a_whole_generation(
     )
     rebuild_index(path, IndexChoice("exact"))
     assert verify(path) == []
-    assert {name for name, data in snapshot(path).items() if data is not None} == {
+    assert files(path) == {
         "manifest.json",
         *FILES.values(),
     }
@@ -1230,10 +1155,9 @@ def test_another_index_is_a_new_generation_and_old_readers_go_on(
         assert memory.manifest.generation == generation
         assert record.spec == ("exact" if spec == "auto" else spec)
         assert memory.settings("knn") == {"lam": 0.5}
-        files = [] if record.file is None else [record.file.path]
-        assert {name for name, data in snapshot(folder).items() if data is not None} == {
+        assert files(folder) == {
             *live,
-            *files,
+            *([] if record.file is None else [record.file.path]),
         }
         assert verify(folder) == []
         if spec in ("Flat", "exact", "auto"):

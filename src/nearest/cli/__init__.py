@@ -1,0 +1,29 @@
+"""The `nearest` command: reads arguments, calls the verbs, and prints what they return.
+
+Reports go to stdout (`--json`: one object a line), logs and progress to stderr. A mistake of the
+user's is one message and exit code 2, never a traceback. Heavy imports wait for their command.
+"""
+
+from nearest.cli import generating, keys, memories, methods
+from nearest.cli.app import Command, app, register
+
+_COMMANDS: dict[str, Command] = {
+    "build": memories.build,
+    "info": memories.info,
+    "verify": memories.verify,
+    "index": keys.index,
+    "cluster": keys.cluster,
+    "compress": keys.compress,
+    "tune": methods.tune,
+    "eval": methods.evaluate,
+    "sweep": methods.sweep,
+    "generate": generating.generate,
+    "demo": generating.demo,
+}
+for _name, _function in _COMMANDS.items():
+    register(_name, _function)
+
+
+def main() -> None:
+    """Entry point of the `nearest` command."""
+    app()

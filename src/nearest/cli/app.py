@@ -1,0 +1,119 @@
+"""The application that commands are registered with, and what all of them do alike."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from nearest.errors import NearestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nearest.memory.memory import Memory
+
+Command = Callable[..., None]
+
+app = typer.Typer(
+    help="A memory for language models: look a corpus up while predicting, with sources.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+
+@app.callback()
+def _prepare() -> None:
+    """Keep stdout for reports: notes go to stderr."""
+
+    def note(message: Warning | str, *_: Any) -> None:
+        err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+
+    warnings.showwarning = note  # type: ignore[assignment]
+
+
+def register(name: str, function: Command) -> None:
+    """Make a function a command of this name."""
+    app.command(name)(_explained(_flat(function)))
+
+
+def _explained(function: Command) -> Command:
+    """Turn the errors a user can mend, and an interruption, into a message and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            return function(*args, **kwargs)
+        except NearestError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        except KeyboardInterrupt:
+            err.print("[bold red]stopped:[/] nothing half-written was left; run it again")
+        raise typer.Exit(2)
+
+    return run
+
+
+def _flat(function: Command) -> Command:
+    """Take apart each parameter that is a group of options (a dataclass) for the command line."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        group = groups.get(parameter.name)
+        parameters += [parameter] if group is None else _options_of(group)
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        for name, group in groups.items():
+            own = {field.name: options.pop(field.name) for field in fields(group)}
+            options[name] = group(**own)
+        function(**options)
+
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
+    return run
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTrainedModel, Any]":
+    """Open a memory and load the model that built it, or the one named instead."""
+    from nearest.encode.identity import load_model_and_tokenizer
+    from nearest.memory.memory import Memory
+
+    opened = Memory.open(memory)
+    if not (model or opened.manifest.model.name):
+        raise NearestError(
+            f"{memory} does not say where its model is, for it was built from one in memory: "
+            "name it (--model)"
+        )
+    return opened, *load_model_and_tokenizer(model or opened.manifest.model.name)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' advice and progress bars out of the way of our own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

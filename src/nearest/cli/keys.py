@@ -1,0 +1,91 @@
+"""Commands that change how a memory's keys are searched, joined and stored."""
+
+from typing import Annotated
+
+import typer
+
+from nearest import reports
+from nearest.cli.app import err
+from nearest.cli.memories import show_info
+from nearest.cli.options import AsJson, MemoryPath, Nprobe, Recall, Spec, given
+from nearest.errors import NearestError
+
+
+def index(
+    memory: MemoryPath,
+    spec: Spec = "auto",
+    recall: Recall = 0.95,
+    nprobe: Nprobe = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a memory another index, as a new generation."""
+    from nearest.memory.memory import Memory
+    from nearest.memory.segment_writer import IndexChoice
+    from nearest.memory.writer import rebuild_index
+
+    with reports.live_progress(err) as progress:
+        rebuild_index(memory, IndexChoice(spec, recall, nprobe), progress)
+    show_info(Memory.open(memory), as_json)
+
+
+def cluster(
+    memory: MemoryPath,
+    clusters: Annotated[int | None, typer.Option(help="Number of clusters (k-means).")] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Entries to find centroids with; 32 a cluster if not given.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of k-means; 10 if not given.")] = None,
+    greedy_merge: Annotated[
+        bool, typer.Option("--greedy-merge", help="Join near entries of the same value instead.")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Of each entry, for greedy merge; 9 if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find which entries share a state, for RetoMaton to follow; a new generation."""
+    from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
+    from nearest.memory.memory import Memory
+
+    kmeans = given(clusters=clusters, sample=sample, iterations=iterations)
+    merge = given(neighbours=neighbours)
+    if greedy_merge == bool(kmeans) or (merge and not greedy_merge):
+        raise NearestError(
+            "give either --clusters (with --sample, --iterations) or --greedy-merge (with "
+            "--neighbours)"
+        )
+    if not greedy_merge and clusters is None:
+        raise NearestError("k-means needs a number of clusters: give --clusters")
+    with reports.live_progress(err) as progress:
+        cluster_memory(memory, GreedyMerge(**merge) if greedy_merge else KMeans(**kmeans), progress)
+    show_info(Memory.open(memory), as_json)
+
+
+def compress(
+    memory: MemoryPath,
+    keys: Annotated[
+        str | None, typer.Option(help="int8, or pqM: M bytes a key (product quantisation).")
+    ] = None,
+    pca: Annotated[int | None, typer.Option(help="Dimensions to keep.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join near entries of the same value into one.")
+    ] = False,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Of each entry, to merge; 9 if not given.")
+    ] = None,
+    index: Annotated[
+        str | None, typer.Option("--spec", help="Another index; the kind it has if not given.")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="Recall@100 to tune the index to; as before if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory's keys smaller, as a new generation; tune it again afterwards."""
+    from nearest.memory.compress import Compression, compress_memory
+    from nearest.memory.memory import Memory
+
+    how = Compression(keys, pca, merge, neighbours, index, recall)
+    with reports.live_progress(err) as progress:
+        compress_memory(memory, how, progress)
+    show_info(Memory.open(memory), as_json)

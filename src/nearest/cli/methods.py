@@ -1,0 +1,192 @@
+"""Commands that tune, measure and draw methods on text."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from nearest import reports
+from nearest.cli.app import err, open_with_model, out, quiet_libraries
+from nearest.cli.options import (
+    AsJson,
+    Encoding,
+    FixedSettings,
+    MemoryPath,
+    MethodSettings,
+    ModelName,
+    Reading,
+    ScoreEos,
+    TextPaths,
+)
+from nearest.errors import NearestError
+
+
+def tune(
+    memory: MemoryPath,
+    text: TextPaths,
+    method: Annotated[
+        Literal["knn", "retomaton", "suffix", "hybrid"], typer.Option(help="What to tune.")
+    ] = "knn",
+    gate: Annotated[
+        Literal["none", "buckets", "meta-k", "adaptret", "mixture"],
+        typer.Option(help="Train a gate in place of a fixed λ; hybrid always has its own."),
+    ] = "none",
+    model: ModelName = None,
+    *,
+    settings: FixedSettings,
+    reading: Reading,
+    encoding_errors: Encoding = "strict",
+    as_json: AsJson = False,
+) -> None:
+    """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
+
+    k is swept for knn, the length power for suffix, where they are not given. With --gate a gate is
+    trained instead, and the method is then called knn+buckets, suffix+mixture and so on.
+    """
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.verbs.tune import tune as tune_memory
+
+    name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        tuned = tune_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            method=name,
+            tokenizer=tokenizer,
+            progress=progress,
+            **vars(reading),
+            **vars(settings),
+        )
+    if as_json:
+        typer.echo(json.dumps({"method": name, **tuned.as_json()}))
+    else:
+        found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(name).items())
+        out.print(
+            f"{name}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
+            f"with {found}; stored"
+        )
+
+
+def evaluate(
+    memory: MemoryPath,
+    text: TextPaths,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="base, knn, retomaton, suffix, hybrid, knn+mixture …, or several with commas."
+        ),
+    ] = "base,knn",
+    model: ModelName = None,
+    *,
+    settings: MethodSettings,
+    reading: Reading,
+    score_eos: ScoreEos = False,
+    encoding_errors: Encoding = "strict",
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well text is predicted, by the base model and with the memory."""
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.verbs.evaluate import evaluate as evaluate_memory
+
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        results = evaluate_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            _with_commas(method),
+            tokenizer=tokenizer,
+            score_eos=score_eos,
+            progress=progress,
+            **vars(reading),
+            **vars(settings),
+        )
+    if as_json:
+        for result in results:
+            typer.echo(json.dumps(result.as_json()))
+    else:
+        out.print(reports.results_table(results))
+
+
+def sweep(
+    memory: MemoryPath,
+    text: TextPaths,
+    out_path: Annotated[
+        Path, typer.Option("--out", help="Folder for sweep.csv, sweep.png and sweep.html.")
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="With commas: knn, retomaton …; what was tuned when not given."),
+    ] = None,
+    min_knns: Annotated[
+        str | None, typer.Option(help="Values of RetoMaton, with commas: 1,2,5,20,100,inf.")
+    ] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="Values of search gates, with commas: 0,.25,.5,.75,.9,1.")
+    ] = None,
+    published: Annotated[
+        str, typer.Option(help="Draw published curves too: wikitext-103, law-mt, or both.")
+    ] = "",
+    model: ModelName = None,
+    *,
+    reading: Reading,
+    score_eos: ScoreEos = False,
+    encoding_errors: Encoding = "strict",
+    as_json: AsJson = False,
+) -> None:
+    """Draw perplexity against saved searches and against time, for every method.
+
+    The model reads the text once, and each dense search is made once for all.
+    """
+    quiet_libraries()
+    from nearest.corpus.documents import read_documents
+    from nearest.pages.published import published_named
+    from nearest.pages.sweep import check_folder, write_report
+    from nearest.verbs.sweep import sweep as sweep_memory
+
+    beside = published_named(_with_commas(published))
+    thresholds, fractions = _numbers(min_knns, "min-knns"), _numbers(skip, "skip")
+    check_folder(out_path)
+    opened, loaded, tokenizer = open_with_model(memory, model)
+    with reports.live_progress(err) as progress:
+        swept = sweep_memory(
+            loaded,
+            opened,
+            read_documents(text, encoding_errors=encoding_errors),
+            None if methods is None else _with_commas(methods),
+            tokenizer=tokenizer,
+            score_eos=score_eos,
+            progress=progress,
+            **vars(reading),
+            min_knns=thresholds,
+            skip=fractions,
+        )
+    write_report(out_path, swept, opened, beside)
+    if as_json:
+        for point in swept.points:
+            typer.echo(json.dumps(point.as_json()))
+    else:
+        out.print(reports.sweep_table(swept.points))
+    err.print(f"see {escape(str(out_path / 'sweep.html'))}", soft_wrap=True)
+
+
+def _with_commas(text: str) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in _with_commas(text)]
+    except ValueError as error:
+        raise NearestError(
+            f"--{option} {text!r} is no list of numbers: write them with commas, as in 1,2,inf"
+        ) from error

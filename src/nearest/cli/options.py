@@ -1,0 +1,97 @@
+"""Options that several commands have: each said once, those that go together in a group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
+CorpusPaths = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Files or folders.")]
+TextPaths = Annotated[
+    list[Path], typer.Option("--text", help="Text to score: .txt, .md, .jsonl or a folder.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens a window; the memory's own, or at building the model's, up to 512."),
+]
+Stride = Annotated[
+    int | None, typer.Option(help="New tokens a window; the memory's own, or half the window.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
+]
+ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
+Force = Annotated[
+    bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
+]
+Encoding = Annotated[
+    Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
+]
+Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_factory string.')]
+Nprobe = Annotated[
+    int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
+]
+Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune the index to.")]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text is cut and handed to the model."""
+
+    window: Window = None
+    stride: Stride = None
+    batch_size: BatchSize = None
+    force: Force = False
+
+
+@dataclass(frozen=True)
+class FixedSettings:
+    """Settings of a method that tuning does not find."""
+
+    k: Annotated[int | None, typer.Option("--k", help="Number of neighbours.")] = None
+    length_power: Annotated[
+        float | None, typer.Option(help="Weigh entries by (1 + match length) to this power.")
+    ] = None
+    distances: Annotated[
+        Literal["keys", "index"] | None,
+        typer.Option(help="Distances of stored keys, or the index's."),
+    ] = None
+    min_knns: Annotated[
+        float | None,
+        typer.Option(help="Search when fewer pointers are left; inf: always, 0: never."),
+    ] = None
+    max_knns: Annotated[int | None, typer.Option(help="Pointers and cluster members, at most.")] = (
+        None
+    )
+    dedup: Annotated[
+        bool | None,
+        typer.Option("--dedup/--no-dedup", help="Count no entry twice in one prediction."),
+    ] = None
+    matches: Annotated[
+        int | None, typer.Option("--matches", help="Entries with the longest matches, at most.")
+    ] = None
+    skip: Annotated[
+        float | None, typer.Option(help="Fraction of dense searches that the gate is to save.")
+    ] = None
+    guard: Annotated[
+        bool | None,
+        typer.Option("--guard/--no-guard", help="Weigh base and memory by how well each predicts."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class MethodSettings(FixedSettings):
+    """Every setting of a method; as tuned where not given."""
+
+    lam: Annotated[float | None, typer.Option("--lam", help="Weight of the memory, 0 to 1.")] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the neighbours' softmax.")
+    ] = None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those options that were given a value."""
+    return {name: value for name, value in options.items() if value is not None}
