@@ -218,3 +218,22 @@ def test_clusters_of_segments_that_are_gone(world: SimpleNamespace, tmp_path: Pa
     assert "the clusters of" in message
     assert "make them anew with `nearest cluster`" in message
     works(*where, "knn,suffix")  # which follow none
+
+
+def test_a_texts_own_entries_are_left_out_on_request(
+    world: SimpleNamespace, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    corpus = world.memory.parent / "corpus.jsonl"
+    given = ["--method", "knn", *as_options({"lam": 0.6, "temperature": 40.0, "k": 12})]
+    (kept,) = works("eval", world.memory, "--text", corpus, *given)
+    (left_out,) = works("eval", world.memory, "--text", corpus, *given, "--exclude-own")
+    memory, text = Memory.open(world.memory), list(read_documents([corpus]))
+    expected = evaluate(
+        tiny_model, memory, text, "knn", tokenizer=tiny_tokenizer, exclude_own=True,
+        lam=0.6, temperature=40.0, k=12,
+    )  # fmt: skip
+    assert left_out["nll"] == pytest.approx(expected.nll, rel=1e-6)
+    assert left_out["nll"] > kept["nll"] + 0.5
+    (tuned,) = works("tune", world.memory, "--text", corpus, "--k", 12)
+    (without,) = works("tune", world.memory, "--text", corpus, "--k", 12, "--exclude-own")
+    assert without["tuned_nll"] > tuned["tuned_nll"] + 0.5

@@ -309,6 +309,8 @@ def test_merged_entries_are_counted(
     assert memory.log_weights(with_none)[0, 0] == 0
     np.testing.assert_array_equal(original.log_weights(with_none), 0)
     assert len(np.load(path / SEGMENT / "g000002.keys.npy")) == len(expected)
+    with pytest.raises(SettingError, match="a text's own cannot be left out"):
+        memory.first_entries([memory.document_tokens(0)])
 
 
 def test_weights_stand_for_the_entries_that_were_merged(

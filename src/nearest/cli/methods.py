@@ -12,6 +12,7 @@ from nearest.cli.app import err, open_with_model, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
     Encoding,
+    ExcludeOwn,
     FixedSettings,
     MemoryPath,
     MethodSettings,
@@ -37,6 +38,7 @@ def tune(
     *,
     settings: FixedSettings,
     reading: Reading,
+    exclude_own: ExcludeOwn = False,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -58,6 +60,7 @@ def tune(
             read_documents(text, encoding_errors=encoding_errors),
             method=name,
             tokenizer=tokenizer,
+            exclude_own=exclude_own,
             progress=progress,
             **vars(reading),
             **vars(settings),
@@ -86,6 +89,7 @@ def evaluate(
     settings: MethodSettings,
     reading: Reading,
     score_eos: ScoreEos = False,
+    exclude_own: ExcludeOwn = False,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -103,6 +107,7 @@ def evaluate(
             _with_commas(method),
             tokenizer=tokenizer,
             score_eos=score_eos,
+            exclude_own=exclude_own,
             progress=progress,
             **vars(reading),
             **vars(settings),

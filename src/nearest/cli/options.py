@@ -27,6 +27,10 @@ ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")
 Force = Annotated[
     bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
 ]
+ExcludeOwn = Annotated[
+    bool,
+    typer.Option(help="Predict a document that the memory holds too without its own entries."),
+]
 Encoding = Annotated[
     Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
 ]
