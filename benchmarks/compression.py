@@ -3,19 +3,18 @@
 Each compression is made of a copy of one memory (`nearest build … --keys fp16`); λ and temperature
 are tuned anew on valid and scored on test, for kNN-LM and for suffix matching.
 
-    python benchmarks/compression.py --memory law.memory --documents 40
+    python benchmarks/compression.py
 """
 
 import shutil
 import time
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import arguments, machine, model_and_tokenizer, report
-from nearest import Memory, evaluate, read_documents, tune
+from common import arguments, machine, memory_of, model_and_tokenizer, report
+from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.memory.compress import Compression, compress_memory
 
 COMPRESSIONS = {
@@ -44,19 +43,20 @@ def microseconds_a_query(memory: Memory, rounds: int = 400) -> float:
 
 
 def main() -> None:
-    options: Any = arguments(__doc__, memory=Path("law.memory"), documents=40)
+    options: Any = arguments(__doc__, documents=10_000)
     model, tokenizer = model_and_tokenizer()
-    texts = {
-        name: list(
-            islice(read_documents([options.corpora / f"dclaw/{name}.jsonl"]), options.documents)
+    original = memory_of(options, "dclaw")
+    read = {}
+    for split in ("valid", "test"):
+        texts = islice(
+            read_documents([options.corpora / f"dclaw/{split}.jsonl"]), options.documents
         )
-        for name in ("valid", "test")
-    }
-    report(**machine(), entries=Memory.open(options.memory).entries)
+        read[split] = read_text(model, Memory.open(original), texts, tokenizer=tokenizer)
+    report(**machine(), entries=Memory.open(original).entries)
     for name, how in COMPRESSIONS.items():
         path = options.work / "compressed.memory"
         shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(options.memory, path)
+        shutil.copytree(original, path)
         started = time.perf_counter()
         if how is not None:
             compress_memory(path, how)
@@ -76,9 +76,9 @@ def main() -> None:
             "distances_us": microseconds_a_query(memory),
         }
         for method in ("knn", "suffix"):
-            tuned = tune(model, memory, texts["valid"], method=method, tokenizer=tokenizer)
+            tuned = tune(model, memory, read["valid"], method=method)
             memory = Memory.open(path)
-            result = evaluate(model, memory, texts["test"], method, tokenizer=tokenizer)
+            result = evaluate(model, memory, read["test"], method)
             record[method] = {
                 "ppl": result.ppl,
                 "added_ms": result.added_ms,

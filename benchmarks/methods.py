@@ -58,7 +58,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     path = memory_of(options, options.corpus)
     bare = memory_of(options, options.corpus, "-bare", keys="none")
-    with_clusters = clustered(path, options.clusters)
+    with_clusters = clustered(path, options.clusters) if options.clustered_min_knns else path
     read = {
         split: read_text(
             model,
@@ -96,7 +96,7 @@ def main() -> None:
         ("retomaton", path, options.min_knns),
         ("retomaton with clusters", with_clusters, options.clustered_min_knns),
     ):
-        for min_knns in map(float, values.split(",")):
+        for min_knns in map(float, filter(None, values.split(","))):
             found = tuned("retomaton", where, min_knns=min_knns)
             name = f"{kind}, min_knns {min_knns:g}"
             scored(name, "retomaton", where)
