@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from nearest.errors import CorpusError, SettingError
 from nearest.retro import (
@@ -15,7 +16,17 @@ from nearest.retro import (
     RetroCache,
     RetroForCausalLM,
 )
-from retro_models import CHUNK, VARIANTS, found, neighbours, tiny_model, tokens, variant
+from retro_models import (
+    CHUNK,
+    PRESETS,
+    VARIANTS,
+    VOCAB,
+    found,
+    neighbours,
+    tiny_model,
+    tokens,
+    variant,
+)
 
 PROMPTS = range(1, 3 * CHUNK + 1)
 NEW = 2 * CHUNK + 1
@@ -31,7 +42,8 @@ def uncached_logits(
 ) -> Tensor:
     """One unpadded sequence read in one pass, with the neighbours of its whole chunks."""
     whole = len(sequence) // CHUNK
-    ids = torch.full((1, model.config.chunks(len(sequence)), 2, 6), -1)
+    shape = retrieve(tokens(1, CHUNK)).shape[1:]
+    ids = torch.full((1, model.config.chunks(len(sequence)), *shape), -1)
     if whole:
         ids[0, :whole] = retrieve(sequence[: whole * CHUNK].reshape(whole, CHUNK))
     with torch.no_grad():
@@ -58,6 +70,22 @@ def test_every_prompt_length(model, dtype, atol):
         expected = uncached_logits(model, sequences[0, :-1], found)[length - 1 :]
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=atol)
         assert sequences[0, length:].tolist() == expected.argmax(-1).tolist()
+
+
+def test_neighbours_with_several_continuation_chunks(model):
+    """Three neighbours of four chunks, of which the last one may be cut short."""
+
+    def continued(chunks: Tensor) -> Tensor:
+        ids = (chunks.repeat(1, 4)[:, None] * torch.tensor([1, 3, 7])[:, None] + 1) % 48 + 2
+        ids[:, 1, -3:] = -1
+        return ids
+
+    for length in (1, CHUNK - 1, CHUNK, 2 * CHUNK + 1):
+        sequences, logits = generated_logits(model, tokens(1, length), neighbours=continued)
+        expected = uncached_logits(model, sequences[0, :-1], continued)[length - 1 :]
+        torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-8)
+        cut = uncached_logits(model, sequences[0, :-1], lambda ids: continued(ids)[..., :-CHUNK])
+        assert not torch.allclose(cut[length - 1 :], expected)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
@@ -98,10 +126,27 @@ def test_beams_equal_beams_without_cache(model):
         torch.testing.assert_close(score.double(), mean, rtol=0, atol=1e-4)
 
 
-def test_sampling_and_other_rules_are_those_of_transformers():
-    model, prompt = variant("norlund"), tokens(2, 6)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_logits_of_beams_of_mixed_lengths(model, dtype, atol):
+    """Step by step, with rows whose chunks end at different times."""
+    model = model.to(dtype)
+    lengths, longest = [1, CHUNK, 2 * CHUNK - 1, 3 * CHUNK], 3 * CHUNK
+    prompt, mask = torch.zeros(2, len(lengths), longest, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        prompt[row, longest - length :] = tokens(1, length, seed=row)
+        mask[row, longest - length :] = 1
+    options = {"attention_mask": mask, "neighbours": found, "num_beams": 3}
+    cached_sequences, cached = generated_logits(model, prompt, **options)
+    sequences, expected = generated_logits(model, prompt, use_cache=False, **options)
+    assert torch.equal(cached_sequences, sequences)
+    torch.testing.assert_close(cached, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sampling_and_other_rules_are_those_of_transformers(preset):
+    model, prompt = variant(preset), tokens(2, 6)
     for options in (
-        {"do_sample": True, "top_k": 20, "temperature": 1.5},
+        {"do_sample": True, "top_k": 20, "temperature": 1.5, "num_return_sequences": 3},
         {"do_sample": False, "no_repeat_ngram_size": 2},
         {"do_sample": False, "repetition_penalty": 3.0, "min_new_tokens": 5},
     ):
@@ -114,7 +159,6 @@ def test_sampling_and_other_rules_are_those_of_transformers():
                 )
             )
         assert torch.equal(*answers)
-    grams = [tuple(pair.tolist()) for pair in answers[0][0].unfold(0, 2, 1)]
     forbidden = model.generate(
         prompt, max_new_tokens=30, neighbours=found, no_repeat_ngram_size=2, eos_token_id=None
     )
@@ -295,6 +339,8 @@ def test_a_callable_that_answers_badly():
         (lambda chunks: found(chunks)[:, 0], "chunks"),
         (lambda chunks: found(chunks) + 1000, "vocabulary"),
         (lambda chunks: found(chunks).float(), "token ids"),
+        (lambda chunks: found(chunks) > 0, "token ids"),
+        (lambda chunks: found(chunks).tolist(), "gave list"),
     ):
         with pytest.raises(SettingError, match=message):
             model.generate(prompt, max_new_tokens=3, neighbours=retrieve)
@@ -343,6 +389,33 @@ def test_prompt_lookup_gives_what_plain_search_gives(model):
     assert max(rejected) > CHUNK  # whole chunks were undone
     drafted = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
     assert torch.equal(drafted, plain)
+
+
+@pytest.mark.parametrize("kind", ["retro", "gpt2"])
+def test_an_assistant_drafts_without_neighbours(kind):
+    """Whatever it drafts, what is accepted is what plain search gives."""
+
+    class Source:
+        def __call__(self, chunks: Tensor) -> Tensor:
+            return found(chunks)
+
+        def __deepcopy__(self, _: dict[int, object]) -> "Source":
+            raise AssertionError("a memory that is searched must not be copied")
+
+    model = variant("norlund")
+    assistant = variant("norlund")
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": VOCAB}
+        assistant = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+    for length in (3, 2 * CHUNK):
+        prompt = tokens(1, length)
+        for given in (None, neighbours(model, 1, length)):
+            options = {"neighbours": Source(), "neighbour_ids": given, "max_new_tokens": 17}
+            plain = model.generate(prompt, eos_token_id=None, **options)
+            drafted = model.generate(
+                prompt, eos_token_id=None, assistant_model=assistant, **options
+            )
+            assert torch.equal(drafted, plain)
 
 
 def test_another_cache_is_refused():

@@ -92,6 +92,11 @@ class RetroConfig(PreTrainedConfig):
             the hidden states of the first of them, after its self-attention.
         encoder_dim, encoder_layers, encoder_heads, encoder_attention_dim, encoder_ffn_dim: sizes.
         encoder_cross_layers: encoder layers that attend to the chunk being answered, from 0.
+        memorizing_layers: decoder layers whose self-attention also reads a `memory` of the segments
+            before, where it is given, through a learned gate a head (arXiv:2203.08913), from 0.
+        memorizing_k: pairs that each query attends to in each head; None for all.
+        memorizing_capacity: pairs that each row remembers, the latest.
+        memorizing_initial_gate: of every head, in (0, 1).
         norm: "rms" x/(rms + 1e-8), "rms_clamped" x/max(rms, 1e-8), or "layer".
         gated_norm: also multiply by σ(x·w).
         deepnet: norms after the residual sums, which are weighted, and initial weights by depth
@@ -132,7 +137,7 @@ class RetroConfig(PreTrainedConfig):
     """
 
     model_type = "nearest-retro"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "memory")
     attribute_map = {  # noqa: RUF012 - as in transformers
         "hidden_size": "decoder_dim",
         "num_hidden_layers": "decoder_layers",
@@ -159,6 +164,11 @@ class RetroConfig(PreTrainedConfig):
     encoder_attention_dim: int = 896
     encoder_ffn_dim: int = 3584
     encoder_cross_layers: list[int] = field(default_factory=lambda: [1])
+
+    memorizing_layers: list[int] = field(default_factory=list)
+    memorizing_k: int | None = 32
+    memorizing_capacity: int = 8192
+    memorizing_initial_gate: float = 0.5
 
     norm: str = "rms"
     gated_norm: bool = False
@@ -215,6 +225,7 @@ class RetroConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cross_layers = sorted(self.encoder_cross_layers)
+        self.memorizing_layers = sorted(self.memorizing_layers)
         self._check()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -271,20 +282,37 @@ class RetroConfig(PreTrainedConfig):
         for name, layers, depth in (
             ("cca_layers", self.cca_layers, self.decoder_layers),
             ("encoder_cross_layers", self.encoder_cross_layers, self.encoder_layers),
+            ("memorizing_layers", self.memorizing_layers, self.decoder_layers),
         ):
             if len(set(layers)) < len(layers) or any(not 0 <= i < depth for i in layers):
                 raise SettingError(
                     f"{name} {layers} must be different layers, counted from 0, of {depth}"
                 )
-        if self.positions == "buckets" and self.bucket_spacing == "log":
-            most = max(self.decoder_buckets // 2, self.cca_bucket_count // 4)
-            if self.bucket_max_distance <= most:
-                raise SettingError(
-                    f"bucket_max_distance {self.bucket_max_distance} must exceed {most}: so many "
-                    "distances have a bucket each"
-                )
+        if self.positions == "buckets":
+            self._check_buckets()
         if self.tie_word_embeddings and self.input_dim != self.decoder_dim:
             raise SettingError(
                 f"the head cannot be tied to a table of {self.input_dim} columns when the decoder "
                 f"has {self.decoder_dim} dims: make them equal, or untie it"
             )
+
+    def _check_buckets(self) -> None:
+        """A logarithmic far half needs a near one before it, in each direction that is read."""
+        for name, parts in (
+            ("decoder_buckets", 2),
+            ("cca_bucket_count", 4),
+            ("encoder_buckets", 4),
+            ("encoder_cross_buckets", 4),
+        ):
+            count, log = getattr(self, name), self.bucket_spacing == "log"
+            least = parts if log else 1
+            if count < least:
+                raise SettingError(
+                    f"{name} must be at least {least}, got {count}: each direction needs a bucket "
+                    "for near keys, and with log spacing one for far ones"
+                )
+            if log and self.bucket_max_distance <= count // parts:
+                raise SettingError(
+                    f"bucket_max_distance {self.bucket_max_distance} must exceed {count // parts}: "
+                    f"with {name} {count}, so many distances have a bucket each"
+                )

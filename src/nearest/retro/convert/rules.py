@@ -82,7 +82,10 @@ def check_family(config: RetroConfig, family: RetroConfig, free: set[str]) -> No
     """Refuse a model whose settings, but for sizes and `free` ones, are not a family's."""
     for name in RetroConfig.__annotations__:
         setting = getattr(family, name)
-        structural = isinstance(setting, bool | str) or name == "masked_score"
+        structural = isinstance(setting, bool | str) or name in (
+            "masked_score",
+            "memorizing_layers",
+        )
         if structural and name not in free and getattr(config, name) != setting:
             raise SettingError(
                 f"{name} is {getattr(config, name)!r}, but the public code knows only {setting!r}: "
