@@ -1,14 +1,21 @@
 """Cached generation gives what reading everything anew gives; where neighbours come from."""
 
+import json
+import urllib.request
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nearest.errors import CorpusError, SettingError
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float32Keys
 from nearest.retro import (
     AskedNeighbours,
     FixedNeighbours,
@@ -421,6 +428,50 @@ def test_an_assistant_drafts_without_neighbours(kind):
 def test_another_cache_is_refused():
     with pytest.raises(SettingError, match="static"):
         variant("norlund").generate(tokens(1, 6), cache_implementation="static", max_new_tokens=2)
+
+
+def test_drafts_of_its_own_first_layers_are_refused():
+    with pytest.raises(SettingError, match="assistant_early_exit"):
+        variant("norlund").generate(tokens(1, 6), assistant_early_exit=1, max_new_tokens=2)
+
+
+def test_neighbours_of_a_live_search_and_of_a_remote_service():
+    """Chunks of a corpus, found by their tokens here and asked for over HTTP."""
+    corpus, model = tokens(40, CHUNK, seed=8), variant("paper")
+    bags = torch.nn.functional.one_hot(corpus, VOCAB).sum(1).float().numpy()
+    index = ExactIndex(Float32Keys(bags, "l2"), np.arange(len(bags)))
+
+    def search(chunks: Tensor) -> Tensor:
+        queries = torch.nn.functional.one_hot(chunks, VOCAB).sum(1).float().numpy()
+        return corpus[torch.from_numpy(index.search(queries, 2).ids)]
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            chunks = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(search(torch.tensor(chunks)).tolist()).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    def fetch(chunks: Tensor) -> Tensor:
+        url = f"http://127.0.0.1:{server.server_port}"
+        with urllib.request.urlopen(url, json.dumps(chunks.tolist()).encode()) as answer:
+            return torch.tensor(json.loads(answer.read()))
+
+    options = {"max_new_tokens": NEW, "eos_token_id": None}
+    prompt = torch.cat([corpus[3], corpus[17], corpus[5]])[None]
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        remote = model.generate(prompt, neighbours=NeighbourCache(fetch), **options)
+        server.shutdown()
+    live, logits = generated_logits(model, prompt, neighbours=search)
+    assert torch.equal(remote, live)
+    assert torch.equal(search(corpus[3:4])[0, 0], corpus[3])
+    whole = live[0, :-1]
+    ids = search(whole.reshape(-1, CHUNK)[: len(whole) // CHUNK])[None]
+    expected = model(whole[None], neighbour_ids=ids[:, : len(whole) // CHUNK]).logits
+    torch.testing.assert_close(logits[0], expected[0, 11:], rtol=0, atol=1e-8)
 
 
 def test_tokens_that_cannot_be_taken_back():

@@ -225,6 +225,11 @@ def test_padding_on_the_left_changes_nothing(model):
 
 def test_linear_buckets_by_hand():
     relative = torch.arange(5)[None] - torch.arange(5)[:, None]
+    ones = torch.ones_like(relative)
+    assert torch.equal(linear_buckets(relative, 2, causal=False), ones.triu(1))
+    assert torch.equal(linear_buckets(relative, 3, causal=False), relative.sign() + 1)
+    assert torch.equal(linear_buckets(relative, 2, causal=True), ones.triu())
+    assert torch.equal(linear_buckets(relative, 3, causal=True), ones.triu() + ones.triu(-1))
     assert linear_buckets(relative, 3, causal=False).tolist()[1:3] == [
         [0, 1, 2, 2, 2],
         [0, 0, 1, 2, 2],

@@ -29,6 +29,8 @@ class RetroGenerationMixin(GenerationMixin):
     Chunks that neither gives neighbours for have none. Without both, retrieval is off.
     """
 
+    retro_config: RetroConfig  # settings of chunks and neighbours
+
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, *others: Any, **named: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
@@ -41,11 +43,17 @@ class RetroGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     def _get_candidate_generator(  # type: ignore[override]
-        self, *, model_kwargs: dict[str, Any], **named: Any
+        self, generation_config: GenerationConfig, *, model_kwargs: dict[str, Any], **named: Any
     ) -> Any:
         """An assistant model drafts without neighbours and memory: what is accepted is the same."""
+        if generation_config.assistant_early_exit is not None:
+            raise SettingError(
+                "a model with neighbours cannot leave its own layers early: give an "
+                "assistant_model, or prompt_lookup_num_tokens, instead of assistant_early_exit"
+            )
         plain = {name: value for name, value in model_kwargs.items() if name not in _OURS}
-        return cast(Any, super())._get_candidate_generator(model_kwargs=plain, **named)
+        make = cast(Any, super())._get_candidate_generator
+        return make(generation_config=generation_config, model_kwargs=plain, **named)
 
     def _prepare_cache_for_generation(
         self,
@@ -65,8 +73,6 @@ class RetroGenerationMixin(GenerationMixin):
             return None
         prepare = cast(Any, super())._prepare_cache_for_generation
         return prepare(generation_config, model_kwargs, *others, **named)
-
-    retro_config: RetroConfig  # settings of chunks and neighbours
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
