@@ -37,6 +37,13 @@ SIZES: dict[str, Any] = {
     "bucket_max_distance": 40,
 }
 
+LOG_BUCKETS = {
+    "decoder_buckets": 32,
+    "cca_bucket_count": 32,
+    "encoder_buckets": 32,
+    "encoder_cross_buckets": 32,
+}
+
 
 def tiny_config(preset: str = "norlund", **settings: Any) -> RetroConfig:
     return RetroConfig.preset(preset, **{**SIZES, **settings})

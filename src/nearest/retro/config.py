@@ -1,8 +1,4 @@
-"""What a RETRO model is made of: every point in which the published implementations differ.
-
-Two public implementations define the family, named here after their authors' repositories:
-`norlund` (arXiv:2302.12128) and `retro-pytorch`; `paper` follows arXiv:2112.04426.
-"""
+"""What a RETRO model is made of: every point in which the published implementations differ."""
 
 from dataclasses import field
 from typing import Any, no_type_check
@@ -10,6 +6,7 @@ from typing import Any, no_type_check
 from transformers import PreTrainedConfig
 
 from nearest.errors import SettingError
+from nearest.retro.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "rms_clamped", "layer"),
@@ -20,63 +17,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cca_buckets": ("concat", "shared"),
     "cca_rotary": ("aligned", "public"),
     "chunk_count": ("ceil", "floor"),
-}
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "norlund": {},
-    "retro-pytorch": {
-        "vocab_size": 28_996,
-        "bos_token_id": 101,
-        "eos_token_id": 102,
-        "decoder_dim": 768,
-        "decoder_heads": 8,
-        "decoder_attention_dim": 512,
-        "decoder_ffn_dim": 3072,
-        "cca_layers": [0, 2, 5, 8],
-        "encoder_heads": 8,
-        "encoder_attention_dim": 512,
-        "encoder_cross_layers": [0, 1],
-        "norm": "rms_clamped",
-        "scale_scores": True,
-        "feed_forward": "mlp",
-        "activation": "gelu",
-        "bias": True,
-        "positions": "rotary",
-        "absolute_positions": True,
-        "share_embeddings": True,
-        "embedding_std": 1.0,
-        "head_bias": True,
-        "project_encoder_output": True,
-        "null_neighbour": True,
-        "mask_encoder_context": False,
-        "mask_input_pads": False,
-        "masked_score": None,
-        "chunk_count": "floor",
-        "ignore_pad_labels": True,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "feed_forward_dropout": 0.0,
-    },
-    "paper": {
-        "vocab_size": 128_000,
-        "decoder_dim": 896,
-        "decoder_heads": 16,
-        "decoder_attention_dim": 1024,
-        "decoder_ffn_dim": 3584,
-        "encoder_heads": 16,
-        "encoder_attention_dim": 1024,
-        "encoder_cross_layers": [0],
-        "scale_scores": True,
-        "feed_forward": "mlp",
-        "bucket_spacing": "log",
-        "cca_buckets": "shared",
-        "decoder_buckets": 32,
-        "cca_bucket_count": 32,
-        "encoder_buckets": 32,
-        "encoder_cross_buckets": 32,
-        "chunk_count": "floor",
-        "masked_score": None,
-    },
 }
 
 
@@ -98,7 +38,7 @@ class RetroConfig(PreTrainedConfig):
         memorizing_capacity: pairs that each row remembers, the latest.
         memorizing_initial_gate: of every head, in (0, 1).
         norm: "rms" x/(rms + 1e-8), "rms_clamped" x/max(rms, 1e-8), or "layer".
-        gated_norm: also multiply by σ(x·w).
+        gated_norm: also multiply by σ(x·w); of RMS norms.
         deepnet: norms after the residual sums, which are weighted, and initial weights by depth
             (arXiv:2203.00555); take norm="layer" with it.
         scale_scores: multiply attention scores by head_dim^-½.
@@ -216,11 +156,11 @@ class RetroConfig(PreTrainedConfig):
         Raises:
             SettingError: no such preset, or a setting is unknown.
         """
-        if name not in _PRESETS:
-            raise SettingError(f"preset {name!r} is unknown: choose among {', '.join(_PRESETS)}")
+        if name not in PRESETS:
+            raise SettingError(f"preset {name!r} is unknown: choose among {', '.join(PRESETS)}")
         if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
             raise SettingError(f"{unknown[0]!r} is no setting of a RETRO model: see RetroConfig")
-        return cls(**{**_PRESETS[name], **settings})
+        return cls(**{**PRESETS[name], **settings})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.cca_layers = sorted(self.cca_layers)
@@ -260,6 +200,8 @@ class RetroConfig(PreTrainedConfig):
                 raise SettingError(
                     f"{name} {getattr(self, name)!r} is unknown: choose {' or '.join(values)}"
                 )
+        if self.gated_norm and self.norm == "layer":
+            raise SettingError("gated_norm gates RMS norms: take norm 'rms' or 'rms_clamped'")
         if self.chunk_size < 2:
             raise SettingError(f"chunk_size must be at least 2, got {self.chunk_size}")
         if not 0 <= self.pad_token_id < self.vocab_size:
