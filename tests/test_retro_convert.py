@@ -127,8 +127,15 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(function, tmp_path:
         pickle.loads: (b"",),
         getattr: (1, "real"),
     }.get(function, (f"__import__('os').remove({str(witness)!r})",))
-    for place in ({"x": Calls(function, *arguments)}, {"state_dict": {}, "y": [Calls(function)]}):
-        torch.save(place, tmp_path / "evil.ckpt")
+    call = Calls(function, *arguments)
+    whole = lightning({"lm_head.weight": torch.ones(2)})
+    for content in (
+        {"x": call},
+        {**whole, "callbacks": {"checkpoint": [call]}},
+        {**whole, "hyper_parameters": {"config": call}},
+        {**whole, "state_dict": OrderedDict(weight=call)},
+    ):
+        torch.save(content, tmp_path / "evil.ckpt")
         with pytest.raises(ModelError, match="refused"):
             read_checkpoint(tmp_path / "evil.ckpt")
     assert witness.read_text() == "here"
