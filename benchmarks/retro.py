@@ -7,7 +7,7 @@ logits is reported. Generating is greedy, 256 tokens after 64; the public code h
 side is the plain loop over its forward pass. A training step is forward, loss, backward of 4 × 512
 tokens with dropout 0.1. Peak memory is that of a process of its own, above what it held before.
 
-    python benchmarks/retro.py --code path/to/retro
+    python benchmarks/retro.py --code path/to/retro [--rounds 3] [--parts steps,generation,peaks]
 """
 
 import importlib
@@ -137,18 +137,20 @@ def _megabytes(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def main() -> None:
-    options = arguments(__doc__, code=Path("retro"), rounds=1)
-    theirs = their_model(options.code)
-    ours = our_model(theirs)
-    ids, found, _ = batch()
-    with torch.no_grad():
-        difference = (
-            (ours(ids[:1], neighbour_ids=found[:1]).logits - theirs(ids[:1], found[:1]).logits)
-            .abs()
-            .max()
-        )
-    prompt = ids[:1, :PROMPT]
+def compare_steps(theirs: Any, ours: RetroForCausalLM, rounds: int) -> dict[str, Any]:
+    """After one untimed step of each, which allocates what later ones use again."""
+    steps = {"their_step": step_of(theirs), "our_step": step_of(ours)}
+    losses = {name: step() for name, step in steps.items()}
+    seconds = interleaved(
+        rounds, **{name: lambda step=step: timed(step)[0] for name, step in steps.items()}
+    )
+    middle = medians(seconds)
+    ratio = middle["our_step"] / middle["their_step"]
+    return {"losses": losses, "step_seconds": seconds, "step_medians": middle, "step_ratio": ratio}
+
+
+def compare_generation(theirs: Any, ours: RetroForCausalLM, rounds: int) -> dict[str, Any]:
+    prompt = batch()[0][:1, :PROMPT]
     written: dict[str, Tensor] = {}
 
     def generating(side: str, generate: Callable[[], Tensor]) -> Callable[[], float]:
@@ -158,36 +160,52 @@ def main() -> None:
 
         return run
 
-    their_step, our_step = step_of(theirs), step_of(ours)
-    seconds = interleaved(
-        options.rounds,
-        their_step=lambda: timed(their_step)[0],
-        our_step=lambda: timed(our_step)[0],
-    )
     theirs.eval()
     ours.eval()
-    seconds |= interleaved(
-        options.rounds,
+    seconds = interleaved(
+        rounds,
         their_generation=generating("theirs", lambda: generate_with_theirs(theirs, prompt)),
         our_generation=generating("ours", lambda: generate_with_ours(ours, prompt)),
     )
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {
-            side: pool.apply(peak_megabytes, (options.code, side)) for side in ("theirs", "ours")
-        }
     middle = medians(seconds)
-    report(
-        benchmark="retro",
-        weights=sum(weight.numel() for weight in ours.parameters()),
-        logits_differ_by=difference,
-        same_tokens=torch.equal(written["theirs"], written["ours"]),
-        seconds=seconds,
-        medians=middle,
-        generation_speedup=middle["their_generation"] / middle["our_generation"],
-        step_ratio=middle["our_step"] / middle["their_step"],
-        step_peak_megabytes=peaks,
-        **machine(),
-    )
+    return {
+        "same_tokens": torch.equal(written["theirs"], written["ours"]),
+        "generation_seconds": seconds,
+        "generation_medians": middle,
+        "generation_speedup": middle["their_generation"] / middle["our_generation"],
+    }
+
+
+def compare_peaks(code: Path) -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {side: pool.apply(peak_megabytes, (code, side)) for side in ("theirs", "ours")}
+    return {"step_peak_megabytes": peaks}
+
+
+@torch.no_grad()
+def difference_of_logits(theirs: Any, ours: RetroForCausalLM) -> float:
+    ids, found, _ = batch()
+    one, other = (model(ids[:1], neighbour_ids=found[:1]).logits for model in (ours, theirs))
+    return float((one - other).abs().max())
+
+
+def main() -> None:
+    options = arguments(__doc__, code=Path("retro"), rounds=1, parts="steps,generation,peaks")
+    parts = options.parts.split(",")
+    theirs = their_model(options.code)
+    ours = our_model(theirs)
+    record: dict[str, Any] = {
+        "benchmark": "retro",
+        "weights": sum(weight.numel() for weight in ours.parameters()),
+        "logits_differ_by": difference_of_logits(theirs, ours),
+    }
+    if "steps" in parts:
+        record |= compare_steps(theirs, ours, options.rounds)
+    if "generation" in parts:
+        record |= compare_generation(theirs, ours, options.rounds)
+    if "peaks" in parts:
+        record |= compare_peaks(options.code)
+    report(**record, **machine())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Small RETRO models whose every weight matters, and inputs for them."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
     "bucket_max_distance": 40,
+}
+
+LOG_BUCKETS = {
+    "decoder_buckets": 32,
+    "cca_bucket_count": 32,
+    "encoder_buckets": 32,
+    "encoder_cross_buckets": 32,
 }
 
 
@@ -83,3 +91,14 @@ def found(chunks: Tensor) -> Tensor:
     ids[:, 1] = (ids[:, 1] * 7 + 3) % (VOCAB - 2) + 2
     ids[:, 1, 4:] = -1
     return ids
+
+
+def naive_rotate(vector: Tensor, position: int, dim: int) -> Tensor:
+    """One head's vector: dims i and i + dim/2 turn together."""
+    turned = vector.clone()
+    for i in range(dim // 2):
+        angle = position * 10_000.0 ** (-2 * i / dim)
+        a, b = vector[i], vector[i + dim // 2]
+        turned[i] = a * math.cos(angle) - b * math.sin(angle)
+        turned[i + dim // 2] = a * math.sin(angle) + b * math.cos(angle)
+    return turned

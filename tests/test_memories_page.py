@@ -19,7 +19,7 @@ def test_the_examples_of_the_page_run_and_hold(
     with torch.random.fork_rng():
         for block in blocks:
             exec(block, names)
-    assert capsys.readouterr().out == "[[48, 16]]\n"
+    assert capsys.readouterr().out == "tensor([48, 16])\n" * 2
     memory, average = names["memory"], names["average"]
     expected = memory.lookup(names["state"].detach().numpy(), touch=False).values
     np.testing.assert_allclose(average.detach().numpy(), expected, rtol=1e-4, atol=1e-5)

@@ -625,11 +625,11 @@ def test_generation_reads_the_memory_and_writes_nothing(decoder: PreTrainedModel
     with memorize(decoder, layers=[1], k=3) as session:
         decoder(input_ids=tokens_of(2, 12))
         session.remember()
-        memory = session.memories[0]
+        memory = session.memory.layers[0]
         found = decoder.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None
         )
-        assert session.memories[0] is memory
+        assert session.memory.layers[0] is memory
         expected = ids
         for _ in range(8):
             logits = decoder(input_ids=expected).logits[:, -1]
@@ -687,17 +687,17 @@ def test_a_session_refuses_what_it_cannot_remember(decoder: PreTrainedModel) -> 
             session.remember()
         decoder(input_ids=tokens_of(2, 6))
         session.remember()
-        memory = session.memories[0]
+        memory = session.memory.layers[0]
         with pytest.raises(ModelError, match="begin an empty memory"):
             decoder(input_ids=tokens_of(3, 6))
         decoder(input_ids=tokens_of(2, 6))
         with pytest.raises(ModelError, match="say of each row"):
             session.remember(ended=torch.tensor([True, False, False]))
-        assert session.memories[0] is memory
+        assert session.memory.layers[0] is memory
         session.forget()
         decoder(input_ids=tokens_of(3, 6))
         session.remember()
-        assert session.memories[0].lengths.tolist() == [6, 6, 6]
+        assert session.memory.layers[0].lengths.tolist() == [6, 6, 6]
 
 
 def test_memories_of_rows_follow_their_order() -> None:

@@ -43,6 +43,25 @@ def test_neighbours_that_do_not_fit(kind, message):
             tiny_model(preset)(tokens(2, 12), neighbour_ids=wrong(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("batch", r"\(1, 3, 2, 6\).*= \(2, …\)"),
+        ("dims", r"\(batch, chunks, neighbours, length\)"),
+        ("float", "float32"),
+        ("bool", "bool"),
+        ("above", "55 … 55.*vocabulary has 50"),
+        ("below", "-2 … -2"),
+        ("no neighbours", "no tokens"),
+        ("no tokens", "no tokens"),
+    ],
+)
+def test_neighbours_given_to_generate_that_do_not_fit(kind, message):
+    for preset in PRESETS:
+        with pytest.raises(SettingError, match=message):
+            tiny_model(preset).generate(tokens(2, 12), neighbour_ids=wrong(kind), max_new_tokens=2)
+
+
 def test_minus_one_is_padding_and_so_is_the_padding_token():
     model = tiny_model("norlund")
     ids = neighbours(model, 1, 12)

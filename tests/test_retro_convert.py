@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from nearest.errors import ModelError, SettingError
+from nearest.retro import RetroForCausalLM
 from nearest.retro.convert import (
     from_norlund,
     from_retro_pytorch,
@@ -20,7 +21,7 @@ from nearest.retro.convert import (
     to_norlund,
     to_retro_pytorch,
 )
-from retro_models import CHUNK, neighbours, tiny_model, tokens
+from retro_models import CHUNK, found, neighbours, tiny_model, tokens
 
 PUBLIC_SIZES = {  # eight heads of at least 32 dims, feed-forward of four times the dims
     "cca_rotary": "public",
@@ -126,8 +127,15 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(function, tmp_path:
         pickle.loads: (b"",),
         getattr: (1, "real"),
     }.get(function, (f"__import__('os').remove({str(witness)!r})",))
-    for place in ({"x": Calls(function, *arguments)}, {"state_dict": {}, "y": [Calls(function)]}):
-        torch.save(place, tmp_path / "evil.ckpt")
+    call = Calls(function, *arguments)
+    whole = lightning({"lm_head.weight": torch.ones(2)})
+    for content in (
+        {"x": call},
+        {**whole, "callbacks": {"checkpoint": [call]}},
+        {**whole, "hyper_parameters": {"config": call}},
+        {**whole, "state_dict": OrderedDict(weight=call)},
+    ):
+        torch.save(content, tmp_path / "evil.ckpt")
         with pytest.raises(ModelError, match="refused"):
             read_checkpoint(tmp_path / "evil.ckpt")
     assert witness.read_text() == "here"
@@ -254,11 +262,29 @@ def test_models_that_the_public_code_cannot_hold(save, preset, settings, message
         save(tiny_model(preset, **settings))
 
 
+def test_settings_that_the_weights_do_not_fit_are_refused():
+    for settings in ({"absolute_positions": True}, {"positions": "rotary", "rotary_dim": 8}):
+        with pytest.raises(SettingError, match="another model than the public one"):
+            from_norlund(norlund_state(), chunk_size=CHUNK, **settings)
+
+
+def test_layers_that_memorize_can_be_added():
+    model = from_norlund(norlund_state(), chunk_size=CHUNK, memorizing_layers=[1])
+    plain = from_norlund(norlund_state(), chunk_size=CHUNK)
+    assert torch.equal(model(tokens(1, 9)).logits, plain(tokens(1, 9)).logits)
+    layer = model.layers[1].self_attention.body.memorizing
+    assert torch.equal(layer.gate, torch.zeros(2))
+    memory = model(tokens(1, 9), memory=model.empty_memory(1)).memory
+    assert not torch.equal(model(tokens(1, 9), memory=memory).logits, plain(tokens(1, 9)).logits)
+
+
 def test_a_converted_model_is_saved_and_generates(tmp_path: Path):
-    model = from_norlund(norlund_state(), chunk_size=CHUNK).double()
-    original = tiny_model("norlund")
+    original = tiny_model("norlund").float()
+    from_norlund(to_norlund(original), chunk_size=CHUNK).save_pretrained(tmp_path)
+    model = RetroForCausalLM.from_pretrained(tmp_path)
     ids = neighbours(original, 1, 9)
     expected = original(tokens(1, 9), neighbour_ids=ids).logits
-    torch.testing.assert_close(
-        model(tokens(1, 9), neighbour_ids=ids).logits, expected, rtol=0, atol=1e-4
-    )
+    assert torch.equal(model(tokens(1, 9), neighbour_ids=ids).logits, expected)
+    options = {"neighbours": found, "max_new_tokens": 9, "eos_token_id": None}
+    expected = original.generate(tokens(1, 9), **options)
+    assert torch.equal(model.generate(tokens(1, 9), **options), expected)

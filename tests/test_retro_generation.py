@@ -1,13 +1,21 @@
 """Cached generation gives what reading everything anew gives; where neighbours come from."""
 
+import json
+import urllib.request
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from nearest.errors import CorpusError, SettingError
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float32Keys
 from nearest.retro import (
     AskedNeighbours,
     FixedNeighbours,
@@ -15,7 +23,17 @@ from nearest.retro import (
     RetroCache,
     RetroForCausalLM,
 )
-from retro_models import CHUNK, VARIANTS, found, neighbours, tiny_model, tokens, variant
+from retro_models import (
+    CHUNK,
+    PRESETS,
+    VARIANTS,
+    VOCAB,
+    found,
+    neighbours,
+    tiny_model,
+    tokens,
+    variant,
+)
 
 PROMPTS = range(1, 3 * CHUNK + 1)
 NEW = 2 * CHUNK + 1
@@ -31,7 +49,8 @@ def uncached_logits(
 ) -> Tensor:
     """One unpadded sequence read in one pass, with the neighbours of its whole chunks."""
     whole = len(sequence) // CHUNK
-    ids = torch.full((1, model.config.chunks(len(sequence)), 2, 6), -1)
+    shape = retrieve(tokens(1, CHUNK)).shape[1:]
+    ids = torch.full((1, model.config.chunks(len(sequence)), *shape), -1)
     if whole:
         ids[0, :whole] = retrieve(sequence[: whole * CHUNK].reshape(whole, CHUNK))
     with torch.no_grad():
@@ -58,6 +77,22 @@ def test_every_prompt_length(model, dtype, atol):
         expected = uncached_logits(model, sequences[0, :-1], found)[length - 1 :]
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=atol)
         assert sequences[0, length:].tolist() == expected.argmax(-1).tolist()
+
+
+def test_neighbours_with_several_continuation_chunks(model):
+    """Three neighbours of four chunks, of which the last one may be cut short."""
+
+    def continued(chunks: Tensor) -> Tensor:
+        ids = (chunks.repeat(1, 4)[:, None] * torch.tensor([1, 3, 7])[:, None] + 1) % 48 + 2
+        ids[:, 1, -3:] = -1
+        return ids
+
+    for length in (1, CHUNK - 1, CHUNK, 2 * CHUNK + 1):
+        sequences, logits = generated_logits(model, tokens(1, length), neighbours=continued)
+        expected = uncached_logits(model, sequences[0, :-1], continued)[length - 1 :]
+        torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-8)
+        cut = uncached_logits(model, sequences[0, :-1], lambda ids: continued(ids)[..., :-CHUNK])
+        assert not torch.allclose(cut[length - 1 :], expected)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
@@ -98,10 +133,27 @@ def test_beams_equal_beams_without_cache(model):
         torch.testing.assert_close(score.double(), mean, rtol=0, atol=1e-4)
 
 
-def test_sampling_and_other_rules_are_those_of_transformers():
-    model, prompt = variant("norlund"), tokens(2, 6)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_logits_of_beams_of_mixed_lengths(model, dtype, atol):
+    """Step by step, with rows whose chunks end at different times."""
+    model = model.to(dtype)
+    lengths, longest = [1, CHUNK, 2 * CHUNK - 1, 3 * CHUNK], 3 * CHUNK
+    prompt, mask = torch.zeros(2, len(lengths), longest, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        prompt[row, longest - length :] = tokens(1, length, seed=row)
+        mask[row, longest - length :] = 1
+    options = {"attention_mask": mask, "neighbours": found, "num_beams": 3}
+    cached_sequences, cached = generated_logits(model, prompt, **options)
+    sequences, expected = generated_logits(model, prompt, use_cache=False, **options)
+    assert torch.equal(cached_sequences, sequences)
+    torch.testing.assert_close(cached, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sampling_and_other_rules_are_those_of_transformers(preset):
+    model, prompt = variant(preset), tokens(2, 6)
     for options in (
-        {"do_sample": True, "top_k": 20, "temperature": 1.5},
+        {"do_sample": True, "top_k": 20, "temperature": 1.5, "num_return_sequences": 3},
         {"do_sample": False, "no_repeat_ngram_size": 2},
         {"do_sample": False, "repetition_penalty": 3.0, "min_new_tokens": 5},
     ):
@@ -114,7 +166,6 @@ def test_sampling_and_other_rules_are_those_of_transformers():
                 )
             )
         assert torch.equal(*answers)
-    grams = [tuple(pair.tolist()) for pair in answers[0][0].unfold(0, 2, 1)]
     forbidden = model.generate(
         prompt, max_new_tokens=30, neighbours=found, no_repeat_ngram_size=2, eos_token_id=None
     )
@@ -295,6 +346,8 @@ def test_a_callable_that_answers_badly():
         (lambda chunks: found(chunks)[:, 0], "chunks"),
         (lambda chunks: found(chunks) + 1000, "vocabulary"),
         (lambda chunks: found(chunks).float(), "token ids"),
+        (lambda chunks: found(chunks) > 0, "token ids"),
+        (lambda chunks: found(chunks).tolist(), "gave list"),
     ):
         with pytest.raises(SettingError, match=message):
             model.generate(prompt, max_new_tokens=3, neighbours=retrieve)
@@ -345,9 +398,80 @@ def test_prompt_lookup_gives_what_plain_search_gives(model):
     assert torch.equal(drafted, plain)
 
 
+@pytest.mark.parametrize("kind", ["retro", "gpt2"])
+def test_an_assistant_drafts_without_neighbours(kind):
+    """Whatever it drafts, what is accepted is what plain search gives."""
+
+    class Source:
+        def __call__(self, chunks: Tensor) -> Tensor:
+            return found(chunks)
+
+        def __deepcopy__(self, _: dict[int, object]) -> "Source":
+            raise AssertionError("a memory that is searched must not be copied")
+
+    model = variant("norlund")
+    assistant = variant("norlund")
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": VOCAB}
+        assistant = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+    for length in (3, 2 * CHUNK):
+        prompt = tokens(1, length)
+        for given in (None, neighbours(model, 1, length)):
+            options = {"neighbours": Source(), "neighbour_ids": given, "max_new_tokens": 17}
+            plain = model.generate(prompt, eos_token_id=None, **options)
+            drafted = model.generate(
+                prompt, eos_token_id=None, assistant_model=assistant, **options
+            )
+            assert torch.equal(drafted, plain)
+
+
 def test_another_cache_is_refused():
     with pytest.raises(SettingError, match="static"):
         variant("norlund").generate(tokens(1, 6), cache_implementation="static", max_new_tokens=2)
+
+
+def test_drafts_of_its_own_first_layers_are_refused():
+    with pytest.raises(SettingError, match="assistant_early_exit"):
+        variant("norlund").generate(tokens(1, 6), assistant_early_exit=1, max_new_tokens=2)
+
+
+def test_neighbours_of_a_live_search_and_of_a_remote_service():
+    """Chunks of a corpus, found by their tokens here and asked for over HTTP."""
+    corpus, model = tokens(40, CHUNK, seed=8), variant("paper")
+    bags = torch.nn.functional.one_hot(corpus, VOCAB).sum(1).float().numpy()
+    index = ExactIndex(Float32Keys(bags, "l2"), np.arange(len(bags)))
+
+    def search(chunks: Tensor) -> Tensor:
+        queries = torch.nn.functional.one_hot(chunks, VOCAB).sum(1).float().numpy()
+        return corpus[torch.from_numpy(index.search(queries, 2).ids)]
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            chunks = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(search(torch.tensor(chunks)).tolist()).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    def fetch(chunks: Tensor) -> Tensor:
+        url = f"http://127.0.0.1:{server.server_port}"
+        with urllib.request.urlopen(url, json.dumps(chunks.tolist()).encode()) as answer:
+            return torch.tensor(json.loads(answer.read()))
+
+    options = {"max_new_tokens": NEW, "eos_token_id": None}
+    prompt = torch.cat([corpus[3], corpus[17], corpus[5]])[None]
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        remote = model.generate(prompt, neighbours=NeighbourCache(fetch), **options)
+        server.shutdown()
+    live, logits = generated_logits(model, prompt, neighbours=search)
+    assert torch.equal(remote, live)
+    assert torch.equal(search(corpus[3:4])[0, 0], corpus[3])
+    whole = live[0, :-1]
+    ids = search(whole.reshape(-1, CHUNK)[: len(whole) // CHUNK])[None]
+    expected = model(whole[None], neighbour_ids=ids[:, : len(whole) // CHUNK]).logits
+    torch.testing.assert_close(logits[0], expected[0, 11:], rtol=0, atol=1e-8)
 
 
 def test_tokens_that_cannot_be_taken_back():

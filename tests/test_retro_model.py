@@ -131,13 +131,14 @@ def test_padding_of_neighbours_is_not_read(model, padding):
     assert (by_neighbour[0, 0, 1] > 0).all()
 
 
-def test_padding_of_the_chunk_is_not_read_by_the_encoder():
-    model = tiny_model("norlund")
+@pytest.mark.parametrize(("preset", "hides"), [("norlund", 1), ("paper", 1), ("retro-pytorch", 0)])
+def test_padding_of_the_chunk_is_read_by_the_encoder_where_the_settings_say_so(preset, hides):
+    model = tiny_model(preset)
     mask = torch.ones(1, LENGTH, dtype=torch.int64)
     mask[0, 6] = 0
     trace = Traced(model, tokens(1, LENGTH), neighbours(model, 1, LENGTH), mask)
     by_token, _ = trace.influence(0, slice(7, None))
-    assert by_token[0, 6] == 0
+    assert (by_token[0, 6] == 0) == hides
     assert (by_token[0, [4, 5, 7]] > 0).all()
 
 
@@ -148,6 +149,30 @@ def test_without_mask_padding_tokens_are_hidden_where_the_settings_say_so():
         model = tiny_model(preset)
         trace = Traced(model, input_ids, neighbours(model, 1, LENGTH))
         assert (trace.influence(0, LENGTH - 1)[0][0, 5] == 0) == hides
+
+
+def test_padding_of_neighbours_is_not_read_within_the_encoder(model):
+    neighbour_ids = neighbours(model, 1, LENGTH)
+    neighbour_ids[0, 0, 0, -2:] = 0
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = model.encoder.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    model(tokens(1, LENGTH), neighbour_ids=neighbour_ids)
+    handle.remove()
+    embedded, encoded = seen[0]
+    gradient = torch.autograd.grad(
+        (encoded[0, 0, 0] * torch.randn_like(encoded[0, 0, 0])).sum(), embedded
+    )[0]
+    by_token = gradient.abs().sum(-1)[0, 0, 0]
+    assert (by_token[:-2] > 0).all()
+    assert (by_token[-2:] == 0).all()
+
+
+def test_no_gradient_reaches_neighbours_that_are_all_padding(model):
+    neighbour_ids = neighbours(model, 1, LENGTH)
+    neighbour_ids[0, 0] = -1
+    _, by_neighbour = Traced(model, tokens(1, LENGTH), neighbour_ids).influence(0, slice(None))
+    assert (by_neighbour[0, 0] == 0).all()
+    assert (by_neighbour[0, 1:3] > 0).all()
 
 
 @pytest.mark.parametrize("preset", ["norlund", "paper"])
@@ -200,6 +225,11 @@ def test_padding_on_the_left_changes_nothing(model):
 
 def test_linear_buckets_by_hand():
     relative = torch.arange(5)[None] - torch.arange(5)[:, None]
+    ones = torch.ones_like(relative)
+    assert torch.equal(linear_buckets(relative, 2, causal=False), ones.triu(1))
+    assert torch.equal(linear_buckets(relative, 3, causal=False), relative.sign() + 1)
+    assert torch.equal(linear_buckets(relative, 2, causal=True), ones.triu())
+    assert torch.equal(linear_buckets(relative, 3, causal=True), ones.triu() + ones.triu(-1))
     assert linear_buckets(relative, 3, causal=False).tolist()[1:3] == [
         [0, 1, 2, 2, 2],
         [0, 0, 1, 2, 2],

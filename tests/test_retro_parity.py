@@ -47,6 +47,34 @@ def test_every_variant_is_there():
     assert len(FIXTURES) == 9
 
 
+def test_every_choice_of_the_two_families_is_in_the_fixtures():
+    configs = [recorded.model().config for recorded in map(Recorded, FIXTURES)]
+    choices: dict[str, set[object]] = {
+        "norm": {"rms", "rms_clamped", "layer"},
+        "feed_forward": {"geglu", "mlp"},
+        "activation": {"gelu_tanh", "gelu"},
+        "positions": {"buckets", "rotary"},
+        "chunk_count": {"ceil", "floor"},
+        "masked_score": {-10_000.0, None},
+    }
+    for name in (
+        *("gated_norm", "deepnet", "scale_scores", "bias", "absolute_positions", "head_bias"),
+        *("share_embeddings", "project_encoder_output", "null_neighbour"),
+        *("mask_encoder_context", "mask_input_pads"),
+    ):
+        choices[name] = {True, False}
+    for name, values in choices.items():
+        assert {getattr(config, name) for config in configs} == values, name
+    crossed = {tuple(config.encoder_cross_layers) for config in configs if config.cca_layers}
+    assert crossed >= {(), (1,), (0, 1)}
+    for family in ("buckets", "rotary"):  # dims of encoder and decoder
+        mine = [c for c in configs if c.positions == family and c.cca_layers]
+        assert {c.encoder_dim == c.decoder_dim for c in mine} == {True, False}
+        assert {config.cca_rotary for config in configs if config.positions == "rotary"} == {
+            "public"
+        }
+
+
 def test_logits_are_those_of_the_public_code(recorded: Recorded):
     model = recorded.model()
     for input_ids, neighbour_ids, expected in recorded.cases:

@@ -241,8 +241,9 @@ def test_models_and_layers_that_do_not_fit_are_refused():
         retrofit(base, [7])
     with pytest.raises(SettingError, match="name layers"):
         retrofit(base, [])
-    with pytest.raises(SettingError, match="deepnet"):
-        retrofit(base, [1], deepnet=True)
+    for unused in ({"deepnet": True}, {"decoder_dim": 8}, {"memorizing_layers": [0]}):
+        with pytest.raises(SettingError, match=f"{next(iter(unused))} is of the model itself"):
+            retrofit(base, [1], **unused)
     with pytest.raises(ModelError, match="already"):
         retrofit(retrofit(base, [1]), [1])
     t5 = T5ForConditionalGeneration(

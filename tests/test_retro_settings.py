@@ -14,18 +14,17 @@ from nearest.retro.chunked import ChunkedCrossAttention, Retrieved
 from nearest.retro.chunks import Segment
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import linear_buckets, log_buckets
-from retro_models import CHUNK, PRESETS, neighbours, stir, tiny_config, tiny_model, tokens
-
-
-def naive_rotate(vector: Tensor, position: int, dim: int) -> Tensor:
-    """One head's vector: dims i and i + dim/2 turn together."""
-    turned = vector.clone()
-    for i in range(dim // 2):
-        angle = position * 10_000.0 ** (-2 * i / dim)
-        a, b = vector[i], vector[i + dim // 2]
-        turned[i] = a * math.cos(angle) - b * math.sin(angle)
-        turned[i + dim // 2] = a * math.sin(angle) + b * math.cos(angle)
-    return turned
+from retro_models import (
+    CHUNK,
+    LOG_BUCKETS,
+    PRESETS,
+    naive_rotate,
+    neighbours,
+    stir,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 
 
 def naive_cca(layer: ChunkedCrossAttention, x: Tensor, encoded: Tensor, seen: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def naive_cca(layer: ChunkedCrossAttention, x: Tensor, encoded: Tensor, seen: Te
     [
         ("norlund", {}),
         ("norlund", {"cca_buckets": "shared", "cca_bucket_count": 7}),
-        ("norlund", {"bucket_spacing": "log", "cca_bucket_count": 8, "decoder_buckets": 32}),
+        ("norlund", {"bucket_spacing": "log", **LOG_BUCKETS, "cca_bucket_count": 8}),
         ("paper", {}),
         ("paper", {"null_neighbour": True}),
         ("retro-pytorch", {}),
@@ -422,6 +421,7 @@ def test_presets_are_those_of_the_published_models():
     ("settings", "message"),
     [
         ({"chunk_size": 1}, "chunk_size"),
+        ({"norm": "layer", "gated_norm": True}, "gates RMS norms"),
         ({"norm": "batch"}, "rms or rms_clamped or layer"),
         ({"pad_token_id": 50}, "vocabulary"),
         ({"decoder_heads": 5}, "divisible"),
@@ -431,7 +431,11 @@ def test_presets_are_those_of_the_published_models():
         ({"encoder_cross_layers": [-1]}, "encoder_cross_layers"),
         ({"positions": "rotary", "rotary_dim": 7}, "even"),
         ({"positions": "rotary", "rotary_dim": 16}, "at most"),
-        ({"bucket_spacing": "log", "bucket_max_distance": 9}, "bucket_max_distance"),
+        ({"bucket_spacing": "log", **LOG_BUCKETS, "bucket_max_distance": 9}, "must exceed 16"),
+        ({"bucket_spacing": "log", **LOG_BUCKETS, "encoder_buckets": 256}, "encoder_buckets 256"),
+        ({"bucket_spacing": "log", **LOG_BUCKETS, "cca_bucket_count": 3}, "cca_bucket_count"),
+        ({"encoder_cross_buckets": 0}, "encoder_cross_buckets must be at least 1"),
+        ({"memorizing_layers": [3]}, "memorizing_layers"),
         ({"share_embeddings": True, "tie_word_embeddings": True}, "tied"),
         ({"colour": "red"}, "colour"),
     ],

@@ -1,1 +1,1 @@
-"""Layer 9: HTML pages and figures that need nothing else, in one look."""
+"""Layer 10: HTML pages and figures that need nothing else, in one look."""

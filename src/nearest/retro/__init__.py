@@ -1,4 +1,4 @@
-"""Layer 6: RETRO, a language model that attends to the neighbours of each chunk it reads."""
+"""Layer 7: RETRO, a language model that attends to the neighbours of each chunk it reads."""
 
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig

@@ -1,10 +1,14 @@
 """Multi-head attention: within a sequence, and from a neighbour to its chunk."""
 
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from nearest.models.memorizing.attention import MemorizingAttention
+from nearest.models.memorizing.decoder import DecoderMemory, Pairs
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
 from nearest.retro.positions import BucketBias, Rotation, rotate, rotation
@@ -72,7 +76,8 @@ class Attention(nn.Module):
         self.side = side
         self.heads: int = getattr(config, f"{side}_heads")
         self.causal = causal
-        self.scale: float = (inner // self.heads) ** -0.5 if config.scale_scores else 1.0
+        self.head_dim: int = getattr(config, f"{side}_head_dim")
+        self.scale: float = self.head_dim**-0.5 if config.scale_scores else 1.0
         self.q = nn.Linear(dim, inner, bias=False)
         self.kv = nn.Linear(context_dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=config.bias)
@@ -96,7 +101,7 @@ class Attention(nn.Module):
         k, v = self.kv(context).chunk(2, dim=-1)
         return self.split(k), self.split(v)
 
-    def mix(
+    def attended(
         self,
         q: Float[Tensor, "batch heads q dim"],
         k: Float[Tensor, "batch heads k dim"],
@@ -104,11 +109,29 @@ class Attention(nn.Module):
         bias: Float[Tensor, "#heads q k"] | None = None,
         hidden: Float[Tensor, "#batch #heads #q k"] | None = None,
         causal: bool = False,
-    ) -> Float[Tensor, "batch q model"]:
-        """Attend, join the heads and project."""
+    ) -> Float[Tensor, "batch heads q dim"]:
+        """What each head finds in the values."""
         dropout = self.config.attention_dropout if self.training else 0.0
-        mixed = attend(q, k, v, bias, hidden, causal=causal, scale=self.scale, dropout=dropout)
-        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        return attend(q, k, v, bias, hidden, causal=causal, scale=self.scale, dropout=dropout)
+
+    def joined(self, found: Float[Tensor, "batch heads q dim"]) -> Float[Tensor, "batch q model"]:
+        """The heads side by side, projected."""
+        return self.dropout(self.out(found.transpose(1, 2).flatten(2)))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What the memorizing layers of one pass read, and the pairs that each makes of the segment.
+
+    A layer that gradient checkpointing repeats replaces its pairs by equal ones.
+    """
+
+    memory: DecoderMemory
+    pairs: dict[int, Pairs] = field(default_factory=dict)
+
+    def remembered(self, valid: Bool[Tensor, "batch n"] | None) -> DecoderMemory:
+        """The memory with the pairs of every layer; `valid`: which tokens are no padding."""
+        return self.memory.extended([self.pairs[i] for i in sorted(self.pairs)], valid)
 
 
 class SelfAttention(Attention):
@@ -119,6 +142,16 @@ class SelfAttention(Attention):
         buckets = config.decoder_buckets if causal else config.encoder_buckets
         super().__init__(config, side, getattr(config, f"{side}_dim"), buckets, causal)
         self.layer = layer
+        self.memorizing: MemorizingAttention | None = None
+        if causal and layer in config.memorizing_layers:
+            self.memorizing = MemorizingAttention(
+                self.heads,
+                self.head_dim,
+                k=config.memorizing_k,
+                initial_gate=config.memorizing_initial_gate,
+                normalise=False,
+                scale=self.scale,
+            )
 
     def forward(
         self,
@@ -126,14 +159,16 @@ class SelfAttention(Attention):
         hidden: Float[Tensor, "batch 1 1 k"] | None = None,
         positions: Rotation | None = None,
         cache: RetroCache | None = None,
+        recall: Recall | None = None,
     ) -> Float[Tensor, "batch n dim"]:
-        """Attend to these states, after those of the cache.
+        """Attend to these states, after those of the cache, and to the memory.
 
         Args:
             x: normed states.
             hidden: added to the scores of each key, cached ones included; None where all are seen.
             positions: rotations of x.
             cache: keys and values of earlier passes; these are added.
+            recall: read, and given the pairs of this pass, by a layer that memorizes.
         """
         q = self.split(self.q(x))
         k, v = self.keys_values(x)
@@ -141,17 +176,26 @@ class SelfAttention(Attention):
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
+        found = self._attended_locally(q, k, v, hidden)
+        if self.memorizing is not None and recall is not None:
+            number = self.config.memorizing_layers.index(self.layer)
+            recall.pairs[number] = (k.detach(), v.detach())
+            found = self.memorizing.mixed(q, found, recall.memory.layers[number])
+        return self.joined(found)
+
+    def _attended_locally(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        """Attention of the last queries to all keys, each to those before it where it is causal."""
         queries, keys = q.shape[-2], k.shape[-2]
         causal = self.causal and queries > 1
         if self.bias is not None:
             bias = self.bias(queries, keys, keys - queries, hide_later=causal)
-            return self.mix(q, k, v, bias, hidden)
+            return self.attended(q, k, v, bias, hidden)
         if not causal or (queries == keys and hidden is None):
-            return self.mix(q, k, v, None, hidden, causal=causal)
-        later = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
+            return self.attended(q, k, v, None, hidden, causal=causal)
+        later = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
         later = later.triu(keys - queries + 1)[None]
-        bias = torch.zeros(later.shape, dtype=x.dtype, device=x.device)
-        return self.mix(q, k, v, bias.masked_fill(later, -torch.inf), hidden)
+        bias = torch.zeros(later.shape, dtype=q.dtype, device=q.device)
+        return self.attended(q, k, v, bias.masked_fill(later, -torch.inf), hidden)
 
 
 class ContextAttention(Attention):
@@ -178,4 +222,4 @@ class ContextAttention(Attention):
             places = torch.arange(length).repeat(neighbours)
             q = rotate(q, rotation(places, dim, q))
             k = rotate(k, rotation(torch.arange(m), dim, k))
-        return self.mix(q, k, v, bias, hidden).reshape(x.shape)
+        return self.joined(self.attended(q, k, v, bias, hidden)).reshape(x.shape)

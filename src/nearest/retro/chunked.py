@@ -46,9 +46,10 @@ class ChunkedCrossAttention(Attention):
         q = self.split(segment.into_blocks(self.q(x)))
         if self.bias is None:
             q = rotate(q, self._query_rotation(segment, q))
-        answers = self.mix(
+        found = self.attended(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *self._scores(retrieved, k)
-        ).unflatten(0, q.shape[:2])
+        )
+        answers = self.joined(found).unflatten(0, q.shape[:2])
         if retrieved.silent is not None:
             answers = answers.masked_fill(retrieved.silent, 0)
         return segment.from_blocks(answers)

@@ -1,8 +1,4 @@
-"""What a RETRO model is made of: every point in which the published implementations differ.
-
-Two public implementations define the family, named here after their authors' repositories:
-`norlund` (arXiv:2302.12128) and `retro-pytorch`; `paper` follows arXiv:2112.04426.
-"""
+"""What a RETRO model is made of: every point in which the published implementations differ."""
 
 from dataclasses import field
 from typing import Any, no_type_check
@@ -10,6 +6,7 @@ from typing import Any, no_type_check
 from transformers import PreTrainedConfig
 
 from nearest.errors import SettingError
+from nearest.retro.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "rms_clamped", "layer"),
@@ -20,63 +17,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cca_buckets": ("concat", "shared"),
     "cca_rotary": ("aligned", "public"),
     "chunk_count": ("ceil", "floor"),
-}
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "norlund": {},
-    "retro-pytorch": {
-        "vocab_size": 28_996,
-        "bos_token_id": 101,
-        "eos_token_id": 102,
-        "decoder_dim": 768,
-        "decoder_heads": 8,
-        "decoder_attention_dim": 512,
-        "decoder_ffn_dim": 3072,
-        "cca_layers": [0, 2, 5, 8],
-        "encoder_heads": 8,
-        "encoder_attention_dim": 512,
-        "encoder_cross_layers": [0, 1],
-        "norm": "rms_clamped",
-        "scale_scores": True,
-        "feed_forward": "mlp",
-        "activation": "gelu",
-        "bias": True,
-        "positions": "rotary",
-        "absolute_positions": True,
-        "share_embeddings": True,
-        "embedding_std": 1.0,
-        "head_bias": True,
-        "project_encoder_output": True,
-        "null_neighbour": True,
-        "mask_encoder_context": False,
-        "mask_input_pads": False,
-        "masked_score": None,
-        "chunk_count": "floor",
-        "ignore_pad_labels": True,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "feed_forward_dropout": 0.0,
-    },
-    "paper": {
-        "vocab_size": 128_000,
-        "decoder_dim": 896,
-        "decoder_heads": 16,
-        "decoder_attention_dim": 1024,
-        "decoder_ffn_dim": 3584,
-        "encoder_heads": 16,
-        "encoder_attention_dim": 1024,
-        "encoder_cross_layers": [0],
-        "scale_scores": True,
-        "feed_forward": "mlp",
-        "bucket_spacing": "log",
-        "cca_buckets": "shared",
-        "decoder_buckets": 32,
-        "cca_bucket_count": 32,
-        "encoder_buckets": 32,
-        "encoder_cross_buckets": 32,
-        "chunk_count": "floor",
-        "masked_score": None,
-    },
 }
 
 
@@ -92,8 +32,13 @@ class RetroConfig(PreTrainedConfig):
             the hidden states of the first of them, after its self-attention.
         encoder_dim, encoder_layers, encoder_heads, encoder_attention_dim, encoder_ffn_dim: sizes.
         encoder_cross_layers: encoder layers that attend to the chunk being answered, from 0.
+        memorizing_layers: decoder layers whose self-attention also reads a `memory` of the segments
+            before, where it is given, through a learned gate a head (arXiv:2203.08913), from 0.
+        memorizing_k: pairs that each query attends to in each head; None for all.
+        memorizing_capacity: pairs that each row remembers, the latest.
+        memorizing_initial_gate: of every head, in (0, 1).
         norm: "rms" x/(rms + 1e-8), "rms_clamped" x/max(rms, 1e-8), or "layer".
-        gated_norm: also multiply by σ(x·w).
+        gated_norm: also multiply by σ(x·w); of RMS norms.
         deepnet: norms after the residual sums, which are weighted, and initial weights by depth
             (arXiv:2203.00555); take norm="layer" with it.
         scale_scores: multiply attention scores by head_dim^-½.
@@ -132,7 +77,7 @@ class RetroConfig(PreTrainedConfig):
     """
 
     model_type = "nearest-retro"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "memory")
     attribute_map = {  # noqa: RUF012 - as in transformers
         "hidden_size": "decoder_dim",
         "num_hidden_layers": "decoder_layers",
@@ -159,6 +104,11 @@ class RetroConfig(PreTrainedConfig):
     encoder_attention_dim: int = 896
     encoder_ffn_dim: int = 3584
     encoder_cross_layers: list[int] = field(default_factory=lambda: [1])
+
+    memorizing_layers: list[int] = field(default_factory=list)
+    memorizing_k: int | None = 32
+    memorizing_capacity: int = 8192
+    memorizing_initial_gate: float = 0.5
 
     norm: str = "rms"
     gated_norm: bool = False
@@ -206,15 +156,16 @@ class RetroConfig(PreTrainedConfig):
         Raises:
             SettingError: no such preset, or a setting is unknown.
         """
-        if name not in _PRESETS:
-            raise SettingError(f"preset {name!r} is unknown: choose among {', '.join(_PRESETS)}")
+        if name not in PRESETS:
+            raise SettingError(f"preset {name!r} is unknown: choose among {', '.join(PRESETS)}")
         if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
             raise SettingError(f"{unknown[0]!r} is no setting of a RETRO model: see RetroConfig")
-        return cls(**{**_PRESETS[name], **settings})
+        return cls(**{**PRESETS[name], **settings})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cross_layers = sorted(self.encoder_cross_layers)
+        self.memorizing_layers = sorted(self.memorizing_layers)
         self._check()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -249,6 +200,8 @@ class RetroConfig(PreTrainedConfig):
                 raise SettingError(
                     f"{name} {getattr(self, name)!r} is unknown: choose {' or '.join(values)}"
                 )
+        if self.gated_norm and self.norm == "layer":
+            raise SettingError("gated_norm gates RMS norms: take norm 'rms' or 'rms_clamped'")
         if self.chunk_size < 2:
             raise SettingError(f"chunk_size must be at least 2, got {self.chunk_size}")
         if not 0 <= self.pad_token_id < self.vocab_size:
@@ -271,20 +224,37 @@ class RetroConfig(PreTrainedConfig):
         for name, layers, depth in (
             ("cca_layers", self.cca_layers, self.decoder_layers),
             ("encoder_cross_layers", self.encoder_cross_layers, self.encoder_layers),
+            ("memorizing_layers", self.memorizing_layers, self.decoder_layers),
         ):
             if len(set(layers)) < len(layers) or any(not 0 <= i < depth for i in layers):
                 raise SettingError(
                     f"{name} {layers} must be different layers, counted from 0, of {depth}"
                 )
-        if self.positions == "buckets" and self.bucket_spacing == "log":
-            most = max(self.decoder_buckets // 2, self.cca_bucket_count // 4)
-            if self.bucket_max_distance <= most:
-                raise SettingError(
-                    f"bucket_max_distance {self.bucket_max_distance} must exceed {most}: so many "
-                    "distances have a bucket each"
-                )
+        if self.positions == "buckets":
+            self._check_buckets()
         if self.tie_word_embeddings and self.input_dim != self.decoder_dim:
             raise SettingError(
                 f"the head cannot be tied to a table of {self.input_dim} columns when the decoder "
                 f"has {self.decoder_dim} dims: make them equal, or untie it"
             )
+
+    def _check_buckets(self) -> None:
+        """A logarithmic far half needs a near one before it, in each direction that is read."""
+        for name, parts in (
+            ("decoder_buckets", 2),
+            ("cca_bucket_count", 4),
+            ("encoder_buckets", 4),
+            ("encoder_cross_buckets", 4),
+        ):
+            count, log = getattr(self, name), self.bucket_spacing == "log"
+            least = parts if log else 1
+            if count < least:
+                raise SettingError(
+                    f"{name} must be at least {least}, got {count}: each direction needs a bucket "
+                    "for near keys, and with log spacing one for far ones"
+                )
+            if log and self.bucket_max_distance <= count // parts:
+                raise SettingError(
+                    f"bucket_max_distance {self.bucket_max_distance} must exceed {count // parts}: "
+                    f"with {name} {count}, so many distances have a bucket each"
+                )

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearest.retro.attention import SelfAttention
+from nearest.retro.attention import Recall, SelfAttention
 from nearest.retro.blocks import FeedForward, Residual
 from nearest.retro.cache import RetroCache
 from nearest.retro.chunked import ChunkedCrossAttention
@@ -32,9 +32,10 @@ class DecoderLayer(nn.Module):
         turns: Rotation | None,
         cache: RetroCache | None,
         read: NeighbourReader | None,
+        recall: Recall | None,
     ) -> Float[Tensor, "batch n dim"]:
-        """See `SelfAttention`; read: None switches retrieval off."""
-        x = self.self_attention(x, hidden, turns, cache)
+        """See `SelfAttention`; read: None switches retrieval off, recall: None the memory."""
+        x = self.self_attention(x, hidden, turns, cache, recall)
         if self.chunked_cross_attention is not None and read is not None:
             x = self.chunked_cross_attention(x, read(x))
         return self.feed_forward(x)

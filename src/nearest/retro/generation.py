@@ -12,10 +12,13 @@ from nearest.errors import SettingError
 from nearest.retro.cache import RetroCache
 from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
-from nearest.retro.reading import neighbour_chunks, segment_of
+from nearest.retro.reading import check_dtype, neighbour_chunks, segment_of
 
 Retrieve = Callable[[Tensor], Tensor]
 """(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
+
+
+_OURS = ("neighbours", "neighbour_ids", "memory")  # what generate takes besides transformers' own
 
 
 class RetroGenerationMixin(GenerationMixin):
@@ -25,6 +28,32 @@ class RetroGenerationMixin(GenerationMixin):
     token ids padded with −1 or the padding token: `NeighbourCache` keeps it from being asked twice.
     Chunks that neither gives neighbours for have none. Without both, retrieval is off.
     """
+
+    retro_config: RetroConfig  # settings of chunks and neighbours
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, *others: Any, **named: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat the rows of a memory as transformers repeats those of tensors, for beams."""
+        expand = cast(Any, super())._expand_inputs_for_generation
+        input_ids, model_kwargs = expand(expand_size, *others, **named)
+        if (memory := model_kwargs.get("memory")) is not None and expand_size > 1:
+            rows = torch.arange(len(memory.lengths)).repeat_interleave(expand_size)
+            model_kwargs["memory"] = memory.rows(rows)
+        return input_ids, model_kwargs
+
+    def _get_candidate_generator(  # type: ignore[override]
+        self, generation_config: GenerationConfig, *, model_kwargs: dict[str, Any], **named: Any
+    ) -> Any:
+        """An assistant model drafts without neighbours and memory: what is accepted is the same."""
+        if generation_config.assistant_early_exit is not None:
+            raise SettingError(
+                "a model with neighbours cannot leave its own layers early: give an "
+                "assistant_model, or prompt_lookup_num_tokens, instead of assistant_early_exit"
+            )
+        plain = {name: value for name, value in model_kwargs.items() if name not in _OURS}
+        make = cast(Any, super())._get_candidate_generator
+        return make(generation_config=generation_config, model_kwargs=plain, **named)
 
     def _prepare_cache_for_generation(
         self,
@@ -44,8 +73,6 @@ class RetroGenerationMixin(GenerationMixin):
             return None
         prepare = cast(Any, super())._prepare_cache_for_generation
         return prepare(generation_config, model_kwargs, *others, **named)
-
-    retro_config: RetroConfig  # settings of chunks and neighbours
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -84,6 +111,20 @@ class RetroGenerationMixin(GenerationMixin):
         return inputs
 
 
+def _checked(given: Tensor, rows: int) -> Tensor:
+    """Neighbours of the first chunks, as given to `generate`; SettingError where they do not fit.
+
+    How many chunks they are for is free.
+    """
+    if given.ndim != 4 or len(given) != rows:
+        raise SettingError(
+            f"neighbour_ids have the shape {tuple(given.shape)}, but must be (batch, chunks, "
+            f"neighbours, length) = ({rows}, …)"
+        )
+    check_dtype(given)
+    return given
+
+
 def _gather(
     input_ids: Int[Tensor, "batch n"],
     segment: Segment,
@@ -92,7 +133,7 @@ def _gather(
     retrieve: Retrieve | None,
 ) -> Int[Tensor, "batch needed neighbours length"]:
     """Neighbours of the chunks that end in a pass: given, else retrieved, else padding."""
-    known = 0 if given is None else given.shape[1]
+    known = 0 if given is None else _checked(given, len(input_ids)).shape[1]
     found: dict[tuple[int, int], Tensor] = {}
     wanted: list[tuple[int, int]] = []
     m = segment.chunk_size
@@ -110,11 +151,13 @@ def _gather(
         )
         unique, which = chunks.unique(dim=0, return_inverse=True)
         answers = retrieve(unique)
-        if answers.ndim != 3 or len(answers) != len(unique) or answers.is_floating_point():
+        if not isinstance(answers, Tensor) or answers.ndim != 3 or len(answers) != len(unique):
+            what = getattr(answers, "shape", type(answers).__name__)
             raise SettingError(
-                f"neighbours(…) gave {answers.dtype} of the shape {tuple(answers.shape)} for "
-                f"{len(unique)} chunks: it must return (chunks, neighbours, length) token ids"
+                f"neighbours(…) gave {what} for {len(unique)} chunks: it must return a tensor of "
+                "token ids, (chunks, neighbours, length)"
             )
+        check_dtype(answers)
         found.update(zip(wanted, answers.to(input_ids.device)[which], strict=True))
     shapes = {tuple(ids.shape) for ids in found.values()}
     if len(shapes) > 1:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization
 
+from nearest.models.memorizing.attention import MemorizingAttention
 from nearest.retro.attention import Attention
 from nearest.retro.blocks import FeedForward, deepnet_gain
 from nearest.retro.chunked import ChunkedCrossAttention
@@ -24,8 +25,8 @@ class RetroPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DecoderLayer", "EncoderLayer"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's defaults, but: embeddings and null keys normal, biases of positions zero."""
-        if isinstance(module, nn.Linear | nn.LayerNorm):
+        """Defaults of each layer, but embeddings and null keys normal, position biases zero."""
+        if isinstance(module, nn.Linear | nn.LayerNorm | MemorizingAttention):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             decoder = module is self.get_input_embeddings()

@@ -1,5 +1,6 @@
 """RETRO as a Hugging Face causal language model (arXiv:2112.04426)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nearest.errors import SettingError
-from nearest.retro.attention import hidden_keys
+from nearest.models.memorizing.decoder import DecoderMemory
+from nearest.models.memorizing.memory import AttentionMemory, KeyIndex
+from nearest.retro.attention import Recall, hidden_keys
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
 from nearest.retro.decoder import DecoderLayer
@@ -23,11 +26,30 @@ from nearest.retro.positions import rotation
 from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
 
 
+@dataclass
+class RetroOutput(CausalLMOutputWithPast):
+    """What a pass gives.
+
+    Attributes:
+        memory: the one that was given with this segment after it, padding left out; None where
+            none was given, and after a cache, which continues a segment.
+    """
+
+    memory: DecoderMemory | None = None
+
+
 class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
     """Predicts tokens with the neighbours of the chunks before.
 
     Neighbours are given for each forward pass, or made by `generate` from a callable; without any,
-    the same weights are a plain language model.
+    the same weights are a plain language model. Documents longer than a pass are read in segments;
+    the `memorizing_layers` attend to those before (arXiv:2203.08913), state in and out::
+
+        memory = model.empty_memory(batch=2)
+        for ids, ended in segments:  # a row of the batch is a document
+            output = model(ids, labels=ids, memory=memory)
+            output.loss.backward()
+            memory = output.memory.cleared(ended)
     """
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
@@ -61,6 +83,30 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         self.lm_head = nn.Linear(config.decoder_dim, config.vocab_size, bias=config.head_bias)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def empty_memory(self, batch: int, index: KeyIndex | None = None) -> DecoderMemory:
+        """What the memorizing layers remember before the first segment of so many documents.
+
+        Args:
+            batch: documents read side by side.
+            index: as in `AttentionMemory`; None scores every key.
+
+        Raises:
+            SettingError: no layer memorizes, or the capacity is below 1.
+        """
+        config = self.config
+        if not config.memorizing_layers:
+            raise SettingError("no layer can read a memory: name some in memorizing_layers")
+        nothing = AttentionMemory.empty(
+            batch,
+            config.decoder_heads,
+            config.decoder_head_dim,
+            config.memorizing_capacity,
+            index=index,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return DecoderMemory((nothing,) * len(config.memorizing_layers))
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -68,12 +114,13 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         attention_mask: Tensor | None = None,
         neighbour_ids: Tensor | None = None,
         labels: Int[Tensor, "batch n"] | None = None,
+        memory: DecoderMemory | None = None,
         past_key_values: RetroCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> RetroOutput:
         """Logits of the next tokens, and the loss where labels are given.
 
         Args:
@@ -84,6 +131,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
                 `chunk_count`), after a cache of those that end in this pass; −1 and pad_token_id
                 are padding. None: no retrieval.
             labels: token ids, −100 where none is to be predicted; see `shift_labels`.
+            memory: of the segments before, one row for each of the batch; None: no memory is read.
             past_key_values: of the passes before; updated.
             use_cache: return a cache; by default outside training.
             logits_to_keep: the last so many positions, or positions, get logits; 0 for all.
@@ -92,6 +140,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
 
         Raises:
             SettingError: shapes, dtypes or ids that do not fit.
+            ModelError: a memory of other sizes.
         """
         if unknown := set(kwargs) - {"num_items_in_batch"}:
             raise SettingError(f"forward knows no argument {sorted(unknown)[0]!r}: leave it out")
@@ -100,13 +149,16 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = RetroCache(config=self.config)
         states: list[Tensor] | None = [] if output_hidden_states else None
-        x = self._decode(input_ids, attention_mask, neighbour_ids, past_key_values, states)
+        x, memory = self._decode(
+            input_ids, attention_mask, neighbour_ids, memory, past_key_values, states
+        )
         logits = self.lm_head(slice_logits_to_keep(x, logits_to_keep))
-        return CausalLMOutputWithPast(
+        return RetroOutput(
             loss=None if labels is None else self._loss(logits, labels, kwargs),
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
+            memory=memory,
         )
 
     def _decode(
@@ -114,10 +166,14 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         input_ids: Int[Tensor, "batch n"],
         attention_mask: Tensor | None,
         neighbour_ids: Tensor | None,
+        memory: DecoderMemory | None,
         cache: RetroCache | None,
         states: list[Tensor] | None,
-    ) -> Float[Tensor, "batch n dim"]:
-        """Normed states of the last layer; `states` gathers those before it."""
+    ) -> tuple[Float[Tensor, "batch n dim"], DecoderMemory | None]:
+        """Normed states of the last layer, and the memory after a whole segment.
+
+        `states` gathers the states before each layer, and the normed ones.
+        """
         segment = segment_of(self.config, input_ids, attention_mask, cache)
         if neighbour_ids is not None:
             check_call(self.config, segment, neighbour_ids, cache)
@@ -140,14 +196,29 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
                 chunks_seen(mask, segment),
                 cache.chunk if cache is not None else None,
             )
+        recall = self._recall(memory)
         for layer in self.layers:
             if states is not None:
                 states.append(x)
-            x = layer(x, hidden, turns, cache, read)
+            x = layer(x, hidden, turns, cache, read, recall)
         x = self.norm(x)
         if states is not None:
             states.append(x)
-        return x
+        if recall is None or segment.seen:
+            return x, None
+        return x, recall.remembered(mask)
+
+    def _recall(self, memory: DecoderMemory | None) -> Recall | None:
+        """What this pass reads and writes of a memory; SettingError where it has other layers."""
+        if memory is None:
+            return None
+        given, layers = len(memory.layers), self.config.memorizing_layers
+        if not layers or given != len(layers):
+            raise SettingError(
+                f"the memory is of {given} layers, but memorizing_layers is {layers}: begin with "
+                "empty_memory of this model"
+            )
+        return Recall(memory)
 
     def _embed(
         self, input_ids: Int[Tensor, "batch n"], places: Int[Tensor, "_ n"]

@@ -28,7 +28,7 @@ class RmsNorm(nn.Module):
 
 
 def make_norm(kind: str, dim: int, gated: bool) -> nn.Module:
-    """`kind` as in `RetroConfig.norm`; a gated one is always an RMS norm."""
-    if kind == "layer" and not gated:
+    """`kind` and `gated` as in `RetroConfig`: only RMS norms have gates."""
+    if kind == "layer":
         return nn.LayerNorm(dim)
-    return RmsNorm(dim, clamped=kind != "rms", gated=gated)
+    return RmsNorm(dim, clamped=kind == "rms_clamped", gated=gated)

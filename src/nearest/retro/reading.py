@@ -41,12 +41,17 @@ def neighbour_chunks(config: RetroConfig, segment: Segment) -> int:
     return segment.chunks if segment.seen else config.chunks(segment.columns)
 
 
+def check_dtype(ids: Tensor) -> None:
+    """Refuse what are no token ids (SettingError)."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise SettingError(f"neighbour_ids must be token ids, int64, got {ids.dtype}: convert them")
+
+
 def check_call(config: RetroConfig, segment: Segment, ids: Tensor, cache: Cache | None) -> None:
     """Refuse neighbours of a wrong shape, dtype or range, or that came too late (SettingError)."""
     if not config.cca_layers:
         raise SettingError("neighbour_ids are given, but cca_layers is empty: no layer reads them")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise SettingError(f"neighbour_ids must be token ids, int64, got {ids.dtype}: convert them")
+    check_dtype(ids)
     seen, batch = segment.seen, len(segment.starts)
     chunks = neighbour_chunks(config, segment)
     if ids.ndim != 4 or tuple(ids.shape[:2]) != (batch, chunks):

@@ -30,6 +30,15 @@ from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segm
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_OF_THE_BASE = {
+    *("vocab_size", "bos_token_id", "eos_token_id", "use_cache", "cca_layers", "deepnet"),
+    *("decoder_dim", "decoder_layers", "decoder_heads", "decoder_attention_dim"),
+    *("decoder_ffn_dim", "decoder_buckets", "absolute_positions", "max_position_embeddings"),
+    *("memorizing_layers", "memorizing_k", "memorizing_capacity", "memorizing_initial_gate"),
+    *("share_embeddings", "embedding_std", "head_bias", "tie_word_embeddings"),
+    *("mask_input_pads", "shift_labels", "ignore_pad_labels"),
+}  # settings of RetroConfig without effect on an adapter
+
 
 class Adapter(nn.Module):
     """What a retrofit adds to a model."""
@@ -196,7 +205,8 @@ def retrofit(
         layers: the new ones come after these, counted from 0; by default every third from the
             sixth on, as in the paper.
         **settings: of the encoder, of positions and of chunks, as in `RetroConfig`, whose `paper`
-            preset holds but for sizes: the encoder has half the model's dims.
+            preset holds but for sizes: the encoder has half the model's dims. Settings of the
+            decoder, its embeddings, head and loss have no effect here and are refused.
 
     Raises:
         ModelError: the model is not a decoder, or has been retrofitted.
@@ -206,8 +216,10 @@ def retrofit(
         raise ModelError("this model is retrofitted already: pass the one it was made of, .base")
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} is an encoder–decoder: load a causal model")
-    if settings.get("deepnet"):
-        raise SettingError("deepnet norms the model's own states: leave it out of a retrofit")
+    if unused := sorted(set(settings) & _OF_THE_BASE):
+        raise SettingError(
+            f"{unused[0]} is of the model itself, which a retrofit leaves as it is: leave it out"
+        )
     text = model.config.get_text_config()
     dim, heads, depth = text.hidden_size, text.num_attention_heads, len(blocks_of(model))
     if layers is None:
@@ -224,7 +236,6 @@ def retrofit(
             "encoder_attention_dim": half,
             "encoder_ffn_dim": 4 * half,
             "pad_token_id": 0 if pad is None else pad,
-            **settings,
             "vocab_size": vocabulary_size(model),
             "bos_token_id": text.bos_token_id,
             "eos_token_id": text.eos_token_id,
@@ -233,6 +244,7 @@ def retrofit(
             "decoder_heads": heads,
             "decoder_attention_dim": heads * (dim // heads),
             "cca_layers": list(layers),
+            **settings,
         },
     )
     return RetrofitForCausalLM(model, config)

@@ -1,1 +1,1 @@
-"""Layer 7: what one does with a memory; each verb stands alone."""
+"""Layer 8: what one does with a memory; each verb stands alone."""

@@ -116,14 +116,21 @@ class MemorizingAttention(nn.Module):
         if scale is not None and not (scale > 0 and math.isfinite(scale)):
             raise SettingError(f"the scale must be positive and finite, got {scale}")
         self.heads, self.dim, self.k, self.normalise = heads, dim, k, normalise
-        self.gate = nn.Parameter(torch.full((heads,), math.log(initial_gate / (1 - initial_gate))))
+        self.initial_gate = initial_gate
+        if scale is None:
+            scale = _SCALE_OF_NORMALISED if normalise else dim**-0.5
+        self.initial_scale = scale
+        self.gate = nn.Parameter(torch.empty(heads))
         if normalise:
-            start = _SCALE_OF_NORMALISED if scale is None else scale
-            self.scale = nn.Parameter(torch.full((heads,), float(start)))
+            self.scale = nn.Parameter(torch.empty(heads))
         else:
-            self.register_buffer(
-                "scale", torch.full((heads,), dim**-0.5 if scale is None else scale)
-            )
+            self.register_buffer("scale", torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every head's gate and scale as at the beginning."""
+        nn.init.constant_(self.gate, math.log(self.initial_gate / (1 - self.initial_gate)))
+        nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(
         self,

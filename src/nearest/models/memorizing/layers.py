@@ -16,32 +16,33 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nearest.errors import ModelError, SettingError
 from nearest.models.memorizing.attention import MemorizingAttention
+from nearest.models.memorizing.decoder import DecoderMemory, Pairs
 from nearest.models.memorizing.memory import AttentionMemory, KeyIndex
 
 _NAME = "nearest_memorizing"
 
 
 class MemorizingSession:
-    """The memories of a model's layers, and the gates to be trained.
+    """The memory of a model's layers, and the gates to be trained.
 
     Attributes:
         gates: a MemorizingAttention for each layer, in order; its one parameter is the gate.
-        memories: what each layer remembers, in the same order; None before the first `remember`.
+        memory: what the layers remember; None before the first `remember`.
     """
 
     def __init__(self, gates: nn.ModuleList, capacity: int, index: KeyIndex | None) -> None:
         self.gates = gates
-        self.memories: list[AttentionMemory | None] = [None] * len(gates)
+        self.memory: DecoderMemory | None = None
         self._capacity = capacity
         self._index = index
-        self._segment: list[tuple[Tensor, Tensor] | None] = [None] * len(gates)
+        self._segment: list[Pairs | None] = [None] * len(gates)
 
     def remember(
         self,
         attention_mask: Bool[Tensor, "_ _"] | Int[Tensor, "_ _"] | None = None,
         ended: Bool[Tensor, " _"] | Int[Tensor, " _"] | None = None,
     ) -> None:
-        """Make the latest forward pass, a whole segment, part of the memories.
+        """Make the latest forward pass, a whole segment, part of the memory.
 
         Args:
             attention_mask: 1 at tokens, 0 at padding, as the pass had it.
@@ -49,38 +50,40 @@ class MemorizingSession:
 
         Raises:
             ModelError: no pass was made since the last call, it continued a key-value cache, or
-                its batch is not the memories'.
+                its batch is not the memory's.
         """
-        count = len(self.memories)
-        self.memories = [self._extended(i, attention_mask, ended) for i in range(count)]
-        self._segment = [None] * count
-
-    def forget(self) -> None:
-        """Forget everything, so that a batch of another size can begin."""
-        self.memories = [None] * len(self.memories)
-
-    def _extended(self, i: int, valid: Tensor | None, ended: Tensor | None) -> AttentionMemory:
-        segment = self._segment[i]
-        if segment is None:
+        segment = [pairs for pairs in self._segment if pairs is not None]
+        if len(segment) < len(self._segment):
             raise ModelError(
                 "there is no segment to remember: call the model on one first, from its first "
                 "token (a pass that continues a key-value cache is no segment)"
             )
-        memory = self.memories[i]
-        if memory is None:
-            keys, values = segment
-            memory = AttentionMemory.empty(
-                keys.shape[0],
-                keys.shape[1],
-                keys.shape[3],
-                self._capacity,
-                value_dim=values.shape[3],
-                index=self._index,
-                dtype=keys.dtype,
-                device=keys.device,
+        memory = self.memory or self._nothing(segment)
+        memory = memory.extended(segment, attention_mask)
+        self.memory = memory if ended is None else memory.cleared(ended)
+        self._segment = [None] * len(self._segment)
+
+    def forget(self) -> None:
+        """Forget everything, so that a batch of another size can begin."""
+        self.memory = None
+
+    def _nothing(self, segment: Sequence[Pairs]) -> DecoderMemory:
+        """Memories of nothing, of the sizes that a segment's pairs have."""
+        return DecoderMemory(
+            tuple(
+                AttentionMemory.empty(
+                    keys.shape[0],
+                    keys.shape[1],
+                    keys.shape[3],
+                    self._capacity,
+                    value_dim=values.shape[3],
+                    index=self._index,
+                    dtype=keys.dtype,
+                    device=keys.device,
+                )
+                for keys, values in segment
             )
-        memory = memory.extended(*segment, valid)
-        return memory if ended is None else memory.cleared(ended)
+        )
 
     def attend(
         self,
@@ -93,10 +96,9 @@ class MemorizingSession:
         """Mix layer i's memory into its local attention, and keep the segment for `remember`."""
         whole = queries.shape[2] == keys.shape[2]
         self._segment[i] = (keys.detach(), values.detach()) if whole else None
-        memory = self.memories[i]
-        if memory is None:
+        if self.memory is None:
             return local
-        layer = cast(MemorizingAttention, self.gates[i])
+        layer, memory = cast(MemorizingAttention, self.gates[i]), self.memory.layers[i]
         return layer.mixed(queries, local.transpose(1, 2), memory).transpose(1, 2)
 
 

@@ -36,10 +36,11 @@ def from_retro_pytorch(
         state: every weight by its public name.
         vocab_size: refuse a checkpoint of another vocabulary.
         **settings: what weights do not tell, as in `RetroConfig`: chunk_size, pad_token_id, the
-            dropouts; by default those of the public code.
+            dropouts, memorizing_layers; by default those of the public code.
 
     Raises:
         ModelError: keys are missing or left over, or shapes do not fit.
+        SettingError: settings that the weights do not fit.
     """
     config = RetroConfig.preset("retro-pytorch", **{**_settings(state), **settings})
     check_vocabulary(config, vocab_size)

@@ -32,8 +32,11 @@ def load(
 ) -> RetroForCausalLM:
     """A model of these settings with their weights.
 
+    Layers that memorize, which no public model has, start anew.
+
     Raises:
         ModelError: keys are missing or left over (all are named), or a shape does not fit.
+        SettingError: settings that the public weights do not fit.
     """
     rules = list(rules)
     expected = {name for rule in rules for name in rule.theirs}
@@ -50,7 +53,12 @@ def load(
         )
     model = RetroForCausalLM(config)
     own = model.state_dict()
-    loaded: dict[str, Tensor] = {}
+    loaded = {name: weight for name, weight in own.items() if ".memorizing." in name}
+    if unlike := sorted(own.keys() ^ {*loaded, *(name for rule in rules for name in rule.ours)}):
+        raise SettingError(
+            f"the settings ask for another model than the public one: they differ in {unlike[0]}; "
+            "give only what weights do not tell, such as chunk_size"
+        )
     for rule in rules:
         rows = torch.cat([state[name] for name in rule.theirs])
         shapes = [own[name].shape for name in rule.ours]
@@ -82,7 +90,10 @@ def check_family(config: RetroConfig, family: RetroConfig, free: set[str]) -> No
     """Refuse a model whose settings, but for sizes and `free` ones, are not a family's."""
     for name in RetroConfig.__annotations__:
         setting = getattr(family, name)
-        structural = isinstance(setting, bool | str) or name == "masked_score"
+        structural = isinstance(setting, bool | str) or name in (
+            "masked_score",
+            "memorizing_layers",
+        )
         if structural and name not in free and getattr(config, name) != setting:
             raise SettingError(
                 f"{name} is {getattr(config, name)!r}, but the public code knows only {setting!r}: "
