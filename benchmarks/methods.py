@@ -54,6 +54,7 @@ def main() -> None:
         clustered_min_knns="1,20",
         gated=GATED,
         skips=SKIPS,
+        only="",  # these rows, divided by commas
     )
     model, tokenizer = model_and_tokenizer()
     path = memory_of(options, options.corpus)
@@ -69,57 +70,57 @@ def main() -> None:
         for split in ("valid", "test")
     }
 
-    def tuned(method: str, where: Path = path, **fixed: Any) -> Any:
-        seconds, found = timed(
-            lambda: tune(model, Memory.open(where), read["valid"], method=method, **fixed)
+    rows: dict[str, Result] = {}
+
+    def row(name: str, method: str, where: Path = path, tuned: Any = None, **settings: Any) -> Any:
+        """Tune with these settings fixed, unless None, and score; returns what was tuned."""
+        if options.only and name not in options.only.split(","):
+            return None
+        found = None
+        if tuned is not None:
+            memory = Memory.open(where)
+            seconds, found = timed(
+                lambda: tune(model, memory, read["valid"], method=method, **tuned)
+            )
+            values = {key: str(value) for key, value in found.as_json().items()}
+            report(tuned=name, seconds=seconds, ppl=float(np.exp(found.nll)), **values)
+        rows[name] = evaluate(model, Memory.open(where), read["test"], method, **settings)
+        against = {
+            f"vs_{other}": compared(rows[name], rows[other])
+            for other in ("base", "best_retomaton")
+            if other in rows
+        }
+        report(
+            benchmark="methods", corpus=options.corpus, row=name, **against, **rows[name].as_json()
         )
-        values = {name: str(value) for name, value in found.as_json().items()}
-        report(tuned=method, seconds=seconds, ppl=float(np.exp(found.nll)), **values)
         return found
 
-    def scored(name: str, method: str, where: Path = path, **settings: Any) -> Result:
-        result = evaluate(model, Memory.open(where), read["test"], method, **settings)
-        rows[name] = result
-        against = {"vs_base": compared(result, rows["base"])}
-        if "best retomaton" in rows:
-            against["vs_best_retomaton"] = compared(result, rows["best retomaton"])
-        report(benchmark="methods", corpus=options.corpus, row=name, **against, **result.as_json())
-        return result
-
-    rows: dict[str, Result] = {}
     report(**machine())
-    scored("base", "base")
-    tuned("knn")
-    scored("knn", "knn")
-    variants = {}
+    row("base", "base")
+    row("knn", "knn", tuned={})
+    best, least, best_min_knns = "", np.inf, 0.0
     for kind, where, values in (
         ("retomaton", path, options.min_knns),
         ("retomaton with clusters", with_clusters, options.clustered_min_knns),
     ):
         for min_knns in map(float, filter(None, values.split(","))):
-            found = tuned("retomaton", where, min_knns=min_knns)
-            name = f"{kind}, min_knns {min_knns:g}"
-            scored(name, "retomaton", where)
-            variants[name] = (found.nll, min_knns)
-    best = min(variants, key=lambda name: variants[name])
-    report(best_retomaton_on_valid=best)
-    rows["best retomaton"] = rows[best]
-    tuned("suffix")
-    scored("suffix", "suffix")
-    tuned("suffix", matches=1024)
-    scored("suffix 1024 matches", "suffix")
-    tuned("suffix", bare)
-    scored("suffix counts", "suffix", bare)
-    tuned("suffix+mixture")
-    scored("suffix+mixture", "suffix+mixture")
+            name = f"{kind} {min_knns:g}"
+            found = row(name, "retomaton", where, tuned={"min_knns": min_knns})
+            if found is not None and found.nll < least:
+                best, least, best_min_knns = name, found.nll, min_knns
+    if best:
+        report(best_retomaton_on_valid=best)
+        rows["best_retomaton"] = rows[best]
+    row("suffix", "suffix", tuned={})
+    row("suffix 1024 matches", "suffix", tuned={"matches": 1024})
+    row("suffix counts", "suffix", bare, tuned={})
+    row("suffix+mixture", "suffix+mixture", tuned={})
     for method in filter(None, options.gated.split(",")):
-        fixed = {"min_knns": variants[best][1]} if method.startswith("retomaton") else {}
-        tuned(method, **fixed)
-        scored(method, method)
-    tuned("hybrid")
-    for skip in map(float, options.skips.split(",")):
-        scored(f"hybrid skip {skip:g}", "hybrid", skip=skip)
-    scored("hybrid without guard", "hybrid", skip=0.0, guard=False)
+        fixed = {"min_knns": best_min_knns} if method.startswith("retomaton") else {}
+        row(method, method, tuned=fixed)
+    for number, skip in enumerate(map(float, options.skips.split(","))):
+        row(f"hybrid {skip:g}", "hybrid", tuned=None if number else {}, skip=skip)
+    row("hybrid without guard", "hybrid", skip=0.0, guard=False)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ text and on nothing else, and both corpora's test texts are scored, with the gua
 """
 
 from common import (
-    TRAIN,
     arguments,
     compared,
     machine,
@@ -19,20 +18,22 @@ from nearest import Memory, evaluate, read_documents, read_text, tune
 
 
 def main() -> None:
-    options = arguments(__doc__, skips="0,0.5,1")
+    options = arguments(
+        __doc__, skips="0,0.5,1", memories="dclaw,wikitext2", texts="dclaw,wikitext2"
+    )
     model, tokenizer = model_and_tokenizer()
     report(**machine())
 
     def documents(corpus: str, split: str) -> list[object]:
         return list(read_documents([options.corpora / corpus / f"{split}.jsonl"]))
 
-    for corpus in TRAIN:
+    for corpus in options.memories.split(","):
         path = memory_of(options, corpus)
         if "hybrid" not in Memory.open(path).manifest.gates:
             valid = documents(corpus, "valid")
             tune(model, Memory.open(path), valid, method="hybrid", tokenizer=tokenizer)
         memory = Memory.open(path)
-        for text in TRAIN:
+        for text in options.texts.split(","):
             read = read_text(model, memory, documents(text, "test"), tokenizer=tokenizer)
             base = evaluate(model, memory, read, "base")
             for skip in map(float, options.skips.split(",")):

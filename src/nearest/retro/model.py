@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -21,6 +22,7 @@ from nearest.retro.decoder import DecoderLayer
 from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
 from nearest.retro.initial import RetroPreTrainedModel
+from nearest.retro.loss import IGNORED, next_token_loss
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import rotation
 from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
@@ -260,14 +262,10 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         self, logits: Float[Tensor, "batch _ vocab"], labels: Tensor, options: dict[str, Any]
     ) -> Float[Tensor, ""]:
         if self.config.ignore_pad_labels:
-            labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
-        return self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=self.config.vocab_size,
-            shift_labels=None if self.config.shift_labels else labels,
-            **options,
-        )
+            labels = labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
+        if self.config.shift_labels:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return next_token_loss(logits, labels, options.get("num_items_in_batch"))
 
 
 AutoConfig.register(RetroConfig.model_type, RetroConfig)

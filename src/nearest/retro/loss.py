@@ -1,0 +1,64 @@
+"""Cross-entropy over a large vocabulary, without further arrays of the logits' size."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+_ROWS = 16  # at once: their logits stay in the caches
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch n vocab"],
+    labels: Int[Tensor, "batch n"],
+    items: int | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the labels, in nats; float32 or, of float64 logits, float64.
+
+    Args:
+        logits: of each position.
+        labels: the token that each is to predict; IGNORED where none.
+        items: what the sum is divided by, where it is not the number of labels: transformers'
+            `num_items_in_batch`, so that batches of gradient accumulation weigh alike.
+    """
+    nll = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]
+    total: Tensor = nll.sum()
+    return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Negative log-likelihood of each row, 0 where it is ignored.
+
+    Torch's own keeps log-probabilities for the gradient, as large as the logits; here the gradient
+    is made of the logits themselves, softmax − one-hot, some rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of [rows, vocab] logits and [rows] labels; summed in float32 or better."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        totals = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(_ROWS)])
+        seen = labels != IGNORED
+        right = logits.gather(1, labels.where(seen, 0)[:, None])[:, 0].to(wide)
+        ctx.save_for_backward(logits, labels, totals)
+        return (totals - right).where(seen, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Of the logits, in their dtype."""
+        logits, labels, totals = ctx.saved_tensors
+        seen = labels != IGNORED
+        of_rows = gradient.where(seen, 0.0)[:, None]
+        targets = labels.where(seen, 0)[:, None]
+        minus_one = totals.new_full((1, 1), -1.0)
+        found = torch.empty_like(logits)
+        for begin in range(0, len(logits), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            probs = (logits[rows].to(totals.dtype) - totals[rows, None]).exp_()
+            probs.scatter_add_(1, targets[rows], minus_one.expand(len(probs), 1))
+            found[rows] = probs.mul_(of_rows[rows])
+        return found, None
