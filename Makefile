@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow torture lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+torture: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -34,10 +34,10 @@ def main() -> None:
         nearest.index.clusters._EXACT_CENTROIDS = exact_up_to
         moments: list[float] = []
         started = time.perf_counter()
-        clusters = kmeans_clusters(
+        clusters, _ = kmeans_clusters(
             memory.keys,
             memory.valued_entries(),
-            memory.tokens,
+            memory.positions,
             options.clusters,
             np.random.default_rng(0),
             sample=8 * options.clusters,

@@ -102,7 +102,7 @@ def random_documents() -> list[Document]:
     """Texts in which hardly any context stands twice, so that no two keys are equally near."""
     rng = np.random.default_rng(0)
     return [
-        Document(f"doc-{i}", bytes(rng.integers(33, 127, size=size)).decode())
+        Document(f"doc-{i}", bytes(rng.integers(33, 127, size=size).tolist()).decode())
         for i, size in enumerate(rng.integers(40, 200, size=10))
     ]
 

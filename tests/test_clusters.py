@@ -67,7 +67,7 @@ def test_every_entry_is_with_the_nearest_centroid(
     monkeypatch.setattr(nearest.index.clusters, "_EXACT_CENTROIDS", 4096 if exact else 1)
     monkeypatch.setattr(nearest.index.clusters, "_BLOCK", 100)
     told: list[tuple[str, int, int | None]] = []
-    found = kmeans_clusters(
+    found, _ = kmeans_clusters(
         keys,
         entries,
         TOKENS,
@@ -90,7 +90,7 @@ def test_every_entry_is_with_the_nearest_centroid(
 def test_far_apart_groups_are_found_from_a_sample(
     keys: Keys, entries: np.ndarray, groups: np.ndarray
 ) -> None:
-    found = kmeans_clusters(
+    found, _ = kmeans_clusters(
         keys, entries, TOKENS, 120, np.random.default_rng(0), sample=600, iterations=20
     )
     for cluster in range(120):  # more clusters than groups: each lies within one
@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_clusters(keys: Keys, entries: np.ndarray) 
     first, same, other = (
         kmeans_clusters(
             keys, entries, TOKENS, 50, np.random.default_rng(seed), sample=500, iterations=3
-        ).of
+        )[0].of
         for seed in (4, 4, 5)
     )
     np.testing.assert_array_equal(first, same)
@@ -114,7 +114,7 @@ def test_equal_keys_leave_clusters_empty(exact: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(nearest.index.clusters, "_EXACT_CENTROIDS", 4096 if exact else 1)
     equal = Float16Keys(np.repeat(np.eye(3, DIM, dtype=np.float16), 20, axis=0), "l2")
     entries = np.arange(1, 60)
-    found = kmeans_clusters(
+    found, _ = kmeans_clusters(
         equal, entries, 60, 59, np.random.default_rng(0), sample=59, iterations=4
     )
     check_rows(found, entries, 59)

@@ -33,7 +33,7 @@ from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
 from nearest.memory.clustering import GreedyMerge, cluster_memory
 from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.segment_writer import IndexChoice
+from nearest.memory.index_files import IndexChoice
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index
 from nearest.retrieval.automaton import extend, extend_reference
@@ -532,11 +532,11 @@ def _changed(at: Any, value: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
-    "a weight too many": ("weights", lambda w: w + (w > 1), "the weights of merged entries"),
-    "one entry less": ("weights", lambda w: w * (w < 3), "the weights of merged entries"),
-    "another row": ("rows", _changed(4, 600), "the weights of merged entries"),
-    "a row outside": ("rows", _changed(4, 10**6), "the weights of merged entries"),
-    "no row": ("rows", _changed(4, -1), "the weights of merged entries"),
+    "a weight too many": ("weights", lambda w: w + (w > 1), "do not count"),
+    "one entry less": ("weights", lambda w: w * (w < 3), "do not count"),
+    "another row": ("rows", _changed(4, 600), "do not count"),
+    "a row outside": ("rows", _changed(4, 10**6), "lie outside -1 to"),
+    "no row": ("rows", _changed(4, -1), "do not count"),
     "a centroid is NaN": ("codebooks", _changed((1, 2, 0), np.nan), "a centroid of keys is not"),
     "a map is infinite": ("projection", _changed((1, 2), np.inf), "the projection is not finite"),
 }
@@ -605,10 +605,10 @@ def test_a_failed_compression_leaves_everything_as_it_was(
 
 
 CHANGES_KILLED = """
-from nearest.memory.compress import compress_memory
-from test_compress import COMPRESSIONS
+from nearest.memory.compress import Compression, compress_memory
 
-changes = {"compress": lambda path: compress_memory(path, COMPRESSIONS["all"])}
+how = Compression(keys="pq8", pca=16, merge=True)
+changes = {"compress": lambda path: compress_memory(path, how)}
 """
 
 

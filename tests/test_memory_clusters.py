@@ -27,7 +27,7 @@ from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import ArrayFile, writer_lock
 from nearest.index.clusters import kmeans_clusters
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
-from nearest.memory.segment_writer import IndexChoice
+from nearest.memory.index_files import IndexChoice
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index, store_settings
 
@@ -35,6 +35,8 @@ DIM = 32
 DOCUMENTS = make_documents(14, 30)
 FORMATS = ["fp16", "int8"]
 ARRAYS = ("of", "offsets", "members")
+SEGMENT = "segments/000001"
+CENTROIDS = "g000002.clusters.centroids.npy"
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -134,6 +136,7 @@ def test_a_memory_without_keys_holds_the_text_and_its_order(
         "offsets.npy",
         "documents.jsonl.zst",
         "frames.npy",
+        "ids.npy",
         "suffix.npy",
     }
     np.testing.assert_array_equal(segment.suffixes, memory.segments[0].suffixes)
@@ -207,7 +210,7 @@ def test_settings_of_keys_are_refused_where_there_are_none(
 
 def test_clusters_are_those_of_the_keys(folder: Path) -> None:
     memory = Memory.open(folder)
-    expected = kmeans_clusters(
+    expected, centroids = kmeans_clusters(
         memory.keys,
         memory.valued_entries(),
         memory.tokens,
@@ -224,23 +227,19 @@ def test_clusters_are_those_of_the_keys(folder: Path) -> None:
         assert isinstance(array, np.memmap)
     record = memory.manifest.clusters
     assert record is not None
-    assert (record.made_by, record.clusters, record.members, record.segments) == (
-        "k-means",
-        40,
-        memory.entries,
-        ["000001"],
-    )
-    assert files(folder) >= {f"g000002.clusters.{name}.npy" for name in ARRAYS}
+    assert (record.made_by, record.clusters) == ("k-means", 40)
+    assert memory.segments[0].record.members == memory.entries
+    assert files(folder) >= {f"{SEGMENT}/g000002.clusters.{name}.npy" for name in ARRAYS}
+    np.testing.assert_array_equal(np.load(folder / CENTROIDS), centroids)
 
 
 def test_suffixes_and_clusters_take_few_bytes(folder: Path) -> None:
     memory = Memory.open(folder)
     suffixes = memory.segments[0].record.files["suffixes"].size
-    record = memory.manifest.clusters
-    assert record is not None
+    record = memory.segments[0].record
     headers = 4 * 128
-    stored = suffixes + sum(file.size for file in record.files.values()) - headers
-    assert stored <= 12 * memory.tokens + 8 * (record.clusters + 1)
+    stored = suffixes + sum(record.files[f"cluster_{name}"].size for name in ARRAYS) - headers
+    assert stored <= 12 * memory.tokens + 8 * 41
 
 
 def merged_by_hand(memory: Memory, neighbours: int) -> set[frozenset[int]]:
@@ -290,7 +289,7 @@ def test_clusters_outlive_other_changes_and_are_replaced_by_new_ones(folder: Pat
     memory = Memory.open(folder)
     assert (memory.manifest.generation, memory.settings("knn")) == (5, {"lam": 0.5})
     assert {name for name in files(folder) if "clusters" in name} == {
-        f"g000005.clusters.{name}.npy" for name in ARRAYS
+        f"{SEGMENT}/g000005.clusters.{name}.npy" for name in ARRAYS
     }
     assert verify(folder) == []
     np.testing.assert_array_equal(before.of[:5], kept.of[:5])  # the old reader keeps its own
@@ -300,18 +299,13 @@ def test_a_memory_without_clusters_says_none(memory: Memory) -> None:
     assert memory.clusters is None
 
 
-def test_clusters_of_other_segments_are_refused(
+def test_clusters_of_some_segments_alone_are_refused(
     build_memory: Build, tiny_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     parts = [build_memory(tiny_model, part) for part in (DOCUMENTS[:5], DOCUMENTS[5:])]
     cluster_memory(parts[0].path, KMeans(5))
-    joined = in_two_segments(parts, tmp_path / "joined.memory")
-    message = "are of segments 000001, and it now has 000001, 000002: make them anew"
-    with pytest.raises(FolderError, match=message):
-        _ = joined.clusters
-    assert message in "; ".join(verify(joined.path))
-    cluster_memory(joined.path, KMeans(5))
-    assert verify(joined.path) == []
+    with pytest.raises(FolderError, match="a segment has no clusters where others have"):
+        in_two_segments(parts, tmp_path / "joined.memory")
 
 
 @pytest.mark.parametrize(
@@ -338,14 +332,14 @@ def test_numbers_that_make_no_clusters_change_nothing(
 
 
 def cluster_file(folder: Path, name: str) -> Path:
-    return folder / f"g000002.clusters.{name}.npy"
+    return folder / SEGMENT / f"g000002.clusters.{name}.npy"
 
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_verify_finds_every_flipped_byte(folder: Path, rng: np.random.Generator, name: str) -> None:
     file = cluster_file(folder, name)
     for _ in flipped(file, rng, 12):
-        assert verify(folder) == [f"{file.name} differs from its checksum"]
+        assert verify(folder) == [f"{SEGMENT}/{file.name} differs from its checksum"]
     file.unlink()
     for call in (Memory.open, verify):
         with pytest.raises(FolderError, match=f"{file.name} is missing"):
@@ -360,7 +354,7 @@ def _swap(array: np.ndarray) -> np.ndarray:
 
 LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
     "members in another order": ("members", _swap, "the members of clusters are not"),
-    "an unknown cluster": ("of", lambda of: np.where(of == 3, 40, of), "does not exist"),
+    "an unknown cluster": ("of", lambda of: np.where(of == 3, 40, of), "lie outside -1 to 39"),
     "an end of a document": ("of", lambda of: np.maximum(of, 0), "a position without value"),
     "an entry elsewhere": ("of", lambda of: np.where(of == 3, 4, of), "the members of clusters"),
     "offsets fall": ("offsets", _swap, "do not rise"),
@@ -371,7 +365,7 @@ LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
 def test_verify_checks_that_clusters_are_consistent(folder: Path, lie: str) -> None:
     name, change, message = LIES[lie]
     file = cluster_file(folder, name)
-    replaced(folder, file.name, change(np.load(file)))
+    replaced(folder, f"{SEGMENT}/{file.name}", change(np.load(file)))
     assert message in "; ".join(verify(folder))
 
 
@@ -387,12 +381,15 @@ def test_verify_checks_the_scales(folder: Path, scale: float, message: str) -> N
 
 
 ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no file of members": (lambda m: m["clusters"]["files"].pop("members"), "names no 'members'"),
+    "no file of members": (
+        lambda m: m["segments"][0]["files"].pop("cluster_members"),
+        "names no 'cluster_members'",
+    ),
     "more clusters": (lambda m: m["clusters"].update(clusters=41), "the manifest says int64 (42,)"),
-    "more tokens": (lambda m: m["clusters"].update(tokens=5), "the manifest says int32 (5,)"),
+    "fewer members": (lambda m: m["segments"][0].update(members=5), "the manifest says int32 (5,)"),
     "unknown field": (lambda m: m["clusters"].update(url="x"), "is not a valid manifest"),
     "path above": (
-        lambda m: m["clusters"]["files"]["of"].update(path="../of.npy"),
+        lambda m: m["clusters"]["centroids"].update(path="../of.npy"),
         "outside the folder: do not use it",
     ),
     "no scales": (lambda m: m["segments"][0]["files"].pop("scales"), "names no 'scales' file"),
@@ -415,10 +412,10 @@ def test_a_manifest_that_does_not_fit_is_refused(folder: Path, attack: str) -> N
 
 def test_leftovers_are_removed_and_nothing_else(folder: Path) -> None:
     live = files(folder)
-    (folder / "g000009.clusters.of.npy").write_bytes(b"an interrupted writer's")
-    (folder / "g000001.clusters.members.npy").write_bytes(b"an interrupted writer's")
+    (folder / SEGMENT / "g000009.clusters.of.npy").write_bytes(b"an interrupted writer's")
+    (folder / "g000001.clusters.centroids.npy").write_bytes(b"an interrupted writer's")
     (folder / "clusters.npy").write_bytes(b"a user's")
-    (folder / "g000009.clusters.offsets.npy").mkdir()
+    (folder / "g000009.clusters.centroids.npy").mkdir()
     store_settings(folder, "knn", {})
     assert files(folder) == {*live, "clusters.npy"}
 
@@ -442,7 +439,7 @@ def test_two_writers_are_one_too_many(folder: Path) -> None:
         (ArrayFile, "_pwrite", 1),
         (ArrayFile, "_pwrite", 5),
         (os, "posix_fallocate", 2),
-        *((os, "fsync", count) for count in (1, 2, 3, 4)),
+        *((os, "fsync", count) for count in (1, 2, 3, 4, 5)),
         (Path, "replace", 1),
     ],
     ids=lambda item: getattr(item, "__name__", str(item)),
@@ -514,7 +511,7 @@ changes = {"cluster": lambda path: cluster_memory(path, KMeans(5))}
 
 def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path: Path) -> None:
     moments = [
-        *(("cluster", "fsync", count) for count in range(1, 6)),
+        *(("cluster", "fsync", count) for count in range(1, 7)),
         *(("cluster", "pwrite", count) for count in (1, 4)),
         ("cluster", "posix_fallocate", 2),
         ("cluster", "replace", 1),
@@ -527,12 +524,10 @@ def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path
         path = place_of(tmp_path, moment)
         assert verify(path) == []
         memory = Memory.open(path)
-        published = moment[1:] in [("fsync", 5), ("unlink", 1)]
+        published = moment[1:] in [("fsync", 6), ("unlink", 1)]
         record = memory.manifest.clusters
         assert record is not None
         assert (memory.manifest.generation, record.clusters) == ((3, 5) if published else (2, 40))
         cluster_memory(path, KMeans(6))
-        assert {name for name in files(path) if "clusters" in name} == {
-            f"g{memory.manifest.generation + 1:06d}.clusters.{name}.npy" for name in ARRAYS
-        }
+        assert files(path) == live_files(path)
         assert verify(path) == []

@@ -31,8 +31,8 @@ from nearest.folder import ArrayFile, open_array, sha256_of, writer_lock
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.faiss_module import load_faiss
 from nearest.memory.documents import DocumentReader, DocumentWriter
+from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.segment_writer import IndexChoice
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index, store_settings
 from oracle import keys_and_logits
@@ -46,6 +46,7 @@ FILES = {
     "offsets": f"{SEGMENT}/offsets.npy",
     "documents": f"{SEGMENT}/documents.jsonl.zst",
     "frames": f"{SEGMENT}/frames.npy",
+    "ids": f"{SEGMENT}/ids.npy",
     "suffixes": f"{SEGMENT}/suffix.npy",
     "keys": f"{SEGMENT}/keys.npy",
 }
@@ -130,7 +131,7 @@ def test_the_manifest_describes_everything_that_was_built(
         }
         for name, path in live.items()
     }
-    assert (manifest["format"], manifest["generation"]) == (2, 1)
+    assert (manifest["format"], manifest["generation"]) == (3, 1)
     assert manifest["created_by"] == f"nearest {__version__}"
     assert (manifest["settings"], manifest["clusters"]) == ({}, None)
     assert (
@@ -152,6 +153,7 @@ def test_the_manifest_describes_everything_that_was_built(
         "stride": 32,
         "projection": None,
         "codebooks": None,
+        "index": "auto" if kind == "exact" else IVF,
     }
     (segment,) = manifest["segments"]
     index = segment.pop("index")
@@ -163,7 +165,10 @@ def test_the_manifest_describes_everything_that_was_built(
         "frames": 1,
         "files": {name: records[name] for name in FILES},
         "kept": None,
+        "members": None,
+        "removed": 0,
     }
+    assert index["entries"] == segment["entries"]
     assert index["spec"] == ("exact" if kind == "exact" else IVF)
     assert index["file"] == records.get("index")
     assert index["recall_target"] == 0.95
@@ -568,10 +573,10 @@ LIES: dict[str, tuple[str, Callable[[Path], np.ndarray | bytes], str]] = {
     "offsets end late": ("offsets", _changed("offsets", -1, lambda a: a[-1] + 1), "do not rise"),
     "an empty document": ("offsets", _changed("offsets", 1, lambda a: a[2]), "do not rise"),
     "offsets moved": ("offsets", _changed("offsets", 1, lambda a: a[1] + 1), "the start token"),
-    "a wrong token": ("tokens", _changed("tokens", 5, VOCABULARY), "outside the vocabulary"),
+    "a wrong token": ("tokens", _changed("tokens", 5, VOCABULARY), "lie outside 0 to 257"),
     "a wrong start": ("tokens", _changed("tokens", 0, 7), "begin with the start token"),
     "an entry twice": ("suffixes", _changed("suffixes", 3, lambda a: a[4]), "every entry once"),
-    "another position": ("suffixes", _changed("suffixes", 3, -7), "every entry once"),
+    "another position": ("suffixes", _changed("suffixes", 3, -7), "lie outside"),
     "two swapped": ("suffixes", _changed("suffixes", [40, 41], lambda a: a[[41, 40]]), "in order"),
     "reversed": ("suffixes", _changed("suffixes", ..., lambda a: a[::-1]), "in order"),
     "a key is NaN": ("keys", _changed("keys", (5, 2), np.nan), "is not finite"),
@@ -639,9 +644,9 @@ def _drop(*keys: str | int) -> Change:
 
 KEYS_PATH = ("segments", 0, "files", "keys", "path")
 MANIFEST_ATTACKS: dict[str, tuple[Change, str]] = {
-    "newer format": (_set("format", value=3), "upgrade"),
+    "newer format": (_set("format", value=4), "upgrade"),
     "much newer format": (_set("format", value=10**12), "upgrade"),
-    "older format": (_set("format", value=1), "build the memory anew"),
+    "older format": (_set("format", value=2), "build the memory anew"),
     "negative format": (_set("format", value=-1), "format"),
     "format as text": (_set("format", value="1"), "is not a valid manifest"),
     "format as truth": (_set("format", value=True), "is not a valid manifest"),
@@ -739,13 +744,21 @@ def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
 
 def test_the_manifest_of_a_newer_format_may_be_quite_different(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 7, "shards": [1, 2]}')
-    with pytest.raises(FolderError, match=r"has format 7, this version reads up to 2: upgrade"):
+    with pytest.raises(FolderError, match=r"has format 7, this version reads up to 3: upgrade"):
         Memory.open(folder)
 
 
-@pytest.mark.parametrize("what", ["a file", "a segment", "all segments"])
+LINKED = {
+    "a file": FILES["keys"],
+    "a segment": SEGMENT,
+    "all segments": "segments",
+    "the manifest": "manifest.json",
+}
+
+
+@pytest.mark.parametrize("what", LINKED)
 def test_links_are_not_followed(folder: Path, tmp_path: Path, what: str) -> None:
-    inside = folder / {"a file": FILES["keys"], "a segment": SEGMENT}.get(what, "segments")
+    inside = folder / LINKED[what]
     outside = tmp_path / "outside"
     shutil.move(inside, outside)
     inside.symlink_to(outside)
@@ -810,7 +823,7 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 CHANGES_KILLED = """
 from conftest import make_documents, make_model, make_tokenizer
 from nearest import Memory
-from nearest.memory.segment_writer import IndexChoice
+from nearest.memory.index_files import IndexChoice
 from nearest.memory.writer import rebuild_index
 
 def build(path):
@@ -819,7 +832,7 @@ def build(path):
 changes = {"build": build, "index": lambda path: rebuild_index(path, IndexChoice("IVF8,Flat"))}
 """
 BUILD_KILLS = [
-    *(("build", "fsync", count) for count in range(1, 10)),
+    *(("build", "fsync", count) for count in range(1, 11)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),
     ("build", "posix_fallocate", 1),
     ("build", "replace", 1),
@@ -850,7 +863,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
 ) -> None:
     path = place_of(killed, moment)
     assert path.is_dir()
-    if moment == ("build", "fsync", 9):  # after the manifest's rename: the memory is whole
+    if moment == ("build", "fsync", 10):  # after the manifest's rename: the memory is whole
         assert verify(path) == []
         return
     assert not (path / "manifest.json").exists()
@@ -889,7 +902,7 @@ def test_a_killed_change_leaves_a_whole_generation(
 
 FAILURES: dict[str, tuple[Any, str, int, BaseException]] = {
     **{f"write {n}": (ArrayFile, "_pwrite", n, FULL) for n in (1, 3, 10, 25)},
-    **{f"sync {n}": (os, "fsync", n, FULL) for n in range(1, 9)},
+    **{f"sync {n}": (os, "fsync", n, FULL) for n in range(1, 10)},
     "reserve": (os, "posix_fallocate", 1, FULL),
     "index": (ApproximateIndex, "write", 1, FULL),
     "rename": (Path, "replace", 1, FULL),
@@ -958,7 +971,7 @@ def test_a_failure_after_publishing_never_leaves_half_a_memory(
 ) -> None:
     path = tmp_path / "new.memory"
     expected = _prepare(path, before)
-    call_fails(monkeypatch, os, "fsync", 8, error)  # of the folder, after the manifest's rename
+    call_fails(monkeypatch, os, "fsync", 9, error)  # of the folder, after the manifest's rename
     with pytest.raises(FolderError if error is FULL else KeyboardInterrupt):
         Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path)
     monkeypatch.undo()

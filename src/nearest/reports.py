@@ -147,8 +147,8 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
     for file in () if keys is None else keys.file_records():
         kind = Path(file.path).stem.partition(".")[2]
         sizes[kind] = file.size
-    if clusters is not None:
-        sizes["clusters"] = sum(file.size for file in clusters.files.values())
+    if clusters is not None and clusters.centroids is not None:
+        sizes["clusters.centroids"] = clusters.centroids.size
     return {
         "memory": str(memory.path),
         "format": manifest.format,
@@ -163,7 +163,9 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         "keys": "none"
         if keys is None
         else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
-        "kept_entries": sum(segment.searched for segment in manifest.segments),
+        "segments": len(manifest.segments),
+        "removed_documents": sum(segment.removed for segment in manifest.segments),
+        "kept_entries": sum(segment.searched_count for segment in memory.segments),
         "windows": "none" if keys is None else f"{keys.window} with a stride of {keys.stride}",
         **{
             f"index_of_segment_{segment.name}": {
@@ -181,9 +183,14 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         else {
             "made_by": clusters.made_by,
             "clusters": clusters.clusters,
-            "members": clusters.members,
+            "members": sum(segment.members or 0 for segment in manifest.segments),
         },
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
+        "tuned_before_documents_changed": [
+            method
+            for method, generation in manifest.tuned_at.items()
+            if generation < manifest.documents_of
+        ],
     }
 
 

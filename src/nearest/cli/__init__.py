@@ -9,6 +9,10 @@ from nearest.cli.app import Command, app, register
 
 _COMMANDS: dict[str, Command] = {
     "build": memories.build,
+    "add": memories.add,
+    "update": memories.update,
+    "remove": memories.remove,
+    "compact": memories.compact,
     "info": memories.info,
     "verify": memories.verify,
     "index": keys.index,

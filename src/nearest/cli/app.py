@@ -101,14 +101,10 @@ def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTraine
     """Open a memory and load the model that built it, or the one named instead."""
     from nearest.encode.identity import load_model_and_tokenizer
     from nearest.memory.memory import Memory
+    from nearest.verbs.change import name_of_model
 
     opened = Memory.open(memory)
-    if not (model or opened.manifest.model.name):
-        raise NearestError(
-            f"{memory} does not say where its model is, for it was built from one in memory: "
-            "name it (--model)"
-        )
-    return opened, *load_model_and_tokenizer(model or opened.manifest.model.name)
+    return opened, *load_model_and_tokenizer(model or name_of_model(opened))
 
 
 def quiet_libraries() -> None:

@@ -19,8 +19,8 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Give a memory another index, as a new generation."""
+    from nearest.memory.index_files import IndexChoice
     from nearest.memory.memory import Memory
-    from nearest.memory.segment_writer import IndexChoice
     from nearest.memory.writer import rebuild_index
 
     with reports.live_progress(err) as progress:

@@ -8,13 +8,15 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, out, quiet_libraries
+from nearest.cli.app import err, open_with_model, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
     BatchSize,
     CorpusPaths,
     Encoding,
+    Force,
     MemoryPath,
+    ModelName,
     Nprobe,
     Recall,
     Spec,
@@ -81,12 +83,136 @@ def info(memory: MemoryPath, as_json: AsJson = False) -> None:
     show_info(Memory.open(memory), as_json)
 
 
-def verify(memory: MemoryPath, as_json: AsJson = False) -> None:
+def add(
+    memory: MemoryPath,
+    corpus: CorpusPaths,
+    model: ModelName = None,
+    batch_size: BatchSize = None,
+    encoding_errors: Encoding = "strict",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add documents to a memory, as a new generation; the others are not touched."""
+    _add(memory, corpus, model, batch_size, encoding_errors, force, as_json, replace=False)
+
+
+def update(
+    memory: MemoryPath,
+    corpus: CorpusPaths,
+    model: ModelName = None,
+    batch_size: BatchSize = None,
+    encoding_errors: Encoding = "strict",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Replace documents under their ids, in one new generation."""
+    _add(memory, corpus, model, batch_size, encoding_errors, force, as_json, replace=True)
+
+
+def _add(
+    memory: Path,
+    corpus: list[Path],
+    model: str | None,
+    batch_size: int | None,
+    encoding_errors: Literal["strict", "replace"],
+    force: bool,
+    as_json: bool,
+    *,
+    replace: bool,
+) -> None:
+    quiet_libraries()
+    from nearest.verbs.change import add as add_to_memory
+
+    with reports.live_progress(err) as progress:
+        changed = add_to_memory(
+            memory,
+            corpus,
+            model_name=model,
+            replace=replace,
+            encoding_errors=encoding_errors,
+            batch_size=batch_size,
+            force=force,
+            progress=progress,
+        )
+    show_info(changed, as_json)
+
+
+def remove(
+    memory: MemoryPath,
+    doc: Annotated[
+        list[str] | None, typer.Option("--doc", help="A document's id; give it again for more.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", help="KEY=VALUE of metadata; all that are given must be so."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take documents back: nothing leads to them any more. `compact` then erases their bytes."""
+    from nearest.memory.lifecycle import remove_documents
+
+    wanted = {}
+    for condition in where or []:
+        key, equals, value = condition.partition("=")
+        if not equals:
+            raise NearestError(f"--where {condition!r} has no value: write KEY=VALUE")
+        wanted[key] = value
+    removed = remove_documents(memory, doc or [], wanted)
+    if as_json:
+        for document in removed:
+            typer.echo(json.dumps({"removed": document.id, "metadata": dict(document.metadata)}))
+        return
+    for document in removed:
+        out.print(f"removed {escape(document.id)}", soft_wrap=True)
+    out.print(f"their bytes go with `nearest compact {escape(str(memory))}`", soft_wrap=True)
+
+
+def compact(
+    memory: MemoryPath,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take; do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one segment of all, and erase what was removed from the disk."""
+    from nearest.memory.compact import compact_memory, plan_compaction
+    from nearest.memory.memory import Memory
+
+    needs = plan_compaction(memory)
+    if plan and as_json:
+        typer.echo(json.dumps(needs.as_json()))
+    else:
+        (out if plan else err).print(
+            f"{needs.segments} segments become one, {needs.removed} removed documents are erased: "
+            f"{needs.bytes_needed:,} bytes of the {needs.bytes_free:,} free, about "
+            f"{needs.seconds:g} s and what the index takes",
+            soft_wrap=True,
+        )
+    if plan:
+        return
+    with reports.live_progress(err) as progress:
+        compact_memory(memory, progress)
+    show_info(Memory.open(memory), as_json)
+
+
+def verify(
+    memory: MemoryPath,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Read a sample again with the model, and compare.")
+    ] = False,
+    model: ModelName = None,
+    as_json: AsJson = False,
+) -> None:
     """Read everything and find what is damaged."""
     from nearest.memory.verify import verify as problems_of
 
     with reports.live_progress(err) as progress:
         problems = problems_of(memory, progress)
+    if keys and not problems:
+        from nearest.memory.reproduce import reproduction_problems
+
+        quiet_libraries()
+        problems = reproduction_problems(*open_with_model(memory, model))
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

@@ -20,7 +20,7 @@ from nearest.index.neighbours import Metric, Neighbours, VectorIndex, sort_neare
 
 EXACT = "exact"
 AUTO = "auto"
-_EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
+EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
 _ADD_ROWS = 65_536
 _RECALL_QUERIES = 256
 _RECALL_AT = 100
@@ -109,17 +109,15 @@ class ApproximateIndex:
 
             def write(data: bytes) -> int:
                 try:
-                    return file.write(data)
+                    if not failed:
+                        file.write(data)
                 except OSError as error:  # an exception cannot cross FAISS; it is raised below
                     failed.append(error)
-                    return 0
+                return len(data)  # FAISS does not heed it
 
-            try:
-                faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, 1 << 20))
-            except RuntimeError:
-                if failed:
-                    raise failed[0] from None
-                raise
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, 1 << 20))
+            if failed:
+                raise failed[0]
 
 
 def read_index(
@@ -152,7 +150,7 @@ def resolve_spec(spec: str, entries: int) -> str:
     """Turn "auto" into exact search for small memories, else into lists of 8-bit codes."""
     if spec != AUTO:
         return spec
-    if entries < _EXACT_BELOW:
+    if entries < EXACT_BELOW:
         return EXACT
     return f"IVF{2 ** round(np.log2(entries**0.5))},SQ8"
 
@@ -243,22 +241,17 @@ def tune_search(
     candidates are doubled, whichever gains more, until the target is reached or neither gains.
     What was measured is recorded either way. With `nprobe` given, recall is only measured.
     """
-    sample = np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
-    queries = keys.rows(sample)
-    at = min(_RECALL_AT, len(ids) - 1)
-    if at < 1:
+    if len(ids) < 2:
         return SearchParameters(recall=1.0)
-    truth = _without_self(exact.search(queries, at + 1), sample, at)
+    sample = _recall_sample(ids, rng)
+    truth = _exact_neighbours(exact, keys, ids, sample)
     ivf = _ivf_of(index)
     nlist = None if ivf is None else int(ivf.nlist)
 
     def measured(parameters: SearchParameters) -> SearchParameters:
-        found = ApproximateIndex(index, keys.metric, parameters.nprobe).search(
-            queries, min(parameters.candidates + 1, len(ids))
-        )
-        by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
-        ranked = sort_nearest_first(by_keys, at + 1)
-        return replace(parameters, recall=recall(_without_self(ranked, sample, at), truth))
+        searched = ApproximateIndex(index, keys.metric, parameters.nprobe)
+        found = _reranked(searched, keys, ids, sample, parameters.candidates)
+        return replace(parameters, recall=recall(found, truth))
 
     if nprobe is not None and nlist is not None:
         return measured(SearchParameters(nprobe=min(nprobe, nlist)))
@@ -274,6 +267,49 @@ def tune_search(
             break
         best = max(better, key=lambda trial: trial.recall or 0)
     return best
+
+
+def measured_recall(
+    index: VectorIndex,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    exact: VectorIndex,
+    candidates: int,
+    rng: np.random.Generator,
+) -> float:
+    """Recall@100 after re-ranking of an index as it is, on a sample of the memory's own keys."""
+    if len(ids) < 2:
+        return 1.0
+    sample = _recall_sample(ids, rng)
+    found = _reranked(index, keys, ids, sample, candidates)
+    return recall(found, _exact_neighbours(exact, keys, ids, sample))
+
+
+def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[np.ndarray, " s"]:
+    return np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
+
+
+def _exact_neighbours(
+    exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
+) -> Int[np.ndarray, "s at"]:
+    """The true neighbours of some entries, without themselves."""
+    at = min(_RECALL_AT, len(ids) - 1)
+    return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
+
+
+def _reranked(
+    index: VectorIndex,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    sample: Int[np.ndarray, " s"],
+    candidates: int,
+) -> Int[np.ndarray, "s at"]:
+    """The neighbours of some entries that an index finds, by the stored keys."""
+    at = min(_RECALL_AT, len(ids) - 1)
+    queries = keys.rows(sample)
+    found = index.search(queries, min(candidates + 1, len(ids)))
+    by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
+    return _without_self(sort_nearest_first(by_keys, at + 1), sample, at)
 
 
 def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:

@@ -83,7 +83,7 @@ def kmeans_clusters(
     sample: int,
     iterations: int,
     progress: Progress = no_progress,
-) -> Clusters:
+) -> tuple[Clusters, Float[np.ndarray, "clusters dim"]]:
     """Clusters of entries whose keys are nearest to the same centroid, by squared L2.
 
     Centroids are found by k-means on a sample; then every entry is assigned, block by block. Of
@@ -99,6 +99,9 @@ def kmeans_clusters(
         sample: number of entries to find centroids with, at least one a cluster.
         iterations: of k-means.
         progress: told what has been done.
+
+    Returns:
+        The clusters, and their centroids (float32).
 
     Raises:
         SettingError: there are more clusters than entries, or one of the numbers is too small.
@@ -126,11 +129,33 @@ def kmeans_clusters(
     nearest = _centroid_index(rows, clusters)
     training.train(rows, nearest)
     of = np.full(tokens, NO_CLUSTER, np.int32)
+    of[entries] = _assigned(nearest, keys, entries, progress)
+    centroids = faiss.vector_to_array(training.centroids).reshape(clusters, keys.dim)
+    return Clusters.from_labels(of, clusters), centroids
+
+
+def assigned_clusters(
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    centroids: Float[np.ndarray, "clusters dim"],
+    progress: Progress = no_progress,
+) -> Int[np.ndarray, " m"]:
+    """The cluster of each entry by the centroids of others, found as `kmeans_clusters` finds it."""
+    rows = np.ascontiguousarray(centroids)
+    nearest = _centroid_index(rows, len(rows))
+    nearest.add(rows)
+    return _assigned(nearest, keys, entries, progress)
+
+
+def _assigned(
+    nearest: Any, keys: Keys, entries: Int[np.ndarray, " m"], progress: Progress
+) -> Int[np.ndarray, " m"]:
+    of = np.empty(len(entries), np.int32)
     for start in range(0, len(entries), _BLOCK):
         block = entries[start : start + _BLOCK]
-        of[block] = nearest.search(keys.rows(block), 1)[1][:, 0]
+        of[start : start + len(block)] = nearest.search(keys.rows(block), 1)[1][:, 0]
         progress("clusters", start + len(block), len(entries))
-    return Clusters.from_labels(of, clusters)
+    return of
 
 
 def _centroid_index(rows: Float[np.ndarray, "s dim"], clusters: int) -> Any:

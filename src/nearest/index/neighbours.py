@@ -19,6 +19,11 @@ class Neighbours(NamedTuple):
     ids: Int[np.ndarray, "q k"]  # int64
     distances: Float[np.ndarray, "q k"]  # float32
 
+    @classmethod
+    def none(cls, queries: int) -> "Neighbours":
+        """What is found where there is nothing to be found."""
+        return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
+
     def padded(self, k: int) -> "Neighbours":
         """Rows filled up to k with id -1 at distance +inf."""
         missing = ((0, 0), (0, k - self.ids.shape[1]))

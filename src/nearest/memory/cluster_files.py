@@ -1,64 +1,56 @@
-"""The arrays of a memory's clusters in its folder: written and opened."""
+"""The arrays of a segment's clusters, and the centroids that all segments share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from nearest.errors import FolderError
-from nearest.folder import ArrayFile, open_array
+from nearest.folder import open_array
 from nearest.index.clusters import Clusters
 from nearest.index.neighbours import position_dtype
-from nearest.memory.generation import of_generation
-from nearest.memory.manifest import ClustersRecord, FileRecord, Manifest
+from nearest.memory.array_files import write_array
+from nearest.memory.manifest import FileRecord, Manifest
+
+ARRAYS = ("of", "offsets", "members")
+_FLOAT = np.dtype(np.float32)
 
 
-def open_clusters(folder: Path, manifest: Manifest) -> Clusters | None:
-    """Map the arrays of a memory's clusters; None where it has none.
+def open_clusters(paths: Mapping[str, Path], tokens: int, clusters: int, members: int) -> Clusters:
+    """Map the arrays of a segment's clusters.
 
     Raises:
-        FolderError: one of them is not what the manifest says.
+        KeyError: `paths` lacks one of them.
+        FolderError: one is not what it must be.
     """
-    record = manifest.clusters
-    if record is None:
-        return None
-    arrays = _layout(record.tokens, record.clusters, record.members)
-    try:
-        paths = {name: folder / record.files[name].path for name in arrays}
-    except KeyError as error:
-        raise FolderError(
-            f"the manifest of {folder} names no {error} file of its clusters: make them anew with "
-            "`nearest cluster`"
-        ) from error
-    return Clusters(**{name: open_array(paths[name], *arrays[name]) for name in arrays})
-
-
-def write_clusters(
-    folder: Path, manifest: Manifest, clusters: Clusters, made_by: str
-) -> ClustersRecord:
-    """Write clusters of all entries for the generation after `manifest`, and describe them."""
-    count = len(clusters.offsets) - 1
-    names = {}
-    for name, (dtype, shape) in _layout(len(clusters.of), count, len(clusters.members)).items():
-        names[name] = of_generation(manifest.generation + 1, f"clusters.{name}.npy")
-        with ArrayFile(folder / names[name], dtype, rows=shape[0]) as file:
-            file.write(0, getattr(clusters, name))
-    return ClustersRecord(
-        made_by=made_by,
-        tokens=len(clusters.of),
-        clusters=count,
-        members=len(clusters.members),
-        segments=[segment.name for segment in manifest.segments],
-        files={name: FileRecord.of(folder, file) for name, file in names.items()},
-    )
-
-
-def _layout(
-    tokens: int, clusters: int, members: int
-) -> dict[str, tuple[np.dtype[Any], tuple[int]]]:
-    """Dtype and shape of each array."""
-    return {
+    layout: dict[str, tuple[np.dtype[Any], tuple[int]]] = {
         "of": (np.dtype(np.int32), (tokens,)),
         "offsets": (np.dtype(np.int64), (clusters + 1,)),
         "members": (position_dtype(tokens), (members,)),
     }
+    return Clusters(
+        **{name: open_array(paths[f"cluster_{name}"], *layout[name]) for name in ARRAYS}
+    )
+
+
+def write_clusters(root: Path, folder: str, prefix: str, found: Clusters) -> dict[str, FileRecord]:
+    """Write the clusters of a segment below `root` and describe the files."""
+    files = {}
+    for name in ARRAYS:
+        place = f"{folder}/{prefix}clusters.{name}.npy"
+        files[f"cluster_{name}"] = write_array(root, place, getattr(found, name))
+    return files
+
+
+def open_centroids(root: Path, manifest: Manifest) -> Float[np.ndarray, "clusters dim"] | None:
+    """The centroids that entries added later are assigned to, as stored keys are; None without.
+
+    Raises:
+        FolderError: their file is not what the manifest says.
+    """
+    clusters, keys = manifest.clusters, manifest.keys
+    if clusters is None or clusters.centroids is None or keys is None:
+        return None
+    shape = (clusters.clusters, keys.stored_dim)
+    return open_array(root / clusters.centroids.path, _FLOAT, shape)

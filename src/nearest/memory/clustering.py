@@ -1,17 +1,18 @@
 """Give a memory clusters of its entries, as a new generation."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-import msgspec
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from nearest.index.clusters import Clusters, check_neighbours, greedy_merge, kmeans_clusters
 from nearest.index.neighbours import NO_ENTRY
+from nearest.memory.array_files import write_array
 from nearest.memory.cluster_files import write_clusters
-from nearest.memory.generation import changing
-from nearest.memory.manifest import write_manifest
+from nearest.memory.generation import changing, of_generation
+from nearest.memory.manifest import ClustersRecord, publish_next
 from nearest.memory.memory import Memory
 from nearest.progress import Progress, no_progress
 
@@ -47,23 +48,37 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
     """
     with changing(path) as manifest:
         memory = Memory.open(path)
+        prefix = of_generation(manifest.generation + 1, "")
+        centroids = None
         if isinstance(how, KMeans):
-            made_by, clusters = "k-means", _by_kmeans(memory, how, progress)
+            made_by = "k-means"
+            clusters, found = _by_kmeans(memory, how, progress)
+            centroids = write_array(path, f"{prefix}clusters.centroids.npy", found)
         else:
             made_by, clusters = "greedy merge", _by_merging(memory, how, progress)
-        record = write_clusters(path, manifest, clusters, made_by)
-        write_manifest(
+        count = len(clusters.offsets) - 1
+        segments = []
+        bounds = np.cumsum([0, *(segment.tokens for segment in manifest.segments)])
+        for record, (first, stop) in zip(manifest.segments, pairwise(bounds), strict=True):
+            own = Clusters.from_labels(clusters.of[first:stop], count)
+            files = write_clusters(path, f"segments/{record.name}", prefix, own)
+            segments.append(record.with_files(files, members=len(own.members)))
+        publish_next(
             path,
-            msgspec.structs.replace(manifest, generation=manifest.generation + 1, clusters=record),
+            manifest,
+            segments=segments,
+            clusters=ClustersRecord(made_by, count, centroids, members_left=False),
         )
 
 
-def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
+def _by_kmeans(
+    memory: Memory, how: KMeans, progress: Progress
+) -> tuple[Clusters, Float[np.ndarray, "clusters dim"]]:
     sample = _SAMPLE_A_CLUSTER * how.clusters if how.sample is None else how.sample
     return kmeans_clusters(
         memory.keys,
-        memory.valued_entries(),
-        memory.tokens,
+        memory.keyed_entries(),
+        memory.positions,
         how.clusters,
         np.random.default_rng(_SEED),
         sample=sample,
@@ -73,8 +88,8 @@ def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
 
 
 def _by_merging(memory: Memory, how: GreedyMerge, progress: Progress) -> Clusters:
-    entries = memory.valued_entries()
-    values = np.full(memory.tokens, NO_ENTRY)
+    entries = memory.keyed_entries()
+    values = np.full(memory.positions, NO_ENTRY)
     values[entries] = memory.values(entries)
 
     def neighbours(some: Int[np.ndarray, " b"]) -> Int[np.ndarray, "b k"]:

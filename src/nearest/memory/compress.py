@@ -13,14 +13,16 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from nearest.errors import SettingError
-from nearest.folder import ArrayFile
 from nearest.index.approximate import check_spec
 from nearest.index.clusters import check_neighbours, greedy_merge
 from nearest.index.keys import KeyFormat, key_format
 from nearest.index.neighbours import NO_ENTRY, position_dtype
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
+from nearest.memory.array_files import write_array
+from nearest.memory.cluster_files import open_centroids
 from nearest.memory.generation import changing, of_generation
+from nearest.memory.index_files import IndexChoice, write_index
 from nearest.memory.key_files import (
     KEY_ARRAYS,
     KeyWriter,
@@ -29,16 +31,16 @@ from nearest.memory.key_files import (
     stored_format,
 )
 from nearest.memory.manifest import (
+    ClustersRecord,
     FileRecord,
     KeysRecord,
     Manifest,
     ProjectionRecord,
     SegmentRecord,
-    write_manifest,
+    publish_next,
 )
 from nearest.memory.memory import Memory
 from nearest.memory.segment import Segment
-from nearest.memory.segment_writer import IndexChoice, write_index
 from nearest.progress import Progress, no_progress
 
 _SEED = 0
@@ -95,28 +97,24 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
     """
     with changing(path) as manifest:
         memory = Memory.open(path)
-        if compression.merge and any(record.kept is not None for record in manifest.segments):
+        if compression.merge and all(record.kept is not None for record in manifest.segments):
             raise SettingError(
                 f"the entries of {path} have been merged already, and what was merged is gone: "
                 "leave merging out, or build the memory anew"
             )
+        dim = compression.pca or memory.keys_record.stored_dim
         for record in manifest.segments:  # before anything is written for nothing
-            dim = compression.pca or memory.keys_record.stored_dim
             check_spec(_index_choice(record, compression).spec, dim, None)
         plan = _plan(path, memory, compression)
         segments = [
             _rewrite(path, manifest, segment, plan, compression, progress)
             for segment in memory.segments
         ]
-        write_manifest(
-            path,
-            msgspec.structs.replace(
-                manifest,
-                generation=manifest.generation + 1,
-                keys=plan.record,
-                segments=segments,
-            ),
-        )
+        keys = plan.record
+        if compression.index is not None:
+            keys = msgspec.structs.replace(keys, index=compression.index)
+        clusters = _projected_centroids(path, manifest, plan.step)
+        publish_next(path, manifest, keys=keys, segments=segments, clusters=clusters)
 
 
 def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
@@ -125,7 +123,7 @@ def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
     if compression.keys is None and compression.pca is None:
         return _Plan(None, stored_format(path, record), record)
     rng = np.random.default_rng(_SEED)
-    entries = memory.valued_entries()
+    entries = memory.keyed_entries()
     chosen = rng.choice(entries, size=min(_SAMPLE, len(entries)), replace=False)
     sample = memory.keys.rows(np.sort(chosen))
     step, projection, codebooks = None, record.projection, None
@@ -133,7 +131,7 @@ def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
         step = Projection.fit(sample, compression.pca, record.metric)
         sample = step.apply(sample)
         whole = step.after(open_projection(path, record))
-        file = _write_array(path, of_generation(generation, "projection.npy"), whole.matrix)
+        file = write_array(path, of_generation(generation, "projection.npy"), whole.matrix)
         projection = ProjectionRecord(step.dim, file)
     name = compression.keys or record.format
     parts = product_parts(name)
@@ -141,7 +139,7 @@ def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
         form: KeyFormat = key_format(name)
     else:
         form = ProductFormat(train_codebooks(sample, parts, rng))
-        codebooks = _write_array(path, of_generation(generation, "codebooks.npy"), form.codebooks)
+        codebooks = write_array(path, of_generation(generation, "codebooks.npy"), form.codebooks)
     return _Plan(
         step,
         form,
@@ -161,37 +159,47 @@ def _rewrite(
     old, dim = segment.record, plan.record.stored_dim
     folder, generation = path / "segments" / old.name, manifest.generation + 1
     prefix = of_generation(generation, "")
-    files = {kind: file for kind, file in old.files.items() if kind not in KEY_ARRAYS}
-    kept, searched = old.kept, segment.searched
-    if compression.merge:
+    files, kept = {}, old.kept
+    rows = np.arange(old.tokens if kept is None else kept)
+    if compression.merge and kept is None:
         row_of, weights = _merge(segment, compression.neighbours or _NEIGHBOURS, progress)
         for kind, array in (("rows", row_of), ("weights", weights)):
-            place = f"segments/{old.name}/{prefix}{kind}.npy"
-            files[kind] = _write_array(path, place, array)
-        searched = np.flatnonzero(weights)
-        kept = len(searched)
+            files[kind] = write_array(path, f"segments/{old.name}/{prefix}{kind}.npy", array)
+        rows = np.flatnonzero(weights)  # merged entries' keys lie without gaps
+        kept = len(rows)
     paths = key_paths(folder, plan.form, dim, prefix)
-    # Merged entries' keys lie without gaps; others each at its position.
-    positions = searched if kept is not None else np.arange(old.tokens)
-    with KeyWriter(paths, plan.form, dim, len(positions)) as file:
-        for start in range(0, len(positions), _BLOCK):
-            rows = segment.keys.rows(positions[start : start + _BLOCK])
-            rows = rows if plan.step is None else plan.step.apply(rows)
-            _check_range(rows, plan.form)
-            file.write(start, rows)
-            progress("keys", start + len(rows), len(positions))
+    with KeyWriter(paths, plan.form, dim, len(rows)) as file:
+        for start in range(0, len(rows), _BLOCK):
+            block = segment.stored_keys.rows(rows[start : start + _BLOCK])
+            block = block if plan.step is None else plan.step.apply(block)
+            _check_range(block, plan.form)
+            file.write(start, block)
+            progress("keys", start + len(block), len(rows))
     files |= {k: FileRecord.of(path, p.relative_to(path).as_posix()) for k, p in paths.items()}
-    record = msgspec.structs.replace(old, files=files, kept=kept)
+    left = {kind: f for kind, f in old.files.items() if kind not in KEY_ARRAYS}
+    record = msgspec.structs.replace(old, files={**left, **files}, kept=kept)
     rewritten = Segment(path, msgspec.structs.replace(manifest, keys=plan.record), record)
     index = write_index(
         path,
         folder / f"{prefix}index.faiss",
         rewritten.keys,
-        searched,
+        rewritten.searched,
         _index_choice(old, compression),
         progress,
     )
-    return msgspec.structs.replace(record, index=index)
+    return record.with_files({}, index=index)
+
+
+def _projected_centroids(
+    path: Path, manifest: Manifest, step: Projection | None
+) -> ClustersRecord | None:
+    """Centroids of clusters go where the keys go."""
+    centroids = open_centroids(path, manifest)
+    if manifest.clusters is None or centroids is None or step is None:
+        return manifest.clusters
+    place = of_generation(manifest.generation + 1, "clusters.centroids.npy")
+    file = write_array(path, place, step.apply(centroids))
+    return msgspec.structs.replace(manifest.clusters, centroids=file)
 
 
 def _index_choice(record: SegmentRecord, compression: Compression) -> IndexChoice:
@@ -229,10 +237,3 @@ def _check_range(rows: Float[np.ndarray, "m dim"], form: KeyFormat) -> None:
         raise SettingError(
             f"a key reaches {largest:g}, which {form.name} keys cannot hold: choose int8 (--keys)"
         )
-
-
-def _write_array(root: Path, place: str, array: np.ndarray) -> FileRecord:
-    """Write a whole array below the memory's folder."""
-    with ArrayFile(root / place, array.dtype, array.shape[1:], rows=len(array)) as file:
-        file.write(0, array)
-    return FileRecord.of(root, place)

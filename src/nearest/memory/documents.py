@@ -15,11 +15,12 @@ import zstandard
 from jaxtyping import Int
 
 from nearest.corpus.documents import Document
-from nearest.errors import FolderError
+from nearest.errors import CorpusError, FolderError
 from nearest.folder import ArrayFile
 
 FRAME_DTYPE = np.dtype(np.int64)
 _FRAME_BYTES = 1 << 18
+_LARGEST_FRAME = 1 << 30  # bytes, decompressed: what a reader is ready to hold
 
 
 class DocumentWriter:
@@ -42,6 +43,10 @@ class DocumentWriter:
         """Add one document: id, text and metadata."""
         record = {"id": document.id, "text": document.text, "metadata": dict(document.metadata)}
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        if self._bytes + len(line) > _LARGEST_FRAME:
+            raise CorpusError(
+                f"document {document.id!r} in {document.origin} is longer than a gigabyte: cut it"
+            )
         self._lines.append(line)
         self._bytes += len(line)
         self.documents += 1
@@ -104,6 +109,8 @@ class DocumentReader:
             fd = self._file.fileno()
             stop = os.fstat(fd).st_size if last else int(self._frames[frame + 1, 1])
             compressed = os.pread(fd, stop - start, start)
+            if not 0 < zstandard.frame_content_size(compressed) <= _LARGEST_FRAME:
+                raise ValueError("a frame does not say its size, or says one that no writer makes")
             return zstandard.ZstdDecompressor().decompress(compressed).split(b"\n")[:-1]
         except (ValueError, OSError, OverflowError, MemoryError, zstandard.ZstdError) as error:
             raise self._damaged(error) from error

@@ -4,6 +4,7 @@ New files are written beside the live ones; the manifest's rename publishes them
 leaves the old generation, and on any error the files begun are taken away.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,20 +15,30 @@ from nearest.errors import FolderError
 from nearest.folder import disk_errors_explained, writer_lock
 from nearest.memory.manifest import MANIFEST, Manifest, read_manifest
 
-# What writers call their files: at building, and in a segment or the memory's own folder later.
+# What writers call their files: of a new segment, and in a segment or the memory's folder later.
 _BUILT = {
     "tokens.npy",
     "offsets.npy",
     "documents.jsonl.zst",
     "frames.npy",
+    "ids.npy",
     "suffix.npy",
     "keys.npy",
     "scales.npy",
+    "rows.npy",
+    "weights.npy",
     "index.faiss",
+    "clusters.of.npy",
+    "clusters.offsets.npy",
+    "clusters.members.npy",
 }
-_LATER_IN_SEGMENT = re.compile(r"g\d{6}\.(index\.faiss|(keys|scales|rows|weights)\.npy)")
+_SEGMENT = re.compile(r"\d{6}")
+_LATER_IN_SEGMENT = re.compile(
+    r"g\d{6}\.(index\.faiss"
+    r"|(keys|scales|rows|weights|removed|clusters\.(of|offsets|members))\.npy)"
+)
 _LATER_IN_MEMORY = re.compile(
-    r"g\d{6}\.((clusters\.(of|offsets|members)|projection|codebooks)\.npy"
+    r"g\d{6}\.((clusters\.centroids|projection|codebooks)\.npy"
     r"|[a-z+-]+\.gate\.safetensors(\.partial)?)"
 )
 
@@ -35,6 +46,14 @@ _LATER_IN_MEMORY = re.compile(
 def of_generation(generation: int, name: str) -> str:
     """The name of a file that a later generation writes."""
     return f"g{generation:06d}.{name}"
+
+
+def free_segment_name(path: Path, manifest: Manifest) -> str:
+    """A name for a new segment, after all that live; what others have put there is passed over."""
+    number = max(int(segment.name) for segment in manifest.segments) + 1
+    while os.path.lexists(path / "segments" / f"{number:06d}"):
+        number += 1
+    return f"{number:06d}"
 
 
 def check_new(path: Path) -> None:
@@ -106,13 +125,13 @@ def _is_leftover(path: Path, item: Path) -> bool:
 
 @contextmanager
 def changing(path: Path) -> Iterator[Manifest]:
-    """Lock a memory for its next generation; afterwards, remove files that no manifest names."""
-    manifest = read_manifest(path)
-    with writer_lock(path):
+    """Lock a memory for its next generation; before and after, remove files no manifest names."""
+    read_manifest(path)  # what is no memory is told apart from what is locked
+    with writer_lock(path), disk_errors_explained(path):
         manifest = read_manifest(path)
         try:
-            with disk_errors_explained(path):
-                yield manifest
+            _remove_unnamed_files(path, manifest)
+            yield manifest
         finally:
             _remove_unnamed_files(path, read_manifest(path))
 
@@ -121,12 +140,19 @@ def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
     """Clear what interrupted writers and earlier generations left; readers hold theirs open."""
     named = {path / record.path for record in manifest.file_records()}
     found = [file for file in path.iterdir() if _LATER_IN_MEMORY.fullmatch(file.name)]
+    found.append(path / f"{MANIFEST}.partial")
+    folders = []
     for segment in (path / "segments").iterdir():
         if segment.is_symlink() or not segment.is_dir():
             continue
+        folders.append(segment)
         for file in segment.iterdir():
             if file.name in _BUILT or _LATER_IN_SEGMENT.fullmatch(file.name):
                 found.append(file)
     for file in found:
         if file not in named and (file.is_symlink() or file.is_file()):
             file.unlink()
+    for folder in folders:
+        if _SEGMENT.fullmatch(folder.name):
+            with suppress(OSError):  # what others have put there stays, and so does what is named
+                folder.rmdir()

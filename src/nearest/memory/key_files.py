@@ -44,6 +44,11 @@ class KeyWriter:
         for name, encoded in self._format.encode(rows).items():
             self._files[name].write(first, encoded)
 
+    def write_stored(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write rows of every array, as another file of this format holds them."""
+        for name, rows in arrays.items():
+            self._files[name].write(first, rows)
+
     def __enter__(self) -> "KeyWriter":
         return self
 
@@ -60,17 +65,23 @@ class KeyWriter:
 def open_keys(
     paths: Mapping[str, Path], form: KeyFormat, dim: int, rows: int, metric: Metric
 ) -> Keys:
-    """Map the arrays of a format.
+    """Keys over the arrays of a format; raises as `open_key_arrays`."""
+    return form.open(open_key_arrays(paths, form, dim, rows), metric)
+
+
+def open_key_arrays(
+    paths: Mapping[str, Path], form: KeyFormat, dim: int, rows: int
+) -> dict[str, np.ndarray]:
+    """Map the arrays of a format, by name.
 
     Raises:
         KeyError: `paths` lacks one of them.
         FolderError: one is not what it must be.
     """
-    arrays = {
+    return {
         name: open_array(paths[name], dtype, (rows, *shape))
         for name, (dtype, shape) in form.layout(dim).items()
     }
-    return form.open(arrays, metric)
 
 
 def stored_format(folder: Path, record: KeysRecord) -> KeyFormat:

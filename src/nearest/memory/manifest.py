@@ -2,6 +2,7 @@
 
 import hashlib
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from nearest.errors import FolderError
 from nearest.folder import sha256_of, write_atomically
 from nearest.index.product import product_parts
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
 
@@ -57,7 +58,8 @@ class ProjectionRecord(_Record, frozen=True):
 class KeysRecord(_Record, frozen=True):
     """What the keys are, how they are stored, and how documents were windowed to make them.
 
-    `dim` is that of the model's states; `codebooks` are the centroids of product-quantised keys.
+    `dim` is that of the model's states; `codebooks` are the centroids of product-quantised keys;
+    `index` is what was asked for (a FAISS factory string, "exact" or "auto").
     """
 
     layer: str
@@ -69,6 +71,7 @@ class KeysRecord(_Record, frozen=True):
     stride: Positive
     projection: ProjectionRecord | None
     codebooks: FileRecord | None
+    index: str
 
     def __post_init__(self) -> None:
         parts = product_parts(self.format)
@@ -91,11 +94,13 @@ class KeysRecord(_Record, frozen=True):
 class IndexRecord(_Record, frozen=True):
     """How the segment's keys are searched; `file` is None when they are scanned exactly.
 
-    `recall`: measured recall@100 after re-ranking, of at least `candidates` entries, by the keys.
+    `entries`: how many it holds, those that were removed since included. `recall`: measured
+    recall@100 after re-ranking, of at least `candidates` entries, by the keys.
     """
 
     spec: str
     file: FileRecord | None
+    entries: Count
     nprobe: Positive | None
     candidates: Positive
     recall: float | None
@@ -105,8 +110,10 @@ class IndexRecord(_Record, frozen=True):
 class SegmentRecord(_Record, frozen=True):
     """One part of the corpus with its access paths.
 
-    `kept`: how many entries have keys of their own and are in the index, where others have been
-    merged into them; None where none have.
+    `kept`: how many keys there are, where entries have been merged and share them; None where none
+    have. `members`: how many entries are in a cluster; None where the memory has no clusters.
+    `removed`: how many documents have been taken back; they still stand in the files until
+    `nearest compact`.
     """
 
     name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
@@ -116,26 +123,30 @@ class SegmentRecord(_Record, frozen=True):
     frames: Positive
     files: dict[str, FileRecord]
     index: IndexRecord | None
-    kept: Positive | None
+    kept: Count | None
+    members: Count | None
+    removed: Count
 
-    @property
-    def searched(self) -> int:
-        """Number of entries that the index holds."""
-        return self.entries if self.kept is None else self.kept
+    def with_files(self, files: Mapping[str, FileRecord], **changes: Any) -> "SegmentRecord":
+        """The segment with more files, and with other fields."""
+        return msgspec.structs.replace(self, files={**self.files, **files}, **changes)
+
+    def __post_init__(self) -> None:
+        if self.removed > self.documents:
+            raise ValueError("more documents are removed than there are")
 
 
 class ClustersRecord(_Record, frozen=True):
-    """Clusters of the entries of some segments, and how they were found.
+    """How many clusters there are, and how they were found.
 
-    `segments`: the names of those they cover, in order; `tokens`: how many positions these have.
+    `centroids`: of k-means, to which entries that are added later are assigned. `members_left`:
+    documents have been removed since they were computed, of whose keys they still tell.
     """
 
     made_by: str
-    tokens: Positive
     clusters: Count
-    members: Count
-    segments: list[str]
-    files: dict[str, FileRecord]
+    centroids: FileRecord | None
+    members_left: bool
 
 
 class GateRecord(_Record, frozen=True):
@@ -147,7 +158,11 @@ class GateRecord(_Record, frozen=True):
 
 
 class Manifest(_Record, frozen=True):
-    """A generation of a memory."""
+    """A generation of a memory.
+
+    `documents_of`: the generation in which documents were last added or removed; `tuned_at`: that
+    in which each method's settings were found.
+    """
 
     format: Positive
     generation: Positive
@@ -158,6 +173,8 @@ class Manifest(_Record, frozen=True):
     clusters: ClustersRecord | None
     settings: dict[str, dict[str, Any]]
     gates: dict[str, GateRecord]
+    documents_of: Positive
+    tuned_at: dict[str, Positive]
     checksum: Digest = _UNSIGNED
 
     def __post_init__(self) -> None:
@@ -166,6 +183,8 @@ class Manifest(_Record, frozen=True):
             raise ValueError("a segment is listed twice")
         if any((segment.index is None) != (self.keys is None) for segment in self.segments):
             raise ValueError("a segment has keys without index, or an index without keys")
+        if any((s.members is None) != (self.clusters is None) for s in self.segments):
+            raise ValueError("a segment has no clusters where others have, or has them alone")
 
     def file_records(self) -> list[FileRecord]:
         """Every live file."""
@@ -173,7 +192,9 @@ class Manifest(_Record, frozen=True):
         records += [s.index.file for s in self.segments if s.index and s.index.file]
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
-        return records + (list(self.clusters.files.values()) if self.clusters else [])
+        if self.clusters is not None and self.clusters.centroids is not None:
+            records.append(self.clusters.centroids)
+        return records
 
 
 class _FormatOnly(msgspec.Struct):
@@ -202,6 +223,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
+        if path.is_symlink():
+            raise FolderError(f"{path} is a link: put the manifest itself there, or do not use it")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
@@ -247,6 +270,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     data = msgspec.json.format(msgspec.json.encode(unsigned), indent=1) + b"\n"
     checksum = _checksum(data, _UNSIGNED)
     write_atomically(folder / MANIFEST, data.replace(_UNSIGNED.encode(), checksum.encode()))
+
+
+def publish_next(folder: Path, manifest: Manifest, **changes: Any) -> None:
+    """Publish the generation after `manifest`, which differs from it in some fields."""
+    write_manifest(
+        folder, msgspec.structs.replace(manifest, generation=manifest.generation + 1, **changes)
+    )
 
 
 def _checksum(data: bytes, checksum: str) -> str:

@@ -5,7 +5,7 @@ token of the same document, so values and provenance need no arrays of their own
 int64 and count through all segments.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
 from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
-from nearest.memory.cluster_files import open_clusters
 from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
 from nearest.memory.segment import Segment, no_keys
+from nearest.progress import Progress, no_progress
 
 DISTANCES = ("keys", "index")
 
@@ -44,11 +44,11 @@ class Memory:
         self.path = path
         self.manifest = manifest
         self.segments = segments
-        self._clusters = open_clusters(path, manifest)
         self._gates = open_gates(path, manifest)
         self._projection = open_projection(path, manifest.keys)
         self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
-        self._first_document = np.cumsum([0, *(segment.record.documents for segment in segments)])
+        documents = [segment.record.documents - segment.record.removed for segment in segments]
+        self._first_document = np.cumsum([0, *documents])
 
     @classmethod
     def open(cls, path: str | Path) -> "Memory":
@@ -58,14 +58,13 @@ class Memory:
             FolderError: it is no memory, damaged, or of a newer format.
         """
         folder = Path(path)
-        manifest = read_manifest(folder)
-        try:
-            return cls._open_generation(folder, manifest)
-        except (FolderError, FileNotFoundError):
-            moved_to = read_manifest(folder)  # a writer may have published while files were opened
-            if moved_to.generation == manifest.generation:
-                raise
-            return cls._open_generation(folder, moved_to)
+        while True:
+            manifest = read_manifest(folder)
+            try:
+                return cls._open_generation(folder, manifest)
+            except (FolderError, FileNotFoundError):
+                if read_manifest(folder).generation == manifest.generation:
+                    raise  # else a writer has published meanwhile, and removed the files of before
 
     @classmethod
     def _open_generation(cls, folder: Path, manifest: Manifest) -> "Memory":
@@ -98,14 +97,95 @@ class Memory:
         build_memory(Path(path), documents, model, tokenizer, BuildOptions(**options))
         return cls.open(path)
 
+    def refresh(self) -> "Memory":
+        """The present generation: this memory itself, unless a writer has published another.
+
+        This one stays what it was, for those who still use it; entry ids of one mean nothing in the
+        other.
+
+        Raises:
+            FolderError: as `open`.
+        """
+        moved = read_manifest(self.path).generation != self.manifest.generation
+        return Memory.open(self.path) if moved else self
+
+    def add(
+        self,
+        model: Any,
+        tokenizer: Any,
+        documents: Iterable[Document | str],
+        *,
+        replace: bool = False,
+        **options: Any,
+    ) -> "Memory":
+        """Add documents as a new generation, and open it; this one stays what it was.
+
+        Args:
+            model, tokenizer: those that built the memory.
+            documents: as in `build`; what is done costs time for these, not for those there are.
+            replace: each takes the place of the document with its id, which must be there.
+            **options: batch_size, force, progress, as in `memory.lifecycle.AddOptions`.
+
+        Raises:
+            NearestError: something cannot be used, or an id is there (or, to replace, is not); the
+                memory stays as it was.
+        """
+        from nearest.memory.lifecycle import AddOptions, add_documents
+
+        add_documents(
+            self.path, documents, model, tokenizer, AddOptions(**options), replace=replace
+        )
+        return self.refresh()
+
+    def update(
+        self, model: Any, tokenizer: Any, documents: Iterable[Document | str], **options: Any
+    ) -> "Memory":
+        """Replace documents under their ids, in one generation; otherwise as `add`."""
+        return self.add(model, tokenizer, documents, replace=True, **options)
+
+    def remove(
+        self, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None
+    ) -> "Memory":
+        """Take documents back as a new generation, and open it.
+
+        No access path leads to them any more; `compact` then erases them from the disk.
+
+        Args:
+            ids: of documents, all of which must be there.
+            where: metadata that documents must have, all of it; other values than text as JSON.
+
+        Raises:
+            NearestError: nothing fits, or nothing would be left; the memory stays as it was.
+        """
+        from nearest.memory.lifecycle import remove_documents
+
+        remove_documents(self.path, ids, where or {})
+        return self.refresh()
+
+    def compact(self, progress: Progress = no_progress) -> "Memory":
+        """Make one segment of all, without what was removed, and open it.
+
+        Raises:
+            FolderError: the folder cannot be written, or the disk has no room for a second copy.
+        """
+        from nearest.memory.compact import compact_memory
+
+        compact_memory(self.path, progress)
+        return self.refresh()
+
     @property
     def entries(self) -> int:
         """Number of entries: tokens that have a successor in their document."""
-        return sum(segment.record.entries for segment in self.segments)
+        return sum(segment.entry_count for segment in self.segments)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens stored, each document's context token included."""
+        """Number of tokens, each document's context token included."""
+        return self.entries + self.documents
+
+    @property
+    def positions(self) -> int:
+        """Entry ids are below this; positions of removed documents are counted too."""
         return int(self._first_entry[-1])
 
     @property
@@ -216,21 +296,19 @@ class Memory:
             raise no_keys(self.path)
         return self.manifest.keys
 
-    @property
+    @cached_property
     def clusters(self) -> Clusters | None:
         """Which entries share a state; None where `nearest cluster` has not been run.
 
-        Raises:
-            FolderError: they are of other segments than the memory has now.
+        Those of several segments, or without removed documents, are put together in memory once.
         """
         record = self.manifest.clusters
-        present = [segment.name for segment in self.manifest.segments]
-        if record is not None and record.segments != present:
-            raise FolderError(
-                f"the clusters of {self.path} are of segments {', '.join(record.segments)}, and it "
-                f"now has {', '.join(present)}: make them anew with `nearest cluster`"
-            )
-        return self._clusters
+        if record is None:
+            return None
+        if len(self.segments) == 1 and not len(self.segments[0].removed):
+            return self.segments[0].stored_clusters
+        labels = np.concatenate([segment.labels for segment in self.segments])
+        return Clusters.from_labels(labels, record.clusters)
 
     def _stored(self, queries: Float[np.ndarray, "q dim"]) -> Float[np.ndarray, "q stored_dim"]:
         """Queries as keys are stored."""
@@ -245,6 +323,14 @@ class Memory:
         """The ids of all entries that have a value, ascending."""
         parts = zip(self.segments, self._first_entry.tolist(), strict=False)
         return np.concatenate([segment.entries + first for segment, first in parts])
+
+    def keyed_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a key, ascending.
+
+        All have, but for those that were merged into one whose document was removed since.
+        """
+        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
+        return np.concatenate([segment.keyed + first for segment, first in parts])
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.
@@ -265,7 +351,7 @@ class Memory:
                 start_token,
                 context,
                 ends,
-                min(most, segment.record.entries),
+                min(most, max(1, segment.entry_count)),
             )
             if first:
                 ids = np.where(ids < 0, NO_ENTRY, ids + first)
@@ -338,20 +424,21 @@ class Memory:
         """The document and position of an entry."""
         number = int(np.searchsorted(self._first_entry, entry, side="right")) - 1
         segment, local = self.segments[number], entry - int(self._first_entry[number])
-        document = int(np.searchsorted(segment.offsets, local, side="right")) - 1
+        stored = int(np.searchsorted(segment.offsets, local, side="right")) - 1
+        document = int(np.searchsorted(segment.numbers, stored))
         return Place(
-            int(self._first_document[number]) + document, local - int(segment.offsets[document])
+            int(self._first_document[number]) + document, local - int(segment.offsets[stored])
         )
 
     def document(self, number: int) -> Document:
         """A document's id, text and metadata."""
-        segment, local = self._segment_of_document(number)
-        return segment.documents[local]
+        segment, stored = self._stored_document(number)
+        return segment.stored_documents[stored]
 
     def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""
-        segment, local = self._segment_of_document(number)
-        return segment.tokens[segment.offsets[local] : segment.offsets[local + 1]]
+        segment, stored = self._stored_document(number)
+        return segment.tokens_of(stored)
 
     def first_entries(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
         """The first entry of the document that has exactly these tokens; -1 where there is none.
@@ -367,19 +454,19 @@ class Memory:
         wanted = {len(tokens) for tokens in documents}
         found: dict[bytes, int] = {}
         for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
-            starts = segment.offsets[:-1][np.isin(np.diff(segment.offsets), list(wanted))]
-            for start in starts.tolist():
-                end = segment.offsets[np.searchsorted(segment.offsets, start, side="right")]
-                name = segment.tokens[start:end].astype(np.int64).tobytes()
-                found.setdefault(name, first + start)
+            lengths = np.diff(segment.offsets)[segment.numbers]
+            for number in segment.numbers[np.isin(lengths, list(wanted))].tolist():
+                name = segment.tokens_of(number).astype(np.int64).tobytes()
+                found.setdefault(name, first + int(segment.offsets[number]))
         names = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in documents]
         return np.array([found.get(name, NO_ENTRY) for name in names], dtype=np.int64)
 
-    def _segment_of_document(self, number: int) -> tuple[Segment, int]:
+    def _stored_document(self, number: int) -> tuple[Segment, int]:
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
         segment = int(np.searchsorted(self._first_document, number, side="right")) - 1
-        return self.segments[segment], number - int(self._first_document[segment])
+        local = number - int(self._first_document[segment])
+        return self.segments[segment], int(self.segments[segment].numbers[local])
 
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""

@@ -6,10 +6,11 @@ import numpy as np
 
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
+from nearest.memory.access_paths import access_path_problems
+from nearest.memory.cluster_files import open_centroids
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.memory import Memory
-from nearest.memory.segment import Segment
+from nearest.memory.segment import Segment, id_hash
 from nearest.progress import Progress, no_progress
 
 
@@ -38,11 +39,18 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     projection = open_projection(path, manifest.keys)
     if projection is not None and not np.isfinite(projection.matrix).all():
         problems.append("the projection is not finite")
-    memory = Memory(path, manifest, [Segment(path, manifest, r) for r in manifest.segments])
-    for segment in memory.segments:
-        found = _structure(segment, manifest)
-        problems += [f"segment {segment.record.name}: {text}" for text in found]
-    return problems or _cluster_problems(memory)
+    ids: set[str] = set()
+    for record in manifest.segments:
+        segment = Segment(path, manifest, record)
+        try:
+            found = _corpus_problems(segment, manifest, ids) or access_path_problems(segment)
+        except FolderError as error:
+            found = [str(error)]
+        problems += [f"segment {record.name}: {text}" for text in found]
+    centroids = open_centroids(path, manifest)
+    if centroids is not None and not np.isfinite(centroids).all():
+        problems.append("a centroid of clusters is not finite")
+    return problems
 
 
 def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
@@ -59,72 +67,16 @@ def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> li
     return problems
 
 
-def _structure(segment: Segment, manifest: Manifest) -> list[str]:
-    """Violations of what every segment promises."""
-    record, offsets = segment.record, segment.offsets
-    if offsets[0] != 0 or offsets[-1] != record.tokens or (np.diff(offsets) < 1).any():
-        return ["document offsets do not rise from 0 to the number of tokens"]
+def _corpus_problems(segment: Segment, manifest: Manifest, ids: set[str]) -> list[str]:
+    """Violations of what every segment promises; `ids` are those of the documents before."""
     problems = []
-    if int(segment.tokens.max()) >= manifest.model.vocab_size:
-        problems.append("a token lies outside the vocabulary")
-    if (segment.tokens[offsets[:-1]] != manifest.model.start_token).any():
+    if (segment.tokens[segment.offsets[:-1]] != manifest.model.start_token).any():
         problems.append("a document does not begin with the start token")
-    problems += _suffix_problems(segment)
-    if manifest.keys is not None:
-        problems += segment.keys.problems() + _merge_problems(segment)
-    try:
-        ids = [segment.documents[number].id for number in range(record.documents)]
-        if len(set(ids)) != len(ids):
+    for number in segment.numbers.tolist():
+        document_id = segment.stored_documents[number].id
+        if document_id in ids:
             problems.append("a document id stands twice")
-        if manifest.keys is not None:
-            _ = segment.index
-    except FolderError as error:
-        problems.append(str(error))
-    return problems
-
-
-def _merge_problems(segment: Segment) -> list[str]:
-    """Whether each kept entry has a key of its own, and counts those that share it."""
-    if segment.weights is None or segment.rows is None:
-        return []
-    entries, kept = segment.entries, segment.searched
-    rows = segment.rows[entries]
-    sound = (
-        len(kept) == segment.record.kept
-        and np.array_equal(segment.rows[kept], np.arange(len(kept)))
-        and ((rows >= 0) & (rows < len(kept))).all()
-        and np.array_equal(np.bincount(rows, minlength=len(kept)), segment.weights[kept])
-    )
-    return [] if sound else ["the weights of merged entries do not count those that share a key"]
-
-
-def _suffix_problems(segment: Segment) -> list[str]:
-    """Whether the suffix array holds every entry once, and in order.
-
-    Of two neighbours in it, the first has the lower token; or the tokens are equal, and the entry
-    before the first stands before the one before the second. The order of documents' starts says
-    nothing.
-    """
-    suffixes, tokens = segment.suffixes, segment.tokens
-    if not np.array_equal(np.sort(suffixes), segment.entries):
-        return ["the suffix array does not hold every entry once"]
-    rank = np.full(len(tokens), -1)
-    rank[suffixes] = np.arange(len(suffixes))
-    first, second = suffixes[:-1], suffixes[1:]
-    starts = np.zeros(len(tokens), dtype=bool)
-    starts[segment.offsets[:-1]] = True
-    rising = starts[first] | starts[second] | (rank[first - 1] < rank[second - 1])
-    equal = tokens[first] == tokens[second]
-    if not np.where(equal, rising, tokens[first] < tokens[second]).all():
-        return ["the suffix array is not in order"]
-    return []
-
-
-def _cluster_problems(memory: Memory) -> list[str]:
-    try:
-        clusters = memory.clusters
-    except FolderError as error:
-        return [str(error)]
-    if clusters is None:
-        return []
-    return clusters.problems(memory.valued_entries())
+        if segment.id_hashes[number] != id_hash(document_id):
+            problems.append("a document cannot be found by its id")
+        ids.add(document_id)
+    return list(dict.fromkeys(problems))

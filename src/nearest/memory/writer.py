@@ -24,11 +24,20 @@ from nearest.errors import SettingError
 from nearest.index.approximate import AUTO, check_spec
 from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
+from nearest.memory.access_paths import write_segment
 from nearest.memory.gate_files import NewGate, write_gate
 from nearest.memory.generation import changing, new_folder, of_generation
-from nearest.memory.manifest import FORMAT, KeysRecord, Manifest, ModelRecord, write_manifest
-from nearest.memory.segment import Segment
-from nearest.memory.segment_writer import IndexChoice, KeyPlan, write_index, write_segment
+from nearest.memory.index_files import IndexChoice, write_index
+from nearest.memory.manifest import (
+    FORMAT,
+    KeysRecord,
+    Manifest,
+    ModelRecord,
+    publish_next,
+    write_manifest,
+)
+from nearest.memory.new_segment import SegmentPlan
+from nearest.memory.segment import Segment, no_keys
 from nearest.progress import Progress, no_progress
 
 NO_KEYS = "none"
@@ -83,75 +92,73 @@ def build_memory(
     Raises:
         NearestError: the corpus, model, settings or folder cannot be used; nothing is left behind.
     """
-    plan = None if options.keys == NO_KEYS else _key_plan(model, options)
-    model_record = ModelRecord(
-        name=model_name(model),
-        fingerprint=model_fingerprint(model),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=vocabulary_size(model),
-        start_token=start_token(tokenizer),
+    encoder, keys = None, None
+    if options.keys != NO_KEYS:
+        encoder, keys = _keys_of(model, options)
+    manifest = Manifest(
+        format=FORMAT,
+        generation=1,
+        created_by=f"nearest {__version__}",
+        model=ModelRecord(
+            name=model_name(model),
+            fingerprint=model_fingerprint(model),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=vocabulary_size(model),
+            start_token=start_token(tokenizer),
+        ),
+        keys=keys,
+        segments=[],
+        clusters=None,
+        settings={},
+        gates={},
+        documents_of=1,
+        tuned_at={},
     )
-    unique = with_unique_ids(as_documents(documents))
-    tokenised = tokenise(unique, tokenizer, model_record.start_token, model_record.vocab_size)
+    unique, record = with_unique_ids(as_documents(documents)), manifest.model
+    tokenised = tokenise(unique, tokenizer, record.start_token, record.vocab_size)
+    plan = SegmentPlan(path, manifest, "000001", options.index_choice, options.progress, encoder)
     with new_folder(path):
-        segment = write_segment(
-            path, "000001", tokenised, model_record.vocab_size, plan, options.progress
-        )
-        write_manifest(
-            path,
-            Manifest(
-                format=FORMAT,
-                generation=1,
-                created_by=f"nearest {__version__}",
-                model=model_record,
-                keys=None if plan is None else _keys_record(plan),
-                segments=[segment],
-                clusters=None,
-                settings={},
-                gates={},
-            ),
-        )
+        segment = write_segment(plan, tokenised)
+        write_manifest(path, msgspec.structs.replace(manifest, segments=[segment]))
 
 
-def _key_plan(model: LanguageModel, options: BuildOptions) -> KeyPlan:
+def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, KeysRecord]:
+    """What reads the documents, and what its keys are."""
     layer = find_key_layer(model, options.key_layer)
     check_spec(options.index, layer.dim, options.nprobe)
-    return KeyPlan(
-        Encoder.of(model, layer, options.window, options.stride, options.batch_size),
-        key_format(options.keys),
-        cast(Metric, options.metric),
-        options.index_choice,
-    )
-
-
-def _keys_record(plan: KeyPlan) -> KeysRecord:
-    encoder = plan.encoder
-    return KeysRecord(
-        layer=encoder.layer.name,
-        module=encoder.layer.path,
-        dim=encoder.layer.dim,
-        format=plan.form.name,
-        metric=plan.metric,
+    encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)
+    return encoder, KeysRecord(
+        layer=layer.name,
+        module=layer.path,
+        dim=layer.dim,
+        format=key_format(options.keys).name,
+        metric=cast(Metric, options.metric),
         window=encoder.window,
         stride=encoder.stride,
         projection=None,
         codebooks=None,
+        index=options.index,
     )
 
 
 def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
-    """Give every segment another index, as a new generation."""
+    """Give every segment another index, as a new generation; small ones of several are scanned."""
     with changing(path) as manifest:
-        generation = manifest.generation + 1
+        if manifest.keys is None:
+            raise no_keys(path)
+        dim, name = manifest.keys.stored_dim, of_generation(manifest.generation + 1, "index.faiss")
+        check_spec(choice.spec, dim, choice.nprobe)
         segments = []
         for record in manifest.segments:
             segment = Segment(path, manifest, record)
-            file = path / "segments" / record.name / of_generation(generation, "index.faiss")
-            index = write_index(path, file, segment.keys, segment.searched, choice, progress)
-            segments.append(msgspec.structs.replace(record, index=index))
-        write_manifest(
-            path, msgspec.structs.replace(manifest, generation=generation, segments=segments)
-        )
+            own = choice
+            if len(manifest.segments) > 1:
+                own = choice.among_others(dim, segment.searched_count)
+            file = path / "segments" / record.name / name
+            index = write_index(path, file, segment.keys, segment.searched, own, progress)
+            segments.append(record.with_files({}, index=index))
+        keys = msgspec.structs.replace(manifest.keys, index=choice.spec)
+        publish_next(path, manifest, keys=keys, segments=segments)
 
 
 def store_settings(
@@ -163,12 +170,10 @@ def store_settings(
         gates = dict(manifest.gates)
         if gate is not None:
             gates[method] = write_gate(path, generation, method, gate)
-        write_manifest(
+        publish_next(
             path,
-            msgspec.structs.replace(
-                manifest,
-                generation=generation,
-                settings={**manifest.settings, method: dict(settings)},
-                gates=gates,
-            ),
+            manifest,
+            settings={**manifest.settings, method: dict(settings)},
+            gates=gates,
+            tuned_at={**manifest.tuned_at, method: generation},
         )

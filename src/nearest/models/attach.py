@@ -26,8 +26,8 @@ from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
+from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
-from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.models.prefixes import Pass, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.lookup import Lookup

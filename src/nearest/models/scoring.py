@@ -20,8 +20,8 @@ from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.neighbours import NO_ENTRY
+from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
-from nearest.models.match import matching_key_layer, refuse_attached
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.lookup import Lookup

@@ -2,22 +2,20 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
-from nearest.encode.layers import KeyLayer, find_key_layer
+from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import ModelError, SettingError
 from nearest.memory.memory import Memory
 
 
-def refuse_attached(model: PreTrainedModel) -> None:
+def refuse_attached(model: LanguageModel) -> None:
     """Refuse a model that predicts with a memory already (SettingError)."""
     if hasattr(model.forward, "nearest_session"):
         raise SettingError("this model has a memory attached already: detach that one first")
 
 
 def matching_key_layer(
-    memory: Memory, model: PreTrainedModel, tokenizer: Any = None, *, force: bool = False
+    memory: Memory, model: LanguageModel, tokenizer: Any = None, *, force: bool = False
 ) -> KeyLayer:
     """The layer of `model` whose hidden states can be looked up in `memory`.
 

@@ -1,0 +1,74 @@
+"""Whether a memory's tokens and keys are those that its model makes of its documents."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nearest.corpus.tokens import Tokens
+from nearest.encode.encoder import Encoder
+from nearest.encode.layers import LanguageModel
+from nearest.memory.key_files import open_projection, stored_format
+from nearest.memory.match import matching_key_layer
+from nearest.memory.memory import Memory
+from nearest.memory.segment import Segment
+
+_DOCUMENTS = 8  # of each segment
+_SEED = 0
+# Batches of other shapes round otherwise, and a product code may tip to a centroid as near.
+_DIFFERENCE = 0.02  # of a key's length
+_SHARE = 0.95  # of keys
+
+
+def reproduction_problems(
+    memory: Memory, model: LanguageModel, tokenizer: Any, documents: int = _DOCUMENTS
+) -> list[str]:
+    """What differs when a sample of documents is read again, one sentence each.
+
+    Raises:
+        ModelError: the model is not the one that built the memory.
+    """
+    layer = matching_key_layer(memory, model, tokenizer)
+    keys, problems = memory.manifest.keys, []
+    rng = np.random.default_rng(_SEED)
+    for segment in memory.segments:
+        count = min(documents, len(segment.numbers))
+        sample = np.sort(rng.choice(segment.numbers, size=count, replace=False)).tolist()
+        where = f"segment {segment.record.name}: "
+        for number in sample:
+            text = segment.stored_documents[number].text
+            again = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if segment.tokens_of(number)[1:].tolist() != list(again):
+                problems.append(f"{where}the text of a document gives other tokens than are stored")
+                break
+        if keys is not None:
+            encoder = Encoder.of(model, layer, keys.window, keys.stride)
+            near = np.concatenate([np.ones(0, bool), *_near(memory, segment, encoder, sample)])
+            if len(near) and near.mean() < _SHARE:
+                problems.append(
+                    f"{where}{1 - near.mean():.0%} of {len(near):,} keys differ from what the "
+                    "model makes"
+                )
+    return problems
+
+
+def _near(
+    memory: Memory, segment: Segment, encoder: Encoder, sample: list[int]
+) -> Iterator[np.ndarray]:
+    """Whether each key of a sample of documents is as the model makes it now."""
+    keys = memory.keys_record
+    form, projection = stored_format(memory.path, keys), open_projection(memory.path, keys)
+    own = np.zeros(segment.record.tokens, dtype=bool)
+    own[segment.searched] = True  # others share the key of one that they were merged into
+    texts: list[Tokens] = [segment.tokens_of(number) for number in sample]
+    for batch, made in encoder.keys(texts):
+        entries = segment.offsets[np.array(sample)[batch.documents]] + batch.positions
+        rows: Float[np.ndarray, "n dim"] = made.numpy()[own[entries]]
+        if not len(rows):
+            continue
+        rows = rows if projection is None else projection.apply(rows)
+        again = form.open(form.encode(rows), keys.metric).rows(np.arange(len(rows)))
+        stored = segment.keys.rows(entries[own[entries]])
+        gap = np.linalg.norm(again - stored, axis=1)
+        yield gap <= _DIFFERENCE * np.linalg.norm(stored, axis=1)
