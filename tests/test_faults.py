@@ -1,4 +1,4 @@
-"""A failing disk, at every operation that writes: a clear error, and a whole generation."""
+"""A failing disk, at operations of every kind that write: a clear error, a whole generation."""
 
 import itertools
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def live_bytes(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_disk_that_fails_anywhere_leaves_a_whole_generation(
+def test_a_disk_that_fails_leaves_a_whole_generation(
     change: str, started: Path, model: Model, tmp_path: Path
 ) -> None:
     whole, path = (copied(started, tmp_path / name) for name in ("whole", "failing"))
@@ -86,13 +86,13 @@ def test_a_disk_that_fails_anywhere_leaves_a_whole_generation(
         CHANGES[change](whole, model)
     old, new = live_bytes(path), answers(whole)
     errors = itertools.cycle(ERRORS.values())
-    for number, operation in enumerate(counted.operations, 1):
+    for number in range(1, len(counted.operations) + 1, 3):  # `make torture` tries them all
         failing = disk(number, next(errors))
         with failing, pytest.raises(FolderError, match=r"cannot write to .* then run again"):
             CHANGES[change](path, model)
         left = live_bytes(path)
         if left != old:  # published; what failed then was clearing up
-            assert operation in ("fsync", "unlink")
+            assert counted.operations[number - 1] in ("fsync", "unlink")
             assert verify(path) == []
             assert answers(path) == new
             path = copied(started, tmp_path / f"failing-{number}")
