@@ -29,6 +29,7 @@ class Corpus:
         self.start_token: int = manifest["model"]["start_token"]
         self.tokens: list[int] = []
         self.value: dict[int, int] = {}
+        self.cluster: dict[int, int] = {}
         keys = []
         for segment in manifest["segments"]:
             files = {name: memory.path / f["path"] for name, f in segment["files"].items()}
@@ -36,13 +37,12 @@ class Corpus:
             for start, stop in pairwise(np.load(files["offsets"]).tolist()):
                 self.value |= {first + i: tokens[i + 1] for i in range(start, stop - 1)}
             self.tokens += tokens
+            if "cluster_of" in files:
+                labels = enumerate(np.load(files["cluster_of"]).tolist(), first)
+                self.cluster |= {i: cluster for i, cluster in labels if cluster >= 0}
             if "keys" in files:
                 keys.append(np.load(files["keys"]).astype(np.float64))
         self.keys = np.concatenate(keys) if keys else None
-        self.cluster: dict[int, int] = {}
-        if manifest["clusters"]:
-            of = np.load(memory.path / manifest["clusters"]["files"]["of"]["path"]).tolist()
-            self.cluster = {i: c for i, c in enumerate(of) if c >= 0}
         self.members: dict[int, list[int]] = {}
         for entry, cluster in self.cluster.items():
             self.members.setdefault(cluster, []).append(entry)

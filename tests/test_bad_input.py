@@ -609,9 +609,9 @@ def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb
     message = refused(verb, memory, *arguments)
     assert "has format 1, which this version does not read any more" in message
     assert "build the memory anew" in message
-    edit_manifest(memory, lambda m: m.update(format=3))
+    edit_manifest(memory, lambda m: m.update(format=4))
     message = refused(verb, memory, *arguments)
-    assert "has format 3, this version reads up to 2: upgrade it" in message
+    assert "has format 4, this version reads up to 3: upgrade it" in message
     assert "pip install --upgrade nearest" in message
     (memory / "manifest.json").write_bytes(manifest[:-10])
     assert "manifest.json is not a valid manifest" in refused(verb, memory, *arguments)
@@ -731,7 +731,8 @@ def test_a_full_disk(small_disk: Path, world: SimpleNamespace, fits: str) -> Non
         "corpus": pages["tokens.npy"]
         + pages["offsets.npy"]
         + pages["documents.jsonl.zst"]
-        + pages["frames.npy"],
+        + pages["frames.npy"]
+        + pages["ids.npy"],
         "suffix array": pages["suffix.npy"],
         "keys": pages["keys.npy"],
         "index": pages["index.faiss"],

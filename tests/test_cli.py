@@ -102,7 +102,7 @@ def test_build_and_info_say_what_the_memory_holds(
         info.items()
         >= {
             "memory": str(world.memory),
-            "format": 2,
+            "format": 3,
             "generation": 1,
             "documents": 12,
             "tokens": sum(1 + len(d.text) for d in make_documents(12, 30)),
@@ -243,7 +243,7 @@ def test_cluster_gives_another_generation(memory: Path) -> None:
     assert 0 < 2 * record["clusters"]["clusters"] <= record["clusters"]["members"]
     assert "greedy merge" in invoke("info", memory).out
     assert record["files"]["clusters"] == sum(
-        path.stat().st_size for path in memory.glob("g000003.clusters.*.npy")
+        path.stat().st_size for path in memory.rglob("g000003.clusters.*.npy")
     )
 
 

@@ -140,7 +140,8 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
     manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
     sizes: dict[str, int] = {}
     for segment in manifest.segments:
-        for kind, file in segment.files.items():
+        for name, file in segment.files.items():
+            kind = "clusters" if name.startswith("cluster_") else name
             sizes[kind] = sizes.get(kind, 0) + file.size
         if segment.index is not None and segment.index.file is not None:
             sizes["index"] = sizes.get("index", 0) + segment.index.file.size
@@ -148,7 +149,7 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         kind = Path(file.path).stem.partition(".")[2]
         sizes[kind] = file.size
     if clusters is not None and clusters.centroids is not None:
-        sizes["clusters.centroids"] = clusters.centroids.size
+        sizes["clusters"] = sizes.get("clusters", 0) + clusters.centroids.size
     return {
         "memory": str(memory.path),
         "format": manifest.format,
