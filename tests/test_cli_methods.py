@@ -206,20 +206,6 @@ def test_what_needs_keys_says_so(
     assert "use the method suffix" in message
 
 
-def test_clusters_of_segments_that_are_gone(world: SimpleNamespace, tmp_path: Path) -> None:
-    import shutil
-
-    from conftest import edit_manifest
-
-    memory = Path(shutil.copytree(world.memory, tmp_path / "m"))
-    edit_manifest(memory, lambda m: m["clusters"].update(segments=["000007"]))
-    where = ["eval", memory, "--text", world.text, "--method"]
-    message = refused(*where, "retomaton")
-    assert "the clusters of" in message
-    assert "make them anew with `nearest cluster`" in message
-    works(*where, "knn,suffix")  # which follow none
-
-
 def test_a_texts_own_entries_are_left_out_on_request(
     world: SimpleNamespace, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
