@@ -1,7 +1,6 @@
 """RetoMaton and suffix retrieval on the command line, with and without keys."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
