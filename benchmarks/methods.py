@@ -33,14 +33,16 @@ def clustered(path: Path, clusters: int) -> Path:
         how = KMeans(clusters, sample=8 * clusters, iterations=5)
         seconds, _ = timed(lambda: cluster_memory(copy, how))
         memory = Memory.open(copy)
-        suffixes = sum(one.record.files["suffixes"].size for one in memory.segments)
-        record = memory.manifest.clusters
-        of_clusters = sum(file.size for file in record.files.values()) if record else 0
+        files = [file for one in memory.segments for file in one.record.files.items()]
+        suffixes = sum(file.size for name, file in files if name == "suffixes")
+        of_clusters = sum(file.size for name, file in files if name.startswith("cluster"))
+        centroids = memory.manifest.clusters.centroids if memory.manifest.clusters else None
         report(
             built=copy.name,
             seconds=seconds,
             suffix_bytes_an_entry=suffixes / memory.entries,
             cluster_bytes_an_entry=of_clusters / memory.entries,
+            centroid_bytes_an_entry=(centroids.size if centroids else 0) / memory.entries,
         )
     return copy
 
