@@ -312,7 +312,7 @@ def test_labels_are_shifted_here_or_by_the_data_set():
     model, input_ids = tiny_model("norlund"), tokens(2, 9)
     labels = input_ids.clone()
     labels[0, 4] = -100
-    logits = model(input_ids).logits.float()
+    logits = model(input_ids).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(model(input_ids, labels=labels).loss, expected)
     model.config.shift_labels = False
@@ -328,7 +328,7 @@ def test_labels_that_are_padding():
     input_ids[1, 6:] = 0
     for ignored in (True, False):
         model = tiny_model("retro-pytorch", ignore_pad_labels=ignored)
-        logits = model(input_ids).logits.float()
+        logits = model(input_ids).logits
         labels = input_ids[:, 1:].flatten()
         expected = F.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels, ignore_index=0 if ignored else -100

@@ -40,11 +40,13 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         """Of [rows, vocab] logits and [rows] labels; summed in float32 or better."""
         wide = torch.promote_types(logits.dtype, torch.float32)
-        totals = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(_ROWS)])
+        tops = logits.amax(1, keepdim=True).to(wide)
+        parts = zip(logits.split(_ROWS), tops.split(_ROWS), strict=True)
+        sums = torch.cat([(part.to(wide) - top).exp_().sum(1) for part, top in parts])
         seen = labels != IGNORED
-        right = logits.gather(1, labels.where(seen, 0)[:, None])[:, 0].to(wide)
-        ctx.save_for_backward(logits, labels, totals)
-        return (totals - right).where(seen, 0.0)
+        right = logits.gather(1, labels.where(seen, 0)[:, None]).to(wide)
+        ctx.save_for_backward(logits, labels, tops[:, 0] + sums.log())
+        return (sums.log() - (right - tops)[:, 0]).where(seen, 0.0)
 
     @staticmethod
     @once_differentiable
