@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from nearest.encode.layers import find_key_layer
-from nearest.retro import RetroForCausalLM
+from nearest.retro import RetroConfig, RetroForCausalLM
+from nearest.retro.blocks import FeedForward
 from nearest.retro.positions import BucketBias, linear_buckets, log_buckets
 from retro_models import CHUNK, PRESETS, VARIANTS, found, neighbours, tiny_model, tokens, variant
 
@@ -330,3 +332,26 @@ def test_its_keys_are_found_as_in_any_language_model(model):
     key_layer = find_key_layer(model, "last_ffn_input")
     assert key_layer.path == "layers.2.feed_forward.body.up"
     assert key_layer.dim == model.config.decoder_dim
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_the_gated_layer_and_its_gradients_are_those_of_plain_torch(activation: str) -> None:
+    """Its gradient is written by hand: by finite differences, and against automatic ones."""
+    config = RetroConfig.preset(
+        "norlund", decoder_dim=6, decoder_ffn_dim=10, activation=activation, bias=True
+    )
+    layer = FeedForward(config, "decoder").double().eval()
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    gate, linear = layer.up(x).chunk(2, dim=-1)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    expected = layer.down(F.gelu(gate, approximate=approximate) * linear)
+    weights = [x, *layer.parameters()]
+    grown = torch.randn_like(expected)
+    torch.testing.assert_close(layer(x), expected)
+    for one, other in zip(
+        torch.autograd.grad(layer(x), weights, grown),
+        torch.autograd.grad(expected, weights, grown),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
