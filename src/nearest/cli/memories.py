@@ -10,11 +10,11 @@ from rich.markup import escape
 from nearest import reports
 from nearest.cli.app import err, open_with_model, out, quiet_libraries
 from nearest.cli.options import (
+    Adding,
     AsJson,
     BatchSize,
     CorpusPaths,
     Encoding,
-    Force,
     MemoryPath,
     ModelName,
     Nprobe,
@@ -86,40 +86,26 @@ def info(memory: MemoryPath, as_json: AsJson = False) -> None:
 def add(
     memory: MemoryPath,
     corpus: CorpusPaths,
-    model: ModelName = None,
-    batch_size: BatchSize = None,
-    encoding_errors: Encoding = "strict",
-    force: Force = False,
+    *,
+    adding: Adding,
     as_json: AsJson = False,
 ) -> None:
     """Add documents to a memory, as a new generation; the others are not touched."""
-    _add(memory, corpus, model, batch_size, encoding_errors, force, as_json, replace=False)
+    _add(memory, corpus, adding, as_json, replace=False)
 
 
 def update(
     memory: MemoryPath,
     corpus: CorpusPaths,
-    model: ModelName = None,
-    batch_size: BatchSize = None,
-    encoding_errors: Encoding = "strict",
-    force: Force = False,
+    *,
+    adding: Adding,
     as_json: AsJson = False,
 ) -> None:
     """Replace documents under their ids, in one new generation."""
-    _add(memory, corpus, model, batch_size, encoding_errors, force, as_json, replace=True)
+    _add(memory, corpus, adding, as_json, replace=True)
 
 
-def _add(
-    memory: Path,
-    corpus: list[Path],
-    model: str | None,
-    batch_size: int | None,
-    encoding_errors: Literal["strict", "replace"],
-    force: bool,
-    as_json: bool,
-    *,
-    replace: bool,
-) -> None:
+def _add(memory: Path, corpus: list[Path], adding: Adding, as_json: bool, *, replace: bool) -> None:
     quiet_libraries()
     from nearest.verbs.change import add as add_to_memory
 
@@ -127,11 +113,11 @@ def _add(
         changed = add_to_memory(
             memory,
             corpus,
-            model_name=model,
+            model_name=adding.model,
             replace=replace,
-            encoding_errors=encoding_errors,
-            batch_size=batch_size,
-            force=force,
+            encoding_errors=adding.encoding_errors,
+            batch_size=adding.batch_size,
+            force=adding.force,
             progress=progress,
         )
     show_info(changed, as_json)

@@ -42,6 +42,16 @@ Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune
 
 
 @dataclass(frozen=True)
+class Adding:
+    """How documents come into a memory that is there."""
+
+    model: ModelName = None
+    batch_size: BatchSize = None
+    encoding_errors: Encoding = "strict"
+    force: Force = False
+
+
+@dataclass(frozen=True)
 class Reading:
     """How text is cut and handed to the model."""
 

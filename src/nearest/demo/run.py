@@ -204,7 +204,13 @@ def _remove_earlier(path: Path, model: PreTrainedModel) -> None:
     """Remove the memory that an earlier demo made, and nothing else."""
     if not (path / MANIFEST).exists():
         return  # building refuses a folder that holds anything else
-    mine = read_manifest(path).model.fingerprint == model_fingerprint(model)
+    try:
+        mine = read_manifest(path).model.fingerprint == model_fingerprint(model)
+    except FolderError as error:
+        raise FolderError(
+            f"{path} is in the way, and cannot be told to be an earlier demo's ({error}): remove "
+            "it, or give --out another folder"
+        ) from error
     if path.is_symlink() or not mine:
         raise FolderError(f"{path} was not made by the demo: give --out another folder")
     with disk_errors_explained(path):
