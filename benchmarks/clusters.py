@@ -34,7 +34,7 @@ def main() -> None:
         nearest.index.clusters._EXACT_CENTROIDS = exact_up_to
         moments: list[float] = []
         started = time.perf_counter()
-        clusters, _ = kmeans_clusters(
+        clusters = kmeans_clusters(
             memory.keys,
             memory.valued_entries(),
             memory.positions,

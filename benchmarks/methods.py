@@ -36,13 +36,11 @@ def clustered(path: Path, clusters: int) -> Path:
         files = [file for one in memory.segments for file in one.record.files.items()]
         suffixes = sum(file.size for name, file in files if name == "suffixes")
         of_clusters = sum(file.size for name, file in files if name.startswith("cluster"))
-        centroids = memory.manifest.clusters.centroids if memory.manifest.clusters else None
         report(
             built=copy.name,
             seconds=seconds,
             suffix_bytes_an_entry=suffixes / memory.entries,
             cluster_bytes_an_entry=of_clusters / memory.entries,
-            centroid_bytes_an_entry=(centroids.size if centroids else 0) / memory.entries,
         )
     return copy
 

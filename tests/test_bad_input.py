@@ -32,6 +32,7 @@ from conftest import edit_manifest, make_documents, make_model, make_tokenizer
 from nearest import Memory
 from nearest.cli import app
 from nearest.folder import writer_lock
+from nearest.memory.manifest import FORMAT
 from nearest.memory.verify import verify
 
 NEAREST = Path(sys.executable).with_name("nearest")
@@ -609,9 +610,9 @@ def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb
     message = refused(verb, memory, *arguments)
     assert "has format 1, which this version does not read any more" in message
     assert "build the memory anew" in message
-    edit_manifest(memory, lambda m: m.update(format=4))
+    edit_manifest(memory, lambda m: m.update(format=FORMAT + 1))
     message = refused(verb, memory, *arguments)
-    assert "has format 4, this version reads up to 3: upgrade it" in message
+    assert f"has format {FORMAT + 1}, this version reads up to {FORMAT}: upgrade it" in message
     assert "pip install --upgrade nearest" in message
     (memory / "manifest.json").write_bytes(manifest[:-10])
     assert "manifest.json is not a valid manifest" in refused(verb, memory, *arguments)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from conftest import make_documents
 from nearest import Document, Memory, evaluate, read_documents
 from nearest.cli import app
+from nearest.memory.manifest import FORMAT
 from nearest.memory.verify import verify
 
 NEAREST = Path(sys.executable).with_name("nearest")
@@ -102,7 +103,7 @@ def test_build_and_info_say_what_the_memory_holds(
         info.items()
         >= {
             "memory": str(world.memory),
-            "format": 3,
+            "format": FORMAT,
             "generation": 1,
             "documents": 12,
             "tokens": sum(1 + len(d.text) for d in make_documents(12, 30)),

@@ -54,6 +54,21 @@ def test_members_are_those_that_say_so(labels: list[int]) -> None:
     check_rows(Clusters.from_labels(of, 7), np.flatnonzero(of >= 0), 7)
 
 
+@given(st.lists(st.integers(-1, 6), min_size=1, max_size=40), st.integers(1, 9))
+def test_samples_are_members_spread_over_their_cluster(labels: list[int], most: int) -> None:
+    of = np.array(labels)
+    drawn: dict[int, list[int]] = {cluster: [] for cluster in range(7)}
+    for clusters, members in Clusters.from_labels(of, 7).samples(most):
+        for cluster, member in zip(clusters.tolist(), members.tolist(), strict=True):
+            drawn[cluster].append(member)
+    for cluster, found in drawn.items():
+        members = np.flatnonzero(of == cluster)
+        assert len(found) == min(most, len(members))
+        if found:  # the middle of each of as many equal parts
+            middles = (np.arange(len(found)) + 0.5) * len(members) / len(found)
+            np.testing.assert_array_equal(found, members[np.floor(middles).astype(int)])
+
+
 @pytest.mark.parametrize("clusters", [1, 2, 40, 500])
 @pytest.mark.parametrize("exact", [True, False])
 def test_every_entry_is_with_the_nearest_centroid(
@@ -67,7 +82,7 @@ def test_every_entry_is_with_the_nearest_centroid(
     monkeypatch.setattr(nearest.index.clusters, "_EXACT_CENTROIDS", 4096 if exact else 1)
     monkeypatch.setattr(nearest.index.clusters, "_BLOCK", 100)
     told: list[tuple[str, int, int | None]] = []
-    found, _ = kmeans_clusters(
+    found = kmeans_clusters(
         keys,
         entries,
         TOKENS,
@@ -90,7 +105,7 @@ def test_every_entry_is_with_the_nearest_centroid(
 def test_far_apart_groups_are_found_from_a_sample(
     keys: Keys, entries: np.ndarray, groups: np.ndarray
 ) -> None:
-    found, _ = kmeans_clusters(
+    found = kmeans_clusters(
         keys, entries, TOKENS, 120, np.random.default_rng(0), sample=600, iterations=20
     )
     for cluster in range(120):  # more clusters than groups: each lies within one
@@ -102,7 +117,7 @@ def test_the_same_seed_gives_the_same_clusters(keys: Keys, entries: np.ndarray) 
     first, same, other = (
         kmeans_clusters(
             keys, entries, TOKENS, 50, np.random.default_rng(seed), sample=500, iterations=3
-        )[0].of
+        ).of
         for seed in (4, 4, 5)
     )
     np.testing.assert_array_equal(first, same)
@@ -114,7 +129,7 @@ def test_equal_keys_leave_clusters_empty(exact: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(nearest.index.clusters, "_EXACT_CENTROIDS", 4096 if exact else 1)
     equal = Float16Keys(np.repeat(np.eye(3, DIM, dtype=np.float16), 20, axis=0), "l2")
     entries = np.arange(1, 60)
-    found, _ = kmeans_clusters(
+    found = kmeans_clusters(
         equal, entries, 60, 59, np.random.default_rng(0), sample=59, iterations=4
     )
     check_rows(found, entries, 59)

@@ -32,7 +32,7 @@ from nearest.index.approximate import ApproximateIndex
 from nearest.index.faiss_module import load_faiss
 from nearest.memory.documents import DocumentReader, DocumentWriter
 from nearest.memory.index_files import IndexChoice
-from nearest.memory.manifest import Manifest, read_manifest
+from nearest.memory.manifest import FORMAT, Manifest, read_manifest
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index, store_settings
 from oracle import keys_and_logits
@@ -131,7 +131,7 @@ def test_the_manifest_describes_everything_that_was_built(
         }
         for name, path in live.items()
     }
-    assert (manifest["format"], manifest["generation"]) == (3, 1)
+    assert (manifest["format"], manifest["generation"]) == (FORMAT, 1)
     assert manifest["created_by"] == f"nearest {__version__}"
     assert (manifest["settings"], manifest["clusters"]) == ({}, None)
     assert (
@@ -644,9 +644,9 @@ def _drop(*keys: str | int) -> Change:
 
 KEYS_PATH = ("segments", 0, "files", "keys", "path")
 MANIFEST_ATTACKS: dict[str, tuple[Change, str]] = {
-    "newer format": (_set("format", value=4), "upgrade"),
+    "newer format": (_set("format", value=FORMAT + 1), "upgrade"),
     "much newer format": (_set("format", value=10**12), "upgrade"),
-    "older format": (_set("format", value=2), "build the memory anew"),
+    "older format": (_set("format", value=FORMAT - 1), "build the memory anew"),
     "negative format": (_set("format", value=-1), "format"),
     "format as text": (_set("format", value="1"), "is not a valid manifest"),
     "format as truth": (_set("format", value=True), "is not a valid manifest"),
@@ -744,7 +744,7 @@ def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
 
 def test_the_manifest_of_a_newer_format_may_be_quite_different(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 7, "shards": [1, 2]}')
-    with pytest.raises(FolderError, match=r"has format 7, this version reads up to 3: upgrade"):
+    with pytest.raises(FolderError, match=f"format 7, this version reads up to {FORMAT}: upgrade"):
         Memory.open(folder)
 
 

@@ -44,7 +44,6 @@ def folder(lived: Path, tmp_path: Path) -> Path:
         (f"{SEGMENT}/ids.npy", lambda ids: ids[::-1].copy(), "cannot be found by its id"),
         (f"{SEGMENT}/g000004.removed.npy", lambda r: r[::-1].copy(), "do not rise"),
         (f"{SEGMENT}/g000004.removed.npy", lambda r: r + 3, "lie outside 0 to 4"),
-        ("g000002.clusters.centroids.npy", lambda c: c * np.nan, "is not finite"),
     ],
 )
 def test_verify_checks_what_the_files_say(

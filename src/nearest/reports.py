@@ -148,8 +148,6 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
     for file in () if keys is None else keys.file_records():
         kind = Path(file.path).stem.partition(".")[2]
         sizes[kind] = file.size
-    if clusters is not None and clusters.centroids is not None:
-        sizes["clusters"] = sizes.get("clusters", 0) + clusters.centroids.size
     return {
         "memory": str(memory.path),
         "format": manifest.format,

@@ -4,7 +4,7 @@ k-means joins entries whose keys are near; greedy merge (arXiv:2109.04212) joins
 same value. Both label entries; `Clusters` holds the labels so that members are found at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, no_type_check
 
@@ -50,6 +50,20 @@ class Clusters:
         members = clustered[np.argsort(labels, kind="stable")]
         return cls(of.astype(np.int32), offsets, members.astype(position_dtype(len(of))))
 
+    def samples(
+        self, most: int
+    ) -> Iterator[tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"]]]:
+        """Clusters, and one member of each that no other turn gives, spread evenly over it.
+
+        There are `most` turns; a cluster of fewer members has a part in as many of them.
+        """
+        counts = np.diff(self.offsets)
+        drawn = np.minimum(counts, most)
+        for turn in range(most):
+            some = np.flatnonzero(drawn > turn)
+            place = self.offsets[some] + (2 * turn + 1) * counts[some] // (2 * drawn[some])
+            yield some, self.members[place].astype(np.int64)
+
     def problems(self, entries: Int[np.ndarray, " m"]) -> list[str]:
         """What is wrong with clusters of these entries, one sentence each."""
         count = len(self.offsets) - 1
@@ -83,7 +97,7 @@ def kmeans_clusters(
     sample: int,
     iterations: int,
     progress: Progress = no_progress,
-) -> tuple[Clusters, Float[np.ndarray, "clusters dim"]]:
+) -> Clusters:
     """Clusters of entries whose keys are nearest to the same centroid, by squared L2.
 
     Centroids are found by k-means on a sample; then every entry is assigned, block by block. Of
@@ -99,9 +113,6 @@ def kmeans_clusters(
         sample: number of entries to find centroids with, at least one a cluster.
         iterations: of k-means.
         progress: told what has been done.
-
-    Returns:
-        The clusters, and their centroids (float32).
 
     Raises:
         SettingError: there are more clusters than entries, or one of the numbers is too small.
@@ -130,8 +141,7 @@ def kmeans_clusters(
     training.train(rows, nearest)
     of = np.full(tokens, NO_CLUSTER, np.int32)
     of[entries] = _assigned(nearest, keys, entries, progress)
-    centroids = faiss.vector_to_array(training.centroids).reshape(clusters, keys.dim)
-    return Clusters.from_labels(of, clusters), centroids
+    return Clusters.from_labels(of, clusters)
 
 
 def assigned_clusters(

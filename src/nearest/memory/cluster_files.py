@@ -1,20 +1,18 @@
-"""The arrays of a segment's clusters, and the centroids that all segments share."""
+"""The arrays of a segment's clusters."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from nearest.folder import open_array
 from nearest.index.clusters import Clusters
 from nearest.index.neighbours import position_dtype
 from nearest.memory.array_files import write_array
-from nearest.memory.manifest import FileRecord, Manifest
+from nearest.memory.manifest import FileRecord
 
 ARRAYS = ("of", "offsets", "members")
-_FLOAT = np.dtype(np.float32)
 
 
 def open_clusters(paths: Mapping[str, Path], tokens: int, clusters: int, members: int) -> Clusters:
@@ -41,16 +39,3 @@ def write_clusters(root: Path, folder: str, prefix: str, found: Clusters) -> dic
         place = f"{folder}/{prefix}clusters.{name}.npy"
         files[f"cluster_{name}"] = write_array(root, place, getattr(found, name))
     return files
-
-
-def open_centroids(root: Path, manifest: Manifest) -> Float[np.ndarray, "clusters dim"] | None:
-    """The centroids that entries added later are assigned to, as stored keys are; None without.
-
-    Raises:
-        FolderError: their file is not what the manifest says.
-    """
-    clusters, keys = manifest.clusters, manifest.keys
-    if clusters is None or clusters.centroids is None or keys is None:
-        return None
-    shape = (clusters.clusters, keys.stored_dim)
-    return open_array(root / clusters.centroids.path, _FLOAT, shape)

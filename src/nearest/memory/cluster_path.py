@@ -4,16 +4,18 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.index.clusters import NO_CLUSTER, Clusters, assigned_clusters
-from nearest.memory.cluster_files import open_centroids, write_clusters
-from nearest.memory.manifest import SegmentRecord
+from nearest.memory.cluster_files import write_clusters
+from nearest.memory.manifest import ClustersRecord, SegmentRecord
 from nearest.memory.new_segment import NewSegment
 from nearest.memory.segment import Segment
 
+_MEMBERS_A_MEAN = 8  # of each segment
+
 
 def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
-    """Take over those of merged segments; of new text, by the centroids of k-means.
+    """Take over those of merged segments; of new text, the nearest cluster of k-means.
 
-    Clusters of a greedy merge have no centroids: new entries are then in none.
+    Clusters of a greedy merge hold entries of one value: new entries are in none.
     """
     clusters = new.plan.manifest.clusters
     if clusters is None:
@@ -22,13 +24,40 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
         labels = np.concatenate([segment.labels[~segment.gone] for segment in new.plan.merged])
     else:
         labels = np.full(record.tokens, NO_CLUSTER, np.int32)
-        centroids = open_centroids(new.plan.root, new.plan.manifest)
-        if centroids is not None:
-            keys = new.opened(record).keys
-            labels[new.entries] = assigned_clusters(keys, new.entries, centroids, new.plan.progress)
+        if clusters.made_by == "k-means":
+            labels[new.entries] = _nearest_clusters(new, record, clusters)
     found = Clusters.from_labels(labels, clusters.clusters)
     files = write_clusters(new.plan.root, new.plan.folder, "", found)
     return record.with_files(files, members=len(found.members))
+
+
+def _nearest_clusters(
+    new: NewSegment, record: SegmentRecord, clusters: ClustersRecord
+) -> Int[np.ndarray, " entries"]:
+    """The cluster of each new entry whose mean is nearest, as far as a few members tell it.
+
+    Centroids are not stored: they would take as much room as the keys of so many entries, and
+    tell of those that are removed later.
+    """
+    keys = new.opened(record).keys
+    sums = np.zeros((clusters.clusters, keys.dim), np.float32)
+    counts = np.zeros(clusters.clusters, np.int64)
+    for stored in new.plan.manifest.segments:
+        segment = Segment(new.plan.root, new.plan.manifest, stored)
+        if segment.clusters is None:
+            continue
+        for some, members in segment.clusters.samples(_MEMBERS_A_MEAN):
+            if segment.rows is not None:  # some have lost the key that they shared
+                keyed = segment.rows[members] >= 0
+                some, members = some[keyed], members[keyed]
+            sums[some] += segment.keys.rows(members)
+            counts[some] += 1
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return np.full(len(new.entries), NO_CLUSTER)
+    means = sums[filled] / counts[filled, None]
+    labels: np.ndarray = filled[assigned_clusters(keys, new.entries, means, new.plan.progress)]
+    return labels
 
 
 def reachable(segment: Segment) -> Int[np.ndarray, "_"]:

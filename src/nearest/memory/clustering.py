@@ -5,11 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from nearest.index.clusters import Clusters, check_neighbours, greedy_merge, kmeans_clusters
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.array_files import write_array
 from nearest.memory.cluster_files import write_clusters
 from nearest.memory.generation import changing, of_generation
 from nearest.memory.manifest import ClustersRecord, publish_next
@@ -49,31 +48,22 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
     with changing(path) as manifest:
         memory = Memory.open(path)
         prefix = of_generation(manifest.generation + 1, "")
-        centroids = None
         if isinstance(how, KMeans):
-            made_by = "k-means"
-            clusters, found = _by_kmeans(memory, how, progress)
-            centroids = write_array(path, f"{prefix}clusters.centroids.npy", found)
+            clusters = _by_kmeans(memory, how, progress)
         else:
-            made_by, clusters = "greedy merge", _by_merging(memory, how, progress)
+            clusters = _by_merging(memory, how, progress)
         count = len(clusters.offsets) - 1
+        record = ClustersRecord("k-means" if isinstance(how, KMeans) else "greedy merge", count)
         segments = []
         bounds = np.cumsum([0, *(segment.tokens for segment in manifest.segments)])
-        for record, (first, stop) in zip(manifest.segments, pairwise(bounds), strict=True):
+        for old, (first, stop) in zip(manifest.segments, pairwise(bounds), strict=True):
             own = Clusters.from_labels(clusters.of[first:stop], count)
-            files = write_clusters(path, f"segments/{record.name}", prefix, own)
-            segments.append(record.with_files(files, members=len(own.members)))
-        publish_next(
-            path,
-            manifest,
-            segments=segments,
-            clusters=ClustersRecord(made_by, count, centroids, members_left=False),
-        )
+            files = write_clusters(path, f"segments/{old.name}", prefix, own)
+            segments.append(old.with_files(files, members=len(own.members)))
+        publish_next(path, manifest, segments=segments, clusters=record)
 
 
-def _by_kmeans(
-    memory: Memory, how: KMeans, progress: Progress
-) -> tuple[Clusters, Float[np.ndarray, "clusters dim"]]:
+def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
     sample = _SAMPLE_A_CLUSTER * how.clusters if how.sample is None else how.sample
     return kmeans_clusters(
         memory.keys,

@@ -6,32 +6,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from nearest.errors import FolderError, SettingError
 from nearest.index.approximate import AUTO, check_spec
-from nearest.index.clusters import NO_CLUSTER, Clusters
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.access_paths import merge_segments
-from nearest.memory.array_files import write_array
-from nearest.memory.cluster_files import write_clusters
-from nearest.memory.generation import changing, free_segment_name, of_generation
+from nearest.memory.generation import changing, free_segment_name
 from nearest.memory.index_files import IndexChoice
-from nearest.memory.manifest import (
-    ClustersRecord,
-    Manifest,
-    SegmentRecord,
-    publish_next,
-    read_manifest,
-)
+from nearest.memory.manifest import Manifest, publish_next
 from nearest.memory.memory import Memory
 from nearest.memory.new_segment import SegmentPlan
 from nearest.memory.segment import Segment
 from nearest.progress import Progress, no_progress
 
 _SAMPLE = 65_536  # tokens by which the time is estimated
-_BLOCK = 16_384  # keys
 
 
 @dataclass(frozen=True)
@@ -86,8 +75,7 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     """Write one segment out of what is left of all; then the old ones' files are deleted.
 
     Readers that have the memory open go on with the old generation. What is copied is what was
-    stored; suffix array and index are made anew, and so are the centroids of clusters where
-    documents were removed, since they are means of keys.
+    stored; suffix array and index are made anew.
 
     Returns:
         Whether there was anything to do.
@@ -95,9 +83,8 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     Raises:
         FolderError: the folder is no memory, cannot be written, or its disk has too little room.
     """
-    needs, clusters = plan_compaction(path), read_manifest(path).clusters
-    members_left = clusters is not None and clusters.members_left
-    if needs.segments == 1 and not needs.removed and not members_left:
+    needs = plan_compaction(path)
+    if needs.segments == 1 and not needs.removed:
         return False
     if needs.bytes_needed > needs.bytes_free:
         raise FolderError(
@@ -110,10 +97,7 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
         name = free_segment_name(path, manifest)
         choice = _fitting_choice(manifest, left)
         plan = SegmentPlan(path, manifest, name, choice, progress, merged=left)
-        record, clusters = merge_segments(plan), manifest.clusters
-        if clusters is not None and clusters.centroids is not None and clusters.members_left:
-            record, clusters = _recentred(plan, record, clusters)
-        publish_next(path, manifest, segments=[record], clusters=clusters)
+        publish_next(path, manifest, segments=[merge_segments(plan)])
     return True
 
 
@@ -128,36 +112,3 @@ def _fitting_choice(manifest: Manifest, segments: list[Segment]) -> IndexChoice:
     except SettingError:
         return replace(choice, spec=AUTO)
     return choice
-
-
-def _recentred(
-    plan: SegmentPlan, record: SegmentRecord, clusters: ClustersRecord
-) -> tuple[SegmentRecord, ClustersRecord]:
-    """Clusters whose centroids are the means of what is left in them, without those left empty.
-
-    The centroids that were there tell of the keys of removed documents; of a cluster of one entry
-    the centroid is its key.
-    """
-    segment = Segment(plan.root, plan.manifest, record)
-    sums = np.zeros((clusters.clusters, segment.keys.dim))
-    counts = np.zeros(clusters.clusters, np.int64)
-    clustered = segment.keyed[segment.labels[segment.keyed] != NO_CLUSTER]
-    for start in range(0, len(clustered), _BLOCK):
-        block = clustered[start : start + _BLOCK]
-        np.add.at(sums, segment.labels[block], segment.keys.rows(block))
-        np.add.at(counts, segment.labels[block], 1)
-    left = counts > 0
-    number = np.append(np.where(left, np.cumsum(left) - 1, NO_CLUSTER), NO_CLUSTER)  # of label -1
-    found = Clusters.from_labels(number[segment.labels], int(left.sum()))
-    files = write_clusters(plan.root, plan.folder, "", found)
-    centroids = (sums[left] / counts[left, None]).astype(np.float32)
-    place = of_generation(plan.manifest.generation + 1, "clusters.centroids.npy")
-    return (
-        record.with_files(files, members=len(found.members)),
-        msgspec.structs.replace(
-            clusters,
-            clusters=int(left.sum()),
-            centroids=write_array(plan.root, place, centroids),
-            members_left=False,
-        ),
-    )

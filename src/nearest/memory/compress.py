@@ -20,7 +20,6 @@ from nearest.index.neighbours import NO_ENTRY, position_dtype
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
 from nearest.memory.array_files import write_array
-from nearest.memory.cluster_files import open_centroids
 from nearest.memory.generation import changing, of_generation
 from nearest.memory.index_files import IndexChoice, write_index
 from nearest.memory.key_files import (
@@ -31,7 +30,6 @@ from nearest.memory.key_files import (
     stored_format,
 )
 from nearest.memory.manifest import (
-    ClustersRecord,
     FileRecord,
     KeysRecord,
     Manifest,
@@ -113,8 +111,7 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
         keys = plan.record
         if compression.index is not None:
             keys = msgspec.structs.replace(keys, index=compression.index)
-        clusters = _projected_centroids(path, manifest, plan.step)
-        publish_next(path, manifest, keys=keys, segments=segments, clusters=clusters)
+        publish_next(path, manifest, keys=keys, segments=segments)
 
 
 def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
@@ -188,18 +185,6 @@ def _rewrite(
         progress,
     )
     return record.with_files({}, index=index)
-
-
-def _projected_centroids(
-    path: Path, manifest: Manifest, step: Projection | None
-) -> ClustersRecord | None:
-    """Centroids of clusters go where the keys go."""
-    centroids = open_centroids(path, manifest)
-    if manifest.clusters is None or centroids is None or step is None:
-        return manifest.clusters
-    place = of_generation(manifest.generation + 1, "clusters.centroids.npy")
-    file = write_array(path, place, step.apply(centroids))
-    return msgspec.structs.replace(manifest.clusters, centroids=file)
 
 
 def _index_choice(record: SegmentRecord, compression: Compression) -> IndexChoice:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
@@ -75,17 +74,11 @@ def add_documents(
         added = write_segment(plan, tokenised)
         segments = [*_without(path, manifest, memory.segments, replaced), added]
         segments = _with_tail_merged(path, manifest, segments, options.progress)
-        _publish(path, manifest, segments, removing=replace)
+        _publish(path, manifest, segments)
 
 
-def _publish(
-    path: Path, manifest: Manifest, segments: list[SegmentRecord], *, removing: bool
-) -> None:
-    clusters = manifest.clusters
-    if clusters is not None and clusters.centroids is not None and removing:
-        clusters = msgspec.structs.replace(clusters, members_left=True)
-    changed = manifest.generation + 1
-    publish_next(path, manifest, segments=segments, clusters=clusters, documents_of=changed)
+def _publish(path: Path, manifest: Manifest, segments: list[SegmentRecord]) -> None:
+    publish_next(path, manifest, segments=segments, documents_of=manifest.generation + 1)
 
 
 def _with_tail_merged(
@@ -207,7 +200,7 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
             raise CorpusError(
                 f"nothing would be left of {path}: delete its folder instead, or leave a document"
             )
-        _publish(path, manifest, segments, removing=True)
+        _publish(path, manifest, segments)
     return documents
 
 

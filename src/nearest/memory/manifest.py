@@ -12,7 +12,7 @@ from nearest.errors import FolderError
 from nearest.folder import sha256_of, write_atomically
 from nearest.index.product import product_parts
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
 
@@ -137,16 +137,10 @@ class SegmentRecord(_Record, frozen=True):
 
 
 class ClustersRecord(_Record, frozen=True):
-    """How many clusters there are, and how they were found.
+    """How many clusters there are, and how they were found."""
 
-    `centroids`: of k-means, to which entries that are added later are assigned. `members_left`:
-    documents have been removed since they were computed, of whose keys they still tell.
-    """
-
-    made_by: str
+    made_by: Literal["k-means", "greedy merge"]
     clusters: Count
-    centroids: FileRecord | None
-    members_left: bool
 
 
 class GateRecord(_Record, frozen=True):
@@ -192,8 +186,6 @@ class Manifest(_Record, frozen=True):
         records += [s.index.file for s in self.segments if s.index and s.index.file]
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
-        if self.clusters is not None and self.clusters.centroids is not None:
-            records.append(self.clusters.centroids)
         return records
 
 

@@ -305,8 +305,8 @@ class Memory:
         record = self.manifest.clusters
         if record is None:
             return None
-        if len(self.segments) == 1 and not len(self.segments[0].removed):
-            return self.segments[0].stored_clusters
+        if len(self.segments) == 1:
+            return self.segments[0].clusters
         labels = np.concatenate([segment.labels for segment in self.segments])
         return Clusters.from_labels(labels, record.clusters)
 

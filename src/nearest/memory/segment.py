@@ -286,6 +286,14 @@ class Segment:
         return np.where(self.gone, np.int32(NO_CLUSTER), of) if len(self.removed) else of
 
     @cached_property
+    def clusters(self) -> Clusters | None:
+        """Clusters of the entries that are left; None where the memory has none."""
+        stored = self.stored_clusters
+        if stored is None or not len(self.removed):
+            return stored
+        return Clusters.from_labels(self.labels, len(stored.offsets) - 1)
+
+    @cached_property
     def index(self) -> MeasuringIndex:
         """The index that the manifest names, read after its checksum has matched."""
         keys, record = self.keys, self.record.index

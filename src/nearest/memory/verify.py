@@ -7,7 +7,6 @@ import numpy as np
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
 from nearest.memory.access_paths import access_path_problems
-from nearest.memory.cluster_files import open_centroids
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import Manifest, read_manifest
 from nearest.memory.segment import Segment, id_hash
@@ -47,9 +46,6 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
         except FolderError as error:
             found = [str(error)]
         problems += [f"segment {record.name}: {text}" for text in found]
-    centroids = open_centroids(path, manifest)
-    if centroids is not None and not np.isfinite(centroids).all():
-        problems.append("a centroid of clusters is not finite")
     return problems
 
 
