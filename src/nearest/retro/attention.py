@@ -11,6 +11,7 @@ from nearest.models.memorizing.attention import MemorizingAttention
 from nearest.models.memorizing.decoder import DecoderMemory, Pairs
 from nearest.retro.cache import RetroCache
 from nearest.retro.config import RetroConfig
+from nearest.retro.dropout import Dropout, drop
 from nearest.retro.positions import BucketBias, Rotation, rotate, rotation
 
 
@@ -61,7 +62,7 @@ def attend(
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores.masked_fill_(later, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    return drop(scores.softmax(-1), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(dim, inner, bias=False)
         self.kv = nn.Linear(context_dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=config.bias)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = Dropout(config.residual_dropout)
         self.bias = (
             BucketBias(
                 buckets, self.heads, causal, config.bucket_spacing, config.bucket_max_distance

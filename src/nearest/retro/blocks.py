@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nearest.retro.config import RetroConfig
+from nearest.retro.dropout import Dropout
 from nearest.retro.norms import make_norm
 
 
@@ -24,8 +25,8 @@ class FeedForward(nn.Module):
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
         self.up = nn.Linear(dim, inner * (2 if self.gated else 1), bias=config.bias)
         self.down = nn.Linear(inner, dim, bias=config.bias)
-        self.inner_dropout = nn.Dropout(config.feed_forward_dropout)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.inner_dropout = Dropout(config.feed_forward_dropout)
+        self.dropout = Dropout(config.residual_dropout)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Each position for itself."""
