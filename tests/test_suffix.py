@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearest.index import suffix
-from nearest.index.suffix import longest_matches, longest_matches_reference, sort_suffixes
+from nearest.index.suffix import (
+    SuffixArray,
+    longest_matches,
+    longest_matches_reference,
+    sort_suffixes,
+)
 from nearest.memory.segment import valued_entries
 
 START = 0
@@ -56,8 +61,31 @@ def test_matches_equal_a_scan(
     suffixes = sort_suffixes(tokens, entries)
     context = np.array([START, *query])  # a start token may stand in the middle, too
     ends = np.arange(len(context))
-    found = longest_matches(tokens, suffixes, START, context, ends, most)
-    truth = longest_matches_reference(tokens, suffixes, START, context, ends, most)
+    found = longest_matches([SuffixArray(tokens, suffixes)], START, context, ends, most)
+    truth = longest_matches_reference([SuffixArray(tokens, suffixes)], START, context, ends, most)
+    for ours, theirs in zip(found, truth, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@given(
+    parts=st.lists(small_documents, min_size=2, max_size=5),
+    query=st.lists(st.integers(0, 4), min_size=0, max_size=15),
+    most=st.integers(1, 30),
+)
+@settings(max_examples=150)
+def test_matches_in_several_parts_equal_a_scan(
+    parts: list[list[list[int]]], query: list[int], most: int
+) -> None:
+    """The sample of matches that do not all fit is drawn from all parts alike."""
+    arrays, first = [], 0
+    for documents in parts:
+        tokens, entries = corpus(documents)
+        arrays.append(SuffixArray(tokens, sort_suffixes(tokens, entries), first))
+        first += len(tokens)
+    context = np.array([START, *query])
+    ends = np.arange(len(context))
+    found = longest_matches(arrays, START, context, ends, most)
+    truth = longest_matches_reference(arrays, START, context, ends, most)
     for ours, theirs in zip(found, truth, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -69,7 +97,9 @@ def test_a_match_is_as_long_as_it_says_and_none_is_longer(
     tokens, entries = corpus(documents)
     suffixes = sort_suffixes(tokens, entries)
     context = np.array([START, *query])
-    found = longest_matches(tokens, suffixes, START, context, np.array([len(query)]), 1000)
+    found = longest_matches(
+        [SuffixArray(tokens, suffixes)], START, context, np.array([len(query)]), 1000
+    )
     wanted = [START, *query][::-1]
     shared = {}
     for position in entries.tolist():
@@ -89,7 +119,7 @@ def test_matches_stop_at_document_starts() -> None:
     tokens, entries = corpus([[1, 2, 3], [5, 6], [7, 5, 6]])
     suffixes = sort_suffixes(tokens, entries)
     context = np.array([START, 1, 2, 3, START, 5])
-    found = longest_matches(tokens, suffixes, START, context, np.array([5]), 8)
+    found = longest_matches([SuffixArray(tokens, suffixes)], START, context, np.array([5]), 8)
     assert found.ids[0, :2].tolist() == [5, 9]
     assert found.lengths[0, :2].tolist() == [2, 1]
 
@@ -99,7 +129,9 @@ def test_a_match_longer_than_the_limit_counts_as_the_limit(monkeypatch: pytest.M
     tokens, entries = corpus([repeated])
     suffixes = sort_suffixes(tokens, entries)
     context = np.array([START, *repeated])
-    found = longest_matches(tokens, suffixes, START, context, np.array([len(context) - 1]), 4)
+    found = longest_matches(
+        [SuffixArray(tokens, suffixes)], START, context, np.array([len(context) - 1]), 4
+    )
     assert found.lengths[0].tolist() == [suffix.MAX_MATCH] * 4
     assert found.longest[0] == 40
 
@@ -110,8 +142,8 @@ def test_real_text_against_a_scan(dclaw_tokens: np.ndarray) -> None:
     memory, text = tokens[: offsets[50]], tokens[offsets[50] : offsets[52]].astype(np.int64)
     suffixes = sort_suffixes(memory, valued_entries(offsets[:51]))
     ends = np.linspace(0, len(text) - 1, 8).astype(int)
-    found = longest_matches(memory, suffixes, START, text, ends, 64)
-    truth = longest_matches_reference(memory, suffixes, START, text, ends, 64)
+    found = longest_matches([SuffixArray(memory, suffixes)], START, text, ends, 64)
+    truth = longest_matches_reference([SuffixArray(memory, suffixes)], START, text, ends, 64)
     for ours, theirs in zip(found, truth, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

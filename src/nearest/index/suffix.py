@@ -30,6 +30,14 @@ class Matches(NamedTuple):
     longest: Int[np.ndarray, " q"]  # int64
 
 
+class SuffixArray(NamedTuple):
+    """The sorted entries of a part of a corpus, with ids that count from `first`."""
+
+    tokens: Tokens
+    suffixes: Int[np.ndarray, " m"]
+    first: int = 0
+
+
 def sort_suffixes(tokens: Tokens, entries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
     """Entries in the order of their reversed left contexts, each read back to its start token.
 
@@ -51,8 +59,7 @@ def sort_suffixes(tokens: Tokens, entries: Int[np.ndarray, " m"]) -> Int[np.ndar
 
 
 def longest_matches(
-    tokens: Tokens,
-    suffixes: Int[np.ndarray, " m"],
+    arrays: Sequence[SuffixArray],
     start_token: int,
     context: Tokens,
     ends: Int[np.ndarray, " q"],
@@ -61,41 +68,39 @@ def longest_matches(
     """For each context, up to `most` entries whose left context shares its longest suffix.
 
     The longest matches come first, then the next shorter ones, down to one token. Of matches of one
-    length that do not all fit, an even sample in the order of the array is taken. A match counts at
-    most MAX_MATCH tokens and never reaches back beyond a start token.
+    length that do not all fit, an even sample in the order of the arrays is taken. A match counts
+    at most MAX_MATCH tokens and never reaches back beyond a start token.
 
     Args:
-        tokens, suffixes: as in `sort_suffixes`.
+        arrays: of a corpus's parts, one after another.
         start_token: what each document begins with.
         context: int64 token ids.
         ends: query i is context[: ends[i] + 1].
         most: number of entries wanted.
     """
-    ids = np.full((len(ends), most), NO_ENTRY, dtype=np.int64)
-    lengths = np.zeros((len(ends), most), dtype=np.int16)
-    longest = np.zeros(len(ends), dtype=np.int64)
+    shape = len(ends), most
+    found = Matches(
+        np.full(shape, NO_ENTRY, dtype=np.int64),
+        np.zeros(shape, dtype=np.int16),
+        np.zeros(len(ends), dtype=np.int64),
+    )
 
-    def work(part: slice) -> None:
-        _match(
-            tokens, suffixes, start_token, context, ends[part], ids[part], lengths[part],
-            longest[part],
-        )  # fmt: skip
+    def work(some: slice) -> None:
+        queries = len(ends[some])
+        # Levels before queries: those that few queries have then take no memory.
+        counts = np.empty((len(arrays), queries), np.int64)
+        lengths = np.empty((len(arrays), most, queries), np.int16)
+        lows, highs = (np.empty((len(arrays), most + 1, queries), np.int64) for _ in range(2))
+        least = np.ones(queries, np.int64)
+        for array, *levels in zip(arrays, counts, lengths, lows, highs, strict=True):
+            _find(array.tokens, array.suffixes, start_token, context, ends[some], least, *levels)
+        ids, owners = found.ids[some], np.full((queries, most), NO_ENTRY, dtype=np.int16)
+        _choose(counts, lengths, lows, highs, owners, ids, found.lengths[some], found.longest[some])
+        for number, array in enumerate(arrays):
+            _read(array.suffixes, array.first, number, owners, ids)
 
     in_threads(work, len(ends))
-    return Matches(ids, lengths, longest)
-
-
-def joined_matches(found: Sequence[Matches], most: int) -> Matches:
-    """What several arrays found for the same queries: longest first, equal ones taking turns."""
-    ids = np.concatenate([part.ids for part in found], axis=1)
-    lengths = np.concatenate([part.lengths for part in found], axis=1)
-    turn = np.concatenate([np.arange(part.ids.shape[1]) for part in found])
-    order = np.argsort(turn - lengths.astype(np.int64) * len(turn), axis=1, kind="stable")[:, :most]
-    first = np.stack([part.lengths[:, 0] for part in found])
-    longest = np.where(first == first.max(axis=0), [part.longest for part in found], 0).sum(axis=0)
-    return Matches(
-        np.take_along_axis(ids, order, 1), np.take_along_axis(lengths, order, 1), longest
-    )
+    return found
 
 
 def match_lengths(
@@ -116,8 +121,7 @@ def match_lengths(
 
 
 def longest_matches_reference(
-    tokens: Tokens,
-    suffixes: Int[np.ndarray, " m"],
+    arrays: Sequence[SuffixArray],
     start_token: int,
     context: Tokens,
     ends: Int[np.ndarray, " q"],
@@ -129,14 +133,14 @@ def longest_matches_reference(
         np.zeros((len(ends), most), dtype=np.int16),
         np.zeros(len(ends), dtype=np.int64),
     )
+    ids = np.concatenate([array.suffixes.astype(np.int64) + array.first for array in arrays])
+    lefts = [_reversed_context(a.tokens, int(p), start_token) for a in arrays for p in a.suffixes]
     for i, end in enumerate(ends):
         query = _reversed_context(context, int(end), start_token)
-        lengths = np.array(
-            [_common(query, _reversed_context(tokens, int(p), start_token)) for p in suffixes]
-        )
+        lengths = np.array([_common(query, left) for left in lefts])
         taken = 0
         for length in sorted({n for n in lengths.tolist() if n}, reverse=True):
-            level = suffixes[lengths == length]
+            level = ids[lengths == length]
             if not taken:
                 found.longest[i] = len(level)
             want = min(most - taken, len(level))
@@ -255,29 +259,30 @@ def _measure(
 
 @no_type_check
 @numba.njit(nogil=True, cache=True)
-def _match(
-    tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, ids: Any, lengths: Any,
-    longest: Any,
+def _find(
+    tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, least: Any,
+    counts: Any, lengths: Any, lows: Any, highs: Any,
 ) -> None:
-    most, size = ids.shape[1], len(suffixes)
+    """The matches of each query in one array by length, until there are as many as are wanted.
+
+    Then `least` becomes their length: no array need be searched for shorter ones any more.
+    Entries that match as long as level i says, or longer, are suffixes[lows[i + 1] : highs[i + 1]];
+    lows[0] = highs[0] is where the query itself would stand.
+    """
+    most, size = len(lengths), len(suffixes)
     for i in range(len(ends)):
         end, limit = ends[i], _limit(start_token, context, ends[i])
         high, length = _insertion(tokens, suffixes, context, end, limit)
-        low, taken = high, 0  # suffixes[low:high] has been taken
-        while length > 0 and taken < most:
-            new_low = _edge(tokens, suffixes, context, end, length, low - 1, -1) + 1
-            new_high = _edge(tokens, suffixes, context, end, length, high, 1)
-            below, level = low - new_low, (low - new_low) + (new_high - high)
-            if taken == 0:
-                longest[i] = level
-            want = min(most - taken, level)
-            for j in range(want):
-                nth = j * level // want
-                at = new_low + nth if nth < below else high + nth - below
-                ids[i, taken] = suffixes[at]
-                lengths[i, taken] = length
-                taken += 1
-            low, high = new_low, new_high
+        low, level = high, 0
+        lows[0, i] = highs[0, i] = high
+        while length >= least[i] and high - low < most:
+            low = _edge(tokens, suffixes, context, end, length, low - 1, -1) + 1
+            high = _edge(tokens, suffixes, context, end, length, high, 1)
+            lengths[level, i] = length
+            if high - low >= most:
+                least[i] = length
+            level += 1
+            lows[level, i], highs[level, i] = low, high
             length = 0
             if low > 0:
                 length = _shared(tokens, np.int64(suffixes[low - 1]), context, end, 0, limit)
@@ -285,4 +290,63 @@ def _match(
                 length = max(
                     length, _shared(tokens, np.int64(suffixes[high]), context, end, 0, limit)
                 )
+        counts[i] = level
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _choose(
+    counts: Any, lengths: Any, lows: Any, highs: Any, owners: Any, places: Any, shared: Any,
+    longest: Any,
+) -> None:
+    """Which entries of which array each query gets, of what was found in all of them."""
+    most = owners.shape[1]
+    levels = np.zeros(len(counts), np.int64)  # the next of each array
+    for i in range(len(owners)):
+        levels[:] = 0
+        taken = 0
+        while taken < most:
+            length = 0
+            for a in range(len(counts)):
+                if levels[a] < counts[a, i]:
+                    length = max(length, lengths[a, levels[a], i])
+            if length == 0:
+                break
+            total = 0
+            for a in range(len(counts)):
+                level = levels[a]
+                if level < counts[a, i] and lengths[a, level, i] == length:
+                    total += lows[a, level, i] - lows[a, level + 1, i]
+                    total += highs[a, level + 1, i] - highs[a, level, i]
+            if taken == 0:
+                longest[i] = total
+            want = min(most - taken, total)
+            before, j = 0, 0
+            for a in range(len(counts)):
+                level = levels[a]
+                if level < counts[a, i] and lengths[a, level, i] == length:
+                    below = lows[a, level, i] - lows[a, level + 1, i]
+                    own = below + highs[a, level + 1, i] - highs[a, level, i]
+                    while j < want and j * total // want < before + own:
+                        nth = j * total // want - before
+                        owners[i, taken + j] = a
+                        places[i, taken + j] = (
+                            lows[a, level + 1, i] + nth if nth < below
+                            else highs[a, level, i] + nth - below
+                        )
+                        shared[i, taken + j] = length
+                        j += 1
+                    before += own
+                    levels[a] += 1
+            taken += want
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _read(suffixes: Any, first: Any, number: Any, owners: Any, ids: Any) -> None:
+    """Put the entries of one array in the place of where they stand in it."""
+    for i in range(len(ids)):
+        for j in range(ids.shape[1]):
+            if owners[i, j] == number:
+                ids[i, j] = np.int64(suffixes[ids[i, j]]) + first
 # fmt: on

@@ -20,7 +20,7 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
-from nearest.index.suffix import Matches, joined_matches, longest_matches, match_lengths
+from nearest.index.suffix import Matches, SuffixArray, longest_matches, match_lengths
 from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
@@ -342,21 +342,12 @@ class Memory:
             ends: query i is context[: ends[i] + 1].
             most: number of entries wanted.
         """
-        start_token = self.manifest.model.start_token
-        found = []
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            ids, lengths, longest = longest_matches(
-                segment.tokens,
-                segment.suffixes,
-                start_token,
-                context,
-                ends,
-                min(most, max(1, segment.entry_count)),
-            )
-            if first:
-                ids = np.where(ids < 0, NO_ENTRY, ids + first)
-            found.append(Matches(ids, lengths, longest))
-        return found[0] if len(found) == 1 else joined_matches(found, most)
+        arrays = [
+            SuffixArray(segment.tokens, segment.suffixes, first)
+            for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False)
+        ]
+        most = min(most, max(1, self.entries))
+        return longest_matches(arrays, self.manifest.model.start_token, context, ends, most)
 
     def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
         """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
