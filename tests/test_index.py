@@ -16,16 +16,19 @@ from nearest.folder import sha256_of
 from nearest.index.approximate import (
     ApproximateIndex,
     build_index,
+    can_be_joined,
     check_spec,
+    fill_index,
+    joined,
     read_index,
-    recall,
     resolve_spec,
-    tune_search,
+    train_index,
 )
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
+from nearest.index.tuning import recall, tune_search
 
 METRICS = ["l2", "ip"]
 
@@ -150,7 +153,7 @@ def test_any_factory_string_finds_the_true_neighbours_and_only_listed_ids(
     path = tmp_path / "index.faiss"
     ApproximateIndex(index, metric).write(path)
     with path.open("rb") as file:
-        read = read_index(file, sha256_of(path), metric, parameters.nprobe)
+        read = ApproximateIndex(read_index(file, sha256_of(path)), metric, parameters.nprobe)
     assert (read.entries, read.dim) == (len(ids), 16)
     found = read.search(queries, max(100, parameters.candidates))
     assert np.isin(found.ids[found.ids >= 0], ids).all()
@@ -172,6 +175,57 @@ def test_nprobe_counts_under_every_wrapper(
     assert (wide.ids >= 0).all()
     assert (narrow.ids < 0).any()  # one list is too short for 400
     assert np.isinf(narrow.distances[narrow.ids < 0]).all()
+
+
+@pytest.mark.parametrize("spec", ["IVF8,Flat", "IVF8,SQ8", "PCA8,IVF8,SQ8", "OPQ4,IVF8,PQ4"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("first", [0, 1000])
+def test_joined_indexes_are_one(
+    keys: np.ndarray, ids: np.ndarray, spec: str, metric: Metric, first: int
+) -> None:
+    """Parts that were filled from one trained index find what it finds when it holds everything."""
+    rows = stored(keys, metric)
+    whole, *parts = (train_index(rows, ids, spec, np.random.default_rng(0)) for _ in range(4))
+    assert can_be_joined(whole)
+    fill_index(whole, rows, ids, spec)
+    for part, some in zip(parts, np.array_split(ids, 3), strict=True):
+        fill_index(part, rows, some, spec)
+    one = joined([(part, first) for part in parts])
+    assert one.ntotal == len(ids)
+    expected, found = (ApproximateIndex(i, metric, 3).search(keys[:40], 9) for i in (whole, one))
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    for ours, theirs in zip(found.ids, expected.ids, strict=True):
+        assert set((ours - first * (ours >= 0)).tolist()) == set(theirs.tolist())
+    some = np.tile(ids[::50], (2, 1))
+    measured = ApproximateIndex(one, metric).distances(keys[:2], some + first)
+    np.testing.assert_array_equal(
+        measured, ApproximateIndex(whole, metric).distances(keys[:2], some)
+    )
+
+
+@pytest.mark.parametrize("spec", ["Flat", "HNSW8", "PQ4", "IVF8,PQ4x4fs"])
+def test_other_kinds_are_not_joined(keys: np.ndarray, ids: np.ndarray, spec: str) -> None:
+    assert not can_be_joined(train_index(stored(keys), ids, spec, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spec", ["Flat", "HNSW8", "IVF4,Flat", "OPQ4,PQ4", "SQ8", "IVF4,SQ8"])
+def test_distances_to_codes_are_those_of_a_search(
+    keys: np.ndarray,
+    ids: np.ndarray,
+    queries: np.ndarray,
+    metric: Metric,
+    spec: str,
+    tmp_path: Path,
+) -> None:
+    built = build_index(stored(keys, metric), ids, spec, np.random.default_rng(0))
+    ApproximateIndex(built, metric).write(tmp_path / "index")
+    with (tmp_path / "index").open("rb") as file:
+        index = ApproximateIndex(read_index(file, sha256_of(tmp_path / "index")), metric, None)
+    found = index.search(queries, 7)
+    wanted = np.where(np.arange(7) == 3, -1, found.ids)
+    expected = np.where(np.arange(7) == 3, np.inf, found.distances)
+    np.testing.assert_allclose(index.distances(queries, wanted), expected, rtol=2e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -249,7 +303,7 @@ def test_a_damaged_index_is_not_even_parsed(
     path.write_bytes(data)
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("parsed before it was checked"))
     with path.open("rb") as file, pytest.raises(FolderError, match="damaged"):
-        read_index(file, checksum, "l2", None)
+        read_index(file, checksum)
 
 
 def test_a_full_disk_while_writing_is_an_os_error(keys: np.ndarray, ids: np.ndarray) -> None:

@@ -143,8 +143,8 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         for name, file in segment.files.items():
             kind = "clusters" if name.startswith("cluster_") else name
             sizes[kind] = sizes.get(kind, 0) + file.size
-        if segment.index is not None and segment.index.file is not None:
-            sizes["index"] = sizes.get("index", 0) + segment.index.file.size
+        for file in () if segment.index is None else segment.index.file_records():
+            sizes["index"] = sizes.get("index", 0) + file.size
     for file in () if keys is None else keys.file_records():
         kind = Path(file.path).stem.partition(".")[2]
         sizes[kind] = file.size

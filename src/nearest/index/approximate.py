@@ -1,11 +1,12 @@
-"""FAISS indexes: built from any factory string, tuned to a measured recall, read and searched.
+"""FAISS indexes: built from any factory string, filled, joined, read and searched.
 
 The pitfalls of earlier code are met here, each in one place: ids of -1 in short lists, `nprobe` set
 on a wrapper that ignores it, inner products of the wrong sign, and files of unknown origin.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,12 @@ from jaxtyping import Float, Int
 from nearest.errors import FolderError, SettingError
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
-from nearest.index.neighbours import Metric, Neighbours, VectorIndex, sort_nearest_first
+from nearest.index.neighbours import Metric, Neighbours
 
 EXACT = "exact"
 AUTO = "auto"
 EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
 _ADD_ROWS = 65_536
-_RECALL_QUERIES = 256
-_RECALL_AT = 100
-
-
-@dataclass(frozen=True)
-class SearchParameters:
-    """How an approximate index is searched, and the recall that was measured with it.
-
-    `candidates`: at least so many entries are fetched before re-ranking by the stored keys.
-    """
-
-    nprobe: int | None = None
-    candidates: int = _RECALL_AT
-    recall: float | None = None
 
 
 class ApproximateIndex:
@@ -44,7 +31,7 @@ class ApproximateIndex:
     def __init__(self, index: Any, metric: Metric, nprobe: int | None = None) -> None:
         self._index = index
         self._metric = metric
-        ivf = _ivf_of(index)
+        ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
             ivf.nprobe = nprobe
 
@@ -77,29 +64,38 @@ class ApproximateIndex:
         Raises:
             SettingError: this kind of index cannot give its vectors back.
         """
-        self._map_entries()
         faiss = load_faiss()
         distances = np.full(ids.shape, np.inf, dtype=np.float32)
         for query, row, out in zip(queries, ids, distances, strict=True):
             found = row >= 0
             if found.any():
-                codes = self._index.reconstruct_batch(row[found])
+                codes = self._decoded(row[found])
                 if self._metric == "ip":
                     out[found] = -(codes @ query)
                 else:
                     out[found] = faiss.pairwise_distances(query[None], codes)[0]
         return distances
 
-    def _map_entries(self) -> None:
-        """Let the index find a code by its entry id; inverted lists cannot without a table."""
+    def _decoded(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+        """The vectors that the codes of entries stand for."""
         faiss = load_faiss()
-        if isinstance(self._index, faiss.IndexIDMap) and not isinstance(
-            self._index, faiss.IndexIDMap2
-        ):
-            self._index = faiss.IndexIDMap2(self._index)
-        ivf = _ivf_of(self._index)
-        if ivf is not None and ivf.direct_map.no():
+        index = faiss.downcast_index(self._index)
+        if isinstance(index, faiss.IndexIDMap):
+            inner: np.ndarray = index.index.reconstruct_batch(np.searchsorted(self._ids, ids))
+            return inner
+        ivf = inverted_lists(index)
+        if ivf is not None and ivf.direct_map.no():  # lists find no code by its id without a table
             ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+        decoded: np.ndarray = index.reconstruct_batch(ids)
+        return decoded
+
+    @cached_property
+    def _ids(self) -> Int[np.ndarray, " n"]:
+        """Of an index inside an id map: the id of each vector; entries are added in their order."""
+        ids: np.ndarray = load_faiss().vector_to_array(
+            load_faiss().downcast_index(self._index).id_map
+        )
+        return ids
 
     def write(self, path: Path) -> None:
         """Write the FAISS file; a failing disk raises OSError."""
@@ -120,10 +116,8 @@ class ApproximateIndex:
                 raise failed[0]
 
 
-def read_index(
-    file: BufferedReader, sha256: str, metric: Metric, nprobe: int | None
-) -> ApproximateIndex:
-    """Read a FAISS file, after its checksum has matched and not before.
+def read_index(file: BufferedReader, sha256: str) -> Any:
+    """Read a FAISS index, after the checksum of its file has matched and not before.
 
     Raises:
         FolderError: the file is not the one the manifest describes.
@@ -137,13 +131,12 @@ def read_index(
         )
     file.seek(0)
     try:
-        index = faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
+        return faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
     except RuntimeError as error:
         raise FolderError(
             f"{file.name} is no FAISS index ({str(error).strip().splitlines()[-1]}): "
             "rebuild it with `nearest index`"
         ) from error
-    return ApproximateIndex(index, metric, nprobe)
 
 
 def resolve_spec(spec: str, entries: int) -> str:
@@ -169,7 +162,7 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
     ivf = None
     if spec not in (AUTO, EXACT):
         index = _make_index(spec, dim, "l2")
-        ivf = _ivf_of(index)
+        ivf = inverted_lists(index)
     if ivf is not None and entries is not None and ivf.nlist > entries:
         raise SettingError(
             f"the index {spec!r} has more lists than the memory has entries ({entries:,}): choose "
@@ -183,8 +176,13 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
 
 def training_rows(spec: str, dim: int) -> int:
     """Rows that train an index well: 39 for each list and each 8-bit code, FAISS's own minimum."""
-    ivf = _ivf_of(_make_index(spec, dim, "l2"))
-    return 39 * max(256, 0 if ivf is None else int(ivf.nlist))
+    return 39 * max(256, number_of_lists(spec, dim))
+
+
+def number_of_lists(spec: str, dim: int) -> int:
+    """Of an index with inverted lists; 0 of others."""
+    ivf = inverted_lists(_make_index(spec, dim, "l2"))
+    return 0 if ivf is None else int(ivf.nlist)
 
 
 def _make_index(spec: str, dim: int, metric: Metric) -> Any:
@@ -204,121 +202,72 @@ def _refused(spec: str, dim: int, error: RuntimeError) -> SettingError:
     )
 
 
-def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
-    """Train and fill a FAISS index over the keys of `ids`, with those ids.
+def train_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
+    """A FAISS index without entries, trained on the keys of some of `ids`.
 
     Raises:
         SettingError: FAISS does not know the factory string, or it does not fit the keys.
     """
     faiss = load_faiss()
     index = _make_index(spec, keys.dim, keys.metric)
-    ivf = _ivf_of(index)
     try:
         if not _keeps_ids(index):
             index = faiss.IndexIDMap(index)
         if not index.is_trained:
-            index.train(keys.rows(_training_sample(ids, ivf, rng)))
-        for start in range(0, len(ids), _ADD_ROWS):
-            block = ids[start : start + _ADD_ROWS]
-            index.add_with_ids(keys.rows(block), block)
+            index.train(keys.rows(_training_sample(ids, inverted_lists(index), rng)))
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
     return index
 
 
-def tune_search(
-    index: Any,
-    keys: Keys,
-    ids: Int[np.ndarray, " m"],
-    exact: VectorIndex,
-    target: float,
-    rng: np.random.Generator,
-    nprobe: int | None = None,
-) -> SearchParameters:
-    """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
+def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) -> None:
+    """Add the keys of `ids` to a trained FAISS index, with those ids.
 
-    The sample is of the memory's own keys, each with itself left out. The lists probed or the
-    candidates are doubled, whichever gains more, until the target is reached or neither gains.
-    What was measured is recorded either way. With `nprobe` given, recall is only measured.
+    Raises:
+        SettingError: this kind of index does not take them.
     """
-    if len(ids) < 2:
-        return SearchParameters(recall=1.0)
-    sample = _recall_sample(ids, rng)
-    truth = _exact_neighbours(exact, keys, ids, sample)
-    ivf = _ivf_of(index)
-    nlist = None if ivf is None else int(ivf.nlist)
-
-    def measured(parameters: SearchParameters) -> SearchParameters:
-        searched = ApproximateIndex(index, keys.metric, parameters.nprobe)
-        found = _reranked(searched, keys, ids, sample, parameters.candidates)
-        return replace(parameters, recall=recall(found, truth))
-
-    if nprobe is not None and nlist is not None:
-        return measured(SearchParameters(nprobe=min(nprobe, nlist)))
-    best = measured(SearchParameters(nprobe=None if nlist is None else min(4, nlist)))
-    while (best.recall or 0) < target:
-        trials = []
-        if nlist is not None and best.nprobe is not None and best.nprobe < nlist:
-            trials.append(measured(replace(best, nprobe=min(2 * best.nprobe, nlist))))
-        if best.candidates < min(16 * _RECALL_AT, len(ids)):
-            trials.append(measured(replace(best, candidates=2 * best.candidates)))
-        better = [trial for trial in trials if (trial.recall or 0) > (best.recall or 0) + 1e-3]
-        if not better:
-            break
-        best = max(better, key=lambda trial: trial.recall or 0)
-    return best
+    try:
+        for start in range(0, len(ids), _ADD_ROWS):
+            block = ids[start : start + _ADD_ROWS]
+            index.add_with_ids(keys.rows(block), block)
+    except RuntimeError as error:
+        raise _refused(spec, keys.dim, error) from error
 
 
-def measured_recall(
-    index: VectorIndex,
-    keys: Keys,
-    ids: Int[np.ndarray, " m"],
-    exact: VectorIndex,
-    candidates: int,
-    rng: np.random.Generator,
-) -> float:
-    """Recall@100 after re-ranking of an index as it is, on a sample of the memory's own keys."""
-    if len(ids) < 2:
-        return 1.0
-    sample = _recall_sample(ids, rng)
-    found = _reranked(index, keys, ids, sample, candidates)
-    return recall(found, _exact_neighbours(exact, keys, ids, sample))
+def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
+    """A FAISS index, trained and filled; raises as `train_index` and `fill_index` do."""
+    index = train_index(keys, ids, spec, rng)
+    fill_index(index, keys, ids, spec)
+    return index
 
 
-def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[np.ndarray, " s"]:
-    return np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
+def can_be_joined(index: Any) -> bool:
+    """Whether indexes filled from this trained one can become one: plain inverted lists can."""
+    ivf = inverted_lists(index)
+    faiss = load_faiss()
+    return ivf is not None and isinstance(
+        faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists
+    )
 
 
-def _exact_neighbours(
-    exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
-) -> Int[np.ndarray, "s at"]:
-    """The true neighbours of some entries, without themselves."""
-    at = min(_RECALL_AT, len(ids) - 1)
-    return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
+def joined(parts: Sequence[tuple[Any, int]]) -> Any:
+    """One FAISS index of several that were filled from the same trained one; they are used up.
+
+    Args:
+        parts: indexes, and what is to be added to the ids of each.
+    """
+    (whole, first), *others = parts
+    ivf = inverted_lists(whole)
+    if first and ivf is not None:
+        for number in range(ivf.nlist):
+            ids = ivf.invlists.get_ids(number)
+            load_faiss().rev_swig_ptr(ids, ivf.invlists.list_size(number))[:] += first
+    for other, beginning in others:
+        whole.merge_from(other, beginning)
+    return whole
 
 
-def _reranked(
-    index: VectorIndex,
-    keys: Keys,
-    ids: Int[np.ndarray, " m"],
-    sample: Int[np.ndarray, " s"],
-    candidates: int,
-) -> Int[np.ndarray, "s at"]:
-    """The neighbours of some entries that an index finds, by the stored keys."""
-    at = min(_RECALL_AT, len(ids) - 1)
-    queries = keys.rows(sample)
-    found = index.search(queries, min(candidates + 1, len(ids)))
-    by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
-    return _without_self(sort_nearest_first(by_keys, at + 1), sample, at)
-
-
-def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:
-    """Share of the true neighbours that were found, mean over queries."""
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
-    return float(np.mean(hits) / truth.shape[1])
-
-
-def _ivf_of(index: Any) -> Any | None:
+def inverted_lists(index: Any) -> Any | None:
     """The inverted-file index inside any wrapper, or None: `nprobe` counts only there."""
     faiss = load_faiss()
     try:
@@ -341,11 +290,3 @@ def _training_sample(
     """Rows for k-means: 64 a centroid is enough for lists, 64 × 256 for product quantisers."""
     wanted = max(64 * 256, 64 * int(ivf.nlist) if ivf is not None else 0)
     return np.sort(rng.choice(ids, size=min(wanted, len(ids)), replace=False))
-
-
-def _without_self(
-    found: Neighbours, own: Int[np.ndarray, " q"], at: int
-) -> Int[np.ndarray, "q at"]:
-    """Ids without each query's own entry, cut to `at`."""
-    order = np.argsort(found.ids == own[:, None], axis=1, kind="stable")
-    return np.take_along_axis(found.ids, order, 1)[:, :at]

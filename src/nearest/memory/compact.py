@@ -56,7 +56,7 @@ def plan_compaction(path: Path) -> CompactionPlan:
     memory = Memory.open(path)
     share = memory.tokens / memory.positions
     files = [file for record in memory.manifest.segments for file in record.files.values()]
-    files += [r.index.file for r in memory.manifest.segments if r.index and r.index.file]
+    files += [f for r in memory.manifest.segments if r.index for f in r.index.file_records()]
     size = int(share * sum(file.size for file in files))
     sample = memory.segments[0].tokens[:_SAMPLE]
     started = time.perf_counter()

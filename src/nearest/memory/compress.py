@@ -21,7 +21,8 @@ from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
 from nearest.memory.array_files import write_array
 from nearest.memory.generation import changing, of_generation
-from nearest.memory.index_files import IndexChoice, write_index
+from nearest.memory.index_files import IndexChoice
+from nearest.memory.index_path import index_segments
 from nearest.memory.key_files import (
     KEY_ARRAYS,
     KeyWriter,
@@ -34,7 +35,6 @@ from nearest.memory.manifest import (
     KeysRecord,
     Manifest,
     ProjectionRecord,
-    SegmentRecord,
     publish_next,
 )
 from nearest.memory.memory import Memory
@@ -56,7 +56,7 @@ class Compression:
         pca: dimensions to keep.
         merge: join near entries of the same value into one that counts for all of them.
         neighbours: of each entry, that may be merged into it; 9 when None.
-        index: a FAISS factory string, exact or auto; None builds the kind that each segment has.
+        index: a FAISS factory string, exact or auto; None builds what was asked for before.
         recall: to tune the index to; None: what it was tuned to.
     """
 
@@ -101,13 +101,14 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
                 "leave merging out, or build the memory anew"
             )
         dim = compression.pca or memory.keys_record.stored_dim
-        for record in manifest.segments:  # before anything is written for nothing
-            check_spec(_index_choice(record, compression).spec, dim, None)
+        choice = _index_choice(manifest, compression)
+        check_spec(choice.spec, dim, None)  # before anything is written for nothing
         plan = _plan(path, memory, compression)
-        segments = [
+        rewritten = [
             _rewrite(path, manifest, segment, plan, compression, progress)
             for segment in memory.segments
         ]
+        segments = index_segments(path, manifest.generation + 1, rewritten, choice, progress)
         keys = plan.record
         if compression.index is not None:
             keys = msgspec.structs.replace(keys, index=compression.index)
@@ -151,8 +152,8 @@ def _rewrite(
     plan: _Plan,
     compression: Compression,
     progress: Progress,
-) -> SegmentRecord:
-    """Write a segment's keys in the new format, merged where asked, and their index."""
+) -> Segment:
+    """Write a segment's keys in the new format, merged where asked; its index is to come."""
     old, dim = segment.record, plan.record.stored_dim
     folder, generation = path / "segments" / old.name, manifest.generation + 1
     prefix = of_generation(generation, "")
@@ -175,26 +176,15 @@ def _rewrite(
     files |= {k: FileRecord.of(path, p.relative_to(path).as_posix()) for k, p in paths.items()}
     left = {kind: f for kind, f in old.files.items() if kind not in KEY_ARRAYS}
     record = msgspec.structs.replace(old, files={**left, **files}, kept=kept)
-    rewritten = Segment(path, msgspec.structs.replace(manifest, keys=plan.record), record)
-    index = write_index(
-        path,
-        folder / f"{prefix}index.faiss",
-        rewritten.keys,
-        rewritten.searched,
-        _index_choice(old, compression),
-        progress,
-    )
-    return record.with_files({}, index=index)
+    return Segment(path, msgspec.structs.replace(manifest, keys=plan.record), record)
 
 
-def _index_choice(record: SegmentRecord, compression: Compression) -> IndexChoice:
-    """As asked for, else as the segment has it."""
-    before, default = record.index, IndexChoice()
-    if before is not None:
-        default = IndexChoice(before.spec, before.recall_target)
+def _index_choice(manifest: Manifest, compression: Compression) -> IndexChoice:
+    """As asked for, else as the memory's was."""
+    before = IndexChoice.of(manifest)
     return IndexChoice(
-        default.spec if compression.index is None else compression.index,
-        default.recall if compression.recall is None else compression.recall,
+        before.spec if compression.index is None else compression.index,
+        before.recall if compression.recall is None else compression.recall,
     )
 
 

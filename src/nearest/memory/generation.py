@@ -28,17 +28,18 @@ _BUILT = {
     "rows.npy",
     "weights.npy",
     "index.faiss",
+    "trained.faiss",
     "clusters.of.npy",
     "clusters.offsets.npy",
     "clusters.members.npy",
 }
 _SEGMENT = re.compile(r"\d{6}")
 _LATER_IN_SEGMENT = re.compile(
-    r"g\d{6}\.(index\.faiss"
+    r"g\d{6}\.((index|trained)\.faiss"
     r"|(keys|scales|rows|weights|removed|clusters\.(of|offsets|members))\.npy)"
 )
 _LATER_IN_MEMORY = re.compile(
-    r"g\d{6}\.((clusters\.centroids|projection|codebooks)\.npy"
+    r"g\d{6}\.((projection|codebooks)\.npy"
     r"|[a-z+-]+\.gate\.safetensors(\.partial)?)"
 )
 

@@ -1,8 +1,11 @@
 """The index of a segment: which kind, built over its keys, tuned, written and described."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
@@ -13,19 +16,24 @@ from nearest.index.approximate import (
     EXACT,
     EXACT_BELOW,
     ApproximateIndex,
-    SearchParameters,
-    build_index,
+    can_be_joined,
     check_spec,
+    fill_index,
+    number_of_lists,
+    read_index,
     resolve_spec,
+    train_index,
     training_rows,
-    tune_search,
 )
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys
-from nearest.memory.manifest import FileRecord, IndexRecord, Manifest
+from nearest.index.tuning import SearchParameters, measured_recall, tune_search
+from nearest.memory.manifest import FileRecord, IndexRecord, Manifest, SegmentRecord
 from nearest.progress import Progress
 
+INDEX, TRAINED = "index.faiss", "trained.faiss"
 _SEED = 0
+_FEWER_LISTS = 2  # than fit so many entries: with more, searches are noticeably slower
 
 
 @dataclass(frozen=True)
@@ -70,26 +78,110 @@ def write_index(
     choice: IndexChoice,
     progress: Progress,
 ) -> IndexRecord:
-    """Build, tune and write the index over the keys of entries; an exact one needs no file."""
+    """Train, fill, tune and write the index over the keys of entries; an exact one needs no file.
+
+    Where other segments' could be joined to it, the trained index without entries is kept too.
+    """
     check_spec(choice.spec, keys.dim, choice.nprobe, len(entries))
     spec = resolve_spec(choice.spec, len(entries))
-    file, parameters = None, SearchParameters(recall=1.0)
-    if spec != EXACT:
-        rng = np.random.default_rng(_SEED)
-        progress(f"index {spec}", 0, len(entries))
-        index = build_index(keys, entries, spec, rng)
-        exact = ExactIndex(keys, entries)
-        parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
-        ApproximateIndex(index, keys.metric).write(path)
-        fsync_file(path)
-        file = FileRecord.of(root, path.relative_to(root).as_posix())
-        progress(f"index {spec}", len(entries), len(entries))
+    if spec == EXACT:
+        return _record(EXACT, len(entries), SearchParameters(recall=1.0), choice.recall)
+    rng = np.random.default_rng(_SEED)
+    progress(f"index {spec}", 0, len(entries))
+    index = train_index(keys, entries, spec, rng)
+    trained = None
+    if can_be_joined(index):
+        trained = _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)
+    fill_index(index, keys, entries, spec)
+    exact = ExactIndex(keys, entries)
+    parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
+    record = _record(spec, len(entries), parameters, choice.recall)
+    progress(f"index {spec}", len(entries), len(entries))
+    return msgspec.structs.replace(
+        record,
+        file=_file(root, path, index, keys),
+        trained=trained,
+        filled_from=None if trained is None else trained.sha256,
+    )
+
+
+def fill_like(
+    root: Path,
+    path: Path,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    like: IndexRecord,
+    progress: Progress,
+    *,
+    keep: bool,
+) -> IndexRecord:
+    """Write the index over the keys of entries, filled from the one that `like` was filled from.
+
+    It is searched as `like` is. `keep` keeps a copy of the trained index for segments to come.
+    """
+    if like.trained is None:
+        raise ValueError("the trained index is not kept")
+    progress(f"index {like.spec}", 0, len(entries))
+    with (root / like.trained.path).open("rb") as file:
+        index = read_index(file, like.trained.sha256)
+    trained = None
+    if keep:
+        trained = _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)
+    fill_index(index, keys, entries, like.spec)
+    parameters = SearchParameters(like.nprobe, like.candidates)
+    searched = ApproximateIndex(index, keys.metric, like.nprobe)
+    found = measured_recall(
+        searched,
+        keys,
+        entries,
+        ExactIndex(keys, entries),
+        like.candidates,
+        np.random.default_rng(_SEED),
+    )
+    record = _record(like.spec, len(entries), replace(parameters, recall=found), like.recall_target)
+    progress(f"index {like.spec}", len(entries), len(entries))
+    return msgspec.structs.replace(
+        record,
+        file=_file(root, path, index, keys),
+        trained=trained,
+        filled_from=like.filled_from,
+    )
+
+
+def to_fill_like(
+    records: Iterable[SegmentRecord], choice: IndexChoice, dim: int, entries: int
+) -> IndexRecord | None:
+    """The index of which one of so many entries may be filled: that of the largest segment.
+
+    None where no trained one is kept, another is asked for, or too few lists would hold too many.
+    """
+    kept = [record.index for record in records if record.index and record.index.trained]
+    like = max(kept, key=lambda index: index.entries, default=None)
+    if like is None or choice.nprobe is not None:
+        return None
+    if choice.spec == AUTO:
+        wanted = number_of_lists(resolve_spec(AUTO, max(entries, EXACT_BELOW)), dim)
+        return like if wanted <= _FEWER_LISTS * number_of_lists(like.spec, dim) else None
+    return like if choice.spec == like.spec else None
+
+
+def _record(
+    spec: str, entries: int, parameters: SearchParameters, recall_target: float
+) -> IndexRecord:
     return IndexRecord(
         spec=spec,
-        file=file,
-        entries=len(entries),
+        file=None,
+        trained=None,
+        filled_from=None,
+        entries=entries,
         nprobe=parameters.nprobe,
         candidates=parameters.candidates,
         recall=parameters.recall,
-        recall_target=choice.recall,
+        recall_target=recall_target,
     )
+
+
+def _file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
+    ApproximateIndex(index, keys.metric).write(path)
+    fsync_file(path)
+    return FileRecord.of(root, path.relative_to(root).as_posix())

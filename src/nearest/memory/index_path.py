@@ -1,28 +1,72 @@
 """The index of a segment as one of its access paths."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Int
 
-from nearest.index.approximate import measured_recall
-from nearest.memory.index_files import write_index
+from nearest.index.tuning import measured_recall
+from nearest.memory.generation import of_generation
+from nearest.memory.index_files import (
+    INDEX,
+    IndexChoice,
+    fill_like,
+    to_fill_like,
+    write_index,
+)
 from nearest.memory.manifest import SegmentRecord
 from nearest.memory.new_segment import NewSegment
 from nearest.memory.segment import Segment
+from nearest.progress import Progress
 
 _SEED = 0
 _RECALL_LOST = 0.1  # below what was measured at building; samples differ
 
 
 def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
-    """Build it over the keys; none where there are no keys."""
-    if new.plan.manifest.keys is None:
+    """Build it over the keys, among others like theirs; none where there are no keys."""
+    plan = new.plan
+    if plan.manifest.keys is None:
         return record
     segment = new.opened(record)
-    file = new.plan.root / new.plan.folder / "index.faiss"
-    index = write_index(
-        new.plan.root, file, segment.keys, segment.searched, new.choice, new.plan.progress
-    )
+    file = plan.root / plan.folder / INDEX
+    what = plan.root, file, segment.keys, segment.searched
+    merged = [one.record for one in plan.merged]
+    others = [*plan.manifest.segments, *merged] if plan.among_others else []
+    like = to_fill_like(others, plan.choice, segment.keys.dim, segment.searched_count)
+    if like is None:
+        index = write_index(*what, new.choice, plan.progress)
+    else:
+        keep = any(one.index is not None and one.index.trained == like.trained for one in merged)
+        index = fill_like(*what, like, plan.progress, keep=keep)
     return record.with_files({}, index=index)
+
+
+def index_segments(
+    root: Path,
+    generation: int,
+    segments: Sequence[Segment],
+    choice: IndexChoice,
+    progress: Progress,
+) -> list[SegmentRecord]:
+    """Write the indexes of all segments anew: the largest one's, and those of others like it."""
+    records = [segment.record for segment in segments]
+    done: list[SegmentRecord] = []
+    for number in sorted(range(len(segments)), key=lambda i: -segments[i].searched_count):
+        segment, count = segments[number], segments[number].searched_count
+        file = root / "segments" / segment.record.name / of_generation(generation, INDEX)
+        what = root, file, segment.keys, segment.searched
+        like = to_fill_like(done, replace(choice, nprobe=None), segment.keys.dim, count)
+        if like is None:
+            own = choice.among_others(segment.keys.dim, count) if done else choice
+            index = write_index(*what, own, progress)
+        else:
+            index = fill_like(*what, like, progress, keep=False)
+        records[number] = segment.record.with_files({}, index=index)
+        done.append(records[number])
+    return records
 
 
 def reachable(segment: Segment) -> Int[np.ndarray, "_"]:

@@ -1,5 +1,6 @@
 """Add documents to a memory, replace them, and take them back: each as one new generation."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
+from nearest.index.approximate import EXACT, EXACT_BELOW
 from nearest.memory.access_paths import merge_segments, write_segment
 from nearest.memory.array_files import write_array
 from nearest.memory.generation import changing, free_segment_name, of_generation
@@ -24,7 +26,7 @@ from nearest.memory.new_segment import SegmentPlan
 from nearest.memory.segment import OFFSET_DTYPE, Segment, id_hash
 from nearest.progress import Progress, no_progress
 
-_SEGMENTS_OF_A_SIZE = 8
+_SEGMENTS_OF_A_SIZE = 4
 
 Removed = dict[int, list[int]]  # segment → stored numbers of documents
 
@@ -86,14 +88,17 @@ def _with_tail_merged(
 ) -> list[SegmentRecord]:
     """Segments with the last ones made one where they are many and small."""
     opened = [Segment(path, manifest, record) for record in records]
+    choice = IndexChoice.of(manifest)
     tail = tail_to_merge([segment.entry_count for segment in opened])
+    if manifest.keys is not None and choice.spec != EXACT:
+        tail = max(tail, _tail_to_index(opened))
     if not tail:
         return records
     plan = SegmentPlan(
         path,
         manifest,
         free_segment_name(path, manifest),
-        IndexChoice.of(manifest),
+        choice,
         progress,
         merged=opened[-tail:],
         among_others=True,
@@ -101,11 +106,18 @@ def _with_tail_merged(
     return [*records[:-tail], merge_segments(plan)]
 
 
-def tail_to_merge(sizes: Sequence[int]) -> int:
-    """How many of the last segments are to be made one: eight of a size, or 0.
+def _tail_to_index(segments: Sequence[Segment]) -> int:
+    """How many of the last segments are scanned, where an index over all of them is worth it."""
+    scanned = list(itertools.takewhile(lambda s: not s.has_index, reversed(segments)))
+    many = sum(segment.searched_count for segment in scanned) >= EXACT_BELOW
+    return len(scanned) if many and len(scanned) > 1 else 0
 
-    Sizes are told apart as powers of eight, so that there are at most seven segments of each and an
-    entry is copied as often as the memory's size has grown eightfold.
+
+def tail_to_merge(sizes: Sequence[int]) -> int:
+    """How many of the last segments are to be made one: four of a size, or 0.
+
+    Sizes are told apart as powers of four, so that there are at most three segments of each and an
+    entry is copied as often as the memory's size has grown fourfold.
     """
     left, tail = list(sizes), 0
     while True:
@@ -119,7 +131,7 @@ def tail_to_merge(sizes: Sequence[int]) -> int:
 
 
 def _power(size: int) -> int:
-    return (size.bit_length() - 1) // 3  # of eight
+    return (size.bit_length() - 1) // 2  # of four
 
 
 def _encoder(

@@ -95,16 +95,24 @@ class IndexRecord(_Record, frozen=True):
     """How the segment's keys are searched; `file` is None when they are scanned exactly.
 
     `entries`: how many it holds, those that were removed since included. `recall`: measured
-    recall@100 after re-ranking, of at least `candidates` entries, by the keys.
+    recall@100 after re-ranking, of at least `candidates` entries, by the keys. `filled_from`: the
+    checksum of the trained index without entries from which it was filled; those filled from one
+    are searched as one. `trained`: that index, where it is kept for segments to come.
     """
 
     spec: str
     file: FileRecord | None
+    trained: FileRecord | None
+    filled_from: Digest | None
     entries: Count
     nprobe: Positive | None
     candidates: Positive
     recall: float | None
     recall_target: float
+
+    def file_records(self) -> list[FileRecord]:
+        """Its live files."""
+        return [file for file in (self.file, self.trained) if file is not None]
 
 
 class SegmentRecord(_Record, frozen=True):
@@ -183,7 +191,7 @@ class Manifest(_Record, frozen=True):
     def file_records(self) -> list[FileRecord]:
         """Every live file."""
         records = [file for segment in self.segments for file in segment.files.values()]
-        records += [s.index.file for s in self.segments if s.index and s.index.file]
+        records += [f for s in self.segments if s.index for f in s.index.file_records()]
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
         return records

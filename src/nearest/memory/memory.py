@@ -24,6 +24,7 @@ from nearest.index.suffix import Matches, SuffixArray, longest_matches, match_le
 from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
+from nearest.memory.search import JointIndex, joint_indexes
 from nearest.memory.segment import Segment, no_keys
 from nearest.progress import Progress, no_progress
 
@@ -228,19 +229,21 @@ class Memory:
     ) -> Neighbours:
         """Search with queries as keys are stored."""
         parts = []
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            if distances == "keys":
-                found = segment.search_by_keys(queries, k, candidates)
-            else:
-                found = segment.search_by_index(queries, k)
-            if first:
-                found = Neighbours(np.where(found.ids < 0, NO_ENTRY, found.ids + first), found[1])
-            parts.append(found)
-        if len(parts) == 1:
+        for joint in self._indexes:
+            wanted = k if distances == "index" else max(k, candidates, joint.candidates)
+            parts.append(joint.index.search(queries, min(wanted, joint.entries)))
+        if not parts:
+            return Neighbours.none(len(queries))
+        if distances == "index" and len(parts) == 1:
             return parts[0]
-        return sort_nearest_first(
-            Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))), k
-        )
+        ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        if distances == "keys":
+            found = self.keys.distances(queries, ids)
+        return sort_nearest_first(Neighbours(ids, found), k)
+
+    @cached_property
+    def _indexes(self) -> list[JointIndex]:
+        return joint_indexes(self.segments, self.keys)
 
     def key_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
@@ -277,11 +280,25 @@ class Memory:
     ) -> Float[np.ndarray, "q k"]:
         """As `key_distances`, but to the index's own codes, as its searches measure them."""
         queries = self._stored(queries)
-        parts = [
-            segment.index_distances(queries, self._local(ids, segment, int(first)))
-            for segment, first in zip(self.segments, self._first_entry, strict=False)
-        ]
-        return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
+        if self.has_weights:
+            ids = self._heads(ids)
+        distances = np.full(ids.shape, np.inf, np.float32)
+        for joint in self._indexes:
+            own = np.zeros(ids.shape, dtype=bool)
+            for first, stop in joint.owned:
+                own |= (ids >= first) & (ids < stop)
+            measured = joint.index.distances(queries, np.where(own, ids, NO_ENTRY))
+            np.minimum(distances, measured, out=distances)
+        return distances
+
+    def _heads(self, ids: Int[np.ndarray, "q k"]) -> Int[np.ndarray, "q k"]:
+        """The entries whose keys some have or share."""
+        heads = ids.copy()
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            local = segment.heads(ids[inside] - first)
+            heads[inside] = np.where(local < 0, NO_ENTRY, local + first)
+        return heads
 
     @cached_property
     def keys(self) -> Keys:

@@ -5,6 +5,7 @@ import weakref
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, UInt8, UInt64
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8, UInt64
 from nearest.corpus.tokens import Tokens, token_dtype
 from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
-from nearest.index.approximate import read_index
+from nearest.index.approximate import ApproximateIndex, read_index
 from nearest.index.clusters import NO_CLUSTER, Clusters
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys, MergedKeys
@@ -295,18 +296,30 @@ class Segment:
 
     @cached_property
     def index(self) -> MeasuringIndex:
-        """The index that the manifest names, read after its checksum has matched."""
+        """What searches this segment alone."""
+        if not self.has_index or self.record.index is None:
+            return self.exact_index()
+        read = ApproximateIndex(self.read_index(), self.keys.metric, self.record.index.nprobe)
+        return LiveIndex(read, read.entries, self.gone) if len(self.removed) else read
+
+    @property
+    def has_index(self) -> bool:
+        """Whether a file of its own is searched; else keys are scanned, or there are none."""
+        return self._index_file is not None
+
+    def read_index(self) -> Any:
+        """The FAISS index that the manifest names, read anew after its checksum has matched."""
         keys, record = self.keys, self.record.index
         if record is None or record.file is None or self._index_file is None:
-            return self.exact_index()
-        index = read_index(self._index_file, record.file.sha256, keys.metric, record.nprobe)
-        if index.dim != keys.dim or index.entries != record.entries:
+            raise ValueError(f"segment {self.record.name} has no index of its own")
+        index = read_index(self._index_file, record.file.sha256)
+        if index.d != keys.dim or index.ntotal != record.entries:
             raise FolderError(
-                f"{record.file.path} holds {index.entries:,} vectors of {index.dim} dims, the "
+                f"{record.file.path} holds {index.ntotal:,} vectors of {index.d} dims, the "
                 f"manifest says {record.entries:,} of {keys.dim}: "
                 "rebuild it with `nearest index`"
             )
-        return LiveIndex(index, index.entries, self.gone) if len(self.removed) else index
+        return index
 
     def exact_index(self) -> ExactIndex:
         """Exhaustive search over this segment's keys."""
@@ -328,15 +341,12 @@ class Segment:
             return Neighbours.none(len(queries))
         return self.index.search(queries, k)
 
-    def index_distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
-    ) -> Float[np.ndarray, "q k"]:
-        """Distances to the index's codes of entries, or of those that they were merged into."""
-        if self.rows is not None and self.stored_weights is not None:
-            rows = np.where(ids < 0, NO_ENTRY, self.rows[ids])
-            heads = np.flatnonzero(self.stored_weights)
-            ids = np.where(rows < 0, NO_ENTRY, heads[rows])
-        return self.index.distances(queries, ids)
+    def heads(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The entries into which some were merged, themselves where they stand for themselves."""
+        if self.rows is None or self.stored_weights is None:
+            return ids
+        rows = np.where(ids < 0, NO_ENTRY, self.rows[ids])
+        return np.where(rows < 0, NO_ENTRY, np.flatnonzero(self.stored_weights)[rows])
 
     def tokens_of(self, number: int) -> Tokens:
         """The token ids of a document by its stored number."""

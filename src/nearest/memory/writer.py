@@ -26,8 +26,9 @@ from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
 from nearest.memory.access_paths import write_segment
 from nearest.memory.gate_files import NewGate, write_gate
-from nearest.memory.generation import changing, new_folder, of_generation
-from nearest.memory.index_files import IndexChoice, write_index
+from nearest.memory.generation import changing, new_folder
+from nearest.memory.index_files import IndexChoice
+from nearest.memory.index_path import index_segments
 from nearest.memory.manifest import (
     FORMAT,
     KeysRecord,
@@ -142,21 +143,13 @@ def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, Keys
 
 
 def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
-    """Give every segment another index, as a new generation; small ones of several are scanned."""
+    """Give every segment another index, as a new generation; others are filled like the largest."""
     with changing(path) as manifest:
         if manifest.keys is None:
             raise no_keys(path)
-        dim, name = manifest.keys.stored_dim, of_generation(manifest.generation + 1, "index.faiss")
-        check_spec(choice.spec, dim, choice.nprobe)
-        segments = []
-        for record in manifest.segments:
-            segment = Segment(path, manifest, record)
-            own = choice
-            if len(manifest.segments) > 1:
-                own = choice.among_others(dim, segment.searched_count)
-            file = path / "segments" / record.name / name
-            index = write_index(path, file, segment.keys, segment.searched, own, progress)
-            segments.append(record.with_files({}, index=index))
+        check_spec(choice.spec, manifest.keys.stored_dim, choice.nprobe)
+        opened = [Segment(path, manifest, record) for record in manifest.segments]
+        segments = index_segments(path, manifest.generation + 1, opened, choice, progress)
         keys = msgspec.structs.replace(manifest.keys, index=choice.spec)
         publish_next(path, manifest, keys=keys, segments=segments)
 

@@ -1,0 +1,126 @@
+"""How an approximate index is searched: the cheapest way that finds what exact search finds."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.index.approximate import ApproximateIndex, inverted_lists
+from nearest.index.keys import Keys
+from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
+
+_RECALL_QUERIES = 256
+_RECALL_AT = 100
+
+
+@dataclass(frozen=True)
+class SearchParameters:
+    """How an approximate index is searched, and the recall that was measured with it.
+
+    `candidates`: at least so many entries are fetched before re-ranking by the stored keys.
+    """
+
+    nprobe: int | None = None
+    candidates: int = _RECALL_AT
+    recall: float | None = None
+
+
+def tune_search(
+    index: Any,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    exact: VectorIndex,
+    target: float,
+    rng: np.random.Generator,
+    nprobe: int | None = None,
+) -> SearchParameters:
+    """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
+
+    The sample is of the memory's own keys, each with itself left out. The lists probed or the
+    candidates are doubled, whichever gains more, until the target is reached or neither gains.
+    What was measured is recorded either way. With `nprobe` given, recall is only measured.
+    """
+    if len(ids) < 2:
+        return SearchParameters(recall=1.0)
+    sample = _recall_sample(ids, rng)
+    truth = _exact_neighbours(exact, keys, ids, sample)
+    ivf = inverted_lists(index)
+    nlist = None if ivf is None else int(ivf.nlist)
+
+    def measured(parameters: SearchParameters) -> SearchParameters:
+        searched = ApproximateIndex(index, keys.metric, parameters.nprobe)
+        found = _reranked(searched, keys, ids, sample, parameters.candidates)
+        return replace(parameters, recall=recall(found, truth))
+
+    if nprobe is not None and nlist is not None:
+        return measured(SearchParameters(nprobe=min(nprobe, nlist)))
+    best = measured(SearchParameters(nprobe=None if nlist is None else min(4, nlist)))
+    while (best.recall or 0) < target:
+        trials = []
+        if nlist is not None and best.nprobe is not None and best.nprobe < nlist:
+            trials.append(measured(replace(best, nprobe=min(2 * best.nprobe, nlist))))
+        if best.candidates < min(16 * _RECALL_AT, len(ids)):
+            trials.append(measured(replace(best, candidates=2 * best.candidates)))
+        better = [trial for trial in trials if (trial.recall or 0) > (best.recall or 0) + 1e-3]
+        if not better:
+            break
+        best = max(better, key=lambda trial: trial.recall or 0)
+    return best
+
+
+def measured_recall(
+    index: VectorIndex,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    exact: VectorIndex,
+    candidates: int,
+    rng: np.random.Generator,
+) -> float:
+    """Recall@100 after re-ranking of an index as it is, on a sample of the memory's own keys."""
+    if len(ids) < 2:
+        return 1.0
+    sample = _recall_sample(ids, rng)
+    found = _reranked(index, keys, ids, sample, candidates)
+    return recall(found, _exact_neighbours(exact, keys, ids, sample))
+
+
+def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[np.ndarray, " s"]:
+    return np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
+
+
+def _exact_neighbours(
+    exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
+) -> Int[np.ndarray, "s at"]:
+    """The true neighbours of some entries, without themselves."""
+    at = min(_RECALL_AT, len(ids) - 1)
+    return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
+
+
+def _reranked(
+    index: VectorIndex,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    sample: Int[np.ndarray, " s"],
+    candidates: int,
+) -> Int[np.ndarray, "s at"]:
+    """The neighbours of some entries that an index finds, by the stored keys."""
+    at = min(_RECALL_AT, len(ids) - 1)
+    queries = keys.rows(sample)
+    found = index.search(queries, min(candidates + 1, len(ids)))
+    by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
+    return _without_self(sort_nearest_first(by_keys, at + 1), sample, at)
+
+
+def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:
+    """Share of the true neighbours that were found, mean over queries."""
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
+    return float(np.mean(hits) / truth.shape[1])
+
+
+def _without_self(
+    found: Neighbours, own: Int[np.ndarray, " q"], at: int
+) -> Int[np.ndarray, "q at"]:
+    """Ids without each query's own entry, cut to `at`."""
+    order = np.argsort(found.ids == own[:, None], axis=1, kind="stable")
+    return np.take_along_axis(found.ids, order, 1)[:, :at]

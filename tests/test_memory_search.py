@@ -1,0 +1,106 @@
+"""Searches over the segments of a memory: those that can be are one index."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import random_documents
+from folders import Build, copied, files, live_files
+from nearest import Document, Memory
+from nearest.index import approximate
+from nearest.memory import index_files, lifecycle
+from nearest.memory.index_files import IndexChoice, to_fill_like
+from nearest.memory.manifest import FileRecord, IndexRecord, SegmentRecord
+from nearest.memory.search import joint_indexes
+from nearest.memory.verify import verify
+from nearest.memory.writer import rebuild_index
+
+DOCUMENTS = list(random_documents())
+
+
+@pytest.fixture(scope="module")
+def lists(build_memory: Build, tiny_model: PreTrainedModel) -> Path:
+    return build_memory(tiny_model, DOCUMENTS[:5], index="IVF4,SQ8", recall=1.0).path
+
+
+@pytest.fixture
+def add(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    return lambda memory, documents: memory.add(tiny_model, tiny_tokenizer, documents)
+
+
+def filled_from(memory: Memory) -> list[str | None]:
+    return [s.index.filled_from for s in memory.manifest.segments if s.index is not None]
+
+
+def test_what_is_added_is_indexed_like_the_rest_and_searched_as_one(
+    lists: Path, tmp_path: Path, add: Any
+) -> None:
+    folder = copied(lists, tmp_path)
+    memory = add(add(Memory.open(folder), DOCUMENTS[5:8]), DOCUMENTS[8:])
+    assert memory.manifest.keys is not None
+    assert len(set(filled_from(memory))) == 1
+    assert len(memory.segments) == 3
+    assert len(joint_indexes(memory.segments, memory.keys)) == 1
+    (joint,) = joint_indexes(memory.remove(["doc-2", "doc-6"]).segments, memory.keys)
+    queries = np.random.default_rng(1).normal(scale=3, size=(5, 32)).astype(np.float32)
+    left = memory.refresh().valued_entries()
+    assert joint.entries == len(left)
+    everything = joint.index.search(queries, joint.entries).ids
+    for found in everything:  # four of four lists are probed
+        np.testing.assert_array_equal(np.sort(found), left)
+    rebuild_index(folder, IndexChoice("IVF3,Flat", nprobe=3))
+    memory = Memory.open(folder)
+    assert len(set(filled_from(memory))) == 1
+    trained = [s.index.trained for s in memory.manifest.segments if s.index is not None]
+    assert sum(file is not None for file in trained) == 1
+    assert verify(folder) == []
+    assert files(folder) == live_files(folder)
+    rebuild_index(folder, IndexChoice("HNSW8"))
+    memory = Memory.open(folder)
+    assert filled_from(memory) == [None] * 3
+    assert verify(folder) == []
+
+
+def test_segments_that_are_scanned_become_one_with_an_index_when_there_are_many(
+    build_memory: Build, tiny_model: Any, add: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = build_memory(tiny_model, DOCUMENTS[:5])
+    folder, entries = memory.path, memory.entries
+    for module in (lifecycle, index_files, approximate):
+        monkeypatch.setattr(module, "EXACT_BELOW", entries + 40)
+    memory = add(memory, [Document("few", "the law")])
+    assert filled_from(memory) == [None, None]
+    memory = add(memory, DOCUMENTS[5:8])
+    (trained,) = filled_from(memory)
+    assert trained is not None
+    memory = add(memory, DOCUMENTS[8:])
+    assert filled_from(memory) == [trained, trained]
+    assert verify(folder) == []
+    queries = np.random.default_rng(1).normal(scale=3, size=(5, 32)).astype(np.float32)
+    found = memory.search(queries, 5, candidates=10**6).distances
+    entries = np.tile(memory.valued_entries(), (5, 1))
+    truth = np.sort(memory.key_distances(queries, entries), axis=1)[:, :5]
+    assert np.isclose(found, truth, rtol=1e-4).mean() > 0.8
+
+
+def test_which_trained_index_new_entries_go_into() -> None:
+    file = FileRecord("trained.faiss", 1, "0" * 64)
+
+    def record(spec: str, entries: int, trained: FileRecord | None = file) -> SegmentRecord:
+        index = IndexRecord(spec, file, trained, "1" * 64, entries, 4, 100, 0.96, 0.95)
+        return SegmentRecord("000001", 9, 1, 8, 1, {}, index, None, None, 0)
+
+    small, large = record("IVF256,SQ8", 60_000), record("IVF1024,SQ8", 10**6)
+    auto = IndexChoice()
+    assert to_fill_like([], auto, 32, 10) is None
+    assert to_fill_like([record("IVF256,SQ8", 9, None)], auto, 32, 10) is None
+    assert to_fill_like([small, large], auto, 32, 10) == large.index
+    assert to_fill_like([small], auto, 32, 200_000) == small.index
+    assert to_fill_like([small], auto, 32, 10**6) is None  # a thousand lists are worth training
+    assert to_fill_like([small], IndexChoice("IVF256,SQ8"), 32, 10**6) == small.index
+    assert to_fill_like([small], IndexChoice("IVF256,Flat"), 32, 10) is None
+    assert to_fill_like([small], IndexChoice(nprobe=3), 32, 10) is None
