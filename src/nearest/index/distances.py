@@ -6,7 +6,7 @@ the same in plain numpy.
 """
 
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -21,17 +21,32 @@ from nearest.index.threads import in_threads
 AHEAD = 8  # rows; those of scattered entries are asked for so long before they are read
 
 
+class Part(NamedTuple):
+    """Which part of a whole some keys are: ids count from `first`.
+
+    Distances to them are written `into` an array that holds those to other parts; what is none of
+    their ids stays as it is there.
+    """
+
+    first: int = 0
+    into: Float[np.ndarray, "q k"] | None = None
+
+
+WHOLE = Part()
+
+
 def key_distances(
     keys: Float[np.ndarray, "n dim"],
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
+    part: Part = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
     """Distance of query i to keys[ids[i, j]]: squared L2, or the negated inner product.
 
-    Keys are float16, queries float32, the result float32; id -1 gives +inf.
+    Keys are float16, queries float32, the result float32; an id that is no row gives +inf.
     """
-    return measured(_distances, (keys.view(np.uint16),), queries, ids, metric)
+    return measured(_distances, (keys.view(np.uint16),), queries, ids, metric, part)
 
 
 def scaled_key_distances(
@@ -40,9 +55,10 @@ def scaled_key_distances(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
+    part: Part = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
     """As `key_distances`, of keys that are int8 codes times a float32 scale for each row."""
-    return measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric)
+    return measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric, part)
 
 
 def measured(
@@ -51,14 +67,17 @@ def measured(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
+    part: Part,
 ) -> Float[np.ndarray, "q k"]:
     """Run a kernel over all queries, shared among threads."""
-    distances = np.empty(ids.shape, dtype=np.float32)
+    distances = part.into
+    if distances is None:
+        distances = np.full(ids.shape, np.inf, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     ids = np.ascontiguousarray(ids)
 
-    def work(part: slice) -> None:
-        kernel(*stored, queries[part], ids[part], metric == "l2", distances[part])
+    def work(some: slice) -> None:
+        kernel(*stored, queries[some], ids[some], part.first, metric == "l2", distances[some])
 
     in_threads(work, len(queries))
     return distances
@@ -134,26 +153,26 @@ prefetch: Any = intrinsic(_ask_for)
 
 @no_type_check  # numba compiles the bare function
 @numba.njit(
-    "void(Array(uint16, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], boolean, "
-    "float32[:, ::1])",
+    "void(Array(uint16, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], int64, "
+    "boolean, float32[:, ::1])",
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
     cache=True,
 )
-def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -> None:
-    last = ids.shape[1] - 1
+def _distances(keys: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any) -> None:
+    last, size = ids.shape[1] - 1, len(keys)
     for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
-            soon = ids[i, min(j + AHEAD, last)]
-            if soon >= 0:
+            soon = ids[i, min(j + AHEAD, last)] - first
+            if 0 <= soon < size:
                 for d in range(0, len(query), 32):
                     prefetch(keys, soon, d)
-            entry = ids[i, j]
+            entry = ids[i, j] - first
+            if not 0 <= entry < size:
+                continue
             total = np.float32(0)
-            if entry < 0:
-                total = np.float32(np.inf)
-            elif is_l2:
+            if is_l2:
                 key = keys[entry]
                 for d in range(len(query)):
                     gap = _widen(key[d]) - query[d]
@@ -168,28 +187,28 @@ def _distances(keys: Any, queries: Any, ids: Any, is_l2: bool, distances: Any) -
 @no_type_check
 @numba.njit(
     "void(Array(int8, 2, 'C', readonly=True), Array(float32, 2, 'C', readonly=True), "
-    "float32[:, ::1], int64[:, ::1], boolean, float32[:, ::1])",
+    "float32[:, ::1], int64[:, ::1], int64, boolean, float32[:, ::1])",
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
     cache=True,
 )
 def _scaled_distances(
-    codes: Any, scales: Any, queries: Any, ids: Any, is_l2: bool, distances: Any
+    codes: Any, scales: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any
 ) -> None:
-    last = ids.shape[1] - 1
+    last, size = ids.shape[1] - 1, len(codes)
     for i in range(len(queries)):
         query = queries[i]
         for j in range(ids.shape[1]):
-            soon = ids[i, min(j + AHEAD, last)]
-            if soon >= 0:
+            soon = ids[i, min(j + AHEAD, last)] - first
+            if 0 <= soon < size:
                 prefetch(scales, soon, 0)
                 for d in range(0, len(query), 64):
                     prefetch(codes, soon, d)
-            entry = ids[i, j]
+            entry = ids[i, j] - first
+            if not 0 <= entry < size:
+                continue
             total = np.float32(0)
-            if entry < 0:
-                total = np.float32(np.inf)
-            elif is_l2:  # of differences: |q|² − 2q·k + |k|² would cancel, and is no faster
+            if is_l2:  # of differences: |q|² − 2q·k + |k|² would cancel, and is no faster
                 code, scale = codes[entry], scales[entry, 0]
                 for d in range(len(query)):
                     gap = scale * np.float32(code[d]) - query[d]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int8
 
 from nearest.errors import SettingError
-from nearest.index.distances import key_distances, scaled_key_distances
+from nearest.index.distances import WHOLE, Part, key_distances, scaled_key_distances
 from nearest.index.neighbours import NO_ENTRY, Metric
 
 _BLOCK = 65_536  # rows
@@ -37,9 +37,12 @@ class Keys(Protocol):
         """The keys of entries as float32; each id must be a row."""
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
-        """Distance of query i to the key of ids[i, j] (float32); id -1 gives +inf."""
+        """Distance of query i to the key of ids[i, j] (float32); what is no id gives +inf."""
 
     def problems(self) -> list[str]:
         """What is wrong with what is stored, one sentence each."""
@@ -81,15 +84,24 @@ class Float32Keys:
         return rows
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
         """Distances of all that is chosen, gathered at once."""
-        rows = self._keys[ids]
+        local = ids - part.first
+        own = (local >= 0) & (local < len(self._keys))
+        rows = self._keys[np.where(own, local, 0)]
         if self.metric == "ip":
-            distances = -np.einsum("qd,qkd->qk", queries, rows)
+            found = -np.einsum("qd,qkd->qk", queries, rows)
         else:
-            distances = ((rows - queries[:, None]) ** 2).sum(-1)
-        return np.where(ids < 0, np.float32(np.inf), distances)
+            found = ((rows - queries[:, None]) ** 2).sum(-1)
+        distances = part.into
+        if distances is None:
+            distances = np.full(ids.shape, np.inf, np.float32)
+        np.copyto(distances, found, where=own)
+        return distances
 
     def problems(self) -> list[str]:
         """None that could be seen here."""
@@ -110,10 +122,13 @@ class Float16Keys:
         return rows
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
         """Distances in one pass over the chosen rows."""
-        return key_distances(self._keys, queries, ids, self.metric)
+        return key_distances(self._keys, queries, ids, self.metric, part)
 
     def problems(self) -> list[str]:
         """Values that are not finite."""
@@ -161,10 +176,13 @@ class Int8Keys:
         return rows
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
         """Distances in one pass over the chosen codes."""
-        return scaled_key_distances(self._codes, self._scales, queries, ids, self.metric)
+        return scaled_key_distances(self._codes, self._scales, queries, ids, self.metric, part)
 
     def problems(self) -> list[str]:
         """Scales that are not finite and positive, but for those of rows of zeros."""
@@ -218,13 +236,17 @@ class JoinedKeys:
         return rows
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
-        """Each part measures its own entries; to the others it is infinitely far."""
-        distances = np.full(ids.shape, np.inf, np.float32)
-        for part, first, stop in self._parts:
-            own = np.where((ids >= first) & (ids < stop), ids - first, NO_ENTRY)
-            np.minimum(distances, part.distances(queries, own), out=distances)
+        """Each part measures its own entries."""
+        distances = part.into
+        if distances is None:
+            distances = np.full(ids.shape, np.inf, np.float32)
+        for keys, first, _ in self._parts:
+            keys.distances(queries, ids, Part(part.first + first, distances))
         return distances
 
     def problems(self) -> list[str]:
@@ -245,11 +267,16 @@ class MergedKeys:
         return self._keys.rows(self._row_of[ids])
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
         """Distances to the keys that entries share."""
-        rows = np.where(ids < 0, NO_ENTRY, self._row_of[ids]).astype(np.int64)
-        return self._keys.distances(queries, rows)
+        local = ids - part.first
+        own = (local >= 0) & (local < len(self._row_of))
+        rows = np.where(own, self._row_of[np.where(own, local, 0)], NO_ENTRY).astype(np.int64)
+        return self._keys.distances(queries, rows, Part(0, part.into))
 
     def problems(self) -> list[str]:
         """Those of the shared keys."""

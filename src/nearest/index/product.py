@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from nearest.errors import SettingError
-from nearest.index.distances import AHEAD, measured, prefetch
+from nearest.index.distances import AHEAD, WHOLE, Part, measured, prefetch
 from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric
 
@@ -72,10 +72,13 @@ class ProductKeys:
         return rows
 
     def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        ids: Int[np.ndarray, "q k"],
+        part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
         """Distances by a table for each query."""
-        return product_distances(self._codes, self._by_dim, queries, ids, self.metric)
+        return product_distances(self._codes, self._by_dim, queries, ids, self.metric, part)
 
     def problems(self) -> list[str]:
         """Centroids that are not finite; every code names one."""
@@ -121,28 +124,29 @@ def product_distances(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
+    part: Part = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
     """As `distances.key_distances`, of keys that are centroids numbered by codes.
 
     The centroids lie dimension by dimension, so that a table is filled a vector at a time.
     """
-    return measured(_product_distances, (codes, codebooks), queries, ids, metric)
+    return measured(_product_distances, (codes, codebooks), queries, ids, metric, part)
 
 
 @no_type_check  # numba compiles the bare function
 @numba.njit(
     "void(Array(uint8, 2, 'C', readonly=True), Array(float32, 3, 'C', readonly=True), "
-    "float32[:, ::1], int64[:, ::1], boolean, float32[:, ::1])",
+    "float32[:, ::1], int64[:, ::1], int64, boolean, float32[:, ::1])",
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
     cache=True,
 )
 def _product_distances(
-    codes: Any, codebooks: Any, queries: Any, ids: Any, is_l2: bool, distances: Any
+    codes: Any, codebooks: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any
 ) -> None:
     parts, part_dim, centroids = codebooks.shape
     table = np.empty((parts, centroids), np.float32)
-    last = ids.shape[1] - 1
+    last, size = ids.shape[1] - 1, len(codes)
     for i in range(len(queries)):
         table[:] = 0
         for m in range(parts):
@@ -154,14 +158,14 @@ def _product_distances(
                     else:
                         table[m, c] -= codebooks[m, d, c] * value
         for j in range(ids.shape[1]):
-            soon = ids[i, min(j + AHEAD, last)]
-            if soon >= 0:
+            soon = ids[i, min(j + AHEAD, last)] - first
+            if 0 <= soon < size:
                 for m in range(0, parts, 64):
                     prefetch(codes, soon, m)
-            entry = ids[i, j]
-            total = np.float32(np.inf)
-            if entry >= 0:
-                total = np.float32(0)
-                for m in range(parts):
-                    total += table[m, codes[entry, m]]
+            entry = ids[i, j] - first
+            if not 0 <= entry < size:
+                continue
+            total = np.float32(0)
+            for m in range(parts):
+                total += table[m, codes[entry, m]]
             distances[i, j] = total

@@ -104,7 +104,7 @@ def longest_matches(
 
 
 def match_lengths(
-    tokens: Tokens,
+    arrays: Sequence[SuffixArray],
     start_token: int,
     ids: Int[np.ndarray, "q k"],
     context: Tokens,
@@ -113,11 +113,23 @@ def match_lengths(
     """Tokens of left context (int16) that each query shares with given entries; 0 for id -1."""
     lengths = np.zeros(ids.shape, dtype=np.int16)
 
-    def work(part: slice) -> None:
-        _measure(tokens, start_token, ids[part], context, ends[part], lengths[part])
+    def work(some: slice) -> None:
+        for array in arrays:
+            part = array.tokens, array.first
+            _measure(*part, start_token, ids[some], context, ends[some], lengths[some])
 
     in_threads(work, len(ids))
     return lengths
+
+
+def values_of(
+    arrays: Sequence[SuffixArray], ids: Int[np.ndarray, "*shape"]
+) -> Int[np.ndarray, "*shape"]:
+    """The token (int64) that follows each of some entries; -1 for id -1."""
+    values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)
+    for array in arrays:
+        _take(array.tokens, array.first, np.ascontiguousarray(ids).ravel(), values.reshape(-1))
+    return values
 
 
 def longest_matches_reference(
@@ -248,13 +260,23 @@ def _limit(start_token: Any, context: Any, end: Any) -> Any:
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _measure(
-    tokens: Any, start_token: Any, ids: Any, context: Any, ends: Any, lengths: Any
+    tokens: Any, first: Any, start_token: Any, ids: Any, context: Any, ends: Any, lengths: Any
 ) -> None:
     for i in range(len(ids)):
         limit = _limit(start_token, context, ends[i])
         for j in range(ids.shape[1]):
-            if ids[i, j] >= 0:
-                lengths[i, j] = _shared(tokens, ids[i, j], context, ends[i], 0, limit)
+            entry = ids[i, j] - first
+            if 0 <= entry < len(tokens):
+                lengths[i, j] = _shared(tokens, entry, context, ends[i], 0, limit)
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _take(tokens: Any, first: Any, ids: Any, values: Any) -> None:
+    for i in range(len(ids)):
+        entry = ids[i] - first
+        if 0 <= entry < len(tokens) - 1:
+            values[i] = tokens[entry + 1]
 
 
 @no_type_check

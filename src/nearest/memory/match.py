@@ -1,5 +1,6 @@
 """Whether a model is the one whose hidden states a memory holds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
@@ -12,6 +13,30 @@ def refuse_attached(model: LanguageModel) -> None:
     """Refuse a model that predicts with a memory already (SettingError)."""
     if hasattr(model.forward, "nearest_session"):
         raise SettingError("this model has a memory attached already: detach that one first")
+
+
+def common_key_layer(
+    memories: Sequence[Memory], model: LanguageModel, tokenizer: Any = None, *, force: bool = False
+) -> KeyLayer:
+    """The layer of `model` whose hidden states can be looked up in all of the memories.
+
+    Raises:
+        ModelError: the model does not fit one of them, or their keys are of different layers.
+    """
+    layers = [matching_key_layer(memory, model, tokenizer, force=force) for memory in memories]
+    keyed = [
+        (memory, layer)
+        for memory, layer in zip(memories, layers, strict=True)
+        if memory.manifest.keys is not None
+    ]
+    for memory, layer in keyed[1:]:
+        first, needed = keyed[0]
+        if layer.path != needed.path:
+            raise ModelError(
+                f"the keys of {first.path} are of {needed.path!r}, those of {memory.path} of "
+                f"{layer.path!r}: build one of them anew with the other's --key-layer"
+            )
+    return keyed[0][1] if keyed else layers[0]
 
 
 def matching_key_layer(

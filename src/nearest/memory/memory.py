@@ -20,7 +20,13 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
-from nearest.index.suffix import Matches, SuffixArray, longest_matches, match_lengths
+from nearest.index.suffix import (
+    Matches,
+    SuffixArray,
+    longest_matches,
+    match_lengths,
+    values_of,
+)
 from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
@@ -359,12 +365,15 @@ class Memory:
             ends: query i is context[: ends[i] + 1].
             most: number of entries wanted.
         """
-        arrays = [
+        start_token, most = self.manifest.model.start_token, min(most, max(1, self.entries))
+        return longest_matches(self._suffix_arrays, start_token, context, ends, most)
+
+    @cached_property
+    def _suffix_arrays(self) -> list[SuffixArray]:
+        return [
             SuffixArray(segment.tokens, segment.suffixes, first)
             for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False)
         ]
-        most = min(most, max(1, self.entries))
-        return longest_matches(arrays, self.manifest.model.start_token, context, ends, most)
 
     def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
         """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
@@ -375,7 +384,7 @@ class Memory:
         return joined_ngrams(
             [
                 successors(part.tokens, part.suffixes, start_token, context, ends, longest)
-                for part in self.segments
+                for part in self._suffix_arrays
             ]
         )
 
@@ -384,17 +393,7 @@ class Memory:
     ) -> Int[np.ndarray, "q k"]:
         """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
         start_token = self.manifest.model.start_token
-        parts = [
-            match_lengths(
-                segment.tokens,
-                start_token,
-                self._local(ids, segment, int(first)),
-                context,
-                ends,
-            )
-            for segment, first in zip(self.segments, self._first_entry, strict=False)
-        ]
-        return parts[0] if len(parts) == 1 else np.maximum.reduce(parts)
+        return match_lengths(self._suffix_arrays, start_token, ids, context, ends)
 
     def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The entry after each one; -1 for id -1 and where the next position has no value."""
@@ -406,27 +405,9 @@ class Memory:
             after[own] = np.where(local == ends, NO_ENTRY, after[own])
         return after
 
-    def _local(
-        self, ids: Int[np.ndarray, "q k"], segment: Segment, first: int
-    ) -> Int[np.ndarray, "q k"]:
-        """Ids as a segment counts them, -1 for those of others."""
-        if len(self.segments) == 1:
-            return ids
-        inside = (ids >= first) & (ids < first + segment.record.tokens)
-        return np.where(inside, ids - first, NO_ENTRY)
-
     def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The token that follows each entry (int64); -1 for id -1."""
-        if len(self.segments) == 1:  # no masks: this runs for a thousand entries a token
-            values: np.ndarray = self.segments[0].tokens[ids + 1].astype(np.int64)
-            values[ids < 0] = NO_ENTRY
-            return values
-        values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            local = ids - first
-            inside = (local >= 0) & (local < segment.record.tokens)
-            values[inside] = segment.tokens[local[inside] + 1]
-        return values
+        return values_of(self._suffix_arrays, ids)
 
     def place(self, entry: int) -> Place:
         """The document and position of an entry."""

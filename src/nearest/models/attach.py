@@ -9,9 +9,9 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -26,13 +26,13 @@ from nearest.encode.forward import encode_and_score
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
-from nearest.memory.match import matching_key_layer, refuse_attached
+from nearest.memory.match import common_key_layer, refuse_attached
 from nearest.memory.memory import Memory
 from nearest.models.prefixes import Pass, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
-from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method, resolve_settings
+from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,16 @@ class _Generated:
 
 def attach(
     model: PreTrainedModel,
-    memory: Memory,
+    memory: Memory | Sequence[Memory],
     method: str = "knn",
     *,
+    weights: Sequence[float] | None = None,
     tokenizer: Any = None,
     force: bool = False,
     replay: int | str = 0,
     **settings: Any,
 ) -> "Session":
-    """Attach a memory to a Hugging Face causal language model; use as a context manager.
+    """Attach memories to a Hugging Face causal language model; use as a context manager.
 
     Greedy search, sampling, beams, left-padded batches, assisted decoding and plain calls of the
     model then predict with the memory. Leaving the context gives the model back unchanged.
@@ -64,7 +65,10 @@ def attach(
     Args:
         model: the model that built the memory, in evaluation mode.
         memory: what to look up.
-        method: "knn" (kNN-LM), "retomaton" or "suffix".
+        method: "knn" (kNN-LM), "retomaton", "suffix", "hybrid" or one with another gate.
+        weights: of several memories, summing to at most 1: the prediction is Σ w_m·p_m, p_m what
+            the model predicts with memory m alone, and the rest the model's own. Equal ones when
+            not given.
         tokenizer: checked against the memory's where given.
         force: accept another model than the one that built the memory.
         replay: how many of a prompt's positions are looked up before the last, for a method that
@@ -79,8 +83,9 @@ def attach(
     check_method(method, MEMORY_METHODS)
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
-    lookup = Lookup.of(memory, method, resolve_settings(method, memory, **settings))
-    return Session(model, lookup, tokenizer, force, replay)
+    memories = [memory] if isinstance(memory, Memory) else list(memory)
+    ensemble = Ensemble.of(memories, method, weights, **settings)
+    return Session(model, ensemble, tokenizer, force, replay)
 
 
 class Session:
@@ -89,15 +94,16 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
-        lookup: Lookup,
+        ensemble: Ensemble,
         tokenizer: Any = None,
         force: bool = False,
         replay: int | str = 0,
     ) -> None:
         refuse_attached(model)
         self.model = model
-        self.lookup = lookup
-        self._layer = matching_key_layer(lookup.memory, model, tokenizer, force=force)
+        self._ensemble = ensemble
+        memories = [lookup.memory for lookup in ensemble.lookups]
+        self._layer = common_key_layer(memories, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
         self._here = _Here()
         self._forward_lock = threading.RLock()  # hooks on one module would mix up threads' keys
@@ -124,8 +130,13 @@ class Session:
 
     @property
     def settings(self) -> Settings:
-        """λ, temperature and whatever else is in use."""
-        return self.lookup.settings
+        """λ, temperature and whatever else is in use, of the first memory."""
+        return self._ensemble.lookups[0].settings
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The memories as this thread uses them."""
+        return self._here.ensemble or self._ensemble
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when done twice."""
@@ -143,6 +154,21 @@ class Session:
             yield
         finally:
             self._here.base_only = before
+
+    @contextmanager
+    def weighted(self, *weights: float) -> Iterator[None]:
+        """Other weights of the memories in this thread, for as long as the context lasts.
+
+        Weight 0 turns a memory off.
+
+        Raises:
+            SettingError: the weights are not one for each memory, or sum to more than 1.
+        """
+        before, self._here.ensemble = self._here.ensemble, replace(self._ensemble, weights=weights)
+        try:
+            yield
+        finally:
+            self._here.ensemble = before
 
     def sources(self, row: int = 0) -> list[TokenSources]:
         """Where each new token of a row of the last `generate` came from.
@@ -163,7 +189,7 @@ class Session:
         if len(tokens) == prompt_length:
             return []
         inputs = tokens[None, :-1]
-        replayed = self._replay if self._keeps_state else 0
+        replayed = self._replay if self.ensemble.keeps_state else 0
         first = max(0, prompt_length - 1 - replayed)
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
@@ -175,10 +201,11 @@ class Session:
                 inputs.numpy(),
                 wanted.numpy(),
                 targets,
-                self.lookup.needs_lm,
+                self.ensemble.needs_lm,
             )
         queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1), view)
-        return token_sources(self.lookup, queries, targets, lm_log_probs, prompt_length - 1 - first)
+        skipped = prompt_length - 1 - first
+        return token_sources(self.ensemble, queries, targets, lm_log_probs, skipped)
 
     @staticmethod
     def _row(generated: _Generated, row: int) -> tuple[Tensor, int]:
@@ -201,7 +228,8 @@ class Session:
         @functools.wraps(original)  # generate() reads the signature to decide what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
             here = self._here
-            if here.base_only:
+            ensemble = self.ensemble
+            if here.base_only or not ensemble.used:
                 with self._forward_lock:
                     return original(*args, **kwargs)
             named = signature.bind_partial(*args, **kwargs).arguments
@@ -213,9 +241,9 @@ class Session:
             # A call between the steps of generate(), as for guidance, has a state of its own.
             prefixes = here.prefixes if sequences else None
             this = None
-            if self.lookup.needs_context:
+            if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(named)
-                this = Pass(sequences, shape[1], keep, self._keeps_state)
+                this = Pass(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in signature.parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
             with self._forward_lock, captured_input(self._layer.module) as seen:
@@ -224,7 +252,7 @@ class Session:
                 output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
             else:
                 hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
-                prefixes = prefixes or Prefixes(self.lookup)
+                prefixes = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
                 output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
                 output.loss = self.model.loss_function(
@@ -251,19 +279,22 @@ class Session:
         self, hidden: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
     ) -> Float[Tensor, "*shape vocab"]:
         """Log-probabilities of base and memory together, where hidden states are all it takes."""
-        keys = hidden.float().cpu().numpy()
+        keys, ensemble = hidden.float().cpu().numpy(), self.ensemble
         none = np.empty(0, dtype=np.int64)
         log_probs = logits.float().log_softmax(-1).reshape(len(keys), -1)
-        view = lm_view(log_probs) if self.lookup.needs_lm else None
+        view = lm_view(log_probs) if ensemble.needs_lm else None
         queries = Queries(keys, none, np.zeros(len(keys), np.int64), view)
-        mixed = self.lookup.log_probs(queries, self.lookup.candidates(queries), log_probs)
-        return mixed.reshape(logits.shape)
+        predicted = [
+            lookup.log_probs(queries, lookup.candidates(queries), log_probs)
+            for lookup, _ in ensemble.used
+        ]
+        return ensemble.mixed(predicted, log_probs).reshape(logits.shape)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix_rows(
         self,
         this: Pass,
-        prefixes: Prefixes,
+        prefixes: Sequence[Prefixes],
         hidden: Float[Tensor, "rows states dim"],
         logits: Float[Tensor, "*shape vocab"],
         keep: int | Tensor,
@@ -271,12 +302,14 @@ class Session:
         """Log-probabilities of base and memory together; the base's alone before the first."""
         log_probs = logits.float().log_softmax(-1)
         mixed = log_probs.clone()  # what gradients need stays as it is
-        this.put(prefixes.mix(this.rows(hidden, log_probs)), into=mixed)
+        rows = this.rows(hidden, log_probs)
+        predicted = zip(*(one.mix(rows) for one in prefixes), strict=True)  # of each row
+        together = [
+            self.ensemble.mixed(of_memories, row.lm_log_probs)
+            for row, of_memories in zip(rows, predicted, strict=True)
+        ]
+        this.put(together, into=mixed)
         return slice_logits_to_keep(mixed, keep)
-
-    @property
-    def _keeps_state(self) -> bool:
-        return self.lookup.keeps_state or self.lookup.settings.guard
 
     def _wider(self, this: Pass, keep: int | Tensor) -> int:
         """How many logits to ask for, of the last columns; 0 for all.
@@ -286,8 +319,9 @@ class Session:
         """
         if not isinstance(keep, int) or keep == 0:
             return 0
-        needed = self._layer.name == "last_hidden" or self.lookup.needs_lm
-        return max(keep, this.reach) if needed or self.lookup.settings.guard else keep
+        ensemble = self.ensemble
+        needed = self._layer.name == "last_hidden" or ensemble.needs_lm or ensemble.guards
+        return max(keep, this.reach) if needed else keep
 
     def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -341,9 +375,9 @@ class Session:
     def _following(self, named: dict[str, Any]) -> Iterator[None]:
         """Know the sequences of the passes that generate() makes in this thread."""
         here, prompt = self._here, _prompt(named)
-        if self.lookup.needs_context:
-            here.prefixes = Prefixes(self.lookup)
-            replayed = self._replay if self._keeps_state else 0
+        if self.ensemble.needs_context:
+            here.prefixes = [Prefixes(lookup) for lookup, _ in self.ensemble.used]
+            replayed = self._replay if self.ensemble.keeps_state else 0
             here.first = 0 if prompt is None else max(0, prompt.shape[1] - 1 - replayed)
         try:
             yield
@@ -375,7 +409,9 @@ class _Here(threading.local):
     """What one thread is about: its passes are not to be mixed up with another's."""
 
     base_only = False
-    prefixes: Prefixes | None = None  # while generating with a method that looks at the context
+    ensemble: Ensemble | None = None  # where this thread weighs the memories otherwise
+    # Of each memory, while generating with a method that looks at the context.
+    prefixes: list[Prefixes] | None = None
     first = 0
     ids: Tensor | None = None
     sequences: Sequences | None = None

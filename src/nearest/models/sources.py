@@ -1,6 +1,6 @@
 """Which entries spoke for the tokens of a finished sequence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearest.memory.memory import Memory
+from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.guard import gained, gained_before
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
@@ -26,6 +27,7 @@ class Source:
     metadata: Mapping[str, Any]
     position: int  # of the entry in its document's tokens; the token it gave stands one later
     weight: float
+    memory: int = 0  # its number among those that are attached
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class _Spoken(NamedTuple):
     """A token, what each entry added to its probability (strongest first), and what the model."""
 
     token: int
-    entries: dict[int, float]
+    entries: dict[tuple[int, int], float]  # number of the memory, and entry
     from_lm: float
 
 
 def token_sources(
-    lookup: Lookup,
+    ensemble: Ensemble,
     queries: Queries,
     targets: Int[np.ndarray, " n"],
     lm_log_probs: Float[Tensor, " n"],
@@ -59,6 +61,35 @@ def token_sources(
 
     `lm_log_probs` are the model's of the targets, in nats.
     """
+    each = [
+        _spoken(number, lookup, queries, targets, lm_log_probs, skip)
+        for number, lookup in enumerate(ensemble.lookups)
+        if ensemble.weights[number]
+    ]
+    weights = [weight for _, weight in ensemble.used]
+    alone = (1 - sum(weights)) * lm_log_probs[skip:].double().exp().numpy()
+    spoken = []
+    for rest, *of_token in zip(alone.tolist(), *each, strict=True):
+        entries = {
+            entry: weight * share
+            for one, weight in zip(of_token, weights, strict=True)
+            for entry, share in one.entries.items()
+        }
+        from_lm = sum(w * one.from_lm for one, w in zip(of_token, weights, strict=True))
+        strongest = dict(sorted(entries.items(), key=lambda item: -item[1]))
+        spoken.append(_Spoken(of_token[0].token, strongest, from_lm + rest))
+    return _placed([lookup.memory for lookup in ensemble.lookups], spoken)
+
+
+def _spoken(
+    number: int,
+    lookup: Lookup,
+    queries: Queries,
+    targets: Int[np.ndarray, " n"],
+    lm_log_probs: Float[Tensor, " n"],
+    skip: int,
+) -> list[_Spoken]:
+    """What the entries of one memory, and the model beside it, gave to each token."""
     spoken = []
     gain = 0.0
     one_document = np.zeros(len(targets), dtype=np.int64)
@@ -70,9 +101,9 @@ def token_sources(
             right, from_lm, gain = _guarded_say(right, from_lm, lm_log_probs[rows], gain)
         for i, row in enumerate(rows.tolist()):
             if row >= skip:
-                entries = _strongest_first(candidates.ids[i], right[i])
+                entries = _totals(number, candidates.ids[i], right[i])
                 spoken.append(_Spoken(int(targets[row]), entries, float(from_lm[i])))
-    return _placed(lookup.memory, spoken)
+    return spoken
 
 
 def _guarded_say(
@@ -94,37 +125,41 @@ def _guarded_say(
     )
 
 
-def _strongest_first(
-    ids: Int[np.ndarray, " c"], weights: Float[np.ndarray, " c"]
-) -> dict[int, float]:
+def _totals(
+    memory: int, ids: Int[np.ndarray, " c"], weights: Float[np.ndarray, " c"]
+) -> dict[tuple[int, int], float]:
     """What each entry weighs in all; one that stands twice among the candidates counts twice."""
     some = weights > 0
     entries, at = np.unique(ids[some], return_inverse=True)
     totals = np.bincount(at, weights[some], minlength=len(entries))
-    order = np.argsort(-totals, kind="stable")
-    return dict(zip(entries[order].tolist(), totals[order].tolist(), strict=True))
+    return {
+        (memory, entry): total
+        for entry, total in zip(entries.tolist(), totals.tolist(), strict=True)
+    }
 
 
-def _placed(memory: Memory, spoken: list[_Spoken]) -> list[TokenSources]:
+def _placed(memories: Sequence[Memory], spoken: list[_Spoken]) -> list[TokenSources]:
     """Look up where the entries stand; each document is read once, in the file's order."""
     places = {
-        entry: memory.place(entry) for entry in {entry for one in spoken for entry in one.entries}
+        (memory, entry): memories[memory].place(entry)
+        for memory, entry in {entry for one in spoken for entry in one.entries}
     }
-    numbers = sorted({place.document for place in places.values()})
-    documents = {number: memory.document(number) for number in numbers}
+    needed = sorted({(memory, place.document) for (memory, _), place in places.items()})
+    documents = {(memory, number): memories[memory].document(number) for memory, number in needed}
     result = []
     for token, entries, from_lm in spoken:
         total = sum(entries.values())
         sources = [
             Source(
                 entry,
-                places[entry].document,
-                documents[places[entry].document].id,
-                documents[places[entry].document].metadata,
-                places[entry].position,
+                places[memory, entry].document,
+                documents[memory, places[memory, entry].document].id,
+                documents[memory, places[memory, entry].document].metadata,
+                places[memory, entry].position,
                 weight / total,
+                memory,
             )
-            for entry, weight in entries.items()
+            for (memory, entry), weight in entries.items()
         ]
         result.append(TokenSources(token, total / (total + from_lm) if total else 0.0, sources))
     return result

@@ -1,6 +1,6 @@
 """Continue a prompt with a memory attached, and name the documents that carried each token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,10 +63,11 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    memory: Memory,
+    memory: Memory | Sequence[Memory],
     prompt: str,
     *,
     method: str = "knn",
+    weights: Sequence[float] | None = None,
     sources: bool = True,
     force: bool = False,
     replay: int | str = 0,
@@ -77,9 +78,10 @@ def generate(
 
     Args:
         model, tokenizer: those that built the memory.
-        memory: what to look up.
+        memory: what to look up; several are given as a list.
         prompt: may be empty.
         method: "base", or one that uses the memory.
+        weights: of several memories, as in `attach`.
         sources: name, for every token, what the memory gave it.
         force: accept another model than the one that built the memory.
         replay: positions of the prompt that are looked up before the last, or "full".
@@ -90,6 +92,7 @@ def generate(
         NearestError: model, memory or settings cannot be used.
     """
     check_method(method)
+    memories = [memory] if isinstance(memory, Memory) else list(memory)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     inputs = torch.tensor([[start_token(tokenizer), *prompt_ids]], device=model.device)
     _check_length(model, inputs.shape[1], generation.get("max_new_tokens"))
@@ -105,8 +108,9 @@ def generate(
     else:
         with attach(
             model,
-            memory,
+            memories,
             method,
+            weights=weights,
             tokenizer=tokenizer,
             force=force,
             replay=replay,
@@ -123,7 +127,7 @@ def generate(
             GeneratedToken(text, token.memory_weight, token.sources[:_SOURCES_A_TOKEN])
             for text, token in zip(pieces, named, strict=True)
         ],
-        _document_shares(tokenizer, memory, named),
+        _document_shares(tokenizer, memories, named),
     )
 
 
@@ -158,21 +162,22 @@ def decode_pieces(tokenizer: Any, before: list[int], ids: list[int]) -> list[str
 
 
 def _document_shares(
-    tokenizer: Any, memory: Memory, named: list[TokenSources]
+    tokenizer: Any, memories: Sequence[Memory], named: list[TokenSources]
 ) -> list[DocumentShare]:
     """Documents by what they carried, most first, each with its strongest entry's passage."""
-    totals: dict[int, float] = {}
-    strongest: dict[int, tuple[float, int]] = {}  # document → (weight, position)
+    totals: dict[tuple[int, int], float] = {}  # by memory and document
+    strongest: dict[tuple[int, int], tuple[float, int]] = {}  # weight and position
     for token in named:
         for source in token.sources:
-            weight = token.memory_weight * source.weight / len(named)
-            totals[source.document] = totals.get(source.document, 0.0) + weight
-            candidate = (weight, source.position)
-            strongest[source.document] = max(strongest.get(source.document, candidate), candidate)
+            weight, place = token.memory_weight * source.weight / len(named), source.position
+            which = source.memory, source.document
+            totals[which] = totals.get(which, 0.0) + weight
+            strongest[which] = max(strongest.get(which, (weight, place)), (weight, place))
     shares = []
-    for number, weight in sorted(totals.items(), key=lambda item: -item[1]):
+    for which, weight in sorted(totals.items(), key=lambda item: -item[1]):
+        memory, number = memories[which[0]], which[1]
         document, ids = memory.document(number), memory.document_tokens(number).tolist()
-        value = strongest[number][1] + 1
+        value = strongest[which][1] + 1
         first, last = max(1, value - _CONTEXT_TOKENS), value + 1 + _CONTEXT_TOKENS
         at = value - first
         passage = decode_pieces(tokenizer, ids[max(1, first - 2) : first], ids[first:last])

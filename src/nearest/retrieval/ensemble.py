@@ -1,0 +1,114 @@
+"""Several memories at once: their predictions, mixed with fixed weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearest.errors import SettingError
+from nearest.memory.memory import Memory
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import resolve_settings
+
+_ROUNDING = 1e-6  # of weights that are to sum to 1
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Lookups of one method in several memories: Σ w_m·p_m + (1 − Σ w_m)·p_LM.
+
+    p_m is what the model predicts with memory m alone, by that memory's own settings, gate and
+    guard. A memory of weight 0 is not looked up.
+
+    Raises:
+        SettingError: the weights are not one for each memory, negative, or sum to more than 1.
+    """
+
+    lookups: tuple[Lookup, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.lookups):
+            raise SettingError(
+                f"{len(self.weights)} weights for {len(self.lookups)} memories: give one for each"
+            )
+        for weight in self.weights:
+            if not 0 <= weight < float("inf"):
+                raise SettingError(f"a memory's weight must be a number from 0 to 1, got {weight}")
+        if sum(self.weights) > 1 + _ROUNDING:
+            raise SettingError(
+                f"the memories' weights sum to {sum(self.weights):g}: they must not exceed 1 (what "
+                "is left is the model's alone)"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        memories: Sequence[Memory],
+        method: str,
+        weights: Sequence[float] | None = None,
+        **settings: Any,
+    ) -> "Ensemble":
+        """One method in each memory, with settings as given, else as each was tuned.
+
+        Raises:
+            SettingError: there is no memory, or a setting, weight or gate is missing or wrong.
+        """
+        if not memories:
+            raise SettingError("there is no memory to look up: give at least one")
+        lookups = tuple(
+            Lookup.of(memory, method, resolve_settings(method, memory, **settings))
+            for memory in memories
+        )
+        return cls(lookups, equal_weights(len(lookups)) if weights is None else tuple(weights))
+
+    @property
+    def used(self) -> list[tuple[Lookup, float]]:
+        """Those with a weight."""
+        pairs = zip(self.lookups, self.weights, strict=True)
+        return [(lookup, weight) for lookup, weight in pairs if weight]
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether queries must say what the language model predicts."""
+        return any(lookup.needs_lm for lookup, _ in self.used)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether predictions depend on the tokens before, and not on hidden states alone."""
+        return any(lookup.needs_context for lookup, _ in self.used)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a prediction depends on those before it, and not on its context alone."""
+        return any(lookup.keeps_state or lookup.settings.guard for lookup, _ in self.used)
+
+    @property
+    def guards(self) -> bool:
+        """Whether what was predicted before is weighed."""
+        return any(lookup.settings.guard for lookup, _ in self.used)
+
+    def mixed(
+        self,
+        predicted: Sequence[Float[Tensor, "*shape"]],
+        lm_log_probs: Float[Tensor, "*shape"],
+    ) -> Float[Tensor, "*shape"]:
+        """The mixture of what the model predicts with each of the memories that are used."""
+        weights = [weight for _, weight in self.used]
+        parts = [
+            log_probs if weight == 1 else log_probs + log(weight)
+            for log_probs, weight in zip(predicted, weights, strict=True)
+        ]
+        rest = 1 - sum(weights)
+        if rest > _ROUNDING:
+            parts.append(lm_log_probs + log(rest))
+        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+
+
+def equal_weights(memories: int) -> tuple[float, ...]:
+    """The same for each, summing to 1."""
+    return (1 / memories,) * memories
