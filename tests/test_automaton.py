@@ -205,7 +205,7 @@ class World:
         trails: walk.Trails = {}
         for block in self.blocks:
             log_probs, made = np.empty(len(block.targets)), np.empty(len(block.targets), bool)
-            args = block.queries, block.documents, block.targets, trails
+            args = block.queries, block.sequences, block.targets, trails
             for rows, candidates in walk.walk(lookup, *args):
                 log_probs[rows] = lookup.token_log_probs(
                     block.queries.rows(rows),

@@ -10,10 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from conftest import make_documents, make_model, make_tokenizer, random_documents
-from nearest import Document, Memory, attach, evaluate, tune
+from nearest import Document, Memory, attach, evaluate, read_text, tune
+from nearest.corpus.text import Text
 from nearest.corpus.windows import windows
+from nearest.encode import encoder
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.metrics import bootstrap_interval, perplexity
+from nearest.models.scoring import MethodRun
+from nearest.progress import no_progress
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import resolve_settings
 from nearest.verbs.tune import LAMS, TEMPERATURES
 from oracle import keys_and_logits, knn_lm_log_probs
 
@@ -219,6 +225,7 @@ def test_the_tokenizer_is_found_where_the_model_came_from(
     [
         ([], {}, CorpusError, "no token to predict"),
         ([np.array([0])], {}, CorpusError, "no token to predict"),
+        ([np.array([], int), np.array([0, 5, 6])], {}, CorpusError, "a token array is empty"),
         ([np.array([0, 999])], {}, CorpusError, "token 999"),
         ([np.array([0, -1])], {}, CorpusError, "token -1"),
         ([TEXT[0], np.array([0, 5])], {}, CorpusError, "mixed"),
@@ -294,3 +301,93 @@ def test_one_document_has_no_interval() -> None:
 
 def test_perplexity_of_the_impossible_is_finite() -> None:
     assert perplexity(math.inf, 1) == math.exp(700)
+
+
+# --- all documents as one sequence ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["base", "knn", "retomaton", "suffix"])
+def test_a_stream_is_one_document_of_all(
+    model: PreTrainedModel, memory: Memory, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One start token, then every document's own tokens; figures stay those of documents."""
+    given = {} if method == "base" else {"lam": 0.4, "temperature": 30.0}
+    joined = np.concatenate([[0], *(tokens[1:] for tokens in TEXT_TOKENS)])
+    read = read_text(model, memory, [joined], tokenizer=TOKENIZER)
+    (block,) = read.blocks(no_progress, "")
+    log_probs = block.lm_log_probs
+    if method != "base":
+        log_probs = MethodRun(
+            Lookup.of(memory, method, resolve_settings(method, memory, **given))
+        ).log_probs(block)
+    ends = np.cumsum([len(tokens) - 1 for tokens in TEXT_TOKENS])[:-1]
+    expected = [-part.sum(dtype=float) for part in np.split(log_probs.numpy(), ends)]
+    for batch_size, group_bytes in ((None, 1 << 27), (1, 1)):  # at once, and in many blocks
+        monkeypatch.setattr(encoder, "_GROUP_BYTES", group_bytes)
+        result = evaluate(
+            model, memory, TEXT, method, tokenizer=TOKENIZER, stream=True, batch_size=batch_size,
+            **given,
+        )  # fmt: skip
+        np.testing.assert_allclose(result.document_nll, expected, rtol=1e-5)
+        assert result.document_tokens.tolist() == [len(tokens) - 1 for tokens in TEXT_TOKENS]
+    apart = evaluate(model, memory, TEXT, method, tokenizer=TOKENIZER, **given)
+    assert apart.document_nll[0] == pytest.approx(result.document_nll[0], rel=1e-5)
+    assert apart.nll != pytest.approx(result.nll, rel=1e-4)
+    assert (apart.tokens, apart.word_ppl is None) == (result.tokens, False)
+
+
+def test_a_stream_with_ends_predicts_each(model: PreTrainedModel, memory: Memory) -> None:
+    """As fairseq reads text: EOS after every document, and predicted."""
+    joined = np.concatenate([[0], *(np.append(tokens[1:], 1) for tokens in TEXT_TOKENS)])
+    expected = evaluate(model, memory, [joined], "base")
+    found = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER, stream=True, score_eos=True)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+    assert found.tokens == expected.tokens
+
+
+def test_a_stream_of_token_arrays(model: PreTrainedModel, memory: Memory) -> None:
+    text = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER, stream=True)
+    tokens = evaluate(model, memory, TEXT_TOKENS, "base", stream=True)
+    np.testing.assert_allclose(tokens.document_nll, text.document_nll, rtol=1e-6)
+
+
+def test_a_stream_leaves_out_its_own_entries(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    """Every prediction's own entry, by brute force; documents that the memory lacks have none."""
+    documents = random_documents()
+    memory = build_memory(model, documents[:6])
+    text = [documents[4], documents[7], documents[1]]
+    read = read_text(model, memory, text, tokenizer=TOKENIZER, stream=True, exclude_own=True)
+    (block,) = read.blocks(no_progress, "")
+    own = block.queries.own
+    starts = memory.segments[0].offsets[:-1]
+    expected = [
+        np.arange(len(document.text)) + starts[number] if number < 6 else [-1] * len(document.text)
+        for number, document in ((4, text[0]), (7, text[1]), (1, text[2]))
+    ]
+    assert own.tolist() == np.concatenate(expected).tolist()
+    some = own >= 0
+    assert (memory.values(own)[some] == block.targets[some]).all()
+
+
+def test_places_of_a_stream() -> None:
+    """Documents without a token to predict stand between others and are never named."""
+    arrays = [np.zeros(n + 1, int) for n in (0, 3, 0, 0, 2, 0)]
+    text = Text.from_tokens(arrays, 9).as_stream()
+    documents, positions = text.places(np.zeros(5, int), np.arange(1, 6))
+    assert documents.tolist() == [1, 1, 1, 4, 4]
+    assert positions.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_a_stream_of_what_was_read_already(model: PreTrainedModel, memory: Memory) -> None:
+    read = read_text(model, memory, TEXT, tokenizer=TOKENIZER, stream=True)
+    expected = evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER, stream=True)
+    assert evaluate(model, memory, read, "base").nll == pytest.approx(expected.nll, rel=1e-6)
+    with pytest.raises(SettingError, match="give stream to read_text"):
+        evaluate(model, memory, read, "base", stream=True)
+
+
+def test_settings_of_a_method_that_is_not_asked_for(model: PreTrainedModel, memory: Memory) -> None:
+    with pytest.raises(SettingError, match="'lam' is a setting of methods that use the memory"):
+        evaluate(model, memory, TEXT, "base", tokenizer=TOKENIZER, lam=0.3, k=None)

@@ -19,6 +19,7 @@ from nearest.cli.options import (
     ModelName,
     Reading,
     ScoreEos,
+    Stream,
     TextPaths,
 )
 from nearest.errors import NearestError
@@ -90,6 +91,7 @@ def evaluate(
     reading: Reading,
     score_eos: ScoreEos = False,
     exclude_own: ExcludeOwn = False,
+    stream: Stream = False,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -108,6 +110,7 @@ def evaluate(
             tokenizer=tokenizer,
             score_eos=score_eos,
             exclude_own=exclude_own,
+            stream=stream,
             progress=progress,
             **vars(reading),
             **vars(settings),

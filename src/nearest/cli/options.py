@@ -31,6 +31,9 @@ ExcludeOwn = Annotated[
     bool,
     typer.Option(help="Predict a document that the memory holds too without its own entries."),
 ]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Read all documents as one sequence, as older tools do.")
+]
 Encoding = Annotated[
     Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
 ]

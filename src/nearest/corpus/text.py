@@ -1,9 +1,11 @@
 """A text to be scored: its documents as tokens, with the counts that perplexities divide by."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from jaxtyping import Int
 
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
 from nearest.corpus.tokens import Tokenizer, Tokens, check_vocabulary, tokenise
@@ -14,16 +16,45 @@ _GIVEN = "the token arrays given"
 
 @dataclass(frozen=True)
 class Text:
-    """Documents as int64 token ids, the context token first; no words or bytes for bare tokens."""
+    """Documents as int64 token ids, the context token first; no words or bytes for bare tokens.
+
+    A document is one sequence, unless the text is a stream: then all documents are one, with the
+    first one's context token at its beginning and nothing between them. Bare tokens have their
+    number as id.
+    """
 
     documents: list[Tokens]
+    ids: list[str]
     words: int | None
     utf8_bytes: int | None
+    stream: bool = False
 
     @property
     def predictions(self) -> int:
         """Number of tokens that are predicted: all but the first of each document."""
         return sum(len(tokens) - 1 for tokens in self.documents)
+
+    @cached_property
+    def sequences(self) -> list[Tokens]:
+        """What a model reads, each from its beginning: the documents, or all of them as one."""
+        if not self.stream:
+            return self.documents
+        context = self.documents[0][:1]
+        return [np.concatenate([context, *(tokens[1:] for tokens in self.documents)])]
+
+    def places(
+        self, sequences: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Document and position in it of tokens, given by sequence and position there (≥ 1)."""
+        if not self.stream:
+            return sequences, positions
+        before = np.cumsum([0, *(len(tokens) - 1 for tokens in self.documents)])
+        documents = np.searchsorted(before, positions, side="left") - 1
+        return documents, positions - before[documents]
+
+    def as_stream(self) -> "Text":
+        """The same documents as one sequence."""
+        return replace(self, stream=True)
 
     @classmethod
     def from_documents(
@@ -35,22 +66,29 @@ class Text:
         end_token: int | None = None,
     ) -> "Text":
         """Tokenise documents; `end_token`, where given, is predicted at the end of each."""
-        arrays = []
+        arrays, ids = [], []
         words = utf8_bytes = 0
         unique = with_unique_ids(as_documents(documents))
         for item in tokenise(unique, tokenizer, start_token, vocab_size):
             end = [] if end_token is None else [end_token]
             arrays.append(np.append(item.tokens, end).astype(np.int64))
+            ids.append(item.document.id)
             words += len(item.document.text.split())
             utf8_bytes += len(item.document.text.encode())
-        return cls(arrays, words, utf8_bytes)._checked()
+        return cls(arrays, ids, words, utf8_bytes)._checked()
 
     @classmethod
     def from_tokens(cls, arrays: Sequence[Tokens], vocab_size: int) -> "Text":
         """Take documents that are token ids already; the first token of each is context only."""
         for tokens in arrays:
             check_vocabulary(tokens, vocab_size, _GIVEN)
-        return cls([np.asarray(tokens, dtype=np.int64) for tokens in arrays], None, None)._checked()
+            if not len(tokens):
+                raise CorpusError(
+                    "a token array is empty: leave it out, or begin it with a context token"
+                )
+        documents = [np.asarray(tokens, dtype=np.int64) for tokens in arrays]
+        ids = [str(number) for number in range(len(documents))]
+        return cls(documents, ids, None, None)._checked()
 
     def _checked(self) -> "Text":
         if self.predictions < 1:

@@ -34,14 +34,18 @@ class ScoredBlock:
     """A run of n predictions, document after document and position after position.
 
     Attributes:
-        documents: number of each prediction's document in the text.
+        sequences: number of each prediction's sequence; state goes on within one.
+        documents: number of its document in the text, which is the same but for a stream.
+        positions: of the token that is predicted, in its document; at least 1.
         queries: hidden states and contexts.
         targets: the tokens that came.
         lm_log_probs: the model's log-probability of each, in nats.
         seconds: of the model's forward passes.
     """
 
+    sequences: Int[np.ndarray, " n"]
     documents: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
     queries: Queries
     targets: Int[np.ndarray, " n"]
     lm_log_probs: Float[Tensor, " n"]
@@ -50,7 +54,9 @@ class ScoredBlock:
     def rows(self, rows: slice) -> "ScoredBlock":
         """A run of its predictions, with the seconds of all."""
         return ScoredBlock(
+            self.sequences[rows],
             self.documents[rows],
+            self.positions[rows],
             self.queries.rows(rows),
             self.targets[rows],
             self.lm_log_probs[rows],
@@ -80,18 +86,21 @@ class Scorer:
         force: bool = False,
         batch_size: int | None = None,
         exclude_own: bool = False,
+        stream: bool = False,
     ) -> "Scorer | ReadText":
         """Check that model, memory, tokenizer and text fit together.
 
         Windows not given are the memory's, so that queries are made as keys were. A tokenizer not
         given is loaded from where the model came from, when there is text to tokenise. With
         `exclude_own`, a document that stands in the memory too is predicted without the entries
-        that are itself.
+        that are itself. With `stream`, all documents are one sequence.
 
         Raises:
             NearestError: they do not fit.
         """
         if isinstance(documents, ReadText):
+            if stream:
+                raise SettingError("the text was read already: give stream to read_text instead")
             return documents
         refuse_attached(model)
         if isinstance(documents, str | Document):
@@ -135,6 +144,8 @@ class Scorer:
             own = memory.first_entries(
                 [tokens[: len(tokens) - score_eos] for tokens in text.documents]
             )
+        if stream:
+            text = text.as_stream()
         return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
 
     def blocks(
@@ -146,7 +157,7 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.documents, with_view):
+        for group in self.encoder.scores(self.text.sequences, with_view):
             scored = []
             for batch in group:
                 scored.append(batch)
@@ -155,24 +166,27 @@ class Scorer:
             yield self._block(scored)
 
     def _block(self, scored: list[ScoredBatch]) -> ScoredBlock:
-        documents = np.concatenate([one.batch.documents for one in scored])
-        positions = np.concatenate([one.batch.positions for one in scored])
-        order = np.lexsort((positions, documents))
-        first, last = int(documents.min()), int(documents.max())
-        texts = self.text.documents[first : last + 1]
+        sequences = np.concatenate([one.batch.documents for one in scored])
+        ends = np.concatenate([one.batch.positions for one in scored])
+        order = np.lexsort((ends, sequences))
+        first, last = int(sequences.min()), int(sequences.max())
+        texts = self.text.sequences[first : last + 1]
         starts = np.cumsum([0, *map(len, texts)])[:-1]
-        documents, positions = documents[order], positions[order]
+        sequences, ends = sequences[order], ends[order]
+        documents, positions = self.text.places(sequences, ends + 1)
         rows = torch.from_numpy(order)
         own = None
         if self.own is not None:
             begun = self.own[documents]
-            own = np.where(begun < 0, NO_ENTRY, begun + positions)
+            own = np.where(begun < 0, NO_ENTRY, begun + positions - 1)
         return ScoredBlock(
+            sequences,
             documents,
+            positions,
             Queries(
                 torch.cat([one.keys for one in scored])[rows].numpy(),
                 np.concatenate(texts),
-                starts[documents - first] + positions,
+                starts[sequences - first] + ends,
                 _joined_views([one.view for one in scored], order),
                 own,
             ),
@@ -190,14 +204,14 @@ class MethodRun:
         self.seconds = 0.0
         self.tokens = self.searches = 0
         self._trails: Trails = {}
-        self._gained: dict[int, float] = {}  # by the document that the next block may go on with
+        self._gained: dict[int, float] = {}  # by the sequence that the next block may go on with
 
     def log_probs(self, block: ScoredBlock) -> Float[Tensor, " n"]:
         """Log-probabilities of the tokens that came, base and memory together."""
         started = time.perf_counter()
         mixed = torch.empty_like(block.lm_log_probs)
         for rows, candidates in walk(
-            self.lookup, block.queries, block.documents, block.targets, self._trails
+            self.lookup, block.queries, block.sequences, block.targets, self._trails
         ):
             mixed[rows] = self.lookup.token_log_probs(
                 block.queries.rows(rows),
@@ -214,9 +228,9 @@ class MethodRun:
 
     def _guarded(self, block: ScoredBlock, mixed: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         gains = gained(block.lm_log_probs, mixed)
-        begun = self._gained.get(int(block.documents[0]), 0.0)
-        before = gained_before(gains, block.documents, begun)
-        self._gained = {int(block.documents[-1]): float(before[-1] + gains[-1])}
+        begun = self._gained.get(int(block.sequences[0]), 0.0)
+        before = gained_before(gains, block.sequences, begun)
+        self._gained = {int(block.sequences[-1]): float(before[-1] + gains[-1])}
         return guarded(block.lm_log_probs, mixed, before)
 
 
@@ -265,8 +279,8 @@ def read_text(
     Args:
         model, memory, documents: as in `evaluate`; the memory decides about key layer and windows.
         progress: told (stage, done, total).
-        **options: tokenizer, window, stride, score_eos, batch_size, force, exclude_own, as in
-            `evaluate`.
+        **options: tokenizer, window, stride, score_eos, batch_size, force, exclude_own, stream,
+            as in `evaluate`.
 
     Raises:
         NearestError: they do not fit.

@@ -50,6 +50,7 @@ def evaluate(
     batch_size: int | None = None,
     force: bool = False,
     exclude_own: bool = False,
+    stream: bool = False,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Result | list[Result]:
@@ -67,6 +68,10 @@ def evaluate(
         force: accept another model than the one that built the memory.
         exclude_own: predict a document that stands in the memory too without the entries that are
             itself; its equals under other ids stay.
+        stream: read all documents as one sequence, as older tools do (fairseq's sample-break-mode
+            none): it begins with one context token and holds the documents one after another, with
+            nothing between them, or with EOS where `score_eos` asks for it. Context and state go
+            over their ends, and every token but the first is predicted once.
         progress: told (stage, done, total).
         **settings: lam, temperature, k, distances of the memory's method; what is not given comes
             from `tune`'s result in the memory, else from the paper's defaults.
@@ -90,6 +95,7 @@ def evaluate(
         batch_size=batch_size,
         force=force,
         exclude_own=exclude_own,
+        stream=stream,
     )
     nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
     base_seconds = 0.0
@@ -123,6 +129,11 @@ def _lookups(
         raise SettingError("name at least one method, and each only once")
     of_memory = [name for name in methods if name != BASE]
     if not of_memory:
+        if unused := sorted(name for name, value in given.items() if value is not None):
+            raise SettingError(
+                f"{unused[0]!r} is a setting of methods that use the memory, and the base model "
+                "has none: leave it out, or name a method"
+            )
         return {}
     if memory is None:
         raise SettingError(f"method {of_memory[0]} needs a memory: pass one")

@@ -168,7 +168,7 @@ def _sweep(
     trails: Trails = {}
     for block in scorer.blocks(progress, f"tune {method}"):
         probs = np.empty((len(block.targets), len(variants), len(TEMPERATURES)), np.float32)
-        for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
+        for rows, candidates in walk(lookup, block.queries, block.sequences, block.targets, trails):
             for i, value in enumerate(variants):
                 power, first = lookup.settings.length_power, None
                 if variant == "k":
@@ -236,7 +236,7 @@ def _looked_up(lookup: Lookup, blocks: Sequence[ScoredBlock]) -> Iterator[Seen]:
     trails: Trails = {}
     first = 0
     for block in blocks:
-        for rows, candidates in walk(lookup, block.queries, block.documents, block.targets, trails):
+        for rows, candidates in walk(lookup, block.queries, block.sequences, block.targets, trails):
             yield Seen(
                 first + rows,
                 View(block.queries.rows(rows), candidates, lookup.memory),
