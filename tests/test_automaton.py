@@ -23,6 +23,7 @@ from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.models.scoring import ScoredBlock, Scorer
 from nearest.progress import no_progress
 from nearest.retrieval import automaton, walk
+from nearest.retrieval.distribution import mixed_log_probs, token_probs
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import resolve_settings
@@ -207,11 +208,10 @@ class World:
             log_probs, made = np.empty(len(block.targets)), np.empty(len(block.targets), bool)
             args = block.queries, block.sequences, block.targets, trails
             for rows, candidates in walk.walk(lookup, *args):
-                log_probs[rows] = lookup.token_log_probs(
-                    block.queries.rows(rows),
-                    candidates,
-                    block.lm_log_probs[rows],
-                    block.targets[rows],
+                weights = lookup.weights(block.queries.rows(rows), candidates)
+                right = token_probs(weights, candidates, block.targets[rows])
+                log_probs[rows] = mixed_log_probs(
+                    block.lm_log_probs[rows], torch.from_numpy(right), torch.from_numpy(weights.lm)
                 )
                 made[rows] = candidates.searched
             for document, value, search in zip(block.documents, log_probs, made, strict=True):

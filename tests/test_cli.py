@@ -40,6 +40,7 @@ EVAL_KEYS = [
     "delta_low",
     "delta_high",
 ]
+CHECK_KEYS = ["memory_prob", "chance_prob", "useless_neighbours", "harm", "leak"]
 
 
 def invoke(*arguments: Any) -> SimpleNamespace:
@@ -315,7 +316,7 @@ def test_eval_prints_what_the_library_measures(
     base, knn = json_lines(
         "eval", world.memory, "--text", world.text, "--lam", 0.4, "--temperature", 30, "--k", 5
     )
-    assert list(base) == list(knn) == EVAL_KEYS
+    assert list(base) == list(knn) == EVAL_KEYS + CHECK_KEYS
     expected = evaluate(
         tiny_model,
         Memory.open(world.memory),
@@ -362,7 +363,7 @@ def test_eval_prints_a_line_for_each_method_asked_for(
 ) -> None:
     records = json_lines("eval", world.memory, "--text", world.text, *arguments)
     assert [record["method"] for record in records] == methods
-    assert [list(record) for record in records] == [EVAL_KEYS] * len(methods)
+    assert [list(record) for record in records] == [EVAL_KEYS + CHECK_KEYS] * len(methods)
     assert records[0]["delta_nll"] is None
 
 

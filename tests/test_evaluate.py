@@ -16,7 +16,7 @@ from nearest.corpus.windows import windows
 from nearest.encode import encoder
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.metrics import bootstrap_interval, perplexity
-from nearest.models.scoring import MethodRun
+from nearest.models.method_run import MethodRun
 from nearest.progress import no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import resolve_settings

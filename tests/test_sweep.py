@@ -20,6 +20,7 @@ from conftest import call_fails, gates_trained_at_once, make_tokenizer, random_d
 from nearest import Document, Memory, evaluate, read_text, sweep, tune
 from nearest.errors import FolderError, NearestError, SettingError
 from nearest.models import scoring
+from nearest.models.method_run import MethodRun
 from nearest.pages import sweep as report
 from nearest.pages.published import PUBLISHED, published_named
 from nearest.pages.sweep_page import render
@@ -142,10 +143,8 @@ def test_time_is_the_own_and_that_of_the_searches_asked_for(
 
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(Memory, "search", slow)
-    for module in (scoring, sweep_module.SearchCache.__module__):
-        monkeypatch.setattr(
-            f"{module.__name__}.time" if module is scoring else f"{module}.time", clock
-        )
+    for module in (MethodRun.__module__, SearchCache.__module__):
+        monkeypatch.setattr(f"{module}.time", clock)
     read = read_text(tiny_model, memory, TEXT, tokenizer=TOKENIZER)
     for point in sweep(tiny_model, memory, read, min_knns=MIN_KNNS, skip=SKIPS).points[1:]:
         result = point.result

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from nearest.verbs.sweep import Point
 
 _SHADE = (255, 196, 61)  # of a token that came from the memory alone
+_USELESS = (
+    "Perplexity is then about the base model's / (1 − λ). Usual causes: another model, precision, "
+    "key layer or tokenizer than built the memory (--force), damaged keys (`nearest verify "
+    "--keys`), a corpus of another language or domain, a temperature that is far too high "
+    "(`nearest tune`)"
+)
+_NAMED = 5  # documents, of those that stand in the memory
 _LEAST_SHARE = 0.005  # of the text, for a document to be shown
 
 
@@ -96,7 +103,49 @@ def results_table(results: Sequence["Result"]) -> RenderableType:
         for result in results
         if result.delta_nll is not None
     ]
-    return Group(table, *differences)
+    harms = [_harm(result) for result in results if result.checks.harm is not None]
+    return Group(table, *map(Text, (*differences, *harms, *_leak(results[0]))))
+
+
+def _harm(result: "Result") -> str:
+    harm = result.checks.harm
+    assert harm is not None
+    text = (
+        f"{result.method} is worse than the base model at {harm.fraction:.1%} of the tokens, by "
+        f"{harm.mean:.3f} nats on average; 99 % lose at most {harm.p99:.3f}"
+    )
+    if harm.documents:
+        named = ", ".join(f"{name} ({loss:+.3f} a token)" for name, loss in harm.documents)
+        text += f"; documents that lose most: {named}"
+    return text
+
+
+def _leak(result: "Result") -> Iterator[str]:
+    """What of the text stands in the memory, if anything does."""
+    leak, documents = result.checks.leak, len(result.document_tokens)
+    if leak is None or not (leak.whole or leak.tokens):
+        return
+    text = (
+        f"{len(leak.whole)} of {documents} documents stand in the memory whole, and "
+        f"{leak.tokens / result.tokens:.1%} of the tokens in spans of {leak.span} or more that do"
+    )
+    ids = [*leak.whole, *leak.partly]
+    text += f" ({', '.join(ids[:_NAMED])}{', …' if len(ids) > _NAMED else ''})"
+    if leak.whole:
+        text += "; --exclude-own leaves out the entries of documents that stand there whole"
+    yield text
+
+
+def doubts(results: Sequence["Result"]) -> Iterator[str]:
+    """Why figures are not what they seem: neighbours that know nothing of the text."""
+    for result in results:
+        neighbours = result.checks.neighbours
+        if neighbours is not None and neighbours.useless:
+            yield (
+                f"the neighbours of {result.method} are useless: of their weight "
+                f"{neighbours.right:.2%} falls on the token that comes, and "
+                f"{neighbours.chance:.2%} on tokens from elsewhere in the text. {_USELESS}"
+            )
 
 
 def sweep_table(points: Sequence["Point"]) -> RenderableType:

@@ -92,6 +92,9 @@ def evaluate(
     score_eos: ScoreEos = False,
     exclude_own: ExcludeOwn = False,
     stream: Stream = False,
+    records: Annotated[
+        Path | None, typer.Option(help="Parquet file for what each token was predicted with.")
+    ] = None,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -111,6 +114,7 @@ def evaluate(
             score_eos=score_eos,
             exclude_own=exclude_own,
             stream=stream,
+            records=records,
             progress=progress,
             **vars(reading),
             **vars(settings),
@@ -120,6 +124,8 @@ def evaluate(
             typer.echo(json.dumps(result.as_json()))
     else:
         out.print(reports.results_table(results))
+    for doubt in reports.doubts(results):
+        err.print(f"[yellow]note:[/] {escape(doubt)}", soft_wrap=True)
 
 
 def sweep(

@@ -27,6 +27,7 @@ class Text:
     ids: list[str]
     words: int | None
     utf8_bytes: int | None
+    ended: bool = False  # each document ends with a token that is not its own, EOS
     stream: bool = False
 
     @property
@@ -52,6 +53,11 @@ class Text:
         documents = np.searchsorted(before, positions, side="left") - 1
         return documents, positions - before[documents]
 
+    @property
+    def own_tokens(self) -> list[Tokens]:
+        """The documents as a memory would hold them, without EOS."""
+        return [tokens[: len(tokens) - self.ended] for tokens in self.documents]
+
     def as_stream(self) -> "Text":
         """The same documents as one sequence."""
         return replace(self, stream=True)
@@ -75,7 +81,7 @@ class Text:
             ids.append(item.document.id)
             words += len(item.document.text.split())
             utf8_bytes += len(item.document.text.encode())
-        return cls(arrays, ids, words, utf8_bytes)._checked()
+        return cls(arrays, ids, words, utf8_bytes, end_token is not None)._checked()
 
     @classmethod
     def from_tokens(cls, arrays: Sequence[Tokens], vocab_size: int) -> "Text":

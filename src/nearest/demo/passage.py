@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from nearest.corpus.documents import Document
 from nearest.memory.memory import Memory
-from nearest.models.scoring import MethodRun, Scorer
+from nearest.models.method_run import MethodRun
+from nearest.models.scoring import Scorer
 from nearest.progress import no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import resolve_settings

@@ -182,7 +182,9 @@ def _common(a: list[int], b: list[int]) -> int:
 # fmt: off
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=True)
-def _shared(tokens: Any, position: Any, context: Any, end: Any, known: Any, limit: Any) -> Any:
+def shared_length(
+    tokens: Any, position: Any, context: Any, end: Any, known: Any, limit: Any
+) -> Any:
     """Length of the common suffix of tokens[: position + 1] and context[: end + 1], ≤ limit."""
     length = known
     while length < limit and length <= position and (
@@ -194,16 +196,19 @@ def _shared(tokens: Any, position: Any, context: Any, end: Any, known: Any, limi
 
 @no_type_check
 @numba.njit(nogil=True, cache=True)
-def _insertion(
+def insertion(
     tokens: Any, suffixes: Any, context: Any, end: Any, limit: Any
 ) -> tuple[Any, Any]:
-    """Where the context would stand in the array, and the longest match on either side of it."""
+    """Where the context would stand in the array, and the longest match on either side of it.
+
+    Entries that match as far as the limit begin there.
+    """
     low, high = -1, len(suffixes)  # what is at low sorts before the context, at high not
     shared_low, shared_high = 0, 0
     while high - low > 1:
         middle = (low + high) // 2
         position = np.int64(suffixes[middle])
-        shared = _shared(tokens, position, context, end, min(shared_low, shared_high), limit)
+        shared = shared_length(tokens, position, context, end, min(shared_low, shared_high), limit)
         if shared == limit or (
             shared <= position
             and np.int64(tokens[position - shared]) > context[end - shared]
@@ -231,14 +236,14 @@ def _edge(
         if probe < 0 or probe >= size:
             outside = -1 if step < 0 else size
             break
-        if _shared(tokens, np.int64(suffixes[probe]), context, end, 0, length) < length:
+        if shared_length(tokens, np.int64(suffixes[probe]), context, end, 0, length) < length:
             outside = probe
             break
         inside = probe
         jump *= 2
     while abs(outside - inside) > 1:
         middle = (inside + outside) // 2
-        if _shared(tokens, np.int64(suffixes[middle]), context, end, 0, length) < length:
+        if shared_length(tokens, np.int64(suffixes[middle]), context, end, 0, length) < length:
             outside = middle
         else:
             inside = middle
@@ -267,7 +272,7 @@ def _measure(
         for j in range(ids.shape[1]):
             entry = ids[i, j] - first
             if 0 <= entry < len(tokens):
-                lengths[i, j] = _shared(tokens, entry, context, ends[i], 0, limit)
+                lengths[i, j] = shared_length(tokens, entry, context, ends[i], 0, limit)
 
 
 @no_type_check
@@ -294,7 +299,7 @@ def _find(
     most, size = len(lengths), len(suffixes)
     for i in range(len(ends)):
         end, limit = ends[i], _limit(start_token, context, ends[i])
-        high, length = _insertion(tokens, suffixes, context, end, limit)
+        high, length = insertion(tokens, suffixes, context, end, limit)
         low, level = high, 0
         lows[0, i] = highs[0, i] = high
         while length >= least[i] and high - low < most:
@@ -307,10 +312,10 @@ def _find(
             lows[level, i], highs[level, i] = low, high
             length = 0
             if low > 0:
-                length = _shared(tokens, np.int64(suffixes[low - 1]), context, end, 0, limit)
+                length = shared_length(tokens, np.int64(suffixes[low - 1]), context, end, 0, limit)
             if high < size:
                 length = max(
-                    length, _shared(tokens, np.int64(suffixes[high]), context, end, 0, limit)
+                    length, shared_length(tokens, np.int64(suffixes[high]), context, end, 0, limit)
                 )
         counts[i] = level
 

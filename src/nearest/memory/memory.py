@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
@@ -20,6 +20,7 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
+from nearest.index.spans import equal_documents, spans_stand
 from nearest.index.suffix import (
     Matches,
     SuffixArray,
@@ -411,13 +412,23 @@ class Memory:
 
     def place(self, entry: int) -> Place:
         """The document and position of an entry."""
-        number = int(np.searchsorted(self._first_entry, entry, side="right")) - 1
-        segment, local = self.segments[number], entry - int(self._first_entry[number])
-        stored = int(np.searchsorted(segment.offsets, local, side="right")) - 1
-        document = int(np.searchsorted(segment.numbers, stored))
-        return Place(
-            int(self._first_document[number]) + document, local - int(segment.offsets[stored])
-        )
+        documents, positions = self.places(np.array([entry]))
+        return Place(int(documents[0]), int(positions[0]))
+
+    def places(
+        self, entries: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The document and the position in it of each entry."""
+        documents, positions = np.empty_like(entries), np.empty_like(entries)
+        numbers = np.searchsorted(self._first_entry, entries, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            own, segment = numbers == number, self.segments[number]
+            local = entries[own] - self._first_entry[number]
+            stored = np.searchsorted(segment.offsets, local, side="right") - 1
+            live = np.searchsorted(segment.numbers, stored)
+            documents[own] = self._first_document[number] + live
+            positions[own] = local - segment.offsets[stored]
+        return documents, positions
 
     def document(self, number: int) -> Document:
         """A document's id, text and metadata."""
@@ -440,15 +451,28 @@ class Memory:
                 f"entries of {self.path} were merged into others, so that a text's own cannot be "
                 "left out: use the memory from before `nearest compress --merge`"
             )
-        wanted = {len(tokens) for tokens in documents}
-        found: dict[bytes, int] = {}
+        return self.equal_documents(documents)
+
+    def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
+        """As `first_entries`, of any memory."""
+        arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
+        found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
         for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
-            lengths = np.diff(segment.offsets)[segment.numbers]
-            for number in segment.numbers[np.isin(lengths, list(wanted))].tolist():
-                name = segment.tokens_of(number).astype(np.int64).tobytes()
-                found.setdefault(name, first + int(segment.offsets[number]))
-        names = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in documents]
-        return np.array([found.get(name, NO_ENTRY) for name in names], dtype=np.int64)
+            at = equal_documents(segment.tokens, segment.suffixes, segment.offsets, arrays)
+            found = np.where((found < 0) & (at >= 0), at + first, found)
+        return found
+
+    def spans_stand(
+        self, context: Tokens, ends: Int[np.ndarray, " q"], length: int
+    ) -> Bool[np.ndarray, " q"]:
+        """Whether the `length` tokens that end at each of `ends` stand in a document.
+
+        They stand so in `context`, int64 token ids, and none of them is the start token.
+        """
+        found = np.zeros(len(ends), dtype=bool)
+        for segment in self.segments:
+            found |= spans_stand(segment.tokens, segment.suffixes, context, ends, length)
+        return found
 
     def _stored_document(self, number: int) -> tuple[Segment, int]:
         if not 0 <= number < self.documents:

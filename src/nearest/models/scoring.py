@@ -1,6 +1,5 @@
 """What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.gates.guard import gained, gained_before, guarded
-from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.walk import Trails, walk
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,7 @@ class Scorer:
                 window, stride = keys.window, keys.stride
         own = None
         if exclude_own and memory is not None:
-            own = memory.first_entries(
-                [tokens[: len(tokens) - score_eos] for tokens in text.documents]
-            )
+            own = memory.first_entries(text.own_tokens)
         if stream:
             text = text.as_stream()
         return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
@@ -196,44 +190,6 @@ class Scorer:
         )
 
 
-class MethodRun:
-    """A method on its way through a text, with its costs so far."""
-
-    def __init__(self, lookup: Lookup) -> None:
-        self.lookup = lookup
-        self.seconds = 0.0
-        self.tokens = self.searches = 0
-        self._trails: Trails = {}
-        self._gained: dict[int, float] = {}  # by the sequence that the next block may go on with
-
-    def log_probs(self, block: ScoredBlock) -> Float[Tensor, " n"]:
-        """Log-probabilities of the tokens that came, base and memory together."""
-        started = time.perf_counter()
-        mixed = torch.empty_like(block.lm_log_probs)
-        for rows, candidates in walk(
-            self.lookup, block.queries, block.sequences, block.targets, self._trails
-        ):
-            mixed[rows] = self.lookup.token_log_probs(
-                block.queries.rows(rows),
-                candidates,
-                block.lm_log_probs[rows],
-                block.targets[rows],
-            )
-            self.searches += int(candidates.searched.sum())
-        if self.lookup.settings.guard:
-            mixed = self._guarded(block, mixed)
-        self.tokens += len(mixed)
-        self.seconds += time.perf_counter() - started
-        return mixed
-
-    def _guarded(self, block: ScoredBlock, mixed: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        gains = gained(block.lm_log_probs, mixed)
-        begun = self._gained.get(int(block.sequences[0]), 0.0)
-        before = gained_before(gains, block.sequences, begun)
-        self._gained = {int(block.sequences[-1]): float(before[-1] + gains[-1])}
-        return guarded(block.lm_log_probs, mixed, before)
-
-
 def _joined_views(views: Sequence[LmView | None], order: Int[np.ndarray, " n"]) -> LmView | None:
     some = [view for view in views if view is not None]
     if not some:
@@ -250,6 +206,7 @@ class ReadText:
 
     text: Text
     read: tuple[ScoredBlock, ...]
+    own: Int[np.ndarray, " documents"] | None = None
 
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
@@ -286,7 +243,7 @@ def read_text(
         NearestError: they do not fit.
     """
     scorer = Scorer.prepare(model, memory, documents, **options)
-    return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)))
+    return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)), scorer.own)
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Any:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearest.memory.memory import Memory
+from nearest.memory.memory import Memory, Place
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.guard import gained, gained_before
 from nearest.retrieval.lookup import Lookup
@@ -140,10 +140,13 @@ def _totals(
 
 def _placed(memories: Sequence[Memory], spoken: list[_Spoken]) -> list[TokenSources]:
     """Look up where the entries stand; each document is read once, in the file's order."""
-    places = {
-        (memory, entry): memories[memory].place(entry)
-        for memory, entry in {entry for one in spoken for entry in one.entries}
-    }
+    of_memory: dict[int, list[int]] = {}
+    for memory, entry in sorted({entry for one in spoken for entry in one.entries}):
+        of_memory.setdefault(memory, []).append(entry)
+    places: dict[tuple[int, int], Place] = {}
+    for memory, ids in of_memory.items():
+        found = map(Place, *memories[memory].places(np.array(ids, dtype=np.int64)))
+        places |= {(memory, entry): place for entry, place in zip(ids, found, strict=True)}
     needed = sorted({(memory, place.document) for (memory, _), place in places.items()})
     documents = {(memory, number): memories[memory].document(number) for memory, number in needed}
     result = []

@@ -95,6 +95,15 @@ def candidate_weights(
     return Weights(weights, lm)
 
 
+def token_probs(
+    weights: Weights, candidates: Candidates, tokens: Int[np.ndarray, " q"]
+) -> Float[np.ndarray, " q"]:
+    """What the candidates give to one token a query, in all."""
+    right = weights.candidates * (candidates.values == tokens[:, None])
+    probs: Float[np.ndarray, " q"] = right.sum(axis=1)
+    return probs
+
+
 def component_weights_reference(
     distances: Float[np.ndarray, "q c"],
     lengths: Int[np.ndarray, "q c"],

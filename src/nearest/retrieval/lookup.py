@@ -18,7 +18,6 @@ from nearest.retrieval.distribution import (
     Component,
     Weights,
     candidate_weights,
-    mixed_log_probs,
     vocabulary_log_probs,
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
@@ -138,18 +137,6 @@ class Lookup:
         """What each candidate adds to the probability of its value, and what the model does."""
         shares = self.gate.shares(View(queries, candidates, self.memory))
         return candidate_weights(candidates, self.gate.components, shares)
-
-    def token_log_probs(
-        self,
-        queries: Queries,
-        candidates: Candidates,
-        lm_log_probs: Float[Tensor, " q"],
-        tokens: Int[np.ndarray, " q"],
-    ) -> Float[Tensor, " q"]:
-        """Log-probability of one token a query, with no array of the vocabulary's size."""
-        weights = self.weights(queries, candidates)
-        probs = (weights.candidates * (candidates.values == tokens[:, None])).sum(axis=1)
-        return mixed_log_probs(lm_log_probs, torch.from_numpy(probs), torch.from_numpy(weights.lm))
 
     def log_probs(
         self, queries: Queries, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]

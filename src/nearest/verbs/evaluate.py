@@ -1,20 +1,26 @@
 """Score text by the base model and with a memory, in one pass of the model over it."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from nearest.corpus.text import Text
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
-from nearest.models.scoring import MethodRun, ScoredInput, Scorer
+from nearest.models.method_run import Details, MethodRun
+from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, check_method, settings_of_methods
-from nearest.verbs.results import Cost, Result, result_of
+from nearest.verbs.checks import Neighbours, harm_of
+from nearest.verbs.leak import Leak, find_leak
+from nearest.verbs.records import RecordFile, Records, check_records_path, records_of
+from nearest.verbs.results import Checks, Cost, Result, result_of
 
 
 @overload
@@ -51,6 +57,7 @@ def evaluate(
     force: bool = False,
     exclude_own: bool = False,
     stream: bool = False,
+    records: str | Path | Records | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Result | list[Result]:
@@ -72,6 +79,8 @@ def evaluate(
             none): it begins with one context token and holds the documents one after another, with
             nothing between them, or with EOS where `score_eos` asks for it. Context and state go
             over their ends, and every token but the first is predicted once.
+        records: a Parquet file to write, one row a token and method, or what is called with columns
+            of such rows, as the text is read: `verbs.records.records_of` says which.
         progress: told (stage, done, total).
         **settings: lam, temperature, k, distances of the memory's method; what is not given comes
             from `tune`'s result in the memory, else from the paper's defaults.
@@ -83,7 +92,9 @@ def evaluate(
         NearestError: model, memory, text or settings cannot be used.
     """
     methods = [method] if isinstance(method, str) else list(method)
-    runs = {name: MethodRun(lookup) for name, lookup in _lookups(memory, methods, settings).items()}
+    lookups = _lookups(memory, methods, settings)
+    if isinstance(records, str | Path):
+        check_records_path(Path(records))
     scorer = Scorer.prepare(
         model,
         memory,
@@ -97,27 +108,71 @@ def evaluate(
         exclude_own=exclude_own,
         stream=stream,
     )
-    nll = {name: np.zeros(len(scorer.text.documents)) for name in methods}
+    scored = [_Scored(name, lookups.get(name), memory, scorer.text) for name in methods]
     base_seconds = 0.0
-    with_view = any(run.lookup.needs_lm for run in runs.values())
-    for block in scorer.blocks(progress, "evaluate", with_view):
-        base_seconds += block.seconds
-        for name in methods:
-            run = runs.get(name)
-            log_probs = block.lm_log_probs if run is None else run.log_probs(block)
-            np.add.at(nll[name], block.documents, -log_probs.double().numpy())
+    with_view = records is not None or any(lookup.needs_lm for lookup in lookups.values())
+    with _sink(records) as sink:
+        for block in scorer.blocks(progress, "evaluate", with_view):
+            base_seconds += block.seconds
+            for one in scored:
+                one.score(block, sink)
+    leak = None if memory is None else find_leak(memory, scorer.text, scorer.own)
     results = [
-        _result(
-            scorer.text,
-            name,
-            nll[name],
-            nll[methods[0]] if n else None,
-            base_seconds,
-            runs.get(name),
-        )
-        for n, name in enumerate(methods)
+        one.result(base_seconds, scored[0].nll if n else None, leak) for n, one in enumerate(scored)
     ]
     return results[0] if isinstance(method, str) else results
+
+
+def _sink(records: str | Path | Records | None) -> AbstractContextManager[Records | None]:
+    """What takes the records while the context lasts."""
+    if isinstance(records, str | Path):
+        return RecordFile(Path(records))
+    return nullcontext(records)
+
+
+class _Scored:
+    """One method, or the base model, and what it made of the text so far."""
+
+    def __init__(
+        self, method: str, lookup: Lookup | None, memory: Memory | None, text: Text
+    ) -> None:
+        self.nll = np.zeros(len(text.documents))
+        self._method, self._memory, self._text = method, memory, text
+        self._run = None if lookup is None else MethodRun(lookup)
+        self._losses: list[Float[np.ndarray, " n"]] = []
+        self._documents: list[Int[np.ndarray, " n"]] = []
+
+    def score(self, block: ScoredBlock, sink: Records | None) -> None:
+        """Predict a block."""
+        details = None if sink is None else Details.empty(len(block.targets))
+        log_probs = block.lm_log_probs
+        if self._run is not None:
+            log_probs = self._run.log_probs(block, details)
+            self._losses.append((block.lm_log_probs - log_probs).numpy())
+            self._documents.append(block.documents)
+        np.add.at(self.nll, block.documents, -log_probs.double().numpy())
+        if sink is not None and details is not None:
+            sink(records_of(self._text, self._memory, self._method, block, log_probs, details))
+
+    def result(
+        self,
+        base_seconds: float,
+        compared_to: Float[np.ndarray, " documents"] | None,
+        leak: Leak | None,
+    ) -> Result:
+        """Its figures, once the whole text is predicted."""
+        run, text, method = self._run, self._text, self._method
+        if run is None:
+            cost, checks = Cost(base_seconds), Checks(leak=leak)
+            return result_of(text, method, self.nll, cost, {}, compared_to, checks)
+        cost = Cost(base_seconds, run.seconds, 1 - run.searches / run.tokens)
+        settings = run.lookup.settings.of(method)
+        harm = harm_of(np.concatenate(self._losses), np.concatenate(self._documents), text.ids)
+        neighbours = None
+        if run.given > 0:
+            neighbours = Neighbours(run.right / run.given, run.elsewhere / run.given, run.tokens)
+        checks = Checks(neighbours, harm, leak)
+        return result_of(text, method, self.nll, cost, settings, compared_to, checks)
 
 
 def _lookups(
@@ -141,17 +196,3 @@ def _lookups(
         name: Lookup.of(memory, name, settings)
         for name, settings in settings_of_methods(of_memory, memory, given).items()
     }
-
-
-def _result(
-    text: Text,
-    method: str,
-    nll: Float[np.ndarray, " documents"],
-    compared_to: Float[np.ndarray, " documents"] | None,
-    base_seconds: float,
-    run: MethodRun | None,
-) -> Result:
-    if run is None:
-        return result_of(text, method, nll, Cost(base_seconds), {}, compared_to)
-    cost = Cost(base_seconds, run.seconds, 1 - run.searches / run.tokens)
-    return result_of(text, method, nll, cost, run.lookup.settings.of(method), compared_to)

@@ -9,6 +9,34 @@ from jaxtyping import Float, Int
 
 from nearest.corpus.text import Text
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
+from nearest.verbs.checks import Harm, Neighbours
+from nearest.verbs.leak import Leak
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What to know before a method's figures are believed; None where it has no meaning.
+
+    Attributes:
+        neighbours: what the memory's candidates know of the text.
+        harm: where the method predicts worse than the base model.
+        leak: what of the text stands in the memory.
+    """
+
+    neighbours: Neighbours | None = None
+    harm: Harm | None = None
+    leak: Leak | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable JSON keys."""
+        neighbours, harm, leak = self.neighbours, self.harm, self.leak
+        return {
+            "memory_prob": None if neighbours is None else neighbours.right,
+            "chance_prob": None if neighbours is None else neighbours.chance,
+            "useless_neighbours": None if neighbours is None else neighbours.useless,
+            "harm": None if harm is None else harm.as_json(),
+            "leak": None if leak is None else leak.as_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,7 @@ class Result:
         delta_nll, delta_low, delta_high: difference in nll to the first method, paired by document.
         document_nll: summed nll of each document, in nats.
         document_tokens: tokens predicted in each document.
+        checks: what to know before the figures are believed.
     """
 
     method: str
@@ -48,11 +77,16 @@ class Result:
     delta_high: float | None
     document_nll: Float[np.ndarray, " documents"] = field(repr=False)
     document_tokens: Int[np.ndarray, " documents"] = field(repr=False)
+    checks: Checks = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The stable JSON keys."""
-        arrays = ("document_nll", "document_tokens")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        return {**self.figures(), **self.checks.as_json()}
+
+    def figures(self) -> dict[str, Any]:
+        """Single figures by name; None for what is infinite."""
+        others = ("document_nll", "document_tokens", "checks")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {
             name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in values.items()
@@ -74,6 +108,7 @@ def result_of(
     cost: Cost,
     settings: Mapping[str, Any],
     compared_to: Float[np.ndarray, " documents"] | None = None,
+    checks: Checks | None = None,
 ) -> Result:
     """Figures from the summed nll of each document, and of those it is compared to."""
     counts = np.array([len(tokens) - 1 for tokens in text.documents])
@@ -106,4 +141,5 @@ def result_of(
         delta_high=delta.high,
         document_nll=nll,
         document_tokens=counts,
+        checks=checks or Checks(),
     )

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from nearest.corpus.text import Text
 from nearest.memory.memory import Memory
-from nearest.models.scoring import MethodRun, ScoredBlock, ScoredInput, Scorer
+from nearest.models.method_run import MethodRun
+from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.search_cache import SearchCache
 from nearest.retrieval.settings import BASE
@@ -51,7 +52,7 @@ class Point:
     def as_json(self) -> dict[str, Any]:
         """The stable JSON keys of `eval`, and after the method what is varied ("inf" as text)."""
         value = "inf" if self.value == float("inf") else self.value
-        figures = self.result.as_json()
+        figures = self.result.figures()
         return {
             "method": figures.pop("method"),
             "setting": self.setting,

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
-from nearest.models.scoring import MethodRun, ReadText, ScoredBlock, ScoredInput, Scorer
+from nearest.models.method_run import MethodRun
+from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
 from nearest.retrieval.gates.adaptret import fit_adaptret

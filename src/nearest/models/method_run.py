@@ -1,0 +1,126 @@
+"""A method on its way through a text: what it predicts, what of that is the memory's, its costs."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearest.index.neighbours import NO_ENTRY
+from nearest.models.scoring import ScoredBlock
+from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.distribution import Weights, mixed_log_probs, token_probs
+from nearest.retrieval.gates.guard import gained, gained_before, guarded
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.walk import Trails, walk
+
+
+class Details(NamedTuple):
+    """What the memory had to say at each of n predictions.
+
+    Attributes:
+        lams: weight that it was given, after the guard.
+        distances: of the nearest candidate; +inf without any.
+        entries: with the largest weight; -1 where none has weight.
+    """
+
+    lams: Float[np.ndarray, " n"]
+    distances: Float[np.ndarray, " n"]
+    entries: Int[np.ndarray, " n"]
+
+    @classmethod
+    def empty(cls, n: int) -> "Details":
+        """Of a memory that says nothing."""
+        return cls(np.zeros(n), np.full(n, np.inf, np.float32), np.full(n, NO_ENTRY, np.int64))
+
+
+class MethodRun:
+    """A method on its way through a text, with its costs so far.
+
+    Attributes:
+        seconds: of its own part.
+        tokens, searches: how many it predicted, and made.
+        given: weight that its gate gave to the memory, over all tokens, before any guard.
+        right: of that, what fell on the tokens that came.
+        elsewhere: what the same candidates gave to tokens that came elsewhere in the text.
+    """
+
+    def __init__(self, lookup: Lookup) -> None:
+        self.lookup = lookup
+        self.seconds = 0.0
+        self.tokens = self.searches = 0
+        self.given = self.right = self.elsewhere = 0.0
+        self._trails: Trails = {}
+        self._gained: dict[int, float] = {}  # by the sequence that the next block may go on with
+
+    def log_probs(self, block: ScoredBlock, details: Details | None = None) -> Float[Tensor, " n"]:
+        """Log-probabilities of the tokens that came, base and memory together.
+
+        `details`, where given, are filled in, in time that is not counted as the method's.
+        """
+        started, aside = time.perf_counter(), 0.0
+        mixed = torch.empty_like(block.lm_log_probs)
+        others = np.roll(block.targets, len(block.targets) // 2)
+        for rows, candidates in walk(
+            self.lookup, block.queries, block.sequences, block.targets, self._trails
+        ):
+            weights = self.lookup.weights(block.queries.rows(rows), candidates)
+            right = token_probs(weights, candidates, block.targets[rows])
+            mixed[rows] = mixed_log_probs(
+                block.lm_log_probs[rows], torch.from_numpy(right), torch.from_numpy(weights.lm)
+            )
+            self.searches += int(candidates.searched.sum())
+            observed = time.perf_counter()
+            self.given += float((1 - weights.lm).sum())
+            self.right += float(right.sum())
+            self.elsewhere += float(token_probs(weights, candidates, others[rows]).sum())
+            if details is not None:
+                _fill(details, rows, candidates, weights)
+            aside += time.perf_counter() - observed
+        if self.lookup.settings.guard:
+            mixed = self._guarded(block, mixed, details)
+        self.tokens += len(mixed)
+        self.seconds += time.perf_counter() - started - aside
+        return mixed
+
+    def _guarded(
+        self, block: ScoredBlock, mixed: Float[Tensor, " n"], details: Details | None
+    ) -> Float[Tensor, " n"]:
+        gains = gained(block.lm_log_probs, mixed)
+        begun = self._gained.get(int(block.sequences[0]), 0.0)
+        before = gained_before(gains, block.sequences, begun)
+        self._gained = {int(block.sequences[-1]): float(before[-1] + gains[-1])}
+        if details is not None:
+            details.lams[:] *= before.sigmoid().numpy()
+        return guarded(block.lm_log_probs, mixed, before)
+
+
+def heaviest_entries(
+    ids: Int[np.ndarray, "q c"], weights: Float[np.ndarray, "q c"]
+) -> Int[np.ndarray, " q"]:
+    """The entry of each row with the largest weight in all, the lowest of equal ones; -1 if none.
+
+    An entry may stand in a row several times.
+    """
+    if not ids.shape[1]:
+        return np.full(len(ids), NO_ENTRY, dtype=np.int64)
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids = np.take_along_axis(ids, order, 1)
+    sums = np.cumsum(np.take_along_axis(weights, order, 1), axis=1, dtype=np.float64)
+    last = np.append(ids[:, 1:] != ids[:, :-1], np.ones((len(ids), 1), dtype=bool), axis=1)
+    ended = np.maximum.accumulate(np.where(last, sums, 0.0), axis=1)
+    before = np.append(np.zeros((len(ids), 1)), ended[:, :-1], axis=1)
+    totals = np.where(last, sums - before, 0.0)
+    best = totals.argmax(axis=1)
+    rows = np.arange(len(ids))
+    return np.where(totals[rows, best] > 0, ids[rows, best], NO_ENTRY)
+
+
+def _fill(
+    details: Details, rows: Int[np.ndarray, " r"], candidates: Candidates, weights: Weights
+) -> None:
+    details.lams[rows] = 1 - weights.lm
+    details.distances[rows] = candidates.distances.min(axis=1, initial=np.inf)
+    details.entries[rows] = heaviest_entries(candidates.ids, weights.candidates)

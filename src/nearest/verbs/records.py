@@ -1,0 +1,160 @@
+"""One record a token and method: what each predicted, and what of it was the memory's.
+
+Records stream by in tables of columns, and to disk as Parquet, whole or not at all.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from nearest.corpus.text import Text
+from nearest.errors import FolderError, require
+from nearest.folder import disk_errors_explained, fsync_file
+from nearest.index.neighbours import NO_ENTRY
+from nearest.memory.memory import Memory
+from nearest.models.method_run import Details
+from nearest.models.scoring import ScoredBlock
+
+# Columns of equal length by name; takes what it is given, or writes it.
+Records = Callable[[Mapping[str, np.ndarray]], None]
+
+_PARQUET = b"PAR1"  # what every Parquet file begins with
+
+
+def records_of(
+    text: Text,
+    memory: Memory | None,
+    method: str,
+    block: ScoredBlock,
+    log_probs: Float[Tensor, " n"],
+    details: Details,
+) -> dict[str, np.ndarray]:
+    """The columns of one method's predictions of a block, nll and entropy in nats.
+
+    `document` and `position` are those of the token in the text, `source` and `source_position`
+    those of the entry with the largest weight in the memory: None and -1 where there is none.
+    `distance` is NaN without a candidate, or without keys.
+    """
+    n = len(block.targets)
+    distances = details.distances
+    if memory is None or memory.manifest.keys is None:
+        distances = np.full(n, np.inf, dtype=np.float32)
+    sources, positions = _sources(memory, details)
+    assert block.queries.lm is not None  # it was asked for
+    return {
+        "method": np.full(n, method, dtype=object),
+        "document": np.array(text.ids, dtype=object)[block.documents],
+        "position": block.positions.astype(np.int64),
+        "token": block.targets.astype(np.int64),
+        "nll": -log_probs.float().numpy(),
+        "base_nll": -block.lm_log_probs.float().numpy(),
+        "lam": details.lams.astype(np.float32),
+        "entropy": block.queries.lm.entropy.astype(np.float32),
+        "distance": np.where(np.isinf(distances), np.float32(np.nan), distances),
+        "source": sources,
+        "source_position": positions,
+    }
+
+
+def _sources(memory: Memory | None, details: Details) -> tuple[np.ndarray, np.ndarray]:
+    """Document id and position of each strongest entry."""
+    names = np.full(len(details.entries), None, dtype=object)
+    positions = np.full(len(names), NO_ENTRY, dtype=np.int64)
+    found = details.entries >= 0
+    if memory is not None and found.any():
+        documents, positions[found] = memory.places(details.entries[found])
+        numbers, at = np.unique(documents, return_inverse=True)  # in order: a frame is read once
+        ids = [memory.document(number).id for number in numbers.tolist()]
+        names[found] = np.array(ids, dtype=object)[at]
+    return names, positions
+
+
+def check_records_path(path: Path) -> None:
+    """Refuse a place that records cannot be written to, before anything is computed.
+
+    An earlier file of records is replaced when the new one is whole; nothing else is.
+
+    Raises:
+        NearestError: pyarrow is missing, the folder is, or something else stands there.
+    """
+    require("pyarrow", "data")
+    if not path.parent.is_dir():
+        raise FolderError(f"the folder {path.parent} does not exist: make it, or choose another")
+    if path.is_dir():
+        raise FolderError(f"{path} is a folder: give the records a file in it")
+    if path.exists() and _beginning(path) != _PARQUET:
+        raise FolderError(f"{path} exists and is no Parquet file: choose another name for records")
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PARQUET))
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read ({error.strerror}): choose another") from error
+
+
+class RecordFile:
+    """Write records to a Parquet file, which appears whole when the context ends without error."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow import parquet
+
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._schema = _schema()
+        with disk_errors_explained(path.parent):
+            self._file = self._partial.open("wb")
+            self._writer = parquet.ParquetWriter(self._file, self._schema)
+
+    def __call__(self, records: Mapping[str, np.ndarray]) -> None:
+        """Add rows."""
+        import pyarrow as pa
+
+        arrays = []
+        for column in self._schema:
+            values = records[column.name]
+            # NaN and None are missing by themselves
+            missing = values == NO_ENTRY if column.name == "source_position" else None
+            arrays.append(pa.array(values, column.type, mask=missing, from_pandas=True))
+        with disk_errors_explained(self._path.parent):
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with disk_errors_explained(self._path.parent):
+                    self._writer.close()
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._partial.replace(self._path)
+                    fsync_file(self._path.parent)
+        finally:
+            self._writer.is_open = False  # else it tries to write when it is collected
+            with suppress(OSError):  # of what is thrown away
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    text, whole, number = pa.string(), pa.int64(), pa.float32()
+    types = {"method": text, "document": text, "position": whole, "token": whole}
+    types |= dict.fromkeys(("nll", "base_nll", "lam", "entropy", "distance"), number)
+    return pa.schema(types | {"source": text, "source_position": whole})
