@@ -326,13 +326,13 @@ def test_heaviest_entries_by_hand(rows: list[list[tuple[int, int]]]) -> None:
         for entry, weight in row:
             totals[entry] = totals.get(entry, 0) + weight
         best = max(totals.values(), default=0)
-        expected.append(
-            min((e for e, t in totals.items() if t == best), default=-1) if best else -1
-        )
+        heaviest = min((e for e, t in totals.items() if t == best), default=-1) if best else -1
+        expected.append((heaviest, best))
     shape = len(rows), len(rows[0])
     ids = np.array([[entry for entry, _ in row] for row in rows], np.int64).reshape(shape)
     weights = np.array([[weight for _, weight in row] for row in rows], np.float32).reshape(shape)
-    assert heaviest_entries(ids, weights).tolist() == expected
+    found = heaviest_entries(ids, weights)
+    assert [*zip(*(part.tolist() for part in found), strict=True)] == expected
 
 
 def test_records_without_keys_have_no_distance(

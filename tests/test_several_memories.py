@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_model
 from folders import Build
-from nearest import Memory, attach
+from nearest import Memory, attach, evaluate, tune_weights
 from nearest.errors import ModelError, SettingError
-from nearest.retrieval.ensemble import Ensemble
+from nearest.retrieval.ensemble import Ensemble, likeliest_weights
 from nearest.verbs.generate import generate
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -231,3 +231,89 @@ def test_the_verb_names_documents_of_all_memories(
         max_new_tokens=6,
     )
     assert {source.memory for token in again.tokens for source in token.sources} == {1}
+
+
+# --- evaluation, and weights that are found -------------------------------------------------------
+
+
+TEXT = make_documents(4, 30, seed=7)
+
+
+def test_evaluation_mixes_what_each_memory_predicts(
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    memories: list[Memory],
+    method: tuple[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    weights = (0.6, 0.3)
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer, **method[1]}
+    seen: list[dict[str, np.ndarray]] = []
+    result = evaluate(
+        tiny_model, memories, TEXT, method[0], weights=weights, records=seen.append, **options
+    )
+    alone: list[list[dict[str, np.ndarray]]] = [[], []]
+    for memory, kept in zip(memories, alone, strict=True):
+        evaluate(tiny_model, memory, TEXT, method[0], records=kept.append, **options)
+
+    def column(rows: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+        return np.concatenate([row[name] for row in rows])
+
+    expected = 0.1 * np.exp(-column(seen, "base_nll").astype(float))
+    for rows, weight in zip(alone, weights, strict=True):
+        expected += weight * np.exp(-column(rows, "nll").astype(float))
+    np.testing.assert_allclose(np.exp(-column(seen, "nll").astype(float)), expected, rtol=1e-4)
+    assert result.nll == pytest.approx(-np.log(expected).mean(), rel=1e-4)
+    lams = sum(w * column(rows, "lam") for rows, w in zip(alone, weights, strict=True))
+    np.testing.assert_allclose(column(seen, "lam"), lams, rtol=1e-5)
+    of_memory, source = column(seen, "memory"), column(seen, "source")
+    assert set(of_memory.tolist()) == {0, 1}
+    for number, rows in enumerate(alone):
+        here = (of_memory == number) & (source != None)  # noqa: E711
+        np.testing.assert_array_equal(source[here], column(rows, "source")[here])
+    assert result.lam == method[1]["lam"]
+
+
+def test_one_memory_of_weight_one_is_that_memory(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, memories: list[Memory]
+) -> None:
+    one = evaluate(tiny_model, memories[0], TEXT, tokenizer=tiny_tokenizer)
+    same = evaluate(tiny_model, memories, TEXT, weights=(1, 0), tokenizer=tiny_tokenizer)
+    assert (same.nll, same.foss) == (one.nll, one.foss)
+    none = evaluate(tiny_model, memories, TEXT, weights=(0, 0), tokenizer=tiny_tokenizer)
+    base = evaluate(tiny_model, None, TEXT, "base", tokenizer=tiny_tokenizer)
+    assert none.nll == pytest.approx(base.nll)
+    with pytest.raises(SettingError, match="are left out of one memory only"):
+        evaluate(tiny_model, memories, TEXT, tokenizer=tiny_tokenizer, exclude_own=True)
+
+
+def test_the_likeliest_weights_are_found(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, memories: list[Memory]
+) -> None:
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer, "lam": 0.6, "temperature": 40.0}
+    known = make_documents(9, 30, seed=1)[7:]  # of the first memory
+    text = [*TEXT, *known]
+    tuned = tune_weights(tiny_model, memories, text, **options)
+    found = evaluate(tiny_model, memories, text, weights=tuned.weights, **options)
+    assert found.nll == pytest.approx(tuned.nll, abs=1e-4)
+    assert tuned.tokens == found.tokens
+    for weights in [(0.5, 0.5), (1, 0), (0, 1), (0, 0), (0.8, 0.1), (0.4, 0.1), (0.9, 0.1)]:
+        other = evaluate(tiny_model, memories, text, weights=weights, **options)
+        assert other.nll >= found.nll - 1e-4
+    with pytest.raises(SettingError, match="give two or more"):
+        tune_weights(tiny_model, memories[:1], text, **options)
+
+
+def test_expectation_maximisation_against_a_grid() -> None:
+    rng = np.random.default_rng(0)
+    log_probs = torch.from_numpy(np.log(rng.dirichlet((0.4, 0.6, 0.5), size=400).T))
+    found = likeliest_weights(log_probs)
+    assert float(found.sum()) == pytest.approx(1)
+
+    def likelihood(weights: Any) -> float:
+        return float((log_probs + torch.as_tensor(weights).log()[:, None]).logsumexp(0).sum())
+
+    grid = [
+        (a, b, 1 - a - b) for a in np.arange(0.02, 1, 0.02) for b in np.arange(0.02, 1 - a, 0.02)
+    ]
+    assert likelihood(found) >= max(map(likelihood, grid)) - 1e-6

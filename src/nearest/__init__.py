@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nearest.verbs.evaluate import evaluate
     from nearest.verbs.sweep import sweep
     from nearest.verbs.tune import tune
+    from nearest.verbs.weights import tune_weights
 
 _HOMES = {
     "AttentionMemory": "nearest.models.memorizing.memory",
@@ -37,6 +38,7 @@ _HOMES = {
     "read_text": "nearest.models.scoring",
     "sweep": "nearest.verbs.sweep",
     "tune": "nearest.verbs.tune",
+    "tune_weights": "nearest.verbs.weights",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "read_text",
     "sweep",
     "tune",
+    "tune_weights",
 ]
 
 

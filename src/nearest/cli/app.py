@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from nearest.cli.options import MoreMemories
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
@@ -105,6 +106,13 @@ def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTraine
 
     opened = Memory.open(memory)
     return opened, *load_model_and_tokenizer(model or name_of_model(opened))
+
+
+def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
+    """The first memory, and those that were named beside it."""
+    from nearest.memory.memory import Memory
+
+    return [first, *(Memory.open(path) for path in beside.more or ())]
 
 
 def quiet_libraries() -> None:

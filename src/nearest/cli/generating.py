@@ -7,8 +7,17 @@ from typing import Annotated
 import typer
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, out, quiet_libraries
-from nearest.cli.options import AsJson, Force, MemoryPath, MethodSettings, ModelName, given
+from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
+from nearest.cli.options import (
+    AsJson,
+    Force,
+    MemoryPath,
+    MethodSettings,
+    ModelName,
+    MoreMemories,
+    given,
+    numbers,
+)
 
 
 def generate(
@@ -26,6 +35,7 @@ def generate(
     show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
     *,
     settings: MethodSettings,
+    beside: MoreMemories,
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
@@ -43,9 +53,10 @@ def generate(
     generation = continue_prompt(
         loaded,
         tokenizer,
-        opened,
+        opened_beside(opened, beside),
         prompt,
         method=method,
+        weights=numbers(beside.weights, "weights"),
         sources=sources,
         force=force,
         replay=int(replay) if replay.isdecimal() else replay,

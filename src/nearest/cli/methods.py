@@ -1,14 +1,16 @@
 """Commands that tune, measure and draw methods on text."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, out, quiet_libraries
+from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
     Encoding,
@@ -17,12 +19,19 @@ from nearest.cli.options import (
     MemoryPath,
     MethodSettings,
     ModelName,
+    MoreMemories,
     Reading,
     ScoreEos,
     Stream,
     TextPaths,
+    given,
+    numbers,
+    with_commas,
 )
 from nearest.errors import NearestError
+
+if TYPE_CHECKING:
+    from nearest.memory.memory import Memory
 
 
 def tune(
@@ -38,6 +47,14 @@ def tune(
     model: ModelName = None,
     *,
     settings: FixedSettings,
+    more: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--memory",
+            metavar="MEMORY",
+            help="Find the weights of this one and the first, each used as tuned; repeatable.",
+        ),
+    ] = None,
     reading: Reading,
     exclude_own: ExcludeOwn = False,
     encoding_errors: Encoding = "strict",
@@ -54,6 +71,17 @@ def tune(
 
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
     opened, loaded, tokenizer = open_with_model(memory, model)
+    if more:
+        if gate != "none" or exclude_own:
+            raise NearestError(
+                "weights of memories are found with each used as it was tuned: tune gates first, "
+                "and leave --gate and --exclude-own out"
+            )
+        memories = opened_beside(opened, MoreMemories(more))
+        texts = read_documents(text, encoding_errors=encoding_errors)
+        options = {**vars(reading), **given(**vars(settings))}
+        _tune_weights(loaded, tokenizer, memories, texts, method, options, as_json=as_json)
+        return
     with reports.live_progress(err) as progress:
         tuned = tune_memory(
             loaded,
@@ -76,6 +104,32 @@ def tune(
         )
 
 
+def _tune_weights(
+    model: Any,
+    tokenizer: Any,
+    memories: "list[Memory]",
+    texts: Iterable[Any],
+    method: str,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from nearest.verbs.weights import tune_weights
+
+    with reports.live_progress(err) as progress:
+        tuned = tune_weights(
+            model, memories, texts, method, tokenizer=tokenizer, progress=progress, **options
+        )
+    if as_json:
+        typer.echo(json.dumps({"method": method, **asdict(tuned)}))
+        return
+    weights = ",".join(f"{weight:g}" for weight in tuned.weights)
+    out.print(
+        f"{method}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
+        f"with --weights {weights}"
+    )
+
+
 def evaluate(
     memory: MemoryPath,
     text: TextPaths,
@@ -88,6 +142,7 @@ def evaluate(
     model: ModelName = None,
     *,
     settings: MethodSettings,
+    beside: MoreMemories,
     reading: Reading,
     score_eos: ScoreEos = False,
     exclude_own: ExcludeOwn = False,
@@ -107,9 +162,10 @@ def evaluate(
     with reports.live_progress(err) as progress:
         results = evaluate_memory(
             loaded,
-            opened,
+            opened_beside(opened, beside),
             read_documents(text, encoding_errors=encoding_errors),
-            _with_commas(method),
+            with_commas(method),
+            weights=numbers(beside.weights, "weights"),
             tokenizer=tokenizer,
             score_eos=score_eos,
             exclude_own=exclude_own,
@@ -164,8 +220,8 @@ def sweep(
     from nearest.pages.sweep import check_folder, write_report
     from nearest.verbs.sweep import sweep as sweep_memory
 
-    beside = published_named(_with_commas(published))
-    thresholds, fractions = _numbers(min_knns, "min-knns"), _numbers(skip, "skip")
+    beside = published_named(with_commas(published))
+    thresholds, fractions = numbers(min_knns, "min-knns"), numbers(skip, "skip")
     check_folder(out_path)
     opened, loaded, tokenizer = open_with_model(memory, model)
     with reports.live_progress(err) as progress:
@@ -173,7 +229,7 @@ def sweep(
             loaded,
             opened,
             read_documents(text, encoding_errors=encoding_errors),
-            None if methods is None else _with_commas(methods),
+            None if methods is None else with_commas(methods),
             tokenizer=tokenizer,
             score_eos=score_eos,
             progress=progress,
@@ -188,19 +244,3 @@ def sweep(
     else:
         out.print(reports.sweep_table(swept.points))
     err.print(f"see {escape(str(out_path / 'sweep.html'))}", soft_wrap=True)
-
-
-def _with_commas(text: str) -> list[str]:
-    """The parts of a list that is written with commas."""
-    return [part.strip() for part in text.split(",")] if text.strip() else []
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in _with_commas(text)]
-    except ValueError as error:
-        raise NearestError(
-            f"--{option} {text!r} is no list of numbers: write them with commas, as in 1,2,inf"
-        ) from error

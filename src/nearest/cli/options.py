@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nearest.errors import NearestError
+
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
 CorpusPaths = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Files or folders.")]
 TextPaths = Annotated[
@@ -65,6 +67,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class MoreMemories:
+    """Memories that are looked up beside the first."""
+
+    more: Annotated[
+        list[Path] | None,
+        typer.Option("--memory", metavar="MEMORY", help="Another memory to look up; repeatable."),
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of all memories, with commas, summing to at most 1; else equal."),
+    ] = None
+
+
+@dataclass(frozen=True)
 class FixedSettings:
     """Settings of a method that tuning does not find."""
 
@@ -112,3 +128,20 @@ class MethodSettings(FixedSettings):
 def given(**options: Any) -> dict[str, Any]:
     """Those options that were given a value."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def with_commas(text: str) -> list[str]:
+    """The parts of a list that is written with commas."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """Numbers that are written with commas; None where nothing is given."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in with_commas(text)]
+    except ValueError as error:
+        raise NearestError(
+            f"--{option} {text!r} is no list of numbers: write them with commas, as in 1,2,inf"
+        ) from error

@@ -27,10 +27,9 @@ from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.memory.match import common_key_layer, refuse_attached
-from nearest.memory.memory import Memory
 from nearest.models.prefixes import Pass, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
-from nearest.retrieval.ensemble import Ensemble
+from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 
@@ -48,7 +47,7 @@ class _Generated:
 
 def attach(
     model: PreTrainedModel,
-    memory: Memory | Sequence[Memory],
+    memory: Memories,
     method: str = "knn",
     *,
     weights: Sequence[float] | None = None,
@@ -83,8 +82,7 @@ def attach(
     check_method(method, MEMORY_METHODS)
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
-    memories = [memory] if isinstance(memory, Memory) else list(memory)
-    ensemble = Ensemble.of(memories, method, weights, **settings)
+    ensemble = Ensemble.of(memory, method, weights, **settings)
     return Session(model, ensemble, tokenizer, force, replay)
 
 

@@ -12,6 +12,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.models.scoring import ScoredBlock
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Weights, mixed_log_probs, token_probs
+from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.walk import Trails, walk
@@ -24,16 +25,26 @@ class Details(NamedTuple):
         lams: weight that it was given, after the guard.
         distances: of the nearest candidate; +inf without any.
         entries: with the largest weight; -1 where none has weight.
+        shares: that weight.
+        memories: the number of each one's memory.
     """
 
     lams: Float[np.ndarray, " n"]
     distances: Float[np.ndarray, " n"]
     entries: Int[np.ndarray, " n"]
+    shares: Float[np.ndarray, " n"]
+    memories: Int[np.ndarray, " n"]
 
     @classmethod
     def empty(cls, n: int) -> "Details":
         """Of a memory that says nothing."""
-        return cls(np.zeros(n), np.full(n, np.inf, np.float32), np.full(n, NO_ENTRY, np.int64))
+        return cls(
+            np.zeros(n),
+            np.full(n, np.inf, np.float32),
+            np.full(n, NO_ENTRY, np.int64),
+            np.zeros(n),
+            np.zeros(n, np.int64),
+        )
 
 
 class MethodRun:
@@ -93,19 +104,76 @@ class MethodRun:
         before = gained_before(gains, block.sequences, begun)
         self._gained = {int(block.sequences[-1]): float(before[-1] + gains[-1])}
         if details is not None:
-            details.lams[:] *= before.sigmoid().numpy()
+            for weights in (details.lams, details.shares):
+                weights[:] *= before.sigmoid().numpy()
         return guarded(block.lm_log_probs, mixed, before)
+
+
+class EnsembleRun:
+    """One method in several memories on its way through a text; figures as of a `MethodRun`."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self.ensemble = ensemble
+        self._runs = [MethodRun(lookup) for lookup, _ in ensemble.used]
+        self._numbers = [n for n, weight in enumerate(ensemble.weights) if weight]
+        self._weights = [weight for _, weight in ensemble.used]
+
+    @property
+    def seconds(self) -> float:
+        """Of all memories' parts."""
+        return sum(run.seconds for run in self._runs)
+
+    @property
+    def saved(self) -> float | None:
+        """Fraction of saved searches, of one a token and memory; None where none is used."""
+        tokens = sum(run.tokens for run in self._runs)
+        return 1 - sum(run.searches for run in self._runs) / tokens if tokens else None
+
+    @property
+    def judged(self) -> tuple[float, float, float]:
+        """Weight given to the memories, and of it what was `right` and `elsewhere`."""
+        pairs = list(zip(self._runs, self._weights, strict=True))
+        return (
+            sum(weight * run.given for run, weight in pairs),
+            sum(weight * run.right for run, weight in pairs),
+            sum(weight * run.elsewhere for run, weight in pairs),
+        )
+
+    def log_probs(self, block: ScoredBlock, details: Details | None = None) -> Float[Tensor, " n"]:
+        """Log-probabilities of the tokens that came, base and memories together."""
+        each = [Details.empty(len(block.targets)) for _ in self._runs]
+        predicted = self.of_memories(block, each if details is not None else None)
+        if details is not None:
+            for number, weight, own in zip(self._numbers, self._weights, each, strict=True):
+                details.lams[:] += weight * own.lams
+                np.minimum(details.distances, own.distances, out=details.distances)
+                stronger = weight * own.shares > details.shares
+                details.entries[stronger] = own.entries[stronger]
+                details.shares[stronger] = weight * own.shares[stronger]
+                details.memories[stronger] = number
+        return self.ensemble.mixed(predicted, block.lm_log_probs)
+
+    def of_memories(
+        self, block: ScoredBlock, details: list[Details] | None = None
+    ) -> list[Float[Tensor, " n"]]:
+        """Log-probabilities of the tokens that came, with each memory that is used."""
+        return [
+            run.log_probs(block, None if details is None else details[i])
+            for i, run in enumerate(self._runs)
+        ]
 
 
 def heaviest_entries(
     ids: Int[np.ndarray, "q c"], weights: Float[np.ndarray, "q c"]
-) -> Int[np.ndarray, " q"]:
-    """The entry of each row with the largest weight in all, the lowest of equal ones; -1 if none.
+) -> tuple[Int[np.ndarray, " q"], Float[np.ndarray, " q"]]:
+    """The entry of each row with the largest weight in all, and that weight; -1 and 0 if none.
+
+    Of equal ones it is the lowest.
 
     An entry may stand in a row several times.
     """
     if not ids.shape[1]:
-        return np.full(len(ids), NO_ENTRY, dtype=np.int64)
+        return np.full(len(ids), NO_ENTRY, dtype=np.int64), np.zeros(len(ids))
     order = np.argsort(ids, axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, 1)
     sums = np.cumsum(np.take_along_axis(weights, order, 1), axis=1, dtype=np.float64)
@@ -113,9 +181,9 @@ def heaviest_entries(
     ended = np.maximum.accumulate(np.where(last, sums, 0.0), axis=1)
     before = np.append(np.zeros((len(ids), 1)), ended[:, :-1], axis=1)
     totals = np.where(last, sums - before, 0.0)
-    best = totals.argmax(axis=1)
-    rows = np.arange(len(ids))
-    return np.where(totals[rows, best] > 0, ids[rows, best], NO_ENTRY)
+    best, rows = totals.argmax(axis=1), np.arange(len(ids))
+    largest = totals[rows, best]
+    return np.where(largest > 0, ids[rows, best], NO_ENTRY), largest
 
 
 def _fill(
@@ -123,4 +191,5 @@ def _fill(
 ) -> None:
     details.lams[rows] = 1 - weights.lm
     details.distances[rows] = candidates.distances.min(axis=1, initial=np.inf)
-    details.entries[rows] = heaviest_entries(candidates.ids, weights.candidates)
+    heaviest = heaviest_entries(candidates.ids, weights.candidates)
+    details.entries[rows], details.shares[rows] = heaviest

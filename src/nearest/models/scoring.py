@@ -19,9 +19,9 @@ from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.match import matching_key_layer, refuse_attached
-from nearest.memory.memory import Memory
+from nearest.memory.match import common_key_layer, refuse_attached
 from nearest.progress import Progress, no_progress
+from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.queries import Queries
 
 
@@ -72,7 +72,7 @@ class Scorer:
     def prepare(
         cls,
         model: PreTrainedModel,
-        memory: Memory | None,
+        memory: Memories | None,
         documents: "ScoredInput",
         *,
         tokenizer: Any = None,
@@ -128,16 +128,21 @@ class Scorer:
                 vocab_size,
                 tokenizer.eos_token_id if score_eos else None,
             )
-        if memory is None:
+        memories, own = memories_of(memory), None
+        if not memories:
             layer = find_key_layer(model, "last_hidden")
         else:
-            layer = matching_key_layer(memory, model, tokenizer, force=force)
-            keys = memory.manifest.keys
-            if keys is not None and window is None and stride is None:
-                window, stride = keys.window, keys.stride
-        own = None
-        if exclude_own and memory is not None:
-            own = memory.first_entries(text.own_tokens)
+            layer = common_key_layer(memories, model, tokenizer, force=force)
+            keyed = [one.manifest.keys for one in memories if one.manifest.keys is not None]
+            if keyed and window is None and stride is None:
+                window, stride = keyed[0].window, keyed[0].stride
+        if exclude_own and memories:
+            if len(memories) > 1:
+                raise SettingError(
+                    "a text's own entries are left out of one memory only: give one, or leave "
+                    "exclude_own out"
+                )
+            own = memories[0].first_entries(text.own_tokens)
         if stream:
             text = text.as_stream()
         return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
@@ -225,7 +230,7 @@ ScoredInput = Iterable[Document | str | Tokens] | ReadText
 
 def read_text(
     model: PreTrainedModel,
-    memory: Memory | None,
+    memory: Memories | None,
     documents: ScoredInput,
     *,
     progress: Progress = no_progress,

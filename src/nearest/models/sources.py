@@ -145,7 +145,8 @@ def _placed(memories: Sequence[Memory], spoken: list[_Spoken]) -> list[TokenSour
         of_memory.setdefault(memory, []).append(entry)
     places: dict[tuple[int, int], Place] = {}
     for memory, ids in of_memory.items():
-        found = map(Place, *memories[memory].places(np.array(ids, dtype=np.int64)))
+        documents_of, positions = memories[memory].places(np.array(ids, dtype=np.int64))
+        found = map(Place, documents_of.tolist(), positions.tolist())
         places |= {(memory, entry): place for entry, place in zip(ids, found, strict=True)}
     needed = sorted({(memory, place.document) for (memory, _), place in places.items()})
     documents = {(memory, number): memories[memory].document(number) for memory, number in needed}

@@ -17,6 +17,16 @@ from nearest.retrieval.settings import resolve_settings
 _ROUNDING = 1e-6  # of weights that are to sum to 1
 
 
+Memories = Memory | Sequence[Memory]
+
+
+def memories_of(memory: Memories | None) -> list[Memory]:
+    """One memory, several or none as a list."""
+    if memory is None:
+        return []
+    return [memory] if isinstance(memory, Memory) else list(memory)
+
+
 @dataclass(frozen=True)
 class Ensemble:
     """Lookups of one method in several memories: Σ w_m·p_m + (1 − Σ w_m)·p_LM.
@@ -48,23 +58,27 @@ class Ensemble:
     @classmethod
     def of(
         cls,
-        memories: Sequence[Memory],
+        memories: Memories,
         method: str,
         weights: Sequence[float] | None = None,
         **settings: Any,
     ) -> "Ensemble":
         """One method in each memory, with settings as given, else as each was tuned.
 
+        Weights are equal ones when not given.
+
         Raises:
             SettingError: there is no memory, or a setting, weight or gate is missing or wrong.
         """
+        memories = memories_of(memories)
         if not memories:
             raise SettingError("there is no memory to look up: give at least one")
         lookups = tuple(
             Lookup.of(memory, method, resolve_settings(method, memory, **settings))
             for memory in memories
         )
-        return cls(lookups, equal_weights(len(lookups)) if weights is None else tuple(weights))
+        equal = (1 / len(lookups),) * len(lookups)
+        return cls(lookups, equal if weights is None else tuple(weights))
 
     @property
     def used(self) -> list[tuple[Lookup, float]]:
@@ -109,6 +123,16 @@ class Ensemble:
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
 
-def equal_weights(memories: int) -> tuple[float, ...]:
-    """The same for each, summing to 1."""
-    return (1 / memories,) * memories
+def likeliest_weights(
+    log_probs: Float[Tensor, "components n"], rounds: int = 200
+) -> Float[Tensor, " components"]:
+    """Weights, summing to 1, of the mixture of components under which n tokens are likeliest.
+
+    Expectation maximisation; the likelihood is concave in the weights, so it finds the maximum.
+    """
+    likelihood = (log_probs - log_probs.max(dim=0).values).exp()
+    weights = torch.full((len(log_probs),), 1 / len(log_probs), dtype=log_probs.dtype)
+    for _ in range(rounds):
+        joint = weights[:, None] * likelihood
+        weights = (joint / joint.sum(dim=0)).mean(dim=1)
+    return weights

@@ -189,25 +189,16 @@ def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
     return settings
 
 
-def settings_of_methods(
-    methods: Sequence[str], memory: Memory, given: Mapping[str, Any]
-) -> dict[str, Settings]:
-    """Settings of several methods, each taking those of `given` that it has.
-
-    Raises:
-        SettingError: none of the methods has one of them.
-    """
+def check_settings(methods: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuse a setting that none of the methods has (SettingError)."""
     known = {name for method in methods for name in method_named(method).settings}
     if methods and (unknown := sorted({n for n, v in given.items() if v is not None} - known)):
         raise SettingError(
             f"{unknown[0]!r} is no setting of {' or '.join(methods)}: "
             f"choose among {', '.join(sorted(known))}"
         )
-    return {
-        method: resolve_settings(
-            method,
-            memory,
-            **{n: v for n, v in given.items() if n in method_named(method).settings},
-        )
-        for method in methods
-    }
+
+
+def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that the method has."""
+    return {n: v for n, v in given.items() if n in method_named(method).settings}

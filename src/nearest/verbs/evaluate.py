@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from nearest.corpus.text import Text
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
-from nearest.models.method_run import Details, MethodRun
+from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.settings import BASE, check_method, settings_of_methods
+from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
+from nearest.retrieval.settings import BASE, check_method, check_settings, settings_of
 from nearest.verbs.checks import Neighbours, harm_of
 from nearest.verbs.leak import Leak, find_leak
 from nearest.verbs.records import RecordFile, Records, check_records_path, records_of
@@ -26,7 +26,7 @@ from nearest.verbs.results import Checks, Cost, Result, result_of
 @overload
 def evaluate(
     model: PreTrainedModel,
-    memory: Memory | None,
+    memory: Memories | None,
     documents: ScoredInput,
     method: str = "knn",
     **options: Any,
@@ -36,7 +36,7 @@ def evaluate(
 @overload
 def evaluate(
     model: PreTrainedModel,
-    memory: Memory | None,
+    memory: Memories | None,
     documents: ScoredInput,
     method: Sequence[str],
     **options: Any,
@@ -45,10 +45,11 @@ def evaluate(
 
 def evaluate(
     model: PreTrainedModel,
-    memory: Memory | None,
+    memory: Memories | None,
     documents: ScoredInput,
     method: str | Sequence[str] = "knn",
     *,
+    weights: Sequence[float] | None = None,
     tokenizer: Any = None,
     window: int | None = None,
     stride: int | None = None,
@@ -65,9 +66,10 @@ def evaluate(
 
     Args:
         model: a causal language model in evaluation mode.
-        memory: what to look up; None where only the base model is asked for.
+        memory: what to look up, or several; None where only the base model is asked for.
         documents: documents, strings, or arrays of token ids whose first token is context only.
         method: "base", "knn", or several; the first of several is what the others are compared to.
+        weights: of several memories, as in `attach`.
         tokenizer: the model's; loaded from where the model came from when not given.
         window, stride: as in `build`; the memory's own when not given.
         score_eos: predict the end of each document too.
@@ -92,12 +94,13 @@ def evaluate(
         NearestError: model, memory, text or settings cannot be used.
     """
     methods = [method] if isinstance(method, str) else list(method)
-    lookups = _lookups(memory, methods, settings)
+    memories = memories_of(memory)
+    ensembles = _ensembles(memories, methods, weights, settings)
     if isinstance(records, str | Path):
         check_records_path(Path(records))
     scorer = Scorer.prepare(
         model,
-        memory,
+        memories,
         documents,
         tokenizer=tokenizer,
         window=window,
@@ -108,15 +111,15 @@ def evaluate(
         exclude_own=exclude_own,
         stream=stream,
     )
-    scored = [_Scored(name, lookups.get(name), memory, scorer.text) for name in methods]
+    scored = [_Scored(name, ensembles.get(name), memories, scorer.text) for name in methods]
     base_seconds = 0.0
-    with_view = records is not None or any(lookup.needs_lm for lookup in lookups.values())
+    with_view = records is not None or any(ensemble.needs_lm for ensemble in ensembles.values())
     with _sink(records) as sink:
         for block in scorer.blocks(progress, "evaluate", with_view):
             base_seconds += block.seconds
             for one in scored:
                 one.score(block, sink)
-    leak = None if memory is None else find_leak(memory, scorer.text, scorer.own)
+    leak = find_leak(memories, scorer.text, scorer.own) if memories else None
     results = [
         one.result(base_seconds, scored[0].nll if n else None, leak) for n, one in enumerate(scored)
     ]
@@ -134,11 +137,11 @@ class _Scored:
     """One method, or the base model, and what it made of the text so far."""
 
     def __init__(
-        self, method: str, lookup: Lookup | None, memory: Memory | None, text: Text
+        self, method: str, ensemble: Ensemble | None, memories: Sequence[Memory], text: Text
     ) -> None:
         self.nll = np.zeros(len(text.documents))
-        self._method, self._memory, self._text = method, memory, text
-        self._run = None if lookup is None else MethodRun(lookup)
+        self._method, self._memories, self._text = method, memories, text
+        self._run = None if ensemble is None else EnsembleRun(ensemble)
         self._losses: list[Float[np.ndarray, " n"]] = []
         self._documents: list[Int[np.ndarray, " n"]] = []
 
@@ -152,7 +155,7 @@ class _Scored:
             self._documents.append(block.documents)
         np.add.at(self.nll, block.documents, -log_probs.double().numpy())
         if sink is not None and details is not None:
-            sink(records_of(self._text, self._memory, self._method, block, log_probs, details))
+            sink(records_of(self._text, self._memories, self._method, block, log_probs, details))
 
     def result(
         self,
@@ -165,19 +168,36 @@ class _Scored:
         if run is None:
             cost, checks = Cost(base_seconds), Checks(leak=leak)
             return result_of(text, method, self.nll, cost, {}, compared_to, checks)
-        cost = Cost(base_seconds, run.seconds, 1 - run.searches / run.tokens)
-        settings = run.lookup.settings.of(method)
+        cost = Cost(base_seconds, run.seconds, run.saved)
         harm = harm_of(np.concatenate(self._losses), np.concatenate(self._documents), text.ids)
+        given, right, elsewhere = run.judged
         neighbours = None
-        if run.given > 0:
-            neighbours = Neighbours(run.right / run.given, run.elsewhere / run.given, run.tokens)
+        if given > 0:
+            neighbours = Neighbours(right / given, elsewhere / given, int(text.predictions))
         checks = Checks(neighbours, harm, leak)
-        return result_of(text, method, self.nll, cost, settings, compared_to, checks)
+        return result_of(
+            text,
+            method,
+            self.nll,
+            cost,
+            _common_settings(run.ensemble, method),
+            compared_to,
+            checks,
+        )
 
 
-def _lookups(
-    memory: Memory | None, methods: Sequence[str], given: dict[str, Any]
-) -> dict[str, Lookup]:
+def _common_settings(ensemble: Ensemble, method: str) -> dict[str, Any]:
+    """What the method is set to in all memories alike."""
+    first, *others = [lookup.settings.of(method) for lookup in ensemble.lookups]
+    return {n: v for n, v in first.items() if all(other[n] == v for other in others)}
+
+
+def _ensembles(
+    memories: Sequence[Memory],
+    methods: Sequence[str],
+    weights: Sequence[float] | None,
+    given: dict[str, Any],
+) -> dict[str, Ensemble]:
     for name in methods:
         check_method(name)
     if not methods or len(set(methods)) != len(methods):
@@ -190,9 +210,9 @@ def _lookups(
                 "has none: leave it out, or name a method"
             )
         return {}
-    if memory is None:
+    if not memories:
         raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
+    check_settings(of_memory, given)
     return {
-        name: Lookup.of(memory, name, settings)
-        for name, settings in settings_of_methods(of_memory, memory, given).items()
+        name: Ensemble.of(memories, name, weights, **settings_of(name, given)) for name in of_memory
     }

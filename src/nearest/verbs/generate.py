@@ -12,6 +12,7 @@ from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.models.attach import attach
 from nearest.models.sources import Source, TokenSources
+from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.settings import BASE, check_method
 
 _CONTEXT_TOKENS = 12
@@ -63,7 +64,7 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    memory: Memory | Sequence[Memory],
+    memory: Memories,
     prompt: str,
     *,
     method: str = "knn",
@@ -92,7 +93,7 @@ def generate(
         NearestError: model, memory or settings cannot be used.
     """
     check_method(method)
-    memories = [memory] if isinstance(memory, Memory) else list(memory)
+    memories = memories_of(memory)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     inputs = torch.tensor([[start_token(tokenizer), *prompt_ids]], device=model.device)
     _check_length(model, inputs.shape[1], generation.get("max_new_tokens"))

@@ -44,11 +44,13 @@ class Leak:
         }
 
 
-def find_leak(memory: Memory, text: Text, own: Int[np.ndarray, " documents"] | None) -> Leak:
-    """Look for a text's documents, and for its spans, in a memory.
+def find_leak(
+    memories: Sequence[Memory], text: Text, own: Int[np.ndarray, " documents"] | None
+) -> Leak:
+    """Look for a text's documents, and for its spans, in memories.
 
     Args:
-        memory: what predicts the text.
+        memories: what predicts the text.
         text: what is predicted.
         own: the entries at which documents begin that are predicted without themselves (-1: not
             so), and are passed over here.
@@ -58,11 +60,13 @@ def find_leak(memory: Memory, text: Text, own: Int[np.ndarray, " documents"] | N
     ids = _named(text.ids, kept)
     if not documents:
         return Leak((), (), 0)
-    whole = memory.equal_documents(documents) >= 0
+    equal = [memory.equal_documents(documents) >= 0 for memory in memories]
+    whole: Bool[np.ndarray, " documents"] = np.logical_or.reduce(equal)
     context = np.concatenate(documents)
     starts = np.cumsum([0, *map(len, documents)])[:-1]
-    ends = _ends(context, starts, memory.manifest.model.start_token)
-    inside = _covered(len(context), ends[memory.spans_stand(context, ends, SPAN)])
+    ends = _ends(context, starts, memories[0].manifest.model.start_token)
+    stand = np.logical_or.reduce([one.spans_stand(context, ends, SPAN) for one in memories])
+    inside = _covered(len(context), ends[stand])
     partly = (np.add.reduceat(inside, starts) > 0) & ~whole
     return Leak(_named(ids, whole), _named(ids, partly), int(inside.sum()))
 

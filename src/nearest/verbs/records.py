@@ -4,7 +4,7 @@ Records stream by in tables of columns, and to disk as Parquet, whole or not at 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ _PARQUET = b"PAR1"  # what every Parquet file begins with
 
 def records_of(
     text: Text,
-    memory: Memory | None,
+    memories: Sequence[Memory],
     method: str,
     block: ScoredBlock,
     log_probs: Float[Tensor, " n"],
@@ -40,13 +40,14 @@ def records_of(
 
     `document` and `position` are those of the token in the text, `source` and `source_position`
     those of the entry with the largest weight in the memory: None and -1 where there is none.
+    `memory` is the number of that entry's memory, of several.
     `distance` is NaN without a candidate, or without keys.
     """
     n = len(block.targets)
     distances = details.distances
-    if memory is None or memory.manifest.keys is None:
+    if all(memory.manifest.keys is None for memory in memories):
         distances = np.full(n, np.inf, dtype=np.float32)
-    sources, positions = _sources(memory, details)
+    sources, positions = _sources(memories, details)
     assert block.queries.lm is not None  # it was asked for
     return {
         "method": np.full(n, method, dtype=object),
@@ -60,19 +61,21 @@ def records_of(
         "distance": np.where(np.isinf(distances), np.float32(np.nan), distances),
         "source": sources,
         "source_position": positions,
+        "memory": details.memories,
     }
 
 
-def _sources(memory: Memory | None, details: Details) -> tuple[np.ndarray, np.ndarray]:
+def _sources(memories: Sequence[Memory], details: Details) -> tuple[np.ndarray, np.ndarray]:
     """Document id and position of each strongest entry."""
     names = np.full(len(details.entries), None, dtype=object)
     positions = np.full(len(names), NO_ENTRY, dtype=np.int64)
-    found = details.entries >= 0
-    if memory is not None and found.any():
-        documents, positions[found] = memory.places(details.entries[found])
-        numbers, at = np.unique(documents, return_inverse=True)  # in order: a frame is read once
-        ids = [memory.document(number).id for number in numbers.tolist()]
-        names[found] = np.array(ids, dtype=object)[at]
+    for number, memory in enumerate(memories):
+        found = (details.entries >= 0) & (details.memories == number)
+        if found.any():
+            documents, positions[found] = memory.places(details.entries[found])
+            read, at = np.unique(documents, return_inverse=True)  # in order: a frame is read once
+            ids = [memory.document(document).id for document in read.tolist()]
+            names[found] = np.array(ids, dtype=object)[at]
     return names, positions
 
 
@@ -157,4 +160,4 @@ def _schema() -> Any:
     text, whole, number = pa.string(), pa.int64(), pa.float32()
     types = {"method": text, "document": text, "position": whole, "token": whole}
     types |= dict.fromkeys(("nll", "base_nll", "lam", "entropy", "distance"), number)
-    return pa.schema(types | {"source": text, "source_position": whole})
+    return pa.schema(types | {"source": text, "source_position": whole, "memory": whole})
