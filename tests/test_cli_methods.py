@@ -222,3 +222,35 @@ def test_a_texts_own_entries_are_left_out_on_request(
     (tuned,) = works("tune", world.memory, "--text", corpus, "--k", 12)
     (without,) = works("tune", world.memory, "--text", corpus, "--k", 12, "--exclude-own")
     assert without["tuned_nll"] > tuned["tuned_nll"] + 0.5
+
+
+def test_several_memories(
+    world: SimpleNamespace, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Any
+) -> None:
+    """As the library does with the same; weights that were found can be given."""
+    both, text = [world.memory, "--memory", world.textual], ["--text", world.text]
+    (tuned,) = works("tune", *both, *text, "--method", "suffix")
+    assert len(tuned["weights"]) == 2
+    weights = ",".join(map(str, tuned["weights"]))
+    (record,) = works("eval", *both, *text, "--method", "suffix", "--weights", weights)
+    assert record["nll"] == pytest.approx(tuned["nll"], abs=1e-3)
+    memories = [Memory.open(path) for path in (world.memory, world.textual)]
+    documents = list(read_documents([world.text]))
+    expected = evaluate(tiny_model, memories, documents, "suffix", tokenizer=tiny_tokenizer)
+    (record,) = works("eval", *both, *text, "--method", "suffix")
+    assert record["nll"] == pytest.approx(expected.nll, rel=1e-6)
+    arguments = ["--prompt", "the court", "--method", "suffix", "--max-new-tokens", 4, "--sources"]
+    (made,) = works("generate", *both, *arguments, "--weights", "0,1")
+    assert {s["memory"] for token in made["tokens"] for s in token["sources"]} == {1}
+    for weights, message in {
+        "0.5": "1 weights for 2 memories: give one for each",
+        "0.8,0.8": "they must not exceed 1",
+        "a,b": "--weights 'a,b' is no list of numbers: write them with commas, as in 0.7,0.3",
+    }.items():
+        assert message in refused("eval", *both, *text, "--method", "suffix", "--weights", weights)
+        assert message in refused("generate", *both, *arguments, "--weights", weights)
+    message = refused("eval", *both, *text, "--method", "knn")
+    assert f"{world.textual} has no keys" in message
+    assert "tune gates first" in refused("tune", *both, *text, "--gate", "buckets")
+    missing = refused("eval", world.memory, "--memory", tmp_path / "none", *text)
+    assert "does not exist" in missing

@@ -56,7 +56,7 @@ def generate(
         opened_beside(opened, beside),
         prompt,
         method=method,
-        weights=numbers(beside.weights, "weights"),
+        weights=numbers(beside.weights, "weights", "0.7,0.3"),
         sources=sources,
         force=force,
         replay=int(replay) if replay.isdecimal() else replay,

@@ -165,7 +165,7 @@ def evaluate(
             opened_beside(opened, beside),
             read_documents(text, encoding_errors=encoding_errors),
             with_commas(method),
-            weights=numbers(beside.weights, "weights"),
+            weights=numbers(beside.weights, "weights", "0.7,0.3"),
             tokenizer=tokenizer,
             score_eos=score_eos,
             exclude_own=exclude_own,
@@ -221,7 +221,10 @@ def sweep(
     from nearest.verbs.sweep import sweep as sweep_memory
 
     beside = published_named(with_commas(published))
-    thresholds, fractions = numbers(min_knns, "min-knns"), numbers(skip, "skip")
+    thresholds, fractions = (
+        numbers(min_knns, "min-knns", "1,2,inf"),
+        numbers(skip, "skip", "0,0.5,1"),
+    )
     check_folder(out_path)
     opened, loaded, tokenizer = open_with_model(memory, model)
     with reports.live_progress(err) as progress:

@@ -135,7 +135,7 @@ def with_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
-def numbers(text: str | None, option: str) -> list[float] | None:
+def numbers(text: str | None, option: str, example: str) -> list[float] | None:
     """Numbers that are written with commas; None where nothing is given."""
     if text is None:
         return None
@@ -143,5 +143,5 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         return [float(part) for part in with_commas(text)]
     except ValueError as error:
         raise NearestError(
-            f"--{option} {text!r} is no list of numbers: write them with commas, as in 1,2,inf"
+            f"--{option} {text!r} is no list of numbers: write them with commas, as in {example}"
         ) from error
