@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from damage import damage
 from fuzz import fuzz
 from kills import kills
@@ -18,9 +19,12 @@ def test_damage_is_found_and_never_crashes(tmp_path: Path) -> None:
     assert figures["cases"] == 4 * figures["files"] > 100
 
 
-def test_mutated_bytes_are_read_or_refused(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_made_up_bytes_are_read_or_refused(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="the fuzzer is for Linux")
     figures = fuzz(tmp_path, 0.002)
-    assert figures["manifests_refused"] > 500
+    assert figures["manifests"] >= 600
+    assert figures["lines_kept_for_coverage"] > 1
 
 
 def test_readers_see_whole_generations_beside_a_writer(tmp_path: Path) -> None:

@@ -1,75 +1,58 @@
-"""Manifests, JSON lines and array headers of mutated bytes: refused or read, and nothing else."""
+"""Manifests, JSON lines and array headers that a coverage-guided fuzzer (atheris) makes up.
+
+They are refused or read, and nothing else: no other error, nothing that hangs or grows.
+"""
 
 import json
-import resource
-import signal
-from collections.abc import Callable
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from memories import furnish
 
-from nearest.corpus.documents import _parse_line
-from nearest.errors import NearestError
-from nearest.folder import open_array
-from nearest.memory.manifest import _decode
-
 EXECUTIONS = {"manifests": 300_000, "lines": 500_000, "headers": 250_000}
-PIECES = [b"", b"{", b"}", b"[", b"]", b'"', b"null", b"1e999", b"-1", b"\\ud800", b"\xff", b"NaN"]
-PIECES += [b"9" * 40, b"..", b"\0", b"True", b"(", b"'", b"<f8", b"|O", b"[" * 2000]
-
-
-def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """Data with a few bytes changed, cut out, doubled, or put in."""
-    for _ in range(int(rng.integers(1, 5))):
-        at, end = sorted(rng.integers(0, len(data) + 1, size=2).tolist())
-        end = min(end, at + 30)
-        kind = int(rng.integers(4))
-        middle = {
-            0: bytes(rng.integers(0, 256, size=2, dtype=np.uint8)),
-            1: b"",
-            2: data[at:end] * 2,
-            3: PIECES[int(rng.integers(len(PIECES)))],
-        }[kind]
-        data = data[:at] + middle + data[end:]
-    return data
+MEMORY_MIB, SECONDS_EACH = 2048, 20
+PIECES = [b"{", b"}", b"[", b"]", b'"', b"null", b"1e999", b"-1", b"\\ud800", b"\xff", b"NaN"]
+PIECES += [b"9" * 40, b"..", b"\0", b"True", b"(", b"'", b"<f8", b"|O", b"[" * 40]
 
 
 def fuzz(folder: Path, share: float) -> dict[str, Any]:
-    """Each target as often as EXECUTIONS says; any error but ours ends the run."""
+    """Each target as often as EXECUTIONS says, from a whole file as the seed."""
     furnish(folder / "memory")
-    manifest = (folder / "memory/manifest.json").read_bytes()
     line = json.dumps({"id": "a", "text": "the text ä", "title": [1, {"b": None}]}).encode()
     np.save(folder / "seed.npy", np.arange(12, dtype=np.float16).reshape(3, 4))
-    array, path = (folder / "seed.npy").read_bytes(), folder / "array.npy"
-
-    def read_array(data: bytes) -> None:
-        path.write_bytes(data)
-        open_array(path, np.dtype(np.float16), (3, 4))
-
-    targets: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
-        "manifests": (manifest, lambda data: _decode(folder, data)),
-        "lines": (
-            line,
-            lambda data: _parse_line(data.decode(errors="replace"), "name", "origin"),
-        ),
-        "headers": (array, read_array),
+    seeds = {
+        "manifests": (folder / "memory/manifest.json").read_bytes(),
+        "lines": line,
+        "headers": (folder / "seed.npy").read_bytes(),
     }
-    rng = np.random.default_rng(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    escaped = ("".join(rf"\x{byte:02x}" for byte in piece) for piece in PIECES)
+    (folder / "pieces").write_text("\n".join(f'"{word}"' for word in escaped))
     figures: dict[str, Any] = {}
-    for name, (seed, target) in targets.items():
-        refused = 0
-        count = int(EXECUTIONS[name] * share)
-        for number in range(count):
-            if number % 1000 == 0:
-                signal.alarm(60)  # a thousand that take longer: one of them hangs
-            try:
-                target(mutated(seed, rng))
-            except NearestError:
-                refused += 1
-        figures |= {name: count, f"{name}_refused": refused}
-    signal.alarm(0)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {**figures, "grown_mib": round(grown / 1024)}
+    for name, seed in seeds.items():
+        corpus = folder / name
+        corpus.mkdir()
+        (corpus / "seed").write_bytes(seed)
+        count = max(100, int(EXECUTIONS[name] * share))
+        figures |= _fuzzed(name, corpus, folder / "pieces", count)
+    return figures
+
+
+def _fuzzed(name: str, corpus: Path, pieces: Path, count: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_target.py")), name, str(corpus)]
+    command += [f"-dict={pieces}", f"-runs={count}", "-seed=1", "-max_len=8192"]
+    command += [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={MEMORY_MIB}"]
+    ended = subprocess.run(command, cwd=corpus, capture_output=True, text=True, errors="replace")
+    done = re.search(r"Done (\d+) runs", ended.stderr)
+    if ended.returncode or done is None:
+        raise AssertionError(f"{name}: {ended.stderr[-3000:]}")
+    peak = re.findall(r"rss: (\d+)Mb", ended.stderr)
+    inputs = len(list(corpus.iterdir()))
+    return {
+        name: int(done[1]),
+        f"{name}_kept_for_coverage": inputs,
+        f"{name}_peak_mib": int(peak[-1]),
+    }
