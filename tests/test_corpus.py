@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from nearest.corpus.documents import (
     Document,
-    EncodingErrors,
     as_documents,
-    read_documents,
     with_unique_ids,
 )
+from nearest.corpus.reading import read_documents
 from nearest.corpus.text import Text
+from nearest.corpus.text_files import EncodingErrors
 from nearest.corpus.tokens import check_vocabulary, token_dtype, tokenise
 from nearest.errors import CorpusError
 
@@ -348,10 +348,16 @@ def test_an_empty_file_is_named(tmp_path: Path, name: str, data: bytes, in_folde
         ("missing", "does not exist: check the path"),
         ("missing.txt", "does not exist: check the path"),
         ("folder/notes.txt/below.txt", "does not exist: check the path"),
-        ("folder/image.png", "none of .txt, .md, .jsonl: convert or rename it"),
-        ("folder/no_suffix", "none of .txt, .md, .jsonl: convert or rename it"),
-        ("empty", "holds no .txt, .md, .jsonl file: name another folder"),
-        ("unfit", "holds no .txt, .md, .jsonl file: name another folder"),
+        (
+            "folder/image.png",
+            "none of .txt, .md, .jsonl (or these with .gz, .zst), .parquet, .arrow: convert",
+        ),
+        (
+            "folder/no_suffix",
+            "none of .txt, .md, .jsonl (or these with .gz, .zst), .parquet, .arrow: convert",
+        ),
+        ("empty", "holds no .txt, .md, .jsonl (or these with .gz, .zst), .parquet, .arrow file"),
+        ("unfit", "holds no .txt, .md, .jsonl (or these with .gz, .zst), .parquet, .arrow file"),
         ("dangling.txt", "does not exist: check the path"),
         ("x" * 300 + ".txt", ": "),
         ("nul\0.txt", ": "),
@@ -483,9 +489,9 @@ def test_nothing_is_read_before_it_is_asked_for(
     for name in ("a.txt", "b.txt", "c.txt"):
         write(tmp_path / name, name)
     opened: list[str] = []
-    read_bytes = Path.read_bytes
+    path_open = Path.open
     monkeypatch.setattr(
-        Path, "read_bytes", lambda self: (opened.append(self.name), read_bytes(self))[1]
+        Path, "open", lambda self, mode: (opened.append(self.name), path_open(self, mode))[1]
     )
     stream = read_documents([tmp_path])
     assert opened == []

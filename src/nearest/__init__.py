@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nearest.corpus.documents import Document, read_documents
+    from nearest.corpus.documents import Document
+    from nearest.corpus.reading import read_documents
     from nearest.episodic import EpisodicMemory, EpisodicSettings
     from nearest.errors import NearestError
     from nearest.memory.memory import Memory
@@ -34,7 +35,7 @@ _HOMES = {
     "attach": "nearest.models.attach",
     "evaluate": "nearest.verbs.evaluate",
     "memorize": "nearest.models.memorizing.layers",
-    "read_documents": "nearest.corpus.documents",
+    "read_documents": "nearest.corpus.reading",
     "read_text": "nearest.models.scoring",
     "sweep": "nearest.verbs.sweep",
     "tune": "nearest.verbs.tune",

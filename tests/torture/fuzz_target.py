@@ -16,7 +16,7 @@ import numpy as np
 
 import_module("nearest.index.product")  # before: what is compiled cannot be instrumented
 with atheris.instrument_imports(include=["nearest"]):
-    from nearest.corpus.documents import _parse_line
+    from nearest.corpus.text_files import parse_line
     from nearest.errors import NearestError
     from nearest.folder import open_array
     from nearest.memory.manifest import _decode
@@ -30,7 +30,7 @@ def _read_array(data: bytes, folder: Path) -> None:
 
 TARGETS: dict[str, Callable[[bytes, Path], Any]] = {
     "manifests": lambda data, folder: _decode(folder, data),
-    "lines": lambda data, _: _parse_line(data.decode(errors="replace"), "name", "origin"),
+    "lines": lambda data, _: parse_line(data.decode(errors="replace"), "name", "origin"),
     "headers": _read_array,
 }
 

@@ -52,7 +52,7 @@ def build(
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
-    """Make a memory of documents (.txt, .md, .jsonl, folders of them)."""
+    """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
     quiet_libraries()
     from nearest.verbs.build import build as build_memory
 
@@ -105,7 +105,7 @@ def update(
     _add(memory, corpus, adding, as_json, replace=True)
 
 
-def _add(memory: Path, corpus: list[Path], adding: Adding, as_json: bool, *, replace: bool) -> None:
+def _add(memory: Path, corpus: list[str], adding: Adding, as_json: bool, *, replace: bool) -> None:
     quiet_libraries()
     from nearest.verbs.change import add as add_to_memory
 

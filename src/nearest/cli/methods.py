@@ -66,7 +66,7 @@ def tune(
     trained instead, and the method is then called knn+buckets, suffix+mixture and so on.
     """
     quiet_libraries()
-    from nearest.corpus.documents import read_documents
+    from nearest.corpus.reading import read_documents
     from nearest.verbs.tune import tune as tune_memory
 
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
@@ -155,7 +155,7 @@ def evaluate(
 ) -> None:
     """Measure how well text is predicted, by the base model and with the memory."""
     quiet_libraries()
-    from nearest.corpus.documents import read_documents
+    from nearest.corpus.reading import read_documents
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
     opened, loaded, tokenizer = open_with_model(memory, model)
@@ -215,7 +215,7 @@ def sweep(
     The model reads the text once, and each dense search is made once for all.
     """
     quiet_libraries()
-    from nearest.corpus.documents import read_documents
+    from nearest.corpus.reading import read_documents
     from nearest.pages.published import published_named
     from nearest.pages.sweep import check_folder, write_report
     from nearest.verbs.sweep import sweep as sweep_memory

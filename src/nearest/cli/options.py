@@ -9,9 +9,12 @@ import typer
 from nearest.errors import NearestError
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
-CorpusPaths = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Files or folders.")]
+CorpusPaths = Annotated[
+    list[str],
+    typer.Argument(metavar="CORPUS...", help="Files, folders, or hf://owner/name[:split]."),
+]
 TextPaths = Annotated[
-    list[Path], typer.Option("--text", help="Text to score: .txt, .md, .jsonl or a folder.")
+    list[str], typer.Option("--text", help="Text to score: files, folders, or hf://….")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Window = Annotated[

@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from nearest import reports
-from nearest.corpus.documents import read_documents
+from nearest.corpus.reading import read_documents
 from nearest.demo.corpus import Split, split_topics, write_jsonl
 from nearest.demo.passage import score_passage, typical_document
 from nearest.demo.report import Story, Writing, render

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nearest.corpus.documents import EncodingErrors, read_documents
+from nearest.corpus.reading import read_documents
+from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.memory.generation import check_new
 from nearest.memory.memory import Memory
@@ -22,7 +23,7 @@ def build(
 
     Args:
         model_name: a folder or a hub name.
-        corpus: .txt, .md and .jsonl files, or folders of them.
+        corpus: as in `read_documents`.
         out: the memory's folder; it must not exist, or be empty.
         encoding_errors: what to do with text that is not UTF-8.
         **options: as in `memory.writer.BuildOptions`.

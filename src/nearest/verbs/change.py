@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nearest.corpus.documents import EncodingErrors, read_documents
+from nearest.corpus.reading import read_documents
+from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.errors import ModelError
 from nearest.memory.memory import Memory
@@ -23,7 +24,7 @@ def add(
 
     Args:
         path: the memory's folder.
-        corpus: .txt, .md and .jsonl files, or folders of them.
+        corpus: as in `read_documents`.
         model_name: the model that built it, where it is not where it was then.
         replace: each document takes the place of the one with its id.
         encoding_errors: what to do with text that is not UTF-8.
