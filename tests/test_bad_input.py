@@ -123,7 +123,7 @@ BAD_CORPORA: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "missing path": ({}, "missing.txt", ["missing.txt does not exist", "check the path"]),
     "empty file": ({"a.txt": b""}, "a.txt", ["a.txt is empty", "give it text"]),
     "empty file in a folder": ({"f/a.txt": b"", "f/b.txt": b"b"}, "f", ["f/a.txt is empty"]),
-    "empty folder": ({"f/x.pdf": b"x"}, "f", ["f holds no .txt, .md, .jsonl file"]),
+    "empty folder": ({"f/x.pdf": b"x"}, "f", ["f holds no .txt, .md, .jsonl (or"]),
     "unknown kind": ({"a.pdf": b"%PDF"}, "a.pdf", ["a.pdf is none of .txt, .md, .jsonl"]),
     "not UTF-8": (
         {"a.txt": "12345 é".encode("latin-1")},
@@ -145,7 +145,7 @@ BAD_CORPORA: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "no text": (
         {"a.jsonl": GOOD + b'{"txt": "b"}'},
         "a.jsonl",
-        ["a.jsonl:2 has no 'text' string", "every line needs one"],
+        ["a.jsonl:2 has no 'text' string", "every document needs one"],
     ),
     "text is a number": ({"a.jsonl": b'{"text": 5}'}, "a.jsonl", ["a.jsonl:1 has no 'text'"]),
     "empty text": ({"a.jsonl": b'{"text": ""}'}, "a.jsonl", ["a.jsonl:1 has an empty 'text'"]),

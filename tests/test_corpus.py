@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nearest.corpus.documents import (
@@ -18,6 +19,7 @@ from nearest.corpus.documents import (
     as_documents,
     with_unique_ids,
 )
+from nearest.corpus.long_text import tokenise_long
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text import Text
 from nearest.corpus.text_files import EncodingErrors
@@ -518,18 +520,18 @@ def test_tokens_are_the_start_token_and_the_tokenizers_ids(
     for item in found:
         expected = [0, *tiny_tokenizer.encode(item.document.text, add_special_tokens=False)]
         assert item.tokens.tolist() == expected
-        assert item.tokens.dtype == np.int64
+        assert item.tokens.dtype == np.int32
         assert tiny_tokenizer.decode(item.tokens[1:]) == item.document.text
 
 
-def test_a_corpus_streams_through_the_tokenizer_in_batches_of_a_megabyte() -> None:
+def test_a_corpus_streams_through_the_tokenizer_in_batches() -> None:
     taken: list[int] = []
     calls: list[int] = []
 
     def documents() -> Iterator[Document]:
         for i in range(10):
             taken.append(i)
-            yield Document(str(i), chr(97 + i) * 400_000)
+            yield Document(str(i), chr(97 + i) * 100_000)
 
     def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         calls.append(len(texts))
@@ -540,6 +542,70 @@ def test_a_corpus_streams_through_the_tokenizer_in_batches_of_a_megabyte() -> No
     assert taken == [0, 1, 2]
     assert [item.tokens.tolist() for item in stream] == [[1, 97 + i] for i in range(1, 10)]
     assert calls == [3, 3, 3, 1]
+
+
+LONG_TEXTS = {
+    "words": "the court shall grün\n" * 400,
+    "no spaces": "a" * 5_000,
+    "spaces": " " * 5_000,
+    "characters of several tokens": "🙂é中" * 1_000,
+    "specials": "ab<eos>c" * 600,
+}
+
+
+@pytest.fixture(scope="module")
+def fast_tokenizers(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, PreTrainedTokenizerFast]:
+    """Bytes; BPE over words; BPE that takes a whole text for one word; Unigram; WordPiece."""
+    found = {"bytes": tiny_tokenizer}
+    for name, model, trainer, split in [
+        ("BPE", models.BPE(), trainers.BpeTrainer, pre_tokenizers.Metaspace()),
+        ("Unigram", models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace()),
+        ("WordPiece", models.WordPiece(), trainers.WordPieceTrainer, pre_tokenizers.Whitespace()),
+    ]:
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = split
+        options = {"unk_token": "<unk>"} if name == "Unigram" else {}
+        special = ["<eos>", "<unk>", "[UNK]"]
+        tokenizer.train_from_iterator(
+            ["the court shall grant the courts' shells"] * 3,
+            trainer(vocab_size=60, special_tokens=special, show_progress=False, **options),
+        )
+        found[name] = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        if name == "BPE":
+            wordless = Tokenizer.from_str(tokenizer.to_str())
+            wordless.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+            found["no words"] = PreTrainedTokenizerFast(tokenizer_object=wordless)
+    return found
+
+
+@pytest.mark.parametrize("name", ["bytes", "BPE", "no words", "Unigram", "WordPiece"])
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+def test_pieces_give_the_tokens_of_the_whole(
+    name: str, kind: str, fast_tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    tokenizer, text = fast_tokenizers[name], LONG_TEXTS[kind]
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokenise_long(text, tokenizer, piece=1_000, overlap=300).tolist() == whole
+
+
+def test_a_long_document_is_taken_in_pieces(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    lengths: list[int] = []
+
+    class Watched:
+        is_fast = True
+
+        def __call__(self, text: Any, **options: Any) -> Any:
+            lengths.extend([len(text)] if isinstance(text, str) else map(len, text))
+            return tiny_tokenizer(text, **options)
+
+    text = "word " * 80_000
+    documents = [Document("a", "short"), Document("b", text), Document("c", "short too")]
+    found = list(tokenise(documents, Watched(), 0, 258))
+    assert [len(item.tokens) for item in found] == [6, 400_001, 10]
+    assert found[1].tokens.tolist() == [0, *tiny_tokenizer("word ")["input_ids"] * 80_000]
+    assert max(lengths) < len(text)
 
 
 @pytest.mark.parametrize(

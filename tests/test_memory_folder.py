@@ -1316,14 +1316,14 @@ def test_a_writer_may_publish_while_a_manifest_is_being_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], Any]
 ) -> None:
     calls = itertools.count()
-    original = nearest.memory.manifest._check_file
+    original = nearest.memory.manifest.check_file
 
     def publish_first(*args: Any) -> None:
         if next(calls) == 0:
             rebuild_index(folder, IndexChoice("IVF2,Flat"))
         original(*args)
 
-    monkeypatch.setattr(nearest.memory.manifest, "_check_file", publish_first)
+    monkeypatch.setattr(nearest.memory.manifest, "check_file", publish_first)
     result = call(folder)
     assert result == [] if call is verify else result.manifest.generation == 2
 

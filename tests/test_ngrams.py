@@ -9,7 +9,7 @@ from nearest import Memory
 from nearest.index import ngrams
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
 from nearest.index.suffix import sort_suffixes
-from nearest.memory.segment import valued_entries
+from nearest.memory.segment import valued_mask
 
 START = 0
 LONGEST = 4
@@ -45,7 +45,7 @@ def found(
     for documents in segments:
         whole = [[START, *tokens] for tokens in documents]
         tokens = np.concatenate(whole).astype(dtype)
-        suffixes = sort_suffixes(tokens, valued_entries(np.cumsum([0, *map(len, whole)])))
+        suffixes = sort_suffixes(tokens, valued_mask(np.cumsum([0, *map(len, whole)])))
         ends = np.arange(len(context))
         parts.append(successors(tokens, suffixes, START, np.array(context), ends, longest))
     return joined_ngrams(parts)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.spans import equal_documents, spans_stand
 from nearest.index.suffix import sort_suffixes
-from test_suffix import START, corpus, small_documents
+from test_suffix import START, corpus, mask, small_documents
 
 small_queries = st.lists(st.lists(st.integers(1, 4), max_size=14), min_size=1, max_size=6)
 
@@ -21,7 +21,7 @@ def test_spans_equal_a_set_of_all(
 ) -> None:
     """Those at the ends of documents too, where the last token is no entry."""
     tokens, entries = corpus(documents, dtype)
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     everything = {
         tuple(document[i : i + length])
         for document in documents
@@ -48,7 +48,10 @@ def test_equal_documents_are_the_first_of_them(
     offsets = np.cumsum([0, *(len(document) + 1 for document in documents)])
     wanted = [*queries, *documents, *(document[:-1] for document in documents)]
     found = equal_documents(
-        tokens, sort_suffixes(tokens, entries), offsets, [np.array([START, *q]) for q in wanted]
+        tokens,
+        sort_suffixes(tokens, mask(tokens, entries)),
+        offsets,
+        [np.array([START, *q]) for q in wanted],
     )
     expected = [
         offsets[documents.index(query)] if query in documents else NO_ENTRY for query in wanted

@@ -14,7 +14,7 @@ from nearest.index.suffix import (
     longest_matches_reference,
     sort_suffixes,
 )
-from nearest.memory.segment import valued_entries
+from nearest.memory.segment import valued_entries, valued_mask
 
 START = 0
 
@@ -33,6 +33,10 @@ def left_context(tokens: np.ndarray, position: int) -> list[int]:
     return tokens[start : position + 1][::-1].tolist()
 
 
+def mask(tokens: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    return np.isin(np.arange(len(tokens)), entries)
+
+
 small_documents = st.lists(
     st.lists(st.integers(1, 3), min_size=0, max_size=12), min_size=1, max_size=8
 ).filter(lambda documents: any(documents))
@@ -41,7 +45,7 @@ small_documents = st.lists(
 @given(small_documents)
 def test_entries_are_sorted_by_their_reversed_left_context(documents: list[list[int]]) -> None:
     tokens, entries = corpus(documents)
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     contexts = [left_context(tokens, position) for position in suffixes]
     assert contexts == sorted(contexts)
     assert sorted(suffixes.tolist()) == entries.tolist()
@@ -58,7 +62,7 @@ def test_matches_equal_a_scan(
     dtype: type, documents: list[list[int]], query: list[int], most: int
 ) -> None:
     tokens, entries = corpus(documents, dtype)
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     context = np.array([START, *query])  # a start token may stand in the middle, too
     ends = np.arange(len(context))
     found = longest_matches([SuffixArray(tokens, suffixes)], START, context, ends, most)
@@ -80,7 +84,7 @@ def test_matches_in_several_parts_equal_a_scan(
     arrays, first = [], 0
     for documents in parts:
         tokens, entries = corpus(documents)
-        arrays.append(SuffixArray(tokens, sort_suffixes(tokens, entries), first))
+        arrays.append(SuffixArray(tokens, sort_suffixes(tokens, mask(tokens, entries)), first))
         first += len(tokens)
     context = np.array([START, *query])
     ends = np.arange(len(context))
@@ -95,7 +99,7 @@ def test_a_match_is_as_long_as_it_says_and_none_is_longer(
     documents: list[list[int]], query: list[int]
 ) -> None:
     tokens, entries = corpus(documents)
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     context = np.array([START, *query])
     found = longest_matches(
         [SuffixArray(tokens, suffixes)], START, context, np.array([len(query)]), 1000
@@ -117,7 +121,7 @@ def test_a_match_is_as_long_as_it_says_and_none_is_longer(
 def test_matches_stop_at_document_starts() -> None:
     """The text before a document is not its context, though it stands beside it in the array."""
     tokens, entries = corpus([[1, 2, 3], [5, 6], [7, 5, 6]])
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     context = np.array([START, 1, 2, 3, START, 5])
     found = longest_matches([SuffixArray(tokens, suffixes)], START, context, np.array([5]), 8)
     assert found.ids[0, :2].tolist() == [5, 9]
@@ -127,7 +131,7 @@ def test_matches_stop_at_document_starts() -> None:
 def test_a_match_longer_than_the_limit_counts_as_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     repeated = [1] * (suffix.MAX_MATCH + 40)
     tokens, entries = corpus([repeated])
-    suffixes = sort_suffixes(tokens, entries)
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
     context = np.array([START, *repeated])
     found = longest_matches(
         [SuffixArray(tokens, suffixes)], START, context, np.array([len(context) - 1]), 4
@@ -140,7 +144,7 @@ def test_real_text_against_a_scan(dclaw_tokens: np.ndarray) -> None:
     tokens = dclaw_tokens
     offsets = np.append(np.flatnonzero(tokens == START), len(tokens))
     memory, text = tokens[: offsets[50]], tokens[offsets[50] : offsets[52]].astype(np.int64)
-    suffixes = sort_suffixes(memory, valued_entries(offsets[:51]))
+    suffixes = sort_suffixes(memory, valued_mask(offsets[:51]))
     ends = np.linspace(0, len(text) - 1, 8).astype(int)
     found = longest_matches([SuffixArray(memory, suffixes)], START, text, ends, 64)
     truth = longest_matches_reference([SuffixArray(memory, suffixes)], START, text, ends, 64)

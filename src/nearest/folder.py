@@ -102,16 +102,23 @@ class ArrayFile:
     """
 
     def __init__(
-        self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...] = (), rows: int = 0
+        self,
+        path: Path,
+        dtype: np.dtype[Any],
+        row_shape: tuple[int, ...] = (),
+        rows: int = 0,
+        *,
+        going_on: bool = False,
     ) -> None:
+        """With `going_on`, the file is there already, of this shape, and its rows are kept."""
         self._dtype = np.dtype(dtype)
         self._row_shape = row_shape
         self._row_bytes = self._dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
         self._rows = rows
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("r+b" if going_on else "wb", buffering=0)
         try:
             self._start = self._write_header()
-            if rows:
+            if rows and not going_on:
                 self._reserve(rows * self._row_bytes)
         except BaseException:
             self._file.close()
@@ -161,6 +168,10 @@ class ArrayFile:
         if len(rows):
             data = np.ascontiguousarray(rows, dtype=self._dtype)
             self._pwrite(data.data, self._start + first * self._row_bytes)
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> int:
         """Write the final header, make the file durable, and return the number of rows."""

@@ -57,7 +57,7 @@ def _explained(function: Command) -> Command:
         except NearestError as error:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         except KeyboardInterrupt:
-            err.print("[bold red]stopped:[/] nothing half-written was left; run it again")
+            err.print("[bold red]stopped:[/] nothing half-written is in use; run it again")
         raise typer.Exit(2)
 
     return run

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from nearest.corpus.documents import Document
+from nearest.corpus.long_text import LONG, tokenise_long
 from nearest.errors import CorpusError
 
 # One document's token ids; each has a length of its own.
@@ -16,7 +17,7 @@ Tokens = Integer[np.ndarray, "_"]
 # A Hugging Face tokenizer: texts in, {"input_ids": lists of ids} out.
 Tokenizer = Callable[..., Any]
 
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,24 @@ def tokenise(
 ) -> Iterator[TokenisedDocument]:
     """Token ids of each document, `start_token` in front (BOS, or EOS where there is none).
 
-    Documents are tokenised in batches of about a megabyte, so a corpus streams through.
+    Documents are tokenised in batches of about a quarter of a megabyte, so a corpus streams
+    through; a long one is tokenised in pieces (`tokenise_long`).
 
     Raises:
         CorpusError: the tokenizer gives an id that the model's vocabulary does not have.
     """
     for batch in _batches(documents):
         texts = [document.text for document in batch]
-        all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(batch) == 1 and len(texts[0]) > LONG:
+            all_ids = [tokenise_long(texts[0], tokenizer)]
+        else:
+            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for document, ids in zip(batch, all_ids, strict=True):
-            tokens = np.empty(len(ids) + 1, dtype=np.int64)
-            tokens[0] = start_token
-            tokens[1:] = ids
-            check_vocabulary(tokens, vocab_size, document.origin)
+            found = np.asarray(ids, dtype=np.int64)
+            for part in (np.array([start_token]), found):
+                check_vocabulary(part, vocab_size, document.origin)
+            tokens = np.empty(len(found) + 1, dtype=np.int32)
+            tokens[0], tokens[1:] = start_token, found
             yield TokenisedDocument(document, tokens)
 
 
@@ -64,9 +70,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents whose texts are tokenised together; a long one is by itself."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
+        if batch and len(document.text) > LONG:
+            yield batch
+            batch, characters = [], 0
         batch.append(document)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:

@@ -74,8 +74,16 @@ class Encoder:
         self, documents: Iterable[Tokens]
     ) -> Iterator[tuple[WindowBatch, Float[Tensor, "n dim"]]]:
         """The key of every position that predicts, without what the model does above it."""
-        for batch in batch_windows(documents, self.window, self.stride, self.batch_size):
-            yield batch, encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
+        for batch in self.batches(documents):
+            yield batch, self.encode(batch)
+
+    def batches(self, documents: Iterable[Tokens]) -> Iterator[WindowBatch]:
+        """What the model reads at once: always the same for the same documents."""
+        return batch_windows(documents, self.window, self.stride, self.batch_size)
+
+    def encode(self, batch: WindowBatch) -> Float[Tensor, "n dim"]:
+        """The keys of one batch."""
+        return encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
 
     def scores(
         self, documents: Iterable[Tokens], with_view: bool = False

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 from nearest.corpus.tokens import Tokens
 from nearest.index.neighbours import NO_ENTRY, position_dtype
 from nearest.index.threads import in_threads
 
 MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable
+_BLOCK = 1 << 20
 
 
 class Matches(NamedTuple):
@@ -38,24 +39,42 @@ class SuffixArray(NamedTuple):
     first: int = 0
 
 
-def sort_suffixes(tokens: Tokens, entries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+def sort_suffixes(tokens: Tokens, valued: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
     """Entries in the order of their reversed left contexts, each read back to its start token.
+
+    What is sorted are bytes, two a token (three beyond 65,536 token ids): the array of their order
+    is by far the largest, so it is filtered in place. At most 11 bytes a token are needed beside
+    `tokens` (16 with three bytes; twice the array from 2^31 bytes on).
 
     Args:
         tokens: uint16 or uint32 token ids of whole documents, each beginning with the start token.
-        entries: ascending positions to sort, those that have a value.
+        valued: which positions are entries.
 
     Returns:
         int32 positions (int64 beyond 2^31 tokens).
     """
     import pydivsufsort
 
-    order = pydivsufsort.divsufsort(np.ascontiguousarray(tokens[::-1]))
-    positions = len(tokens) - 1 - order
-    chosen: Bool[np.ndarray, " n"] = np.zeros(len(tokens), dtype=bool)
-    chosen[entries] = True
-    ordered: Int[np.ndarray, " m"] = positions[chosen[positions]]
-    return ordered.astype(position_dtype(len(tokens)))
+    width = 2 if int(tokens.max()) < 1 << 16 else 3 if int(tokens.max()) < 1 << 24 else 4
+    order: Int[np.ndarray, "_"] = pydivsufsort.divsufsort(_reversed_bytes(tokens, width))
+    filled = 0
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        positions = len(tokens) - 1 - block[block % width == 0] // width
+        kept = positions[valued[positions]]
+        order[filled : filled + len(kept)] = kept
+        filled += len(kept)
+    return order[:filled].astype(position_dtype(len(tokens)), copy=False)
+
+
+def _reversed_bytes(tokens: Tokens, width: int) -> UInt8[np.ndarray, " bytes"]:
+    """The tokens from the last to the first, `width` bytes each, the highest byte first."""
+    found = np.empty((len(tokens), width), np.uint8)
+    for stop in range(len(tokens), 0, -_BLOCK):
+        part = tokens[max(0, stop - _BLOCK) : stop][::-1].astype(">u4")
+        first = len(tokens) - stop
+        found[first : first + len(part)] = part.view(np.uint8).reshape(-1, 4)[:, 4 - width :]
+    return found.reshape(-1)
 
 
 def longest_matches(

@@ -47,10 +47,19 @@ def write_segment(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> 
     Raises:
         NearestError: documents, keys or index cannot be used.
     """
-    new = write_corpus(plan, documents)
-    record = new.record
+    return write_access_paths(write_corpus(plan, documents))
+
+
+def write_access_paths(new: NewSegment) -> SegmentRecord:
+    """Write all that is derived from a segment's corpus and is not there yet."""
+    record, journal = new.record, new.plan.journal
+    done = [] if journal is None else list(journal.stage.done)
     for path in ACCESS_PATHS:
-        record = path.write(new, record)
+        if path.name not in done:
+            record = path.write(new, record)
+            done.append(path.name)
+            if journal is not None:
+                journal.note(current=record, done=list(done), batches=0)
     return record
 
 

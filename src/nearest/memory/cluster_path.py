@@ -7,7 +7,7 @@ from nearest.index.clusters import NO_CLUSTER, Clusters, assigned_clusters
 from nearest.memory.cluster_files import write_clusters
 from nearest.memory.manifest import ClustersRecord, SegmentRecord
 from nearest.memory.new_segment import NewSegment
-from nearest.memory.segment import Segment
+from nearest.memory.segment import Segment, valued_entries
 
 _MEMBERS_A_MEAN = 8  # of each segment
 
@@ -25,14 +25,18 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
     else:
         labels = np.full(record.tokens, NO_CLUSTER, np.int32)
         if clusters.made_by == "k-means":
-            labels[new.entries] = _nearest_clusters(new, record, clusters)
+            entries = valued_entries(new.offsets)
+            labels[entries] = _nearest_clusters(new, record, clusters, entries)
     found = Clusters.from_labels(labels, clusters.clusters)
     files = write_clusters(new.plan.root, new.plan.folder, "", found)
     return record.with_files(files, members=len(found.members))
 
 
 def _nearest_clusters(
-    new: NewSegment, record: SegmentRecord, clusters: ClustersRecord
+    new: NewSegment,
+    record: SegmentRecord,
+    clusters: ClustersRecord,
+    entries: Int[np.ndarray, " entries"],
 ) -> Int[np.ndarray, " entries"]:
     """The cluster of each new entry whose mean is nearest, as far as a few members tell it.
 
@@ -54,9 +58,9 @@ def _nearest_clusters(
             counts[some] += 1
     filled = np.flatnonzero(counts)
     if not len(filled):
-        return np.full(len(new.entries), NO_CLUSTER)
+        return np.full(len(entries), NO_CLUSTER)
     means = sums[filled] / counts[filled, None]
-    labels: np.ndarray = filled[assigned_clusters(keys, new.entries, means, new.plan.progress)]
+    labels: np.ndarray = filled[assigned_clusters(keys, entries, means, new.plan.progress)]
     return labels
 
 

@@ -60,7 +60,7 @@ def plan_compaction(path: Path) -> CompactionPlan:
     size = int(share * sum(file.size for file in files))
     sample = memory.segments[0].tokens[:_SAMPLE]
     started = time.perf_counter()
-    sort_suffixes(sample, np.arange(len(sample)))
+    sort_suffixes(sample, np.ones(len(sample), bool))
     seconds = (time.perf_counter() - started) * memory.tokens / len(sample)
     return CompactionPlan(
         len(memory.segments),

@@ -4,6 +4,7 @@
 whole lines; `frames.npy` says which document and byte each frame starts with.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,12 @@ _FRAME_BYTES = 1 << 18
 _LARGEST_FRAME = 1 << 30  # bytes, decompressed: what a reader is ready to hold
 
 
+def document_line(document: Document) -> bytes:
+    """A document as a line of JSON."""
+    record = {"id": document.id, "text": document.text, "metadata": dict(document.metadata)}
+    return f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+
+
 class DocumentWriter:
     """Append documents to `documents.jsonl.zst` and `frames.npy` in a segment's folder."""
 
@@ -33,6 +40,7 @@ class DocumentWriter:
         except BaseException:
             self._file.close()
             raise
+        self._digest = hashlib.sha256()
         self._lines: list[bytes] = []
         self._bytes = 0
         self._first = 0
@@ -41,17 +49,22 @@ class DocumentWriter:
 
     def append(self, document: Document) -> None:
         """Add one document: id, text and metadata."""
-        record = {"id": document.id, "text": document.text, "metadata": dict(document.metadata)}
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        line = document_line(document)
         if self._bytes + len(line) > _LARGEST_FRAME:
             raise CorpusError(
                 f"document {document.id!r} in {document.origin} is longer than a gigabyte: cut it"
             )
+        self._digest.update(line)
         self._lines.append(line)
         self._bytes += len(line)
         self.documents += 1
         if self._bytes >= _FRAME_BYTES:
             self._flush()
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of all lines."""
+        return self._digest.hexdigest()
 
     def _flush(self) -> None:
         if self._lines:

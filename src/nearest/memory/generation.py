@@ -14,6 +14,7 @@ from pathlib import Path
 from nearest.errors import FolderError
 from nearest.folder import disk_errors_explained, writer_lock
 from nearest.memory.manifest import MANIFEST, Manifest, read_manifest
+from nearest.memory.unfinished import JOURNAL
 
 # What writers call their files: of a new segment, and in a segment or the memory's folder later.
 _BUILT = {
@@ -33,6 +34,7 @@ _BUILT = {
     "clusters.offsets.npy",
     "clusters.members.npy",
 }
+_PARTIAL = (f"{MANIFEST}.partial", f"{JOURNAL}.partial")
 _SEGMENT = re.compile(r"\d{6}")
 _LATER_IN_SEGMENT = re.compile(
     r"g\d{6}\.((index|trained)\.faiss"
@@ -88,7 +90,10 @@ def _no_folder(path: Path, error: Exception) -> FolderError:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Lock a folder for a first generation; on any error, take away what was begun."""
+    """Lock a folder for a first generation; on any error, take away what was begun.
+
+    What a journal tells of stays, so that the build can be gone on with.
+    """
     check_new(path)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -100,11 +105,14 @@ def new_folder(path: Path) -> Iterator[None]:
         check_new(path)  # now that no other writer can begin one
         try:
             with disk_errors_explained(path):
-                shutil.rmtree(path / "segments", ignore_errors=True)  # an interrupted build's
-                (path / f"{MANIFEST}.partial").unlink(missing_ok=True)
+                if not (path / JOURNAL).exists():  # else an interrupted build can go on
+                    shutil.rmtree(path / "segments", ignore_errors=True)
+                for name in _PARTIAL:
+                    (path / name).unlink(missing_ok=True)
                 yield
         except BaseException:
-            if not (path / MANIFEST).exists():  # else it has been published, and is whole
+            published = (path / MANIFEST).exists()  # and is whole
+            if not published and not (path / JOURNAL).exists():
                 shutil.rmtree(path / "segments", ignore_errors=True)
                 with suppress(OSError):  # what others have put there stays
                     for folder in created:
@@ -115,13 +123,14 @@ def new_folder(path: Path) -> Iterator[None]:
 def _is_leftover(path: Path, item: Path) -> bool:
     """Whether an interrupted build may have left this; nothing else is ever taken away."""
     place = item.relative_to(path).as_posix()
-    if place == f"{MANIFEST}.partial":
+    if place in (JOURNAL, *_PARTIAL):
         return item.is_file()
     if item.is_symlink():
         return False
-    if item.is_dir():
-        return place in ("segments", "segments/000001")
-    return place in {f"segments/000001/{name}" for name in _BUILT}
+    parts = place.split("/")
+    if parts[0] != "segments" or (len(parts) > 1 and not _SEGMENT.fullmatch(parts[1])):
+        return False
+    return item.is_dir() if len(parts) < 3 else len(parts) == 3 and parts[2] in _BUILT
 
 
 @contextmanager
@@ -141,7 +150,7 @@ def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
     """Clear what interrupted writers and earlier generations left; readers hold theirs open."""
     named = {path / record.path for record in manifest.file_records()}
     found = [file for file in path.iterdir() if _LATER_IN_MEMORY.fullmatch(file.name)]
-    found.append(path / f"{MANIFEST}.partial")
+    found += [path / name for name in (JOURNAL, *_PARTIAL)]
     folders = []
     for segment in (path / "segments").iterdir():
         if segment.is_symlink() or not segment.is_dir():

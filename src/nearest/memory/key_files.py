@@ -27,15 +27,29 @@ def key_paths(folder: Path, form: KeyFormat, dim: int, prefix: str = "") -> dict
 class KeyWriter:
     """Write keys of a format, a row a position; rows never written are zero."""
 
-    def __init__(self, paths: Mapping[str, Path], form: KeyFormat, dim: int, rows: int) -> None:
-        """`paths` says where each array of the format goes."""
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        form: KeyFormat,
+        dim: int,
+        rows: int,
+        *,
+        going_on: bool = False,
+    ) -> None:
+        """`paths` says where each array of the format goes; `going_on` keeps what is there.
+
+        Raises:
+            FolderError: what is there is not of this format and size.
+        """
+        if going_on:
+            open_key_arrays(paths, form, dim, rows)
         self._format = form
         self._open = ExitStack()
         self._files: dict[str, ArrayFile] = {}
         with ExitStack() as opened:  # closes what was opened before a full disk was met
             for name, (dtype, shape) in form.layout(dim).items():
                 self._files[name] = opened.enter_context(
-                    ArrayFile(paths[name], dtype, shape, rows=rows)
+                    ArrayFile(paths[name], dtype, shape, rows=rows, going_on=going_on)
                 )
             self._open = opened.pop_all()
 
@@ -48,6 +62,11 @@ class KeyWriter:
         """Write rows of every array, as another file of this format holds them."""
         for name, rows in arrays.items():
             self._files[name].write(first, rows)
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+        for file in self._files.values():
+            file.flush()
 
     def __enter__(self) -> "KeyWriter":
         return self

@@ -35,8 +35,9 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
     files: dict[str, FileRecord] = {}
     kept = None
     if new.plan.encoder is not None:
-        with KeyWriter(paths, form, keys.stored_dim, record.tokens) as file:
-            _encode(new, new.plan.encoder, form, keys, file)
+        batches = 0 if new.plan.journal is None else new.plan.journal.stage.batches
+        with KeyWriter(paths, form, keys.stored_dim, record.tokens, going_on=batches > 0) as file:
+            _encode(new, new.plan.encoder, form, keys, file, batches)
     else:
         shared = any(segment.stored_weights is not None for segment in new.plan.merged)
         if shared:
@@ -53,21 +54,36 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
 
 
 def _encode(
-    new: NewSegment, encoder: Encoder, form: KeyFormat, keys: KeysRecord, file: KeyWriter
+    new: NewSegment,
+    encoder: Encoder,
+    form: KeyFormat,
+    keys: KeysRecord,
+    file: KeyWriter,
+    written: int,
 ) -> None:
-    """Encode every valued position; rows of document ends stay zero and are never looked up."""
-    projection, done, total = open_projection(new.plan.root, keys), 0, len(new.entries)
+    """Encode every valued position; rows of document ends stay zero and are never looked up.
+
+    The first `written` batches are in the file already.
+    """
+    journal = new.plan.journal
+    projection, done, total = open_projection(new.plan.root, keys), 0, new.record.entries
     documents = (new.tokens[start:stop] for start, stop in pairwise(new.offsets))
     new.plan.progress("keys", 0, total)
-    for batch, made in encoder.keys(documents):
+    for number, batch in enumerate(encoder.batches(documents), 1):
+        done += len(batch.positions)
+        if number <= written:
+            continue
+        made = encoder.encode(batch)
         rows = made.numpy() if projection is None else projection.apply(made.numpy())
         _check_range(rows, batch, keys, form)
         entries = new.offsets[batch.documents] + batch.positions
         breaks = np.flatnonzero(np.diff(entries) != 1) + 1
         for start, stop in pairwise([0, *breaks, len(entries)]):
             file.write(int(entries[start]), rows[start:stop])
-        done += len(entries)
         new.plan.progress("keys", done, total)
+        if journal is not None and journal.due:
+            file.flush()
+            journal.note(batches=number)
 
 
 def _check_range(

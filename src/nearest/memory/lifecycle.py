@@ -22,7 +22,7 @@ from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
 from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
-from nearest.memory.new_segment import SegmentPlan
+from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan
 from nearest.memory.segment import OFFSET_DTYPE, Segment, id_hash
 from nearest.progress import Progress, no_progress
 
@@ -117,14 +117,15 @@ def tail_to_merge(sizes: Sequence[int]) -> int:
     """How many of the last segments are to be made one: four of a size, or 0.
 
     Sizes are told apart as powers of four, so that there are at most three segments of each and an
-    entry is copied as often as the memory's size has grown fourfold.
+    entry is copied as often as the memory's size has grown fourfold. None is made
+    that is larger than a build makes them.
     """
     left, tail = list(sizes), 0
     while True:
         count = 1
         while count < len(left) and _power(left[-1 - count]) <= _power(left[-1]):
             count += 1
-        if count < _SEGMENTS_OF_A_SIZE:
+        if count < _SEGMENTS_OF_A_SIZE or sum(left[-count:]) > SEGMENT_TOKENS:
             return tail
         tail = len(sizes) - len(left) + count
         left[-count:] = [sum(left[-count:])]

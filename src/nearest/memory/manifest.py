@@ -212,7 +212,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _decode(folder, data)
         try:
             for record in manifest.file_records():
-                _check_file(folder, record)
+                check_file(folder, record)
         except FolderError:
             if _read(folder) == data:
                 raise
@@ -284,7 +284,7 @@ def _checksum(data: bytes, checksum: str) -> str:
     return hashlib.sha256(data.replace(checksum.encode(), _UNSIGNED.encode())).hexdigest()
 
 
-def _check_file(folder: Path, record: FileRecord) -> None:
+def check_file(folder: Path, record: FileRecord) -> None:
     """Refuse a path that leaves the folder, and a file that is missing or of another size."""
     relative = PurePosixPath(record.path)
     if relative.is_absolute() or ".." in relative.parts:

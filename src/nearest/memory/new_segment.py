@@ -1,5 +1,6 @@
 """A segment that is being written: first its corpus, then everything that is derived from it."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,12 @@ from nearest.memory.array_files import write_array
 from nearest.memory.documents import DocumentWriter
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import FileRecord, Manifest, SegmentRecord
-from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment, id_hash, valued_entries
+from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment, id_hash
+from nearest.memory.unfinished import Journal
 from nearest.progress import Progress
+
+# A build begins another segment where one has as many: sorting its suffixes takes 11 bytes a token.
+SEGMENT_TOKENS = 1 << 24
 
 _FILES = {
     "tokens": "tokens.npy",
@@ -41,6 +46,7 @@ class SegmentPlan:
         encoder: makes the keys of new text; None where there are none, or they are taken over.
         merged: the segments that this one replaces, in order; empty for new text.
         among_others: whether the memory has other segments beside it.
+        journal: told what is on the disk, where the work can be gone on with.
     """
 
     root: Path
@@ -51,6 +57,7 @@ class SegmentPlan:
     encoder: Encoder | None = None
     merged: Sequence[Segment] = ()
     among_others: bool = False
+    journal: Journal | None = None
 
     @property
     def folder(self) -> str:
@@ -66,24 +73,24 @@ class NewSegment:
         plan: from what they are to be made.
         record: describes the corpus alone.
         tokens, offsets: as in `Segment`.
-        entries: positions that have a value.
         choice: of the index.
+        digest: SHA-256 of its documents.
     """
 
     plan: SegmentPlan
     record: SegmentRecord
     tokens: Integer[np.ndarray, " n"]
     offsets: Int[np.ndarray, " documents_plus_1"]
-    entries: Int[np.ndarray, " m"]
     choice: IndexChoice
+    digest: str
 
     def opened(self, record: SegmentRecord) -> Segment:
         """Open it as far as `record` describes it."""
         return Segment(self.plan.root, self.plan.manifest, record)
 
-    def write(self, name: str, array: np.ndarray) -> FileRecord:
+    def write(self, name: str, rows: np.ndarray) -> FileRecord:
         """Write an array into the segment's folder."""
-        return write_array(self.plan.root, f"{self.plan.folder}/{name}", array)
+        return write_array(self.plan.root, f"{self.plan.folder}/{name}", rows)
 
 
 def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> NewSegment:
@@ -93,11 +100,11 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
         CorpusError: there is no document, or no token that follows another.
         SettingError: the index does not fit them.
     """
-    root, folder, keys = plan.root, plan.folder, plan.manifest.keys
+    root, folder = plan.root, plan.folder
     (root / folder).mkdir(parents=True)
     dtype = token_dtype(plan.manifest.model.vocab_size)
     paths = {kind: root / folder / file for kind, file in _FILES.items()}
-    lengths, hashes, total = [0], [], 0
+    lengths, hashes, total = array("q", [0]), array("Q"), 0
     with (
         ArrayFile(paths["tokens"], dtype) as file,
         DocumentWriter(paths["documents"], paths["frames"]) as store,
@@ -105,28 +112,24 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
         for item in documents:
             file.append(item.tokens.astype(dtype))
             store.append(item.document)
-            hashes.append(id_hash(item.document.id))
+            hashes.append(int(id_hash(item.document.id)))
             lengths.append(len(item.tokens))
             total += len(item.tokens)
             plan.progress("tokens", total, None)
     if not hashes:
         raise CorpusError("the corpus holds no documents: give it at least one")
     offsets = np.cumsum(lengths, dtype=OFFSET_DTYPE)
-    entries = valued_entries(offsets)
-    if not len(entries):
+    entries = total - len(hashes)
+    if not entries:
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
-    choice = plan.choice
-    if keys is not None:
-        if plan.among_others:
-            choice = choice.among_others(keys.stored_dim, len(entries))
-        check_spec(choice.spec, keys.stored_dim, choice.nprobe, len(entries))
-    for kind, array in (("offsets", offsets), ("ids", np.array(hashes, ID_DTYPE))):
-        write_array(root, f"{folder}/{_FILES[kind]}", array)
+    choice = _choice(plan, entries)
+    for kind, rows in (("offsets", offsets), ("ids", np.array(hashes, ID_DTYPE))):
+        write_array(root, f"{folder}/{_FILES[kind]}", rows)
     record = SegmentRecord(
         name=plan.name,
         tokens=int(offsets[-1]),
         documents=len(hashes),
-        entries=len(entries),
+        entries=entries,
         frames=store.frames,
         files={kind: FileRecord.of(root, f"{folder}/{name}") for kind, name in _FILES.items()},
         index=None,
@@ -135,4 +138,23 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
         removed=0,
     )
     tokens = open_array(paths["tokens"], dtype, (record.tokens,))
-    return NewSegment(plan, record, tokens, offsets, entries, choice)
+    return NewSegment(plan, record, tokens, offsets, choice, store.digest)
+
+
+def reopen_corpus(plan: SegmentPlan, record: SegmentRecord, digest: str) -> NewSegment:
+    """A segment whose corpus was written before, as far as `record` describes it."""
+    paths = {kind: plan.root / file.path for kind, file in record.files.items()}
+    dtype = token_dtype(plan.manifest.model.vocab_size)
+    tokens = open_array(paths["tokens"], dtype, (record.tokens,))
+    offsets = open_array(paths["offsets"], OFFSET_DTYPE, (record.documents + 1,))
+    return NewSegment(plan, record, tokens, offsets, _choice(plan, record.entries), digest)
+
+
+def _choice(plan: SegmentPlan, entries: int) -> IndexChoice:
+    """The index of a segment of so many entries (SettingError where it does not fit them)."""
+    keys, choice = plan.manifest.keys, plan.choice
+    if keys is not None:
+        if plan.among_others:
+            choice = choice.among_others(keys.stored_dim, entries)
+        check_spec(choice.spec, keys.stored_dim, choice.nprobe, entries)
+    return choice

@@ -373,6 +373,11 @@ def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndar
     >>> valued_entries(np.array([0, 3, 5]))
     array([0, 1, 3])
     """
-    valued = np.ones(int(offsets[-1]), dtype=bool)
+    return np.flatnonzero(valued_mask(offsets))
+
+
+def valued_mask(offsets: Int[np.ndarray, " documents_plus_1"]) -> Bool[np.ndarray, " n"]:
+    """Which positions those are, at an eighth of the memory."""
+    valued: Bool[np.ndarray, " n"] = np.ones(int(offsets[-1]), dtype=bool)
     valued[offsets[1:] - 1] = False
-    return np.flatnonzero(valued)
+    return valued

@@ -6,15 +6,15 @@ from jaxtyping import Int
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.manifest import SegmentRecord
 from nearest.memory.new_segment import NewSegment
-from nearest.memory.segment import Segment
+from nearest.memory.segment import Segment, valued_mask
 
 
 def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
     """Sort the entries."""
-    new.plan.progress("suffix array", 0, len(new.entries))
-    suffixes = sort_suffixes(new.tokens, new.entries)
+    new.plan.progress("suffix array", 0, record.entries)
+    suffixes = sort_suffixes(new.tokens, valued_mask(new.offsets))
     file = new.write("suffix.npy", suffixes)
-    new.plan.progress("suffix array", len(new.entries), len(new.entries))
+    new.plan.progress("suffix array", record.entries, record.entries)
     return record.with_files({"suffixes": file})
 
 

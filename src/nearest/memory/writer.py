@@ -1,7 +1,8 @@
 """Write generations of a memory: build one, give it another index or clusters, store settings."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -10,7 +11,7 @@ import msgspec
 from nearest import __version__
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
-from nearest.corpus.tokens import tokenise
+from nearest.corpus.tokens import TokenisedDocument, tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
     model_fingerprint,
@@ -24,7 +25,7 @@ from nearest.errors import SettingError
 from nearest.index.approximate import AUTO, check_spec
 from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
-from nearest.memory.access_paths import write_segment
+from nearest.memory.access_paths import write_access_paths
 from nearest.memory.gate_files import NewGate, write_gate
 from nearest.memory.generation import changing, new_folder
 from nearest.memory.index_files import IndexChoice
@@ -34,11 +35,13 @@ from nearest.memory.manifest import (
     KeysRecord,
     Manifest,
     ModelRecord,
+    SegmentRecord,
     publish_next,
     write_manifest,
 )
-from nearest.memory.new_segment import SegmentPlan
+from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan, reopen_corpus, write_corpus
 from nearest.memory.segment import Segment, no_keys
+from nearest.memory.unfinished import CorpusRecord, Journal
 from nearest.progress import Progress, no_progress
 
 NO_KEYS = "none"
@@ -91,7 +94,8 @@ def build_memory(
     """Make a memory of documents in a new folder.
 
     Raises:
-        NearestError: the corpus, model, settings or folder cannot be used; nothing is left behind.
+        NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
+            away, unless it took more than half a minute: the same build then goes on from there.
     """
     encoder, keys = None, None
     if options.keys != NO_KEYS:
@@ -116,11 +120,91 @@ def build_memory(
         tuned_at={},
     )
     unique, record = with_unique_ids(as_documents(documents)), manifest.model
-    tokenised = tokenise(unique, tokenizer, record.start_token, record.vocab_size)
-    plan = SegmentPlan(path, manifest, "000001", options.index_choice, options.progress, encoder)
     with new_folder(path):
-        segment = write_segment(plan, tokenised)
-        write_manifest(path, msgspec.structs.replace(manifest, segments=[segment]))
+        journal = Journal.of(path, _arguments(manifest, model, encoder, options))
+        rest = tokenise(journal.rest(unique), tokenizer, record.start_token, record.vocab_size)
+        plan = SegmentPlan(
+            path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
+        )
+        segments = _write_segments(plan, journal, rest)
+        write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
+        journal.close()
+
+
+def _arguments(
+    manifest: Manifest, model: LanguageModel, encoder: Encoder | None, options: BuildOptions
+) -> dict[str, Any]:
+    """All that decides what a build writes, but for the corpus."""
+    keys, choice = manifest.keys, options.index_choice
+    return {
+        "model": msgspec.to_builtins(manifest.model),
+        "keys": "none" if keys is None else msgspec.to_builtins(keys),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "batch_size": None if encoder is None else encoder.batch_size,
+        "recall": choice.recall,
+        "nprobe": choice.nprobe,
+        "segment_tokens": SEGMENT_TOKENS,
+    }
+
+
+def _write_segments(
+    plan: SegmentPlan, journal: Journal, documents: Iterator[TokenisedDocument]
+) -> list[SegmentRecord]:
+    """Write a corpus in segments, going on where the journal says."""
+    stage = journal.stage
+    segments, parts = list(stage.segments), _Parts(documents)
+    if stage.corpora:
+        parts.ended()  # reads what was read before, and finds out whether it is the same
+
+    def following() -> SegmentPlan:
+        manifest = msgspec.structs.replace(plan.manifest, segments=list(segments))
+        name, among_others = f"{len(segments) + 1:06d}", bool(segments)
+        return replace(plan, manifest=manifest, name=name, among_others=among_others)
+
+    while True:
+        if stage.current is not None:
+            digest = stage.corpora[-1].digest
+            new = reopen_corpus(following(), stage.current, digest)
+        elif stage.whole:
+            return segments
+        else:
+            segment = following()
+            shutil.rmtree(segment.root / segment.folder, ignore_errors=True)
+            new = write_corpus(segment, parts.take(SEGMENT_TOKENS))
+            corpora = [*stage.corpora, CorpusRecord(new.record.documents, new.digest)]
+            journal.note(corpora=corpora, whole=parts.ended(), current=new.record, done=[])
+        segments.append(write_access_paths(new))
+        journal.note(segments=list(segments), current=None, done=[])
+        stage = journal.stage
+
+
+class _Parts:
+    """A stream of documents, taken a segment's worth at a time."""
+
+    def __init__(self, documents: Iterator[TokenisedDocument]) -> None:
+        self._documents = documents
+        self._next: TokenisedDocument | None = None
+        self._begun = False
+
+    def ended(self) -> bool:
+        """Whether none are left."""
+        if not self._begun:
+            self._begun, self._next = True, next(self._documents, None)
+        return self._next is None
+
+    def take(self, tokens: int) -> Iterator[TokenisedDocument]:
+        """Whole documents of at least so many tokens, where there are as many.
+
+        What follows begins with a document that has an entry.
+        """
+        taken = 0
+        while not self.ended() and self._next is not None:
+            if taken >= tokens and len(self._next.tokens) > 1:
+                return
+            item, self._next = self._next, next(self._documents, None)
+            taken += len(item.tokens)
+            yield item
 
 
 def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, KeysRecord]:
