@@ -38,6 +38,7 @@ def read_text(path: Path, name: str, errors: EncodingErrors) -> Iterator[Documen
     if len(data) > LARGEST_DOCUMENT:
         raise _too_long(str(path))
     text = _decode(data, path, 0, errors)
+    del data  # it would be kept while the document is read
     yield Document(content_id(name, text), text, {"path": name}, str(path))
 
 

@@ -46,7 +46,7 @@ def tokenise(
         else:
             all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for document, ids in zip(batch, all_ids, strict=True):
-            found = np.asarray(ids, dtype=np.int64)
+            found = np.asarray(ids)
             for part in (np.array([start_token]), found):
                 check_vocabulary(part, vocab_size, document.origin)
             tokens = np.empty(len(found) + 1, dtype=np.int32)
