@@ -736,7 +736,7 @@ def test_a_full_disk(small_disk: Path, world: SimpleNamespace, fits: str) -> Non
         + pages["ids.npy"],
         "suffix array": pages["suffix.npy"],
         "keys": pages["keys.npy"],
-        "index": pages["index.faiss"],
+        "index": pages["trained.faiss"] + pages["index.faiss"],
         "manifest": -(-(world.memory / "manifest.json").stat().st_size // 4096),
     }
     names = list(stages)

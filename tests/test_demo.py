@@ -24,7 +24,7 @@ from nearest.demo.report import Story, Writing, render
 from nearest.errors import FolderError
 from nearest.retrieval.settings import Settings
 from nearest.verbs.generate import DocumentShare, GeneratedToken, Generation
-from nearest.verbs.results import Result
+from nearest.verbs.results import Checks, Result
 from nearest.verbs.tune import KS, LAMS, TEMPERATURES, Tuned
 
 HOSTILE = (
@@ -119,6 +119,7 @@ def test_the_passage_shown_is_of_the_median_topic() -> None:
 def result(method: str, nll: list[float], tokens: list[int]) -> Result:
     mean = sum(nll) / sum(tokens)
     plain = dict.fromkeys((field.name for field in dataclasses.fields(Result)), None)
+    plain["checks"] = Checks()
     numbers = {"nll": mean, "ppl": math.exp(mean), "tok_s": 1.0, "seconds": 1.0, "added_ms": 0.0}
     arrays = {"document_nll": np.array(nll), "document_tokens": np.array(tokens)}
     return Result(**{**plain, "method": method, "tokens": sum(tokens), **numbers, **arrays})

@@ -84,6 +84,11 @@ class ApproximateIndex:
             inner: np.ndarray = index.index.reconstruct_batch(np.searchsorted(self._ids, ids))
             return inner
         ivf = inverted_lists(index)
+        if isinstance(ivf, faiss.IndexIVFFastScan):  # which crashes where it was read from a file
+            raise SettingError(
+                "an index that is scanned fast cannot measure chosen entries: measure by keys, or "
+                "build another one (`nearest index --spec IVF1024,SQ8`)"
+            )
         if ivf is not None and ivf.direct_map.no():  # lists find no code by its id without a table
             ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
         decoded: np.ndarray = index.reconstruct_batch(ids)
@@ -139,13 +144,25 @@ def read_index(file: BufferedReader, sha256: str) -> Any:
         ) from error
 
 
-def resolve_spec(spec: str, entries: int) -> str:
-    """Turn "auto" into exact search for small memories, else into lists of 8-bit codes."""
+def resolve_spec(spec: str, entries: int, dim: int) -> str:
+    """Turn "auto" into exact search for small memories, else into inverted lists.
+
+    Their codes are products of 4 bits for four dims, which FAISS compares in registers ("fast
+    scan"): far quicker than 8-bit codes, at an eighth of their size. They order candidates roughly,
+    so that more are fetched; by the stored keys they are then in order. Dims that cannot be cut so
+    get 8-bit codes.
+    """
     if spec != AUTO:
         return spec
     if entries < EXACT_BELOW:
         return EXACT
-    return f"IVF{2 ** round(np.log2(entries**0.5))},SQ8"
+    parts = [n for n in range(-(-dim // 8), dim // 4 + 1) if dim % n == 0]
+    return f"IVF{fitting_lists(entries)},{f'PQ{parts[-1]}x4fs' if parts else 'SQ8'}"
+
+
+def fitting_lists(entries: int) -> int:
+    """How many inverted lists fit so many entries: the power of two nearest their square root."""
+    return int(2 ** round(np.log2(entries**0.5)))
 
 
 def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = None) -> None:
@@ -158,7 +175,7 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
     """
     load_faiss()
     if entries is not None:
-        spec = resolve_spec(spec, entries)
+        spec = resolve_spec(spec, entries, dim)
     ivf = None
     if spec not in (AUTO, EXACT):
         index = _make_index(spec, dim, "l2")
@@ -242,12 +259,8 @@ def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.rando
 
 
 def can_be_joined(index: Any) -> bool:
-    """Whether indexes filled from this trained one can become one: plain inverted lists can."""
-    ivf = inverted_lists(index)
-    faiss = load_faiss()
-    return ivf is not None and isinstance(
-        faiss.downcast_InvertedLists(ivf.invlists), faiss.ArrayInvertedLists
-    )
+    """Whether indexes filled from this trained one can become one: inverted lists can."""
+    return inverted_lists(index) is not None
 
 
 def joined(parts: Sequence[tuple[Any, int]]) -> Any:
@@ -271,7 +284,7 @@ def inverted_lists(index: Any) -> Any | None:
     """The inverted-file index inside any wrapper, or None: `nprobe` counts only there."""
     faiss = load_faiss()
     try:
-        return faiss.extract_index_ivf(faiss.downcast_index(index))
+        return faiss.downcast_index(faiss.extract_index_ivf(faiss.downcast_index(index)))
     except RuntimeError:
         return None
 

@@ -7,10 +7,11 @@ from nearest.errors import SettingError
 from nearest.index.approximate import (
     AUTO,
     EXACT,
+    EXACT_BELOW,
     ApproximateIndex,
     build_index,
     check_spec,
-    resolve_spec,
+    fitting_lists,
     training_rows,
 )
 from nearest.index.exact import scan
@@ -67,7 +68,9 @@ class MutableIndex:
         Distances are float64 and computed from the differences, so that a row's distance to itself
         is 0.
         """
-        spec = EXACT if size < self._exact_below else resolve_spec(self._spec, size)
+        spec = EXACT if size < self._exact_below else self._spec
+        if spec == AUTO:  # 8-bit codes: of rougher ones more than k would have to be fetched
+            spec = EXACT if size < EXACT_BELOW else f"IVF{fitting_lists(size)},SQ8"
         if spec == EXACT:
             everything = np.arange(size), self._rows[:size]
             ids = scan(queries, [everything], min(k, size), _METRIC).ids

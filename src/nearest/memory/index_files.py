@@ -19,6 +19,7 @@ from nearest.index.approximate import (
     can_be_joined,
     check_spec,
     fill_index,
+    fitting_lists,
     number_of_lists,
     read_index,
     resolve_spec,
@@ -83,7 +84,7 @@ def write_index(
     Where other segments' could be joined to it, the trained index without entries is kept too.
     """
     check_spec(choice.spec, keys.dim, choice.nprobe, len(entries))
-    spec = resolve_spec(choice.spec, len(entries))
+    spec = resolve_spec(choice.spec, len(entries), keys.dim)
     if spec == EXACT:
         return _record(EXACT, len(entries), SearchParameters(recall=1.0), choice.recall)
     rng = np.random.default_rng(_SEED)
@@ -160,8 +161,8 @@ def to_fill_like(
     if like is None or choice.nprobe is not None:
         return None
     if choice.spec == AUTO:
-        wanted = number_of_lists(resolve_spec(AUTO, max(entries, EXACT_BELOW)), dim)
-        return like if wanted <= _FEWER_LISTS * number_of_lists(like.spec, dim) else None
+        few = _FEWER_LISTS * number_of_lists(like.spec, dim)
+        return like if fitting_lists(entries) <= few else None
     return like if choice.spec == like.spec else None
 
 
