@@ -21,9 +21,9 @@ from nearest.index.approximate import (
     fill_index,
     joined,
     read_index,
-    resolve_spec,
     train_index,
 )
+from nearest.index.choice import explained, resolve_spec
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys
@@ -283,7 +283,8 @@ def test_recall_of_known_rows() -> None:
         ("auto", 50_000, 768, "IVF256,PQ192x4fs"),
         ("auto", 50_000, 10, "IVF256,PQ2x4fs"),
         ("auto", 50_000, 35, "IVF256,PQ7x4fs"),
-        ("auto", 50_000, 13, "IVF256,SQ8"),
+        ("auto", 50_000, 13, "IVF256,PQ1x4fs"),
+        ("auto", 50_000, 17, "IVF256,SQ8"),
         ("auto", 50_000, 3, "IVF256,SQ8"),
         ("HNSW32", 10, 32, "HNSW32"),
         ("exact", 10**9, 32, "exact"),
@@ -291,6 +292,34 @@ def test_recall_of_known_rows() -> None:
 )
 def test_choice_of_index(spec: str, entries: int, dim: int, resolved: str) -> None:
     assert resolve_spec(spec, entries, dim) == resolved
+
+
+def test_little_memory_gives_smaller_codes() -> None:
+    entries, dim = 10**7, 768
+    specs = [resolve_spec("auto", entries, dim, gigabytes << 30) for gigabytes in (64, 2, 1)]
+    assert specs == ["IVF4096,PQ192x4fs", "IVF4096,PQ192x4fs", "IVF4096,PQ64x4fs"]
+    assert resolve_spec("auto", 10**9, dim, 1 << 30) == "IVF32768,PQ48x4fs"
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec", "entries", "dim", "why"),
+    [
+        ("Flat", "Flat", 9, 32, "asked for"),
+        ("IVF8,SQ8", "exact", 9, 32, "IVF8,SQ8 was asked for; so few entries"),
+        ("auto", "exact", 9, 32, "fewer than 50,000 entries are scanned"),
+        (
+            "auto",
+            "IVF1024,PQ64x4fs",
+            10**6,
+            256,
+            "1024 lists for 1,000,000 entries; 4 bits for 4 dims",
+        ),
+        ("auto", "IVF1024,PQ16x4fs", 10**6, 256, "4 bits for 16 dims (not 4, for"),
+        ("auto", "IVF1024,SQ8", 10**6, 257, "257 dims cannot be cut into parts of 4 to 16"),
+    ],
+)
+def test_a_choice_is_explained(asked: str, spec: str, entries: int, dim: int, why: str) -> None:
+    assert why in explained(asked, spec, entries, dim)
 
 
 @pytest.mark.parametrize("dim", range(1, 70))
@@ -335,7 +364,7 @@ def test_sorting_keeps_pairs_together() -> None:
 
 FORKED = """
 import os, numpy as np
-from nearest.index.approximate import ApproximateIndex, build_index
+from nearest.index.approximate import (ApproximateIndex, build_index)
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys
 keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)

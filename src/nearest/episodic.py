@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from nearest.errors import FolderError, NearestError, SettingError
-from nearest.index.approximate import AUTO
+from nearest.index.choice import AUTO
 from nearest.index.mutable import MutableIndex
 from nearest.index.neighbours import NO_ENTRY, Neighbours
 from nearest.tensors import load_tensors, save_tensors

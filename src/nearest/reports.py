@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from nearest.index.choice import explained
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
@@ -222,9 +223,12 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
                 "candidates": segment.index.candidates,
                 "recall@100": segment.index.recall,
                 "recall_target": segment.index.recall_target,
+                "why": explained(
+                    keys.index, segment.index.spec, segment.index.entries, keys.stored_dim
+                ),
             }
             for segment in manifest.segments
-            if segment.index is not None
+            if segment.index is not None and keys is not None
         },
         "clusters": "none"
         if clusters is None

@@ -15,13 +15,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import FolderError, SettingError
+from nearest.index.choice import AUTO, EXACT, resolve_spec
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
-EXACT = "exact"
-AUTO = "auto"
-EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
 _ADD_ROWS = 65_536
 
 
@@ -142,27 +140,6 @@ def read_index(file: BufferedReader, sha256: str) -> Any:
             f"{file.name} is no FAISS index ({str(error).strip().splitlines()[-1]}): "
             "rebuild it with `nearest index`"
         ) from error
-
-
-def resolve_spec(spec: str, entries: int, dim: int) -> str:
-    """Turn "auto" into exact search for small memories, else into inverted lists.
-
-    Their codes are products of 4 bits for four dims, which FAISS compares in registers ("fast
-    scan"): far quicker than 8-bit codes, at an eighth of their size. They order candidates roughly,
-    so that more are fetched; by the stored keys they are then in order. Dims that cannot be cut so
-    get 8-bit codes.
-    """
-    if spec != AUTO:
-        return spec
-    if entries < EXACT_BELOW:
-        return EXACT
-    parts = [n for n in range(-(-dim // 8), dim // 4 + 1) if dim % n == 0]
-    return f"IVF{fitting_lists(entries)},{f'PQ{parts[-1]}x4fs' if parts else 'SQ8'}"
-
-
-def fitting_lists(entries: int) -> int:
-    """How many inverted lists fit so many entries: the power of two nearest their square root."""
-    return int(2 ** round(np.log2(entries**0.5)))
 
 
 def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = None) -> None:

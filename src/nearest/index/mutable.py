@@ -4,16 +4,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
-from nearest.index.approximate import (
-    AUTO,
-    EXACT,
-    EXACT_BELOW,
-    ApproximateIndex,
-    build_index,
-    check_spec,
-    fitting_lists,
-    training_rows,
-)
+from nearest.index.approximate import ApproximateIndex, build_index, check_spec, training_rows
+from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import scan
 from nearest.index.keys import Float32Keys
 from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first

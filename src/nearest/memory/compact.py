@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from nearest.errors import FolderError, SettingError
-from nearest.index.approximate import AUTO, check_spec
+from nearest.index.approximate import check_spec
+from nearest.index.choice import AUTO
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.access_paths import merge_segments
 from nearest.memory.generation import changing, free_segment_name

@@ -12,20 +12,16 @@ from jaxtyping import Int
 from nearest.errors import SettingError
 from nearest.folder import fsync_file
 from nearest.index.approximate import (
-    AUTO,
-    EXACT,
-    EXACT_BELOW,
     ApproximateIndex,
     can_be_joined,
     check_spec,
     fill_index,
-    fitting_lists,
     number_of_lists,
     read_index,
-    resolve_spec,
     train_index,
     training_rows,
 )
+from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists, resolve_spec
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search

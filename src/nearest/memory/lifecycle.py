@@ -14,7 +14,7 @@ from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
-from nearest.index.approximate import EXACT, EXACT_BELOW
+from nearest.index.choice import EXACT, EXACT_BELOW
 from nearest.memory.access_paths import merge_segments, write_segment
 from nearest.memory.array_files import write_array
 from nearest.memory.generation import changing, free_segment_name, of_generation

@@ -22,7 +22,8 @@ from nearest.encode.identity import (
 )
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import SettingError
-from nearest.index.approximate import AUTO, check_spec
+from nearest.index.approximate import check_spec
+from nearest.index.choice import AUTO
 from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
 from nearest.memory.access_paths import write_access_paths

@@ -1,0 +1,65 @@
+"""Which index fits: by the number of entries, the dimension, and the memory of the machine."""
+
+import os
+
+import numpy as np
+
+EXACT = "exact"
+AUTO = "auto"
+EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
+_SHARE = 0.5  # of the machine's memory, for the codes of one index
+_ID_BYTES = 8
+
+
+def resolve_spec(spec: str, entries: int, dim: int, memory_bytes: int | None = None) -> str:
+    """Turn "auto" into exact search for small memories, else into inverted lists.
+
+    Their codes are products of 4 bits for four dims, which FAISS compares in registers ("fast
+    scan"): far quicker than 8-bit codes, at an eighth of their size. They order candidates roughly,
+    so that more are fetched; by the stored keys they are then in order. Where such codes take more
+    than half of the machine's memory, up to sixteen dims share one. Dims that cannot be cut so get
+    8-bit codes.
+
+    Args:
+        spec: what was asked for; all but "auto" stays.
+        entries, dim: number and dimension of keys.
+        memory_bytes: of the machine; looked up when not given.
+    """
+    if spec != AUTO:
+        return spec
+    if entries < EXACT_BELOW:
+        return EXACT
+    room = _SHARE * (_machine_memory() if memory_bytes is None else memory_bytes)
+    parts = [dim // n for n in range(4, 17) if dim % n == 0]
+    fitting = [n for n in parts if entries * (n / 2 + _ID_BYTES) <= room]
+    codes = f"PQ{(fitting or parts[-1:])[0]}x4fs" if parts else "SQ8"
+    return f"IVF{fitting_lists(entries)},{codes}"
+
+
+def fitting_lists(entries: int) -> int:
+    """How many inverted lists fit so many entries: the power of two nearest their square root."""
+    return int(2 ** round(np.log2(entries**0.5)))
+
+
+def explained(asked: str, spec: str, entries: int, dim: int) -> str:
+    """Why an index over so many keys is of this kind, as one sentence."""
+    if asked != AUTO:
+        if spec == EXACT != asked:
+            return f"{asked} was asked for; so few entries, beside others, are scanned"
+        return "asked for"
+    if spec == EXACT:
+        return f"fewer than {EXACT_BELOW:,} entries are scanned as quickly as an index is searched"
+    if not spec.endswith("fs"):
+        return f"{dim} dims cannot be cut into parts of 4 to 16, so each is a byte"
+    dims = dim // int(spec.partition("PQ")[2].removesuffix("x4fs"))
+    lists = spec.partition(",")[0].removeprefix("IVF")
+    finest = next(n for n in range(4, 17) if dim % n == 0)
+    small = "" if dims == finest else f" (not {finest}, for the sake of this machine's memory)"
+    return (
+        f"{lists} lists for {entries:,} entries; 4 bits for {dims} dims{small}: quick to compare "
+        "and rough, so that the stored keys re-rank what is found"
+    )
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
