@@ -27,6 +27,7 @@ from nearest.progress import Progress as Report
 if TYPE_CHECKING:
     from nearest.memory.manifest import KeysRecord
     from nearest.memory.memory import Memory
+    from nearest.memory.plan import BuildPlan
     from nearest.verbs.generate import DocumentShare, Generation
     from nearest.verbs.results import Result
     from nearest.verbs.sweep import Point
@@ -73,6 +74,25 @@ class _Counts(ProgressColumn):
         speed = task.finished_speed or task.speed
         rate = f" ({speed:,.0f}/s)" if speed else ""
         return Text(f"{int(task.completed):,}{total}{rate}")
+
+
+def plan_table(plan: "BuildPlan") -> RenderableType:
+    """What a build would make and take."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    rows = {
+        "documents": f"{plan.documents:,}",
+        "entries, about": f"{plan.entries:,}",
+        "segments": f"{plan.segments:,}",
+        "disk, MB": f"{plan.bytes_needed / 1e6:,.0f} of {plan.bytes_free / 1e6:,.0f} free",
+        "memory beside the model, MB": f"{plan.memory_bytes / 1e6:,.0f}",
+        "seconds, about": f"{plan.seconds:,.0f}",
+        **{f"  {name}": f"{seconds:,.0f}" for name, seconds in plan.stages.items()},
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def results_table(results: Sequence["Result"]) -> RenderableType:

@@ -4,11 +4,12 @@ Reports go to stdout (`--json`: one object a line), logs and progress to stderr.
 user's is one message and exit code 2, never a traceback. Heavy imports wait for their command.
 """
 
-from nearest.cli import generating, keys, memories, methods
+from nearest.cli import generating, importing, keys, memories, methods
 from nearest.cli.app import Command, app, register
 
 _COMMANDS: dict[str, Command] = {
     "build": memories.build,
+    "import": importing.import_store,
     "add": memories.add,
     "update": memories.update,
     "remove": memories.remove,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -50,29 +50,36 @@ def build(
     nprobe: Nprobe = None,
     batch_size: BatchSize = None,
     encoding_errors: Encoding = "strict",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
     quiet_libraries()
-    from nearest.verbs.build import build as build_memory
+    from nearest.verbs import build as verb
 
+    options: dict[str, Any] = {
+        "encoding_errors": encoding_errors,
+        "keys": keys,
+        "key_layer": key_layer,
+        "window": window,
+        "stride": stride,
+        "index": index,
+        "metric": metric,
+        "recall": recall,
+        "nprobe": nprobe,
+        "batch_size": batch_size,
+    }
+    if plan:
+        needs = verb.plan(model, corpus, out_path, **options)
+        if as_json:
+            typer.echo(json.dumps(needs.as_json()))
+        else:
+            out.print(reports.plan_table(needs))
+        return
     with reports.live_progress(err) as progress:
-        memory = build_memory(
-            model,
-            corpus,
-            out_path,
-            encoding_errors=encoding_errors,
-            keys=keys,
-            key_layer=key_layer,
-            window=window,
-            stride=stride,
-            index=index,
-            metric=metric,
-            recall=recall,
-            nprobe=nprobe,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        memory = verb.build(model, corpus, out_path, progress=progress, **options)
     show_info(memory, as_json)
 
 

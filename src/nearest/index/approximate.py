@@ -142,6 +142,17 @@ def read_index(file: BufferedReader, sha256: str) -> Any:
         ) from error
 
 
+def spec_of(index: Any) -> str:
+    """A factory string for an index like this one: its own kind, as far as it is known."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIVFPQ):
+        return f"IVF{index.nlist},PQ{index.pq.M}"
+    if isinstance(index, faiss.IndexIVFFlat):
+        return f"IVF{index.nlist},Flat"
+    return AUTO
+
+
 def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = None) -> None:
     """Refuse an index before any key is made for it.
 
@@ -171,6 +182,13 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
 def training_rows(spec: str, dim: int) -> int:
     """Rows that train an index well: 39 for each list and each 8-bit code, FAISS's own minimum."""
     return 39 * max(256, number_of_lists(spec, dim))
+
+
+def code_bytes(spec: str, dim: int) -> int:
+    """What an index takes for each entry, without its id."""
+    index = _make_index(spec, dim, "l2")
+    ivf = inverted_lists(index)
+    return int(index.sa_code_size() if ivf is None else ivf.code_size)
 
 
 def number_of_lists(spec: str, dim: int) -> int:

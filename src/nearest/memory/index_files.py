@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from nearest.errors import SettingError
-from nearest.folder import fsync_file
+from nearest.errors import CorpusError, FolderError, SettingError
+from nearest.folder import fsync_file, sha256_of
 from nearest.index.approximate import (
     ApproximateIndex,
     can_be_joined,
@@ -18,6 +18,7 @@ from nearest.index.approximate import (
     fill_index,
     number_of_lists,
     read_index,
+    spec_of,
     train_index,
     training_rows,
 )
@@ -30,6 +31,7 @@ from nearest.progress import Progress
 
 INDEX, TRAINED = "index.faiss", "trained.faiss"
 _SEED = 0
+_METRIC = {"l2": 1, "ip": 0}  # as FAISS numbers them
 _FEWER_LISTS = 2  # than fit so many entries: with more, searches are noticeably slower
 
 
@@ -143,6 +145,39 @@ def fill_like(
         trained=trained,
         filled_from=like.filled_from,
     )
+
+
+def take_over_index(
+    root: Path,
+    folder: str,
+    file: Path,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    recall: float,
+) -> IndexRecord:
+    """Write an index of other tools, whose ids are entries, and tune how it is searched.
+
+    The user trusts the file: FAISS is not made to read hostile ones.
+
+    Raises:
+        CorpusError: it is no FAISS index, or not one of these entries.
+    """
+    try:
+        with file.open("rb") as opened:
+            index = read_index(opened, sha256_of(file))
+    except FolderError as error:
+        raise CorpusError(f"{file} is no FAISS index: leave out --trust") from error
+    if (index.d, index.ntotal) != (keys.dim, len(entries)) or index.metric_type != _METRIC[
+        keys.metric
+    ]:
+        raise CorpusError(
+            f"{file} holds {index.ntotal:,} vectors of {index.d} dims, and the datastore "
+            f"{len(entries):,} of {keys.dim}, or it measures otherwise: leave out --trust"
+        )
+    rng = np.random.default_rng(_SEED)
+    parameters = tune_search(index, keys, entries, ExactIndex(keys, entries), recall, rng)
+    record = _record(spec_of(index), len(entries), parameters, recall)
+    return msgspec.structs.replace(record, file=_file(root, root / folder / INDEX, index, keys))
 
 
 def to_fill_like(

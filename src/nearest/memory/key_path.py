@@ -34,7 +34,10 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
     paths = key_paths(new.plan.root / new.plan.folder, form, keys.stored_dim)
     files: dict[str, FileRecord] = {}
     kept = None
-    if new.plan.encoder is not None:
+    if new.plan.given is not None:
+        with KeyWriter(paths, form, keys.stored_dim, record.tokens) as file:
+            _take(new, new.plan.given, form, file)
+    elif new.plan.encoder is not None:
         batches = 0 if new.plan.journal is None else new.plan.journal.stage.batches
         with KeyWriter(paths, form, keys.stored_dim, record.tokens, going_on=batches > 0) as file:
             _encode(new, new.plan.encoder, form, keys, file, batches)
@@ -84,6 +87,25 @@ def _encode(
         if journal is not None and journal.due:
             file.flush()
             journal.note(batches=number)
+
+
+def _take(
+    new: NewSegment, given: Float[np.ndarray, "entries dim"], form: KeyFormat, file: KeyWriter
+) -> None:
+    """Write keys that were made elsewhere; between documents there is a position without."""
+    taken = 0
+    for start, stop in pairwise(new.offsets.tolist()):
+        for first in range(start, stop - 1, _BLOCK):
+            count = min(_BLOCK, stop - 1 - first)
+            rows = np.asarray(given[taken : taken + count], np.float32)
+            if not bool(np.abs(rows).max() <= form.largest):  # so that NaN is refused, too
+                raise ModelError(
+                    f"a key between entries {taken:,} and {taken + count:,} is not finite, or too "
+                    f"large for {form.name} keys: make the datastore anew, or try --keys int8"
+                )
+            file.write(first, rows)
+            taken += count
+            new.plan.progress("keys", taken, new.record.entries)
 
 
 def _check_range(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Float, Int, Integer
 
 from nearest.corpus.tokens import TokenisedDocument, token_dtype
 from nearest.encode.encoder import Encoder
@@ -46,6 +46,7 @@ class SegmentPlan:
         encoder: makes the keys of new text; None where there are none, or they are taken over.
         merged: the segments that this one replaces, in order; empty for new text.
         among_others: whether the memory has other segments beside it.
+        given: keys of all entries, in order, that were made elsewhere.
         journal: told what is on the disk, where the work can be gone on with.
     """
 
@@ -57,6 +58,7 @@ class SegmentPlan:
     encoder: Encoder | None = None
     merged: Sequence[Segment] = ()
     among_others: bool = False
+    given: Float[np.ndarray, "entries dim"] | None = None
     journal: Journal | None = None
 
     @property

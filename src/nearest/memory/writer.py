@@ -1,8 +1,7 @@
 """Write generations of a memory: build one, give it another index or clusters, store settings."""
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -11,7 +10,7 @@ import msgspec
 from nearest import __version__
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document, as_documents, with_unique_ids
-from nearest.corpus.tokens import TokenisedDocument, tokenise
+from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
     model_fingerprint,
@@ -26,9 +25,9 @@ from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO
 from nearest.index.keys import key_format
 from nearest.index.neighbours import Metric
-from nearest.memory.access_paths import write_access_paths
+from nearest.memory.corpus_segments import write_segments
 from nearest.memory.gate_files import NewGate, write_gate
-from nearest.memory.generation import changing, new_folder
+from nearest.memory.generation import changing, check_new, new_folder
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.index_path import index_segments
 from nearest.memory.manifest import (
@@ -36,13 +35,13 @@ from nearest.memory.manifest import (
     KeysRecord,
     Manifest,
     ModelRecord,
-    SegmentRecord,
     publish_next,
     write_manifest,
 )
-from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan, reopen_corpus, write_corpus
+from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan
+from nearest.memory.plan import BuildPlan, plan_build
 from nearest.memory.segment import Segment, no_keys
-from nearest.memory.unfinished import CorpusRecord, Journal
+from nearest.memory.unfinished import Journal
 from nearest.progress import Progress, no_progress
 
 NO_KEYS = "none"
@@ -101,7 +100,22 @@ def build_memory(
     encoder, keys = None, None
     if options.keys != NO_KEYS:
         encoder, keys = _keys_of(model, options)
-    manifest = Manifest(
+    manifest = new_manifest(model, tokenizer, keys)
+    unique, record = with_unique_ids(as_documents(documents)), manifest.model
+    with new_folder(path):
+        journal = Journal.of(path, _arguments(manifest, model, encoder, options))
+        rest = tokenise(journal.rest(unique), tokenizer, record.start_token, record.vocab_size)
+        plan = SegmentPlan(
+            path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
+        )
+        segments = write_segments(plan, journal, rest)
+        write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
+        journal.close()
+
+
+def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
+    """A first generation that has no segment yet."""
+    return Manifest(
         format=FORMAT,
         generation=1,
         created_by=f"nearest {__version__}",
@@ -120,16 +134,22 @@ def build_memory(
         documents_of=1,
         tuned_at={},
     )
-    unique, record = with_unique_ids(as_documents(documents)), manifest.model
-    with new_folder(path):
-        journal = Journal.of(path, _arguments(manifest, model, encoder, options))
-        rest = tokenise(journal.rest(unique), tokenizer, record.start_token, record.vocab_size)
-        plan = SegmentPlan(
-            path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
-        )
-        segments = _write_segments(plan, journal, rest)
-        write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
-        journal.close()
+
+
+def planned_memory(
+    path: Path,
+    documents: Iterable[Document | str],
+    model: LanguageModel,
+    tokenizer: Any,
+    options: BuildOptions,
+) -> BuildPlan:
+    """Say what `build_memory` would take, and write nothing; raises as it does."""
+    check_new(path)
+    encoder = form = None
+    if options.keys != NO_KEYS:
+        encoder, form = _keys_of(model, options)[0], key_format(options.keys)
+    start, vocabulary = start_token(tokenizer), vocabulary_size(model)
+    return plan_build(path, documents, tokenizer, start, vocabulary, encoder, form, options.index)
 
 
 def _arguments(
@@ -147,65 +167,6 @@ def _arguments(
         "nprobe": choice.nprobe,
         "segment_tokens": SEGMENT_TOKENS,
     }
-
-
-def _write_segments(
-    plan: SegmentPlan, journal: Journal, documents: Iterator[TokenisedDocument]
-) -> list[SegmentRecord]:
-    """Write a corpus in segments, going on where the journal says."""
-    stage = journal.stage
-    segments, parts = list(stage.segments), _Parts(documents)
-    if stage.corpora:
-        parts.ended()  # reads what was read before, and finds out whether it is the same
-
-    def following() -> SegmentPlan:
-        manifest = msgspec.structs.replace(plan.manifest, segments=list(segments))
-        name, among_others = f"{len(segments) + 1:06d}", bool(segments)
-        return replace(plan, manifest=manifest, name=name, among_others=among_others)
-
-    while True:
-        if stage.current is not None:
-            digest = stage.corpora[-1].digest
-            new = reopen_corpus(following(), stage.current, digest)
-        elif stage.whole:
-            return segments
-        else:
-            segment = following()
-            shutil.rmtree(segment.root / segment.folder, ignore_errors=True)
-            new = write_corpus(segment, parts.take(SEGMENT_TOKENS))
-            corpora = [*stage.corpora, CorpusRecord(new.record.documents, new.digest)]
-            journal.note(corpora=corpora, whole=parts.ended(), current=new.record, done=[])
-        segments.append(write_access_paths(new))
-        journal.note(segments=list(segments), current=None, done=[])
-        stage = journal.stage
-
-
-class _Parts:
-    """A stream of documents, taken a segment's worth at a time."""
-
-    def __init__(self, documents: Iterator[TokenisedDocument]) -> None:
-        self._documents = documents
-        self._next: TokenisedDocument | None = None
-        self._begun = False
-
-    def ended(self) -> bool:
-        """Whether none are left."""
-        if not self._begun:
-            self._begun, self._next = True, next(self._documents, None)
-        return self._next is None
-
-    def take(self, tokens: int) -> Iterator[TokenisedDocument]:
-        """Whole documents of at least so many tokens, where there are as many.
-
-        What follows begins with a document that has an entry.
-        """
-        taken = 0
-        while not self.ended() and self._next is not None:
-            if taken >= tokens and len(self._next.tokens) > 1:
-                return
-            item, self._next = self._next, next(self._documents, None)
-            taken += len(item.tokens)
-            yield item
 
 
 def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, KeysRecord]:

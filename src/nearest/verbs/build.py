@@ -9,6 +9,8 @@ from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.memory.generation import check_new
 from nearest.memory.memory import Memory
+from nearest.memory.plan import BuildPlan
+from nearest.memory.writer import BuildOptions, planned_memory
 
 
 def build(
@@ -35,3 +37,21 @@ def build(
     documents = read_documents(corpus, encoding_errors=encoding_errors)
     model, tokenizer = load_model_and_tokenizer(model_name)
     return Memory.build(model, tokenizer, documents, out, **options)
+
+
+def plan(
+    model_name: str,
+    corpus: Sequence[str | Path],
+    out: str | Path,
+    *,
+    encoding_errors: EncodingErrors = "strict",
+    **options: Any,
+) -> BuildPlan:
+    """Say what `build` would make and take, from a sample of the work, and write nothing.
+
+    The arguments, and what is raised, are those of `build`.
+    """
+    check_new(Path(out))
+    documents = read_documents(corpus, encoding_errors=encoding_errors)
+    model, tokenizer = load_model_and_tokenizer(model_name)
+    return planned_memory(Path(out), documents, model, tokenizer, BuildOptions(**options))

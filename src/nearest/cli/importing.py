@@ -1,0 +1,68 @@
+"""The command that reads the datastores of earlier tools."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nearest import reports
+from nearest.cli.app import err, quiet_libraries
+from nearest.cli.memories import show_info
+from nearest.cli.options import AsJson, Recall, Spec, Stride, Window
+
+
+def import_store(
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="A datastore's folder, or its *_keys.npy.")
+    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that made it.")],
+    out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
+    entries: Annotated[
+        int | None, typer.Option(help="How many it holds, where its files do not tell.")
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split", help="End a document at every EOS; else it is one.")
+    ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Read its FAISS index: only where you know who made it."),
+    ] = False,
+    members: Annotated[
+        bool, typer.Option("--members/--no-members", help="Read its clusters (members*.pkl).")
+    ] = True,
+    keys: Annotated[Literal["fp16", "int8"], typer.Option(help="How keys are stored.")] = "fp16",
+    key_layer: Annotated[
+        Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states its keys are.")
+    ] = "last_ffn_input",
+    window: Window = None,
+    stride: Stride = None,
+    index: Spec = "auto",
+    metric: Annotated[
+        Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")
+    ] = "l2",
+    recall: Recall = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory of a datastore that knn-transformers or RetoMaton wrote."""
+    quiet_libraries()
+    from nearest.verbs.import_store import import_store as import_into
+
+    with reports.live_progress(err) as progress:
+        memory = import_into(
+            store,
+            model,
+            out_path,
+            entries=entries,
+            split=split,
+            trust=trust,
+            members=members,
+            keys=keys,
+            key_layer=key_layer,
+            window=window,
+            stride=stride,
+            index=index,
+            metric=metric,
+            recall=recall,
+            progress=progress,
+        )
+    show_info(memory, as_json)

@@ -1,0 +1,165 @@
+"""A memory made of a datastore of earlier tools: its keys, its tokens, its clusters, its index."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+from jaxtyping import Int
+
+from nearest.corpus.documents import Document
+from nearest.corpus.tokens import TokenisedDocument
+from nearest.corpus.windows import choose_windows
+from nearest.encode.identity import max_positions
+from nearest.encode.layers import LanguageModel, find_key_layer
+from nearest.errors import CorpusError, SettingError
+from nearest.index.approximate import check_spec
+from nearest.index.choice import AUTO, EXACT
+from nearest.index.clusters import Clusters
+from nearest.index.keys import key_format
+from nearest.index.neighbours import Metric
+from nearest.memory.access_paths import write_segment
+from nearest.memory.cluster_files import write_clusters
+from nearest.memory.generation import new_folder
+from nearest.memory.index_files import IndexChoice, take_over_index
+from nearest.memory.knn_store import Store, find_store, open_store
+from nearest.memory.manifest import ClustersRecord, KeysRecord, SegmentRecord, write_manifest
+from nearest.memory.new_segment import SegmentPlan
+from nearest.memory.pickled_members import labels_of, read_members
+from nearest.memory.segment import Segment, valued_mask
+from nearest.memory.writer import new_manifest
+from nearest.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a datastore is read; every default is what the command line uses.
+
+    Attributes:
+        entries: how many it holds, where its files do not tell.
+        split: end a document at every EOS; else all is one document.
+        trust: read its FAISS index. FAISS is not made to read hostile files.
+        members: read its clusters.
+        keys, key_layer, window, stride, index, metric, recall: as of a build; what read the text
+            then is not written down in a datastore.
+    """
+
+    entries: int | None = None
+    split: bool = False
+    trust: bool = False
+    members: bool = True
+    keys: str = "fp16"
+    key_layer: str = "last_ffn_input"
+    window: int | None = None
+    stride: int | None = None
+    index: str = AUTO
+    metric: str = "l2"
+    recall: float = 0.95
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        key_format(self.keys)
+        if self.metric not in ("l2", "ip"):
+            raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
+        if self.trust and self.split:
+            raise SettingError(
+                "the FAISS index counts the entries of one stream: leave out either --trust, for "
+                "an index of our own, or --split"
+            )
+        if self.trust and self.index != AUTO:
+            raise SettingError("either an index of our own (--index) or theirs (--trust): not both")
+
+
+def import_store(
+    given: Path, path: Path, model: LanguageModel, tokenizer: Any, options: ImportOptions
+) -> None:
+    """Make the memory `path` of a datastore that this model made.
+
+    The value of entry i is token i+1: the values are the text, and documents' text is what the
+    tokenizer makes of them.
+
+    Raises:
+        NearestError: datastore, model, settings or folder cannot be used; nothing is left behind.
+    """
+    files, layer = find_store(given), find_key_layer(model, options.key_layer)
+    if options.trust and files.index is None:
+        raise CorpusError(f"{files.keys.parent} holds no index (*.indexed): leave out --trust")
+    window, stride = choose_windows(options.window, options.stride, max_positions(model))
+    check_spec(options.index, layer.dim, None)
+    keys = KeysRecord(
+        layer=layer.name,
+        module=layer.path,
+        dim=layer.dim,
+        format=options.keys,
+        metric=cast(Metric, options.metric),
+        window=window,
+        stride=stride,
+        projection=None,
+        codebooks=None,
+        index=options.index,
+    )
+    manifest = new_manifest(model, tokenizer, keys)
+    record = manifest.model
+    store = open_store(files, layer.dim, record.vocab_size, options.entries)
+    ends = _document_ends(store, tokenizer.eos_token_id if options.split else None)
+    labels = None
+    if options.members and files.members is not None:
+        members = read_members(files.members, len(store.values))
+        labels = labels_of(members, len(store.values)), len(members.offsets) - 1
+    choice = IndexChoice(EXACT if options.trust else options.index, options.recall)
+    plan = SegmentPlan(path, manifest, "000001", choice, options.progress, given=store.keys)
+    documents = _documents(store, ends, tokenizer, record.start_token, files.values)
+    with new_folder(path):
+        segment = write_segment(plan, documents)
+        clusters = None
+        if labels is not None:
+            clusters = ClustersRecord("k-means", labels[1])
+            segment = _with_clusters(plan, segment, *labels)
+        if options.trust and files.index is not None:
+            opened = Segment(path, manifest, segment)
+            index = take_over_index(
+                path, plan.folder, files.index, opened.keys, opened.searched, options.recall
+            )
+            segment = segment.with_files({}, index=index)
+            keys = msgspec.structs.replace(keys, index=index.spec)
+        write_manifest(
+            path,
+            msgspec.structs.replace(manifest, keys=keys, segments=[segment], clusters=clusters),
+        )
+
+
+def _document_ends(store: Store, end_token: int | None) -> Int[np.ndarray, " documents"]:
+    """The entry after each document's last."""
+    count = len(store.values)
+    if end_token is None:
+        return np.array([count])
+    ends = np.flatnonzero(np.asarray(store.values) == end_token) + 1
+    return ends if len(ends) and ends[-1] == count else np.append(ends, count)
+
+
+def _documents(
+    store: Store, ends: Int[np.ndarray, " documents"], tokenizer: Any, start: int, origin: Path
+) -> Iterator[TokenisedDocument]:
+    """Each document: the start token, then the values of its entries."""
+    first = 0
+    for number, end in enumerate(ends.tolist()):
+        values = np.asarray(store.values[first:end])
+        text = tokenizer.decode(values, clean_up_tokenization_spaces=False)
+        name = f"{origin.name.removesuffix('_vals.npy')}:{number + 1}"
+        tokens = np.empty(len(values) + 1, np.int64)
+        tokens[0], tokens[1:] = start, values
+        yield TokenisedDocument(Document(name, text, {"entries": [first, end]}, name), tokens)
+        first = end
+
+
+def _with_clusters(
+    plan: SegmentPlan, segment: SegmentRecord, labels: Int[np.ndarray, " m"], clusters: int
+) -> SegmentRecord:
+    opened = Segment(plan.root, plan.manifest, segment)
+    of = np.full(segment.tokens, -1, np.int32)
+    of[valued_mask(opened.offsets)] = labels
+    found = Clusters.from_labels(of, clusters)
+    files = write_clusters(plan.root, plan.folder, "", found)
+    return segment.with_files(files, members=len(found.members))

@@ -1,0 +1,261 @@
+"""What building a memory will take, from one reading of the corpus and a sample of the work."""
+
+import hashlib
+import json
+import math
+import re
+import resource
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from jaxtyping import Float, Int
+
+from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.long_text import LONG
+from nearest.corpus.tokens import Tokens, token_dtype, tokenise
+from nearest.corpus.windows import windows
+from nearest.encode.encoder import Encoder
+from nearest.errors import CorpusError
+from nearest.index.approximate import code_bytes, fill_index, number_of_lists, train_index
+from nearest.index.choice import EXACT, resolve_spec
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float32Keys, KeyFormat
+from nearest.index.suffix import sort_suffixes
+from nearest.memory.new_segment import SEGMENT_TOKENS
+
+_SAMPLE = 4 << 20  # characters that are tokenised
+_BLOCK = 1 << 16  # bytes that stand for others when throughput is measured
+_FORWARD_SECONDS = 8.0
+_INDEX_ROWS = 16_384
+_RECALL_QUERIES = 256
+_BASE_BYTES = 64 << 20  # buffers of reading, tokenising and compressing
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build will make and take.
+
+    Attributes:
+        documents: counted.
+        tokens, entries: estimated by those of a sample.
+        segments: parts of the memory.
+        bytes_needed: on the disk.
+        bytes_free: of the disk.
+        memory_bytes: at most at once, beside the model.
+        seconds: in all.
+        stages: seconds of each stage.
+    """
+
+    documents: int
+    tokens: int
+    entries: int
+    segments: int
+    bytes_needed: int
+    bytes_free: int
+    memory_bytes: int
+    seconds: float
+    stages: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+class _Sample:
+    """Every n-th document of a stream, with n doubled whenever there are too many characters."""
+
+    def __init__(self) -> None:
+        self.documents: list[Document] = []
+        self.lengths = array("q")
+        self._every = 1
+        self._characters = 0
+
+    def see(self, document: Document) -> None:
+        """Count a document, and keep it or not; of a long one its beginning."""
+        if len(self.lengths) % self._every == 0:
+            kept = Document(document.id, document.text[:LONG], document.metadata)
+            self.documents.append(kept)
+            self._characters += len(kept.text)
+            while self._characters > _SAMPLE and len(self.documents) > 1:
+                self.documents = self.documents[::2]
+                self._every *= 2
+                self._characters = sum(len(kept.text) for kept in self.documents)
+        self.lengths.append(len(document.text))
+
+
+def plan_build(
+    path: Path,
+    documents: Iterable[Document | str],
+    tokenizer: Any,
+    start_token: int,
+    vocab_size: int,
+    encoder: Encoder | None,
+    form: KeyFormat | None,
+    spec: str,
+) -> BuildPlan:
+    """Read a corpus once, try every stage on a sample, and write nothing.
+
+    Raises:
+        CorpusError: the corpus cannot be used.
+    """
+    sample, started = _Sample(), time.perf_counter()
+    for document in with_unique_ids(as_documents(documents)):
+        sample.see(document)
+    reading = time.perf_counter() - started
+    if not sample.lengths:
+        raise CorpusError("the corpus holds no documents: give it at least one")
+    tokens: list[Tokens] = []
+    tokenising = _timed(
+        lambda: tokens.extend(
+            item.tokens for item in tokenise(sample.documents, tokenizer, start_token, vocab_size)
+        )
+    )
+    stored, compressing = _compressed(sample.documents)
+    characters = sum(len(document.text) for document in sample.documents)
+    share = sum(sample.lengths) / max(characters, 1)
+    counts = np.frombuffer(sample.lengths, np.int64) * (
+        (sum(map(len, tokens)) - len(tokens)) / max(characters, 1)
+    )
+    total = int(counts.sum()) + len(counts)
+    entries = int(counts.sum())
+    if not entries:
+        raise CorpusError("the corpus holds no token that follows another: give it longer text")
+    segments = max(1, math.ceil(total / SEGMENT_TOKENS))
+    largest = min(total, SEGMENT_TOKENS + int(counts.max()))
+    dtype, every = token_dtype(vocab_size), np.concatenate(tokens)
+    size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
+    stages = {
+        "tokens": reading + (tokenising + compressing) * share,
+        "suffix array": _sorting(every.astype(dtype), largest) * total / largest,
+    }
+    memory = [_BASE_BYTES + 10 * int(counts.max()), largest * (11 if dtype.itemsize == 2 else 16)]
+    if encoder is not None and form is not None:
+        dim, started_rss = encoder.layer.dim, _resident()
+        stages["keys"] = _encoding(encoder, form, tokens) * _inputs(counts, encoder)
+        row = sum(
+            dtype.itemsize * int(np.prod(shape)) for dtype, shape in form.layout(dim).values()
+        )
+        size += row * total
+        memory.append(_BASE_BYTES + _resident() - started_rss)
+        seconds, index_bytes, index_memory = _indexing(largest, dim, spec)
+        stages["index"] = seconds * total / largest
+        size += int(index_bytes * total / largest)
+        memory.append(index_memory + 8 * largest)
+    stages["checksums"] = _hashing() * size
+    return BuildPlan(
+        documents=len(counts),
+        tokens=total,
+        entries=entries,
+        segments=segments,
+        bytes_needed=size,
+        bytes_free=shutil.disk_usage(_existing(path)).free,
+        memory_bytes=max(memory),
+        seconds=round(sum(stages.values()), 1),
+        stages={name: round(seconds, 1) for name, seconds in stages.items()},
+    )
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+
+
+def _resident() -> int:
+    """The most memory that the process has had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _compressed(documents: list[Document]) -> tuple[int, float]:
+    """Bytes that documents take when they are stored, and seconds to make them."""
+    started = time.perf_counter()
+    lines = b"".join(
+        json.dumps([d.id, d.text, dict(d.metadata)], ensure_ascii=False).encode() for d in documents
+    )
+    hashlib.sha256(lines)
+    compressor = zstandard.ZstdCompressor()
+    pieces = (lines[at : at + (1 << 18)] for at in range(0, len(lines), 1 << 18))
+    size = sum(len(compressor.compress(piece)) for piece in pieces)
+    return size, time.perf_counter() - started
+
+
+def _hashing() -> float:
+    """Seconds a byte."""
+    data = bytes(_BLOCK * 64)
+    return _timed(lambda: hashlib.sha256(data)) / len(data)
+
+
+def _sorting(tokens: Tokens, wanted: int) -> float:
+    """Seconds to sort the suffixes of so many tokens; it grows faster than their number."""
+
+    def seconds(count: int) -> float:
+        return _timed(lambda: sort_suffixes(tokens[:count], np.ones(count, bool)))
+
+    seconds(min(len(tokens), 1000))
+    whole, part = seconds(len(tokens)), seconds(max(1, len(tokens) // 4))
+    power = min(1.4, max(1.0, math.log(max(whole, 1e-9) / max(part, 1e-9), 4)))
+    return float(whole * (wanted / len(tokens)) ** power)
+
+
+def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:
+    """Tokens that the model will read, those of overlapping windows each time."""
+    window, stride = encoder.window, encoder.stride
+    further = np.ceil(np.maximum(counts - window, 0) / stride)
+    return float((counts + further * (window - stride)).sum())
+
+
+def _encoding(encoder: Encoder, form: KeyFormat, documents: list[Tokens]) -> float:
+    """Seconds an input, padding and rounding of the keys included."""
+    lengths = [len(tokens) for tokens in documents]
+    real = sum(w.length for n in lengths for w in windows(n, encoder.window, encoder.stride))
+    batches = list(encoder.batches(documents))
+    padded = sum(batch.inputs.size for batch in batches)
+    order = np.random.default_rng(0).permutation(len(batches))
+    encoder.encode(batches[order[0]])  # the first pass is slow
+    spent, read = 0.0, 0
+    for number in order.tolist():
+        batch = batches[number]
+        spent += _timed(lambda: form.encode(encoder.encode(batch).numpy()))  # noqa: B023
+        read += batch.inputs.size
+        if spent > _FORWARD_SECONDS:
+            break
+    return spent / read * padded / real
+
+
+def _indexing(entries: int, dim: int, spec: str) -> tuple[float, int, int]:
+    """Seconds, bytes and memory of an index, scaled from a small one of random keys.
+
+    Training and filling compare keys with all centroids; tuning scans all keys.
+    """
+    spec = resolve_spec(spec, entries, dim)
+    if spec == EXACT:
+        return 0.0, 0, 0
+    rng = np.random.default_rng(0)
+    count = min(entries, _INDEX_ROWS)
+    keys = Float32Keys(rng.normal(size=(count, dim)).astype(np.float32), "l2")
+    ids: Int[np.ndarray, " m"] = np.arange(count)
+    lists = number_of_lists(spec, dim)
+    few = min(lists, 128)
+    small = re.sub(r"IVF\d+", f"IVF{few}", spec)
+    made: list[Any] = []
+    training = _timed(lambda: made.append(train_index(keys, ids, small, rng)))
+    filling = _timed(lambda: fill_index(made[0], keys, ids, small))
+    exact = ExactIndex(keys, ids)
+    scanning = _timed(lambda: exact.search(keys.rows(ids[:_RECALL_QUERIES]), 101))
+    more = lists / few if few else 1.0
+    trained = min(entries, max(64 * 256, 64 * lists))
+    seconds = training * trained / count * more
+    seconds += (filling * more + scanning) * entries / count
+    size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
+    return seconds, size, size + 4 * dim * trained

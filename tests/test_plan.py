@@ -1,0 +1,110 @@
+"""`nearest build --plan`: what it says is what then happens, and it writes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from conftest import make_documents, snapshot
+from nearest import Memory
+from nearest.cli import app
+from nearest.corpus.documents import Document
+from nearest.errors import CorpusError, FolderError
+from nearest.memory import plan as plan_module
+from nearest.memory.writer import BuildOptions, planned_memory
+
+CORPORA = {
+    "short": make_documents(200, 40),
+    "long": [Document("one", " ".join(d.text for d in make_documents(100, 400)))],
+    "uneven": [*make_documents(300, 10), Document("one", "law " * 9_000)],
+}
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("keys", ["none", "fp16", "int8"])
+def test_a_plan_says_what_is_built(
+    corpus: str,
+    keys: str,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_module, "_SAMPLE", 20_000)  # so that not all of it is tokenised
+    documents, options = CORPORA[corpus], BuildOptions(keys=keys)
+    path = tmp_path / "m"
+    found = planned_memory(path, documents, tiny_model, tiny_tokenizer, options)
+    assert not path.exists()
+    memory = Memory.build(tiny_model, tiny_tokenizer, documents, path, keys=keys)
+    assert found.documents == memory.documents == len(documents)
+    assert found.entries == pytest.approx(memory.entries, rel=0.02)
+    assert found.tokens == pytest.approx(memory.tokens, rel=0.02)
+    assert found.segments == len(memory.segments)
+    size = sum(len(data) for data in snapshot(path).values() if isinstance(data, bytes))
+    assert found.bytes_needed == pytest.approx(size, rel=0.25)
+    assert found.seconds >= 0
+    assert set(found.stages) == {"tokens", "suffix array", "checksums"} | (
+        set() if keys == "none" else {"keys", "index"}
+    )
+
+
+def test_the_forward_passes_are_counted_as_they_are_made(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """With every pass of one length and cost, inputs times seconds an input is their sum."""
+    from nearest.corpus.tokens import tokenise
+    from nearest.encode.encoder import Encoder
+    from nearest.encode.layers import find_key_layer
+
+    layer = find_key_layer(tiny_model, "last_hidden")
+    reader = Encoder.of(tiny_model, layer, 32, 16, 4)
+    tokens = [i.tokens for i in tokenise(CORPORA["uneven"], tiny_tokenizer, 0, 258)]
+    exact = sum(int(batch.inputs.shape[0]) for batch in reader.batches(tokens))
+    lengths = [len(t) - 1 for t in tokens]
+    assert exact == sum(1 + max(0, -(-(n - 32) // 16)) for n in lengths)
+    real = plan_module._inputs(plan_module.np.array(lengths, float), reader)
+    told = sum(n + max(0, -(-(n - 32) // 16)) * 16 for n in lengths)
+    assert real == told
+
+
+def test_an_index_is_planned_where_one_will_be(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    documents = CORPORA["short"]
+    options = BuildOptions(index="exact")
+    plain = planned_memory(tmp_path, documents, tiny_model, tiny_tokenizer, options)
+    options = BuildOptions(index="IVF64,SQ8")
+    found = planned_memory(tmp_path, documents, tiny_model, tiny_tokenizer, options)
+    assert found.bytes_needed - plain.bytes_needed == pytest.approx(found.entries * 40, rel=0.1)
+
+
+def test_the_command(model_folder: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": d.text}) for d in CORPORA["short"]))
+    before = snapshot(tmp_path)
+    call: list[Any] = ["build", model_folder, str(corpus), "--out", str(tmp_path / "m"), "--plan"]
+    result = CliRunner().invoke(app, [*call, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["documents"] == 200
+    assert {"entries", "bytes_needed", "memory_bytes", "seconds", "stages"} <= set(found)
+    result = CliRunner().invoke(app, call)
+    assert f"{found['entries']:,}" in result.stdout
+    assert snapshot(tmp_path) == before
+
+
+def test_what_could_not_be_built_is_not_planned(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model, tiny_tokenizer
+    with pytest.raises(CorpusError, match="holds no documents"):
+        planned_memory(tmp_path / "m", [], *model, BuildOptions())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="is a file"):
+        planned_memory(tmp_path / "file", ["text"], *model, BuildOptions())
+    documents = [Document("a", "x"), Document("a", "y")]
+    with pytest.raises(CorpusError, match="stands twice"):
+        planned_memory(tmp_path / "m", documents, *model, BuildOptions())
