@@ -1,13 +1,15 @@
 """What compressing keys costs in perplexity and gains in bytes and time.
 
 Each compression is made of a copy of one memory (`nearest build … --keys fp16`); λ and temperature
-are tuned anew on valid and scored on test, for kNN-LM and for suffix matching.
+are tuned anew on valid and scored on test, for kNN-LM and for suffix matching. With `--times`, only
+sizes and the time of distances are measured, and no index is built.
 
-    python benchmarks/compression.py
+    python benchmarks/compression.py [--documents 60] [--times]
 """
 
 import shutil
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -43,11 +45,11 @@ def microseconds_a_query(memory: Memory, rounds: int = 400) -> float:
 
 
 def main() -> None:
-    options: Any = arguments(__doc__, documents=10_000)
+    options: Any = arguments(__doc__, documents=10_000, times=False)
     model, tokenizer = model_and_tokenizer()
     original = memory_of(options, "dclaw")
     read = {}
-    for split in ("valid", "test"):
+    for split in () if options.times else ("valid", "test"):
         texts = islice(
             read_documents([options.corpora / f"dclaw/{split}.jsonl"]), options.documents
         )
@@ -59,7 +61,7 @@ def main() -> None:
         shutil.copytree(original, path)
         started = time.perf_counter()
         if how is not None:
-            compress_memory(path, how)
+            compress_memory(path, replace(how, index="exact") if options.times else how)
         seconds = time.perf_counter() - started
         memory = Memory.open(path)
         (segment,) = memory.manifest.segments
@@ -75,7 +77,7 @@ def main() -> None:
             "seconds": seconds,
             "distances_us": microseconds_a_query(memory),
         }
-        for method in ("knn", "suffix"):
+        for method in () if options.times else ("knn", "suffix"):
             tuned = tune(model, memory, read["valid"], method=method)
             memory = Memory.open(path)
             result = evaluate(model, memory, read["test"], method)
