@@ -9,12 +9,17 @@ from transformers import PreTrainedModel
 
 from nearest import Memory
 
+_FFN_ENTRIES = {
+    "gpt2": "transformer.h.{last}.mlp.c_fc",
+    "gpt_neox": "gpt_neox.layers.{last}.mlp.dense_h_to_4h",
+    "opt": "model.decoder.layers.{last}.fc1",
+}
+
 
 def ffn_entry(model: PreTrainedModel) -> torch.nn.Module:
     """The module whose input is the key `last_ffn_input`, by name."""
-    if model.config.model_type == "gpt2":
-        return model.transformer.h[-1].mlp.c_fc
-    return model.model.layers[-1].mlp.gate_proj
+    path = _FFN_ENTRIES.get(model.config.model_type, "model.layers.{last}.mlp.gate_proj")
+    return model.get_submodule(path.format(last=model.config.num_hidden_layers - 1))
 
 
 def keys_and_logits(
@@ -27,7 +32,8 @@ def keys_and_logits(
     with torch.no_grad():
         logits = model(input_ids=tokens[None]).logits[0]
     handle.remove()
-    return seen[0][0].float(), logits.float()
+    keys = seen[0].reshape(len(tokens), -1)  # OPT flattens them before its feed-forward block
+    return keys.float(), logits.float()
 
 
 def stored_pairs(memory: Memory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nearest.encode.layers import KeyLayer, captured_input
+from nearest.encode.layers import KeyLayer, captured_input, of_this_thread
 from nearest.encode.view import LmView, lm_view
 
 
@@ -38,7 +38,7 @@ def encode_keys(
         raise _KeysReachedError
 
     with captured_input(layer.module) as seen:
-        handle = layer.module.register_forward_pre_hook(stop)
+        handle = layer.module.register_forward_pre_hook(of_this_thread(stop))
         try:
             model(input_ids=torch.from_numpy(inputs).to(model.device), use_cache=False)
         except _KeysReachedError:

@@ -6,13 +6,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nearest.errors import ModelError
 
+AnyModel = nn.Module  # a Hugging Face model, or what PEFT or torch.compile has made of one
 _SAMPLES_PER_TENSOR = 65_536
 # Scripts, digits, spaces and code: tokenizers with one vocabulary but other rules differ here.
 _PROBE = "The 3rd  naïve café’s\n\tdef f(x_1):  return x**2  # § 1-204.06 — Ω 中文 🙂"
+
+
+def bare_model(model: AnyModel) -> PreTrainedModel:
+    """The Hugging Face model inside what torch.compile or PEFT has made of it.
+
+    Adapters that stand in its layers, such as LoRA's, stay in use: both wrappers call its own
+    `forward` and `generate`, which is what is measured and replaced.
+
+    Raises:
+        ModelError: an adapter stands before the model, where it cannot be called without it.
+    """
+    inner: Any = model
+    while True:
+        if (compiled := getattr(inner, "_orig_mod", None)) is not None:
+            inner = compiled
+        elif hasattr(inner, "get_base_model"):
+            config = getattr(inner, "active_peft_config", None)
+            if getattr(config, "is_prompt_learning", False):
+                raise ModelError(
+                    f"the adapter {type(config).__name__} puts learned tokens before the text, "
+                    "which no key or position counts on: use one that stands in the model's "
+                    "layers, such as LoRA, or the base model (get_base_model())"
+                )
+            inner = inner.get_base_model()
+        else:
+            bare: PreTrainedModel = inner
+            return bare
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

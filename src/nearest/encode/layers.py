@@ -6,7 +6,8 @@ weight matrix that a forward pass enters after the last block's attention has be
 """
 
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
 
     Raises:
         SettingError: `name` is no key layer.
-        ModelError: the model has no such layer, is not causal, or is in training mode.
+        ModelError: the model has no such layer, is not causal, in training mode, or compiled in
+            place.
     """
     if name not in ("last_ffn_input", "last_hidden"):
         raise SettingError(f"key layer {name!r} is unknown: choose last_ffn_input or last_hidden")
@@ -46,6 +48,7 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         )
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} is an encoder–decoder: load a causal model")
+    _refuse_compiled_parts(model)
     module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
     path = next(path for path, candidate in model.named_modules() if candidate is module)
     with captured_input(module) as seen:
@@ -62,17 +65,41 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
 
 @contextmanager
 def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first input of every call of `module` while the context lasts."""
+    """Collect the first input of every call of `module` by this thread, while the context lasts."""
     seen: list[Tensor] = []
 
     def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else next(iter(kwargs.values()))).detach())
 
-    handle = module.register_forward_pre_hook(remember, with_kwargs=True)
+    handle = module.register_forward_pre_hook(of_this_thread(remember), with_kwargs=True)
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that passes over what other threads do with the module meanwhile."""
+    owner = threading.get_ident()
+
+    def called(*args: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(*args)
+
+    untraced: Callable[..., None] = torch.compiler.disable(called)
+    return untraced
+
+
+def _refuse_compiled_parts(model: PreTrainedModel) -> None:
+    for part in model.modules():
+        own_forward = vars(part).get("forward")
+        in_place = getattr(part, "_compiled_call_impl", None) is not None
+        if in_place or hasattr(own_forward, "_torchdynamo_orig_callable"):
+            raise ModelError(
+                f"{type(part).__name__} is compiled in place (model.compile(), or its forward), "
+                "and compiled code passes over the hooks by which keys are read: use a model that "
+                "is not, or torch.compile(model), which is read as it was before"
+            )
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module:
@@ -91,9 +118,11 @@ def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
     handles = []
     for module in blocks_of(model)[-1].modules():
         if _MIXER.search(type(module).__name__):
-            handles.append(module.register_forward_hook(lambda *_: events.append(None)))
+            left = of_this_thread(lambda *_: events.append(None))
+            handles.append(module.register_forward_hook(left))
         elif any(weight.ndim >= 2 for weight in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(lambda m, _: events.append(m)))
+            entered = of_this_thread(lambda m, _: events.append(m))
+            handles.append(module.register_forward_pre_hook(entered))
     try:
         _probe(model)
     finally:

@@ -100,9 +100,10 @@ class Memory:
             NearestError: something cannot be used; nothing is left behind.
         """
         # Building needs torch and transformers; opening and looking up do not wait for them.
+        from nearest.encode.identity import bare_model
         from nearest.memory.writer import BuildOptions, build_memory
 
-        build_memory(Path(path), documents, model, tokenizer, BuildOptions(**options))
+        build_memory(Path(path), documents, bare_model(model), tokenizer, BuildOptions(**options))
         return cls.open(path)
 
     def refresh(self) -> "Memory":
@@ -138,10 +139,16 @@ class Memory:
             NearestError: something cannot be used, or an id is there (or, to replace, is not); the
                 memory stays as it was.
         """
+        from nearest.encode.identity import bare_model
         from nearest.memory.lifecycle import AddOptions, add_documents
 
         add_documents(
-            self.path, documents, model, tokenizer, AddOptions(**options), replace=replace
+            self.path,
+            documents,
+            bare_model(model),
+            tokenizer,
+            AddOptions(**options),
+            replace=replace,
         )
         return self.refresh()
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
+from nearest.encode.identity import AnyModel, bare_model
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
@@ -32,6 +32,8 @@ from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
+
+_BATCHING = "init_continuous_batching"  # what generate_batch and its kin begin with
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Generated:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memories,
     method: str = "knn",
     *,
@@ -59,7 +61,9 @@ def attach(
     """Attach memories to a Hugging Face causal language model; use as a context manager.
 
     Greedy search, sampling, beams, left-padded batches, assisted decoding and plain calls of the
-    model then predict with the memory. Leaving the context gives the model back unchanged.
+    model then predict with the memory; continuous batching does with methods that need hidden
+    states alone. A model that PEFT or torch.compile has wrapped is attached with its adapters as
+    they are then. Leaving the context gives the model back unchanged.
 
     Args:
         model: the model that built the memory, in evaluation mode.
@@ -91,14 +95,14 @@ class Session:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: AnyModel,
         ensemble: Ensemble,
         tokenizer: Any = None,
         force: bool = False,
         replay: int | str = 0,
     ) -> None:
+        self.model = model = bare_model(model)
         refuse_attached(model)
-        self.model = model
         self._ensemble = ensemble
         memories = [lookup.memory for lookup in ensemble.lookups]
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
@@ -114,6 +118,9 @@ class Session:
             cast(Any, model.prepare_inputs_for_generation)
         )
         vars(model)["generate"] = self._wrap_generate(cast(Any, model.generate))
+        if any(lookup.needs_context for lookup in ensemble.lookups):
+            self._replaced[_BATCHING] = vars(model).get(_BATCHING)
+            vars(model)[_BATCHING] = self._refuse_batching
 
     def __enter__(self) -> "Session":
         return self
@@ -135,6 +142,13 @@ class Session:
     def ensemble(self) -> Ensemble:
         """The memories as this thread uses them."""
         return self._here.ensemble or self._ensemble
+
+    def _refuse_batching(self, *_: Any, **__: Any) -> Any:
+        raise ModelError(
+            f"{self._ensemble.lookups[0].method} looks at the tokens before a prediction, and "
+            "continuous batching (generate_batch) does not show them: use model.generate, or a "
+            "method that needs hidden states alone, such as knn without guard and length_power"
+        )
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when done twice."""
@@ -261,8 +275,10 @@ class Session:
                 )
             return output.to_tuple() if as_tuple else output
 
-        forward.nearest_session = self  # type: ignore[attr-defined]
-        return forward
+        # Neither look-ups nor hooks can be traced: attached, a model runs as it is written.
+        untraced: Callable[..., Any] = torch.compiler.disable(forward)
+        untraced.nearest_session = self  # type: ignore[attr-defined]
+        return untraced
 
     def _queries(
         self, hidden: Tensor, shape: torch.Size, keep: int | Tensor

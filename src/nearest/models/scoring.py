@@ -14,7 +14,7 @@ from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
-from nearest.encode.identity import model_name, start_token, vocabulary_size
+from nearest.encode.identity import AnyModel, bare_model, model_name, start_token, vocabulary_size
 from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
@@ -71,7 +71,7 @@ class Scorer:
     @classmethod
     def prepare(
         cls,
-        model: PreTrainedModel,
+        model: AnyModel,
         memory: Memories | None,
         documents: "ScoredInput",
         *,
@@ -98,6 +98,7 @@ class Scorer:
             if stream:
                 raise SettingError("the text was read already: give stream to read_text instead")
             return documents
+        model = bare_model(model)
         refuse_attached(model)
         if isinstance(documents, str | Document):
             raise CorpusError("one document is given: give a list of documents")
@@ -229,7 +230,7 @@ ScoredInput = Iterable[Document | str | Tokens] | ReadText
 
 
 def read_text(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memories | None,
     documents: ScoredInput,
     *,

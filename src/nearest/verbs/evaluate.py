@@ -7,9 +7,9 @@ from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Float, Int
-from transformers import PreTrainedModel
 
 from nearest.corpus.text import Text
+from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.models.method_run import Details, EnsembleRun
@@ -25,7 +25,7 @@ from nearest.verbs.results import Checks, Cost, Result, result_of
 
 @overload
 def evaluate(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memories | None,
     documents: ScoredInput,
     method: str = "knn",
@@ -35,7 +35,7 @@ def evaluate(
 
 @overload
 def evaluate(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memories | None,
     documents: ScoredInput,
     method: Sequence[str],
@@ -44,7 +44,7 @@ def evaluate(
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memories | None,
     documents: ScoredInput,
     method: str | Sequence[str] = "knn",

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from transformers import PreTrainedModel
 
 from nearest.corpus.text import Text
+from nearest.encode.identity import AnyModel
 from nearest.memory.memory import Memory
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
@@ -77,7 +77,7 @@ class Sweep:
 
 
 def sweep(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memory,
     documents: ScoredInput,
     methods: Sequence[str] | None = None,

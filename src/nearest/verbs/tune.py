@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from transformers import PreTrainedModel
 
+from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.memory.writer import store_settings
@@ -95,7 +95,7 @@ class TunedGate:
 
 
 def tune(
-    model: PreTrainedModel,
+    model: AnyModel,
     memory: Memory,
     documents: ScoredInput,
     *,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.models.method_run import EnsembleRun
@@ -29,7 +29,7 @@ class TunedWeights:
 
 
 def tune_weights(
-    model: PreTrainedModel,
+    model: AnyModel,
     memories: Sequence[Memory],
     documents: ScoredInput,
     method: str = "knn",
