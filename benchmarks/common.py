@@ -30,11 +30,7 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
     parser.add_argument("--corpora", type=Path, default=ROOT.parent / "shared" / "corpora")
     parser.add_argument("--work", type=Path, default=Path("/tmp/nearest-benchmarks"))
     for name, default in more.items():
-        option = f"--{name.replace('_', '-')}"
-        if default is False:
-            parser.add_argument(option, action="store_true")
-        else:
-            parser.add_argument(option, type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     return chosen

@@ -1,21 +1,26 @@
 """What compressing keys costs in perplexity and gains in bytes and time.
 
 Each compression is made of a copy of one memory (`nearest build … --keys fp16`); λ and temperature
-are tuned anew on valid and scored on test, for kNN-LM and for suffix matching. With `--times`, only
-sizes and the time of distances are measured, and no index is built.
+are tuned anew on valid and scored on test, for kNN-LM and for suffix matching.
 
-    python benchmarks/compression.py [--documents 60] [--times]
+    python benchmarks/compression.py [--memory-tokens 300000] [--documents 40]
 """
 
 import shutil
 import time
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from common import arguments, machine, memory_of, model_and_tokenizer, report
+from common import (
+    arguments,
+    first_documents,
+    machine,
+    memory_of,
+    model_and_tokenizer,
+    report,
+)
 from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.memory.compress import Compression, compress_memory
 
@@ -45,11 +50,18 @@ def microseconds_a_query(memory: Memory, rounds: int = 400) -> float:
 
 
 def main() -> None:
-    options: Any = arguments(__doc__, documents=10_000, times=False)
+    options: Any = arguments(__doc__, documents=10_000, memory_tokens=0)
     model, tokenizer = model_and_tokenizer()
-    original = memory_of(options, "dclaw")
+    if not options.memory_tokens:
+        original = memory_of(options, "dclaw")
+    else:
+        original = options.work / f"compression-{options.memory_tokens}.memory"
+        if not original.exists():
+            train = options.corpora / "dclaw/train-2m.jsonl"
+            some = first_documents(train, tokenizer, options.memory_tokens)
+            Memory.build(model, tokenizer, some, original)
     read = {}
-    for split in () if options.times else ("valid", "test"):
+    for split in ("valid", "test"):
         texts = islice(
             read_documents([options.corpora / f"dclaw/{split}.jsonl"]), options.documents
         )
@@ -61,7 +73,7 @@ def main() -> None:
         shutil.copytree(original, path)
         started = time.perf_counter()
         if how is not None:
-            compress_memory(path, replace(how, index="exact") if options.times else how)
+            compress_memory(path, how)
         seconds = time.perf_counter() - started
         memory = Memory.open(path)
         (segment,) = memory.manifest.segments
@@ -77,7 +89,7 @@ def main() -> None:
             "seconds": seconds,
             "distances_us": microseconds_a_query(memory),
         }
-        for method in () if options.times else ("knn", "suffix"):
+        for method in ("knn", "suffix"):
             tuned = tune(model, memory, read["valid"], method=method)
             memory = Memory.open(path)
             result = evaluate(model, memory, read["test"], method)
