@@ -311,8 +311,9 @@ def test_a_stream_is_one_document_of_all(
     model: PreTrainedModel, memory: Memory, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One start token, then every document's own tokens; figures stay those of documents."""
+    text, arrays = TEXT[1:4], TEXT_TOKENS[1:4]
     given = {} if method == "base" else {"lam": 0.4, "temperature": 30.0}
-    joined = np.concatenate([[0], *(tokens[1:] for tokens in TEXT_TOKENS)])
+    joined = np.concatenate([[0], *(tokens[1:] for tokens in arrays)])
     read = read_text(model, memory, [joined], tokenizer=TOKENIZER)
     (block,) = read.blocks(no_progress, "")
     log_probs = block.lm_log_probs
@@ -320,17 +321,17 @@ def test_a_stream_is_one_document_of_all(
         log_probs = MethodRun(
             Lookup.of(memory, method, resolve_settings(method, memory, **given))
         ).log_probs(block)
-    ends = np.cumsum([len(tokens) - 1 for tokens in TEXT_TOKENS])[:-1]
+    ends = np.cumsum([len(tokens) - 1 for tokens in arrays])[:-1]
     expected = [-part.sum(dtype=float) for part in np.split(log_probs.numpy(), ends)]
     for batch_size, group_bytes in ((None, 1 << 27), (1, 1)):  # at once, and in many blocks
         monkeypatch.setattr(encoder, "_GROUP_BYTES", group_bytes)
         result = evaluate(
-            model, memory, TEXT, method, tokenizer=TOKENIZER, stream=True, batch_size=batch_size,
+            model, memory, text, method, tokenizer=TOKENIZER, stream=True, batch_size=batch_size,
             **given,
         )  # fmt: skip
         np.testing.assert_allclose(result.document_nll, expected, rtol=1e-5)
-        assert result.document_tokens.tolist() == [len(tokens) - 1 for tokens in TEXT_TOKENS]
-    apart = evaluate(model, memory, TEXT, method, tokenizer=TOKENIZER, **given)
+        assert result.document_tokens.tolist() == [len(tokens) - 1 for tokens in arrays]
+    apart = evaluate(model, memory, text, method, tokenizer=TOKENIZER, **given)
     assert apart.document_nll[0] == pytest.approx(result.document_nll[0], rel=1e-5)
     assert apart.nll != pytest.approx(result.nll, rel=1e-4)
     assert (apart.tokens, apart.word_ppl is None) == (result.tokens, False)
