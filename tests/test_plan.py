@@ -18,7 +18,7 @@ from nearest.memory.writer import BuildOptions, planned_memory
 
 CORPORA = {
     "short": make_documents(200, 40),
-    "long": [Document("one", " ".join(d.text for d in make_documents(100, 400)))],
+    "long": [Document("one", " ".join(d.text for d in make_documents(40, 200)))],
     "uneven": [*make_documents(300, 10), Document("one", "law " * 9_000)],
 }
 

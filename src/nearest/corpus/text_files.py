@@ -17,6 +17,7 @@ from nearest.corpus.documents import (
 from nearest.errors import CorpusError
 
 EncodingErrors = Literal["strict", "replace"]
+_PIECE = 1 << 20
 
 
 def read_text(path: Path, name: str, errors: EncodingErrors) -> Iterator[Document]:
@@ -30,13 +31,15 @@ def read_text(path: Path, name: str, errors: EncodingErrors) -> Iterator[Documen
     Raises:
         CorpusError: it cannot be read, is empty, too long or not UTF-8.
     """
+    data = bytearray()  # one read of so many bytes would ask for all of them at once
     try:
         with opened(path) as file:
-            data = file.read(LARGEST_DOCUMENT + 1)
+            while piece := file.read(_PIECE):
+                data += piece
+                if len(data) > LARGEST_DOCUMENT:
+                    raise _too_long(str(path))
     except OSError as error:
         raise _unreadable(path, error) from error
-    if len(data) > LARGEST_DOCUMENT:
-        raise _too_long(str(path))
     text = _decode(data, path, 0, errors)
     del data  # it would be kept while the document is read
     yield Document(content_id(name, text), text, {"path": name}, str(path))
@@ -79,7 +82,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _decode(data: bytes, path: Path, offset: int, errors: EncodingErrors) -> str:
+def _decode(data: bytes | bytearray, path: Path, offset: int, errors: EncodingErrors) -> str:
     r"""Text of UTF-8 bytes that start at byte `offset` of the file; \r\n becomes \n."""
     if offset == 0 and data.startswith(BOM_UTF8):
         data, offset = data[len(BOM_UTF8) :], len(BOM_UTF8)
