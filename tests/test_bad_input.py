@@ -839,4 +839,4 @@ def test_an_interruption_from_the_keyboard(
     assert (process.returncode, stdout) == (2, "")
     assert "Traceback" not in stderr
     last = stderr.strip().splitlines()[-1]
-    assert last == "stopped: nothing half-written was left; run it again"
+    assert last == "stopped: nothing half-written is in use; run it again"

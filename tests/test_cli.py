@@ -583,6 +583,6 @@ def test_the_real_command_keeps_reports_and_notes_apart(
         cwd=tmp_path,
     )
     records = [json.loads(line, parse_constant=no_constant) for line in done.stdout.splitlines()]
-    assert [list(record) for record in records] == [EVAL_KEYS] * 2
+    assert [list(record) for record in records] == [EVAL_KEYS + CHECK_KEYS] * 2
     assert done.stderr.count("note:") == 1
     assert "Warning" not in done.stderr

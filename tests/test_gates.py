@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import make_documents, make_model, make_tokenizer
-from nearest import Memory, evaluate, tune
-from nearest.corpus.documents import read_documents
+from nearest import Memory, evaluate, read_documents, tune
 from nearest.encode.view import LmView
 from nearest.errors import SettingError
 from nearest.retrieval.candidates import Candidates

@@ -1,8 +1,7 @@
 """Which index fits: by the number of entries, the dimension, and the memory of the machine."""
 
+import math
 import os
-
-import numpy as np
 
 EXACT = "exact"
 AUTO = "auto"
@@ -38,7 +37,7 @@ def resolve_spec(spec: str, entries: int, dim: int, memory_bytes: int | None = N
 
 def fitting_lists(entries: int) -> int:
     """How many inverted lists fit so many entries: the power of two nearest their square root."""
-    return int(2 ** round(np.log2(entries**0.5)))
+    return 1 << round(math.log2(entries) / 2)
 
 
 def explained(asked: str, spec: str, entries: int, dim: int) -> str:
