@@ -85,4 +85,6 @@ def test_keys_take_no_more_memory_than_their_batches(tmp_path: Path) -> None:
             for start in range(0, len(text), 1_000):
                 part = f"{number} {start} {text[start : start + 1_000]}"
                 file.write(f'{{"text": "{part}"}}\n')
-    build(path, "int8", 500 * MEGABYTE)
+    documents, tokens = build(path, "int8", 500 * MEGABYTE)
+    assert documents > 4_000
+    assert tokens > 1_000_000

@@ -8,7 +8,7 @@ import typer
 from nearest import reports
 from nearest.cli.app import err, quiet_libraries
 from nearest.cli.memories import show_info
-from nearest.cli.options import AsJson, Recall, Spec, Stride, Window
+from nearest.cli.options import AsJson, KeyLayerName, MetricName, Recall, Spec, Stride, Window
 
 
 def import_store(
@@ -31,15 +31,11 @@ def import_store(
         bool, typer.Option("--members/--no-members", help="Read its clusters (members*.pkl).")
     ] = True,
     keys: Annotated[Literal["fp16", "int8"], typer.Option(help="How keys are stored.")] = "fp16",
-    key_layer: Annotated[
-        Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states its keys are.")
-    ] = "last_ffn_input",
+    key_layer: KeyLayerName = "last_ffn_input",
     window: Window = None,
     stride: Stride = None,
     index: Spec = "auto",
-    metric: Annotated[
-        Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")
-    ] = "l2",
+    metric: MetricName = "l2",
     recall: Recall = 0.95,
     as_json: AsJson = False,
 ) -> None:

@@ -15,7 +15,9 @@ from nearest.cli.options import (
     BatchSize,
     CorpusPaths,
     Encoding,
+    KeyLayerName,
     MemoryPath,
+    MetricName,
     ModelName,
     Nprobe,
     Recall,
@@ -37,15 +39,11 @@ def build(
         Literal["fp16", "int8", "none"],
         typer.Option(help="How keys are stored; none: no forward pass, for suffix matching only."),
     ] = "fp16",
-    key_layer: Annotated[
-        Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states are keys.")
-    ] = "last_ffn_input",
+    key_layer: KeyLayerName = "last_ffn_input",
     window: Window = None,
     stride: Stride = None,
     index: Spec = "auto",
-    metric: Annotated[
-        Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")
-    ] = "l2",
+    metric: MetricName = "l2",
     recall: Recall = 0.95,
     nprobe: Nprobe = None,
     batch_size: BatchSize = None,

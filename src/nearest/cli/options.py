@@ -46,6 +46,10 @@ Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_facto
 Nprobe = Annotated[
     int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
 ]
+KeyLayerName = Annotated[
+    Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states keys are.")
+]
+MetricName = Annotated[Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")]
 Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune the index to.")]
 
 

@@ -1,12 +1,21 @@
 """What a search gives back, and the one convention for distances."""
 
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from nearest.errors import SettingError
+
 Metric = Literal["l2", "ip"]
 NO_ENTRY = -1
+
+
+def checked_metric(name: str) -> Metric:
+    """A metric by its name (SettingError when there is none of it)."""
+    if name not in get_args(Metric):
+        raise SettingError(f"metric {name!r} is unknown: choose l2 or ip")
+    return cast(Metric, name)
 
 
 class Neighbours(NamedTuple):

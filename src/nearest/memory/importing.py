@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,25 +11,24 @@ from jaxtyping import Int
 
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.corpus.windows import choose_windows
-from nearest.encode.identity import max_positions
+from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import CorpusError, SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO, EXACT
 from nearest.index.clusters import Clusters
 from nearest.index.keys import key_format
-from nearest.index.neighbours import Metric
+from nearest.index.neighbours import checked_metric
 from nearest.memory.access_paths import write_segment
 from nearest.memory.cluster_files import write_clusters
 from nearest.memory.generation import new_folder
 from nearest.memory.index_files import IndexChoice, take_over_index
 from nearest.memory.knn_store import Store, find_store, open_store
-from nearest.memory.manifest import ClustersRecord, KeysRecord, SegmentRecord, write_manifest
+from nearest.memory.manifest import ClustersRecord, SegmentRecord, write_manifest
 from nearest.memory.new_segment import SegmentPlan
 from nearest.memory.pickled_members import labels_of, read_members
 from nearest.memory.segment import Segment, valued_mask
-from nearest.memory.writer import new_manifest
+from nearest.memory.writer import keys_record, new_manifest
 from nearest.progress import Progress, no_progress
 
 
@@ -61,8 +60,7 @@ class ImportOptions:
 
     def __post_init__(self) -> None:
         key_format(self.keys)
-        if self.metric not in ("l2", "ip"):
-            raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
+        checked_metric(self.metric)
         if self.trust and self.split:
             raise SettingError(
                 "the FAISS index counts the entries of one stream: leave out either --trust, for "
@@ -86,20 +84,9 @@ def import_store(
     files, layer = find_store(given), find_key_layer(model, options.key_layer)
     if options.trust and files.index is None:
         raise CorpusError(f"{files.keys.parent} holds no index (*.indexed): leave out --trust")
-    window, stride = choose_windows(options.window, options.stride, max_positions(model))
     check_spec(options.index, layer.dim, None)
-    keys = KeysRecord(
-        layer=layer.name,
-        module=layer.path,
-        dim=layer.dim,
-        format=options.keys,
-        metric=cast(Metric, options.metric),
-        window=window,
-        stride=stride,
-        projection=None,
-        codebooks=None,
-        index=options.index,
-    )
+    encoder = Encoder.of(model, layer, options.window, options.stride)
+    keys = keys_record(encoder, options.keys, options.metric, options.index)
     manifest = new_manifest(model, tokenizer, keys)
     record = manifest.model
     store = open_store(files, layer.dim, record.vocab_size, options.entries)

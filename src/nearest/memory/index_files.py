@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from jaxtyping import Int
 
@@ -88,20 +87,14 @@ def write_index(
     rng = np.random.default_rng(_SEED)
     progress(f"index {spec}", 0, len(entries))
     index = train_index(keys, entries, spec, rng)
-    trained = None
-    if can_be_joined(index):
-        trained = _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)
+    trained = _trained_file(root, path, index, keys) if can_be_joined(index) else None
     fill_index(index, keys, entries, spec)
     exact = ExactIndex(keys, entries)
     parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
-    record = _record(spec, len(entries), parameters, choice.recall)
+    file = _file(root, path, index, keys)
     progress(f"index {spec}", len(entries), len(entries))
-    return msgspec.structs.replace(
-        record,
-        file=_file(root, path, index, keys),
-        trained=trained,
-        filled_from=None if trained is None else trained.sha256,
-    )
+    source = None if trained is None else trained.sha256
+    return _record(spec, len(entries), parameters, choice.recall, file, trained, source)
 
 
 def fill_like(
@@ -123,28 +116,21 @@ def fill_like(
     progress(f"index {like.spec}", 0, len(entries))
     with (root / like.trained.path).open("rb") as file:
         index = read_index(file, like.trained.sha256)
-    trained = None
-    if keep:
-        trained = _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)
+    trained = _trained_file(root, path, index, keys) if keep else None
     fill_index(index, keys, entries, like.spec)
-    parameters = SearchParameters(like.nprobe, like.candidates)
-    searched = ApproximateIndex(index, keys.metric, like.nprobe)
     found = measured_recall(
-        searched,
+        ApproximateIndex(index, keys.metric, like.nprobe),
         keys,
         entries,
         ExactIndex(keys, entries),
         like.candidates,
         np.random.default_rng(_SEED),
     )
-    record = _record(like.spec, len(entries), replace(parameters, recall=found), like.recall_target)
+    parameters = SearchParameters(like.nprobe, like.candidates, found)
+    written = _file(root, path, index, keys)
     progress(f"index {like.spec}", len(entries), len(entries))
-    return msgspec.structs.replace(
-        record,
-        file=_file(root, path, index, keys),
-        trained=trained,
-        filled_from=like.filled_from,
-    )
+    source, target = like.filled_from, like.recall_target
+    return _record(like.spec, len(entries), parameters, target, written, trained, source)
 
 
 def take_over_index(
@@ -176,8 +162,8 @@ def take_over_index(
         )
     rng = np.random.default_rng(_SEED)
     parameters = tune_search(index, keys, entries, ExactIndex(keys, entries), recall, rng)
-    record = _record(spec_of(index), len(entries), parameters, recall)
-    return msgspec.structs.replace(record, file=_file(root, root / folder / INDEX, index, keys))
+    written = _file(root, root / folder / INDEX, index, keys)
+    return _record(spec_of(index), len(entries), parameters, recall, written)
 
 
 def to_fill_like(
@@ -198,13 +184,19 @@ def to_fill_like(
 
 
 def _record(
-    spec: str, entries: int, parameters: SearchParameters, recall_target: float
+    spec: str,
+    entries: int,
+    parameters: SearchParameters,
+    recall_target: float,
+    file: FileRecord | None = None,
+    trained: FileRecord | None = None,
+    filled_from: str | None = None,
 ) -> IndexRecord:
     return IndexRecord(
         spec=spec,
-        file=None,
-        trained=None,
-        filled_from=None,
+        file=file,
+        trained=trained,
+        filled_from=filled_from,
         entries=entries,
         nprobe=parameters.nprobe,
         candidates=parameters.candidates,
@@ -217,3 +209,8 @@ def _file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
     ApproximateIndex(index, keys.metric).write(path)
     fsync_file(path)
     return FileRecord.of(root, path.relative_to(root).as_posix())
+
+
+def _trained_file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
+    """Keep a trained index without entries beside the one that is filled from it."""
+    return _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)

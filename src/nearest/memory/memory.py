@@ -97,7 +97,8 @@ class Memory:
             **options: as in `memory.writer.BuildOptions`.
 
         Raises:
-            NearestError: something cannot be used; nothing is left behind.
+            NearestError: something cannot be used. Nothing is left behind, but of a build that took
+                more than half a minute: the same one then goes on from there.
         """
         # Building needs torch and transformers; opening and looking up do not wait for them.
         from nearest.encode.identity import bare_model

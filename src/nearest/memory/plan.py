@@ -1,7 +1,6 @@
 """What building a memory will take, from one reading of the corpus and a sample of the work."""
 
 import hashlib
-import json
 import math
 import re
 import resource
@@ -28,6 +27,7 @@ from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys, KeyFormat
 from nearest.index.suffix import sort_suffixes
+from nearest.memory.documents import document_line
 from nearest.memory.new_segment import SEGMENT_TOKENS
 
 _SAMPLE = 4 << 20  # characters that are tokenised
@@ -180,9 +180,7 @@ def _resident() -> int:
 def _compressed(documents: list[Document]) -> tuple[int, float]:
     """Bytes that documents take when they are stored, and seconds to make them."""
     started = time.perf_counter()
-    lines = b"".join(
-        json.dumps([d.id, d.text, dict(d.metadata)], ensure_ascii=False).encode() for d in documents
-    )
+    lines = b"".join(map(document_line, documents))
     hashlib.sha256(lines)
     compressor = zstandard.ZstdCompressor()
     pieces = (lines[at : at + (1 << 18)] for at in range(0, len(lines), 1 << 18))

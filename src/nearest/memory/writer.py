@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import msgspec
 
@@ -24,7 +24,7 @@ from nearest.errors import SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO
 from nearest.index.keys import key_format
-from nearest.index.neighbours import Metric
+from nearest.index.neighbours import checked_metric
 from nearest.memory.corpus_segments import write_segments
 from nearest.memory.gate_files import NewGate, write_gate
 from nearest.memory.generation import changing, check_new, new_folder
@@ -63,8 +63,7 @@ class BuildOptions:
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
-        if self.metric not in get_args(Metric):
-            raise SettingError(f"metric {self.metric!r} is unknown: choose l2 or ip")
+        checked_metric(self.metric)
         check_batch_size(self.batch_size)
         _ = self.index_choice
         if self.keys != NO_KEYS:
@@ -174,17 +173,22 @@ def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, Keys
     layer = find_key_layer(model, options.key_layer)
     check_spec(options.index, layer.dim, options.nprobe)
     encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)
-    return encoder, KeysRecord(
-        layer=layer.name,
-        module=layer.path,
-        dim=layer.dim,
-        format=key_format(options.keys).name,
-        metric=cast(Metric, options.metric),
+    return encoder, keys_record(encoder, options.keys, options.metric, options.index)
+
+
+def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRecord:
+    """What keys are that an encoder makes, stored in this format."""
+    return KeysRecord(
+        layer=encoder.layer.name,
+        module=encoder.layer.path,
+        dim=encoder.layer.dim,
+        format=key_format(keys).name,
+        metric=checked_metric(metric),
         window=encoder.window,
         stride=encoder.stride,
         projection=None,
         codebooks=None,
-        index=options.index,
+        index=index,
     )
 
 
