@@ -16,6 +16,7 @@ from common import (
     arguments,
     first_documents,
     interleaved,
+    is_built,
     machine,
     medians,
     model_and_tokenizer,
@@ -34,7 +35,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
     original = options.work / f"attach-{options.memory_tokens}.memory"
-    if not original.exists():
+    if not is_built(original):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         Memory.build(model, tokenizer, train, original)
     (document,) = islice(read_documents([law / "test.jsonl"]), 1)
@@ -51,7 +52,7 @@ def main() -> None:
         path = original
         if spec != "auto":
             path = original.with_name(f"{original.stem}-{spec}.memory")
-            if not path.exists():
+            if not is_built(path):
                 shutil.copytree(original, path)
                 rebuild_index(path, IndexChoice(spec))
         memory = Memory.open(path)

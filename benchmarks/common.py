@@ -15,6 +15,7 @@ import torch
 
 from nearest import Document, Memory, read_documents
 from nearest.encode.identity import load_model_and_tokenizer
+from nearest.memory.manifest import MANIFEST
 from nearest.metrics import bootstrap_interval
 from nearest.verbs.results import Result
 
@@ -50,10 +51,15 @@ def first_documents(path: Path, tokenizer: Any, tokens: int) -> Iterator[Documen
             return
 
 
+def is_built(path: Path) -> bool:
+    """Whether a memory is there from an earlier run; an interrupted build is gone on with."""
+    return (path / MANIFEST).exists()
+
+
 def memory_of(options: Any, corpus: str, suffix: str = "", **build: Any) -> Path:
     """Of a corpus's training text; built unless it is there from an earlier run."""
     path: Path = options.work / f"{corpus}{suffix}.memory"
-    if not path.exists():
+    if not is_built(path):
         model, tokenizer = model_and_tokenizer()
         documents = read_documents([options.corpora / corpus / TRAIN[corpus]])
         seconds, memory = timed(lambda: Memory.build(model, tokenizer, documents, path, **build))

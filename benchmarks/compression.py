@@ -16,6 +16,7 @@ import numpy as np
 from common import (
     arguments,
     first_documents,
+    is_built,
     machine,
     memory_of,
     model_and_tokenizer,
@@ -56,7 +57,7 @@ def main() -> None:
         original = memory_of(options, "dclaw")
     else:
         original = options.work / f"compression-{options.memory_tokens}.memory"
-        if not original.exists():
+        if not is_built(original):
             train = options.corpora / "dclaw/train-2m.jsonl"
             some = first_documents(train, tokenizer, options.memory_tokens)
             Memory.build(model, tokenizer, some, original)

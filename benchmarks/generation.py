@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import arguments, first_documents, interleaved, machine, model_and_tokenizer, report
+from common import (
+    arguments,
+    first_documents,
+    interleaved,
+    is_built,
+    machine,
+    model_and_tokenizer,
+    report,
+)
 from nearest import Memory, attach, tune
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -49,7 +57,7 @@ def main() -> None:
     model = large_model(len(tokenizer))
     law = options.corpora / "dclaw"
     path = options.work / f"generation-{options.memory_tokens}-{options.keys}.memory"
-    if not path.exists():
+    if not is_built(path):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         Memory.build(model, tokenizer, train, path, keys=options.keys)
         valid = list(first_documents(law / "valid.jsonl", tokenizer, 2_000))

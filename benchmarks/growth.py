@@ -155,10 +155,16 @@ def look_up(path: Path, options: Any) -> None:
         first_search_s=first,
         search_ms=1000 * statistics.median(seconds) / len(queries),
         search_alone_ms=1000 * statistics.median(alone),
-        disk_bytes_an_entry=sum(file.size for file in memory.manifest.files()) / memory.entries,
+        disk_bytes_an_entry=sum(file.size for file in memory.manifest.file_records())
+        / memory.entries,
         index_bytes_an_entry=record.file.size / memory.entries,
         resident_mb={name: (index[name] - before[name]) / 1e6 for name in index},
     )
+
+
+def bytes_of(memory: Memory) -> int:
+    """On the disk."""
+    return sum(file.size for file in memory.manifest.file_records())
 
 
 def resident() -> dict[str, int]:

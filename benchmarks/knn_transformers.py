@@ -22,6 +22,7 @@ from common import (
     arguments,
     first_documents,
     interleaved,
+    is_built,
     machine,
     medians,
     model_and_tokenizer,
@@ -46,7 +47,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
     path = options.work / f"knn-transformers-{options.memory_tokens}.memory"
-    if not path.exists():
+    if not is_built(path):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         Memory.build(model, tokenizer, train, path, index=SPEC, nprobe=NPROBE)
     memory = Memory.open(path)
@@ -98,7 +99,7 @@ def main() -> None:
     ours("index")  # reads the index and compiles before anything is timed
     ours("keys")
     chosen = path.with_name(f"{path.stem}-auto.memory")
-    if not chosen.exists():
+    if not is_built(chosen):
         shutil.copytree(path, chosen)
         rebuild_index(chosen, IndexChoice())
         valid = islice(read_documents([law / "valid.jsonl"]), options.valid_documents)

@@ -26,6 +26,7 @@ import numpy as np
 from common import (
     arguments,
     first_documents,
+    is_built,
     machine,
     model_and_tokenizer,
     report,
@@ -67,7 +68,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
     path = options.work / f"one-document-{options.memory_tokens}.memory"
-    if not path.exists():
+    if not is_built(path):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         text = "\n".join(document.text for document in train)
         Memory.build(model, tokenizer, [text], path, index=SPEC, nprobe=NPROBE)

@@ -13,7 +13,7 @@ import statistics
 import faiss
 import torch
 
-from common import arguments, machine, memory_of, model_and_tokenizer, report
+from common import arguments, is_built, machine, memory_of, model_and_tokenizer, report
 from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.memory.compress import Compression, compress_memory
 
@@ -30,7 +30,7 @@ def main() -> None:
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
     path = options.work / "dclaw-int8.memory"
-    if not path.exists():
+    if not is_built(path):
         shutil.copytree(memory_of(options, "dclaw"), path)
         compress_memory(path, Compression(keys="int8"))
         valid = read_text(

@@ -194,7 +194,7 @@ def test_index_gives_another_generation(memory: Path) -> None:
         >= {
             "spec": "IVF4,Flat",
             "nprobe": 4,
-            "recall@100": 1.0,
+            "recall@1024": 1.0,
         }.items()
     )
     assert record == json_lines("info", memory)[0]

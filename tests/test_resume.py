@@ -203,6 +203,15 @@ def test_another_build_does_not_go_on(
     assert snapshot(path) == snapshot(whole[0])
 
 
+def test_the_same_model_goes_on_from_another_place(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "m", model, "keys", 4)
+    monkeypatch.setattr(model[0].config, "_name_or_path", "a folder that has been moved")
+    memory = Memory.build(*model, DOCUMENTS, tmp_path / "m", **OPTIONS)
+    assert memory.documents == len(DOCUMENTS)
+
+
 def test_a_corpus_that_ends_elsewhere_is_another(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "m"
     interrupted(path, model, "keys", 4)

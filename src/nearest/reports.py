@@ -240,8 +240,8 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
             f"index_of_segment_{segment.name}": {
                 "spec": segment.index.spec,
                 "nprobe": segment.index.nprobe,
-                "candidates": segment.index.candidates,
-                "recall@100": segment.index.recall,
+                "margin": segment.index.margin,
+                "recall@1024": segment.index.recall,
                 "recall_target": segment.index.recall_target,
                 "why": explained(
                     keys.index, segment.index.spec, segment.index.entries, keys.stored_dim

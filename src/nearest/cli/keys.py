@@ -77,7 +77,7 @@ def compress(
         str | None, typer.Option("--spec", help="Another index; the kind it has if not given.")
     ] = None,
     recall: Annotated[
-        float | None, typer.Option(help="Recall@100 to tune the index to; as before if not given.")
+        float | None, typer.Option(help="Recall@1024 to tune the index to; as before if not given.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

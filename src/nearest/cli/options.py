@@ -50,7 +50,7 @@ KeyLayerName = Annotated[
     Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states keys are.")
 ]
 MetricName = Annotated[Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")]
-Recall = Annotated[float, typer.Option(help="Recall@100 after re-ranking to tune the index to.")]
+Recall = Annotated[float, typer.Option(help="Recall@1024 after re-ranking to tune the index to.")]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """FAISS indexes: built from any factory string, filled, joined, read and searched.
 
 The pitfalls of earlier code are met here, each in one place: ids of -1 in short lists, `nprobe` set
-on a wrapper that ignores it, inner products of the wrong sign, and files of unknown origin.
+on a wrapper that ignores it, graphs that look at sixteen entries whatever is asked for, inner
+products of the wrong sign, and files of unknown origin.
 """
 
 import hashlib
@@ -29,9 +30,12 @@ class ApproximateIndex:
     def __init__(self, index: Any, metric: Metric, nprobe: int | None = None) -> None:
         self._index = index
         self._metric = metric
+        self._is_graph = _is_graph(index)
         ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
             ivf.nprobe = nprobe
+            if _is_graph(ivf.quantizer):  # of the lists' centroids
+                load_faiss().downcast_index(ivf.quantizer).hnsw.efSearch = 2 * nprobe
 
     @property
     def entries(self) -> int:
@@ -46,7 +50,9 @@ class ApproximateIndex:
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries by the index's own codes."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, ids = self._index.search(queries, k)
+        # A graph gives back no more entries than it keeps in view.
+        view = load_faiss().SearchParametersHNSW(efSearch=k) if self._is_graph else None
+        distances, ids = self._index.search(queries, k, params=view)
         if self._metric == "ip":
             distances = -distances
         distances[ids < 0] = np.inf
@@ -282,6 +288,15 @@ def inverted_lists(index: Any) -> Any | None:
         return faiss.downcast_index(faiss.extract_index_ivf(faiss.downcast_index(index)))
     except RuntimeError:
         return None
+
+
+def _is_graph(index: Any) -> bool:
+    """Whether an index searches a graph (HNSW), inside any wrapper."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
+        return _is_graph(index.index)
+    return isinstance(index, faiss.IndexHNSW)
 
 
 def _keeps_ids(index: Any) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
+from nearest.index.threads import in_threads
 
 Metric = Literal["l2", "ip"]
 NO_ENTRY = -1
@@ -62,10 +63,17 @@ class MeasuringIndex(VectorIndex, Protocol):
 
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """The k nearest of each row, in ascending distance."""
-    order = np.argsort(found.distances, axis=1)[:, :k]
-    return Neighbours(
-        np.take_along_axis(found.ids, order, 1), np.take_along_axis(found.distances, order, 1)
-    )
+    k = min(k, found.ids.shape[1])
+    ids = np.empty((len(found.ids), k), np.int64)
+    distances = np.empty((len(found.ids), k), np.float32)
+
+    def sort(rows: slice) -> None:
+        order = np.argsort(found.distances[rows], axis=1)[:, :k]
+        ids[rows] = np.take_along_axis(found.ids[rows], order, 1)
+        distances[rows] = np.take_along_axis(found.distances[rows], order, 1)
+
+    in_threads(sort, len(ids))
+    return Neighbours(ids, distances)
 
 
 def position_dtype(tokens: int) -> np.dtype[Any]:

@@ -11,18 +11,19 @@ from nearest.index.keys import Keys
 from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
 
 _RECALL_QUERIES = 256
-_RECALL_AT = 100
+RECALL_AT = 1024  # neighbours: what kNN-LM asks for
+_MARGINS = tuple(RECALL_AT * quarters // 4 for quarters in (0, 1, 2, 4, 8, 12))
 
 
 @dataclass(frozen=True)
 class SearchParameters:
     """How an approximate index is searched, and the recall that was measured with it.
 
-    `candidates`: at least so many entries are fetched before re-ranking by the stored keys.
+    `margin`: so many entries more than are asked for are fetched, and re-ranked by the stored keys.
     """
 
     nprobe: int | None = None
-    candidates: int = _RECALL_AT
+    margin: int = 0
     recall: float | None = None
 
 
@@ -35,10 +36,10 @@ def tune_search(
     rng: np.random.Generator,
     nprobe: int | None = None,
 ) -> SearchParameters:
-    """Find the cheapest search whose recall@100 after re-ranking reaches `target`.
+    """Find a quick search whose recall@1024 after re-ranking reaches `target`.
 
-    The sample is of the memory's own keys, each with itself left out. The lists probed or the
-    candidates are doubled, whichever gains more, until the target is reached or neither gains.
+    The sample is of the memory's own keys, each with itself left out. The lists probed are doubled
+    or the margin is widened, whichever gains more, until the target is reached or neither gains.
     What was measured is recorded either way. With `nprobe` given, recall is only measured.
     """
     if len(ids) < 2:
@@ -50,7 +51,7 @@ def tune_search(
 
     def measured(parameters: SearchParameters) -> SearchParameters:
         searched = ApproximateIndex(index, keys.metric, parameters.nprobe)
-        found = _reranked(searched, keys, ids, sample, parameters.candidates)
+        found = _reranked(searched, keys, ids, sample, parameters.margin)
         return replace(parameters, recall=recall(found, truth))
 
     if nprobe is not None and nlist is not None:
@@ -60,8 +61,9 @@ def tune_search(
         trials = []
         if nlist is not None and best.nprobe is not None and best.nprobe < nlist:
             trials.append(measured(replace(best, nprobe=min(2 * best.nprobe, nlist))))
-        if best.candidates < min(16 * _RECALL_AT, len(ids)):
-            trials.append(measured(replace(best, candidates=2 * best.candidates)))
+        wider = _MARGINS[_MARGINS.index(best.margin) + 1 :]
+        if wider and RECALL_AT + best.margin < len(ids):
+            trials.append(measured(replace(best, margin=wider[0])))
         better = [trial for trial in trials if (trial.recall or 0) > (best.recall or 0) + 1e-3]
         if not better:
             break
@@ -74,14 +76,14 @@ def measured_recall(
     keys: Keys,
     ids: Int[np.ndarray, " m"],
     exact: VectorIndex,
-    candidates: int,
+    margin: int,
     rng: np.random.Generator,
 ) -> float:
-    """Recall@100 after re-ranking of an index as it is, on a sample of the memory's own keys."""
+    """Recall@1024 after re-ranking of an index as it is, on a sample of the memory's own keys."""
     if len(ids) < 2:
         return 1.0
     sample = _recall_sample(ids, rng)
-    found = _reranked(index, keys, ids, sample, candidates)
+    found = _reranked(index, keys, ids, sample, margin)
     return recall(found, _exact_neighbours(exact, keys, ids, sample))
 
 
@@ -93,7 +95,7 @@ def _exact_neighbours(
     exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
 ) -> Int[np.ndarray, "s at"]:
     """The true neighbours of some entries, without themselves."""
-    at = min(_RECALL_AT, len(ids) - 1)
+    at = min(RECALL_AT, len(ids) - 1)
     return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
 
 
@@ -102,12 +104,12 @@ def _reranked(
     keys: Keys,
     ids: Int[np.ndarray, " m"],
     sample: Int[np.ndarray, " s"],
-    candidates: int,
+    margin: int,
 ) -> Int[np.ndarray, "s at"]:
     """The neighbours of some entries that an index finds, by the stored keys."""
-    at = min(_RECALL_AT, len(ids) - 1)
+    at = min(RECALL_AT, len(ids) - 1)
     queries = keys.rows(sample)
-    found = index.search(queries, min(candidates + 1, len(ids)))
+    found = index.search(queries, min(at + 1 + margin, len(ids)))
     by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
     return _without_self(sort_nearest_first(by_keys, at + 1), sample, at)
 

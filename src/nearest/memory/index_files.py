@@ -38,7 +38,7 @@ _FEWER_LISTS = 2  # than fit so many entries: with more, searches are noticeably
 class IndexChoice:
     """A FAISS factory string, "exact" or "auto", and how it is searched.
 
-    `recall` is the recall@100 to tune for; with `nprobe` given there is nothing to tune, and the
+    `recall` is the recall@1024 to tune for; with `nprobe` given there is nothing to tune, and the
     recall is measured only.
     """
 
@@ -123,10 +123,10 @@ def fill_like(
         keys,
         entries,
         ExactIndex(keys, entries),
-        like.candidates,
+        like.margin,
         np.random.default_rng(_SEED),
     )
-    parameters = SearchParameters(like.nprobe, like.candidates, found)
+    parameters = SearchParameters(like.nprobe, like.margin, found)
     written = _file(root, path, index, keys)
     progress(f"index {like.spec}", len(entries), len(entries))
     source, target = like.filled_from, like.recall_target
@@ -199,7 +199,7 @@ def _record(
         filled_from=filled_from,
         entries=entries,
         nprobe=parameters.nprobe,
-        candidates=parameters.candidates,
+        margin=parameters.margin,
         recall=parameters.recall,
         recall_target=recall_target,
     )

@@ -91,7 +91,7 @@ def problems(segment: Segment) -> list[str]:
         segment.keys,
         segment.searched,
         segment.exact_index(),
-        segment.record.index.candidates,
+        segment.record.index.margin,
         np.random.default_rng(_SEED),
     )
     if found < expected - _RECALL_LOST:

@@ -12,7 +12,7 @@ from nearest.errors import FolderError
 from nearest.folder import sha256_of, write_atomically
 from nearest.index.product import product_parts
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
 
@@ -95,7 +95,7 @@ class IndexRecord(_Record, frozen=True):
     """How the segment's keys are searched; `file` is None when they are scanned exactly.
 
     `entries`: how many it holds, those that were removed since included. `recall`: measured
-    recall@100 after re-ranking, of at least `candidates` entries, by the keys. `filled_from`: the
+    recall@1024 after re-ranking by the keys, with `margin` entries more fetched. `filled_from`: the
     checksum of the trained index without entries from which it was filled; those filled from one
     are searched as one. `trained`: that index, where it is kept for segments to come.
     """
@@ -106,7 +106,7 @@ class IndexRecord(_Record, frozen=True):
     filled_from: Digest | None
     entries: Count
     nprobe: Positive | None
-    candidates: Positive
+    margin: Count
     recall: float | None
     recall_target: float
 

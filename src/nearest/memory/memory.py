@@ -223,7 +223,8 @@ class Memory:
             k: number of neighbours, at least 1.
             distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
                 index's own order and distances, as earlier implementations do.
-            candidates: re-rank at least so many; what the index was tuned to when fewer.
+            candidates: re-rank at least so many; k and the margin that the index was tuned to
+                when these are more.
 
         Raises:
             SettingError: k, the distances or the queries' dimension make no sense, or there are no
@@ -245,7 +246,7 @@ class Memory:
         """Search with queries as keys are stored."""
         parts = []
         for joint in self._indexes:
-            wanted = k if distances == "index" else max(k, candidates, joint.candidates)
+            wanted = k if distances == "index" else max(k + joint.margin, candidates)
             parts.append(joint.index.search(queries, min(wanted, joint.entries)))
         if not parts:
             return Neighbours.none(len(queries))

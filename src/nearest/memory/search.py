@@ -23,13 +23,13 @@ class JointIndex:
         index: whose ids count through the whole memory.
         owned: entries [first, stop) of each of its segments.
         entries: how many it can find.
-        candidates: at least so many are to be fetched before they are re-ranked by their keys.
+        margin: so many more are to be fetched before they are re-ranked by their keys.
     """
 
     index: MeasuringIndex
     owned: tuple[tuple[int, int], ...]
     entries: int
-    candidates: int
+    margin: int
 
 
 def joint_indexes(segments: Sequence[Segment], keys: Keys) -> list[JointIndex]:
@@ -73,7 +73,7 @@ def _joint(
         index,
         tuple((bounds[number], bounds[number + 1]) for number in numbers),
         sum(segment.searched_count for segment in some),
-        max(record.candidates for record in _records(some)),
+        max(record.margin for record in _records(some)),
     )
 
 

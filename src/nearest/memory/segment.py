@@ -329,8 +329,8 @@ class Segment:
         self, queries: Float[np.ndarray, "q dim"], k: int, candidates: int
     ) -> Neighbours:
         """The k nearest by the stored keys, among at least so many that the index finds."""
-        tuned_to = self.record.index.candidates if self.record.index else 0
-        found = self.search_by_index(queries, max(k, candidates, tuned_to))
+        margin = self.record.index.margin if self.record.index else 0
+        found = self.search_by_index(queries, max(k + margin, candidates))
         distances = self.keys.distances(queries, found.ids)
         return sort_nearest_first(Neighbours(found.ids, distances), k)
 

@@ -79,7 +79,7 @@ class Journal:
             raise _anew(folder, f"its {JOURNAL} cannot be read ({error})") from error
         if stage.format != _FORMAT:
             raise _anew(folder, f"its {JOURNAL} is of another version")
-        for name in sorted({*arguments, *stage.arguments}):
+        for name in {**arguments, **stage.arguments}:
             begun, asked = stage.arguments.get(name), arguments.get(name)
             if begun != asked:
                 raise _anew(folder, f"it was begun with {name} {begun}, and not {asked}")

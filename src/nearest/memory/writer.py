@@ -155,10 +155,13 @@ def _arguments(
     manifest: Manifest, model: LanguageModel, encoder: Encoder | None, options: BuildOptions
 ) -> dict[str, Any]:
     """All that decides what a build writes, but for the corpus."""
-    keys, choice = manifest.keys, options.index_choice
+    record, choice = manifest.model, options.index_choice
+    keys = {"format": "none"} if manifest.keys is None else msgspec.to_builtins(manifest.keys)
     return {
-        "model": msgspec.to_builtins(manifest.model),
-        "keys": "none" if keys is None else msgspec.to_builtins(keys),
+        "model": record.fingerprint,
+        "tokenizer": record.tokenizer_fingerprint,
+        "keys": keys.pop("format"),
+        **{f"key {name}": value for name, value in keys.items()},
         "dtype": str(model.dtype),
         "device": model.device.type,
         "batch_size": None if encoder is None else encoder.batch_size,
