@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nearest.corpus.documents import (
-    Document,
-    as_documents,
-    with_unique_ids,
-)
+from nearest.corpus import unique
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.long_text import tokenise_long
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text import Text
 from nearest.corpus.text_files import EncodingErrors
 from nearest.corpus.tokens import check_vocabulary, token_dtype, tokenise
+from nearest.corpus.unique import with_unique_ids
 from nearest.errors import CorpusError
 
 BOM = b"\xef\xbb\xbf"
@@ -452,6 +452,53 @@ def test_documents_given_in_memory_must_have_unique_ids_too() -> None:
         list(with_unique_ids(as_documents(["same text", "same text"])))
     with pytest.raises(CorpusError, match="'x' stands twice"):
         list(with_unique_ids([Document("x", "a"), Document("y", "b"), Document("x", "c")]))
+
+
+def test_ids_are_told_apart_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a dictionary, over many merges of what has been seen."""
+    monkeypatch.setattr(unique, "_RUN", 8)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        seen: dict[str, str] = {}
+        ids = [f"{number % 9}#{number}" for number in rng.integers(0, 4_000, size=300)]
+        stream = (Document(name, "x", origin=f"a:{at}") for at, name in enumerate(ids))
+        expected = None
+        for at, name in enumerate(ids):
+            if name in seen:
+                expected = f"'{name}' stands twice, in {seen[name]} and in a:{at}: ids must"
+                break
+            seen[name] = f"a:{at}"
+        if expected is None:
+            assert [document.id for document in with_unique_ids(stream)] == ids
+        else:
+            with pytest.raises(CorpusError, match=re.escape(expected)):
+                list(with_unique_ids(stream))
+
+
+def test_ids_whose_hashes_are_equal_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unique, "_RUN", 4)
+    monkeypatch.setattr(unique, "id_hash", lambda name: np.uint64(len(name)))
+    documents = [Document(str(number), "x", origin=f"a:{number}") for number in range(60)]
+    assert list(with_unique_ids(documents)) == documents
+    with pytest.raises(CorpusError, match="'17' stands twice, in a:17 and in b:1"):
+        list(with_unique_ids([*documents, Document("17", "y", origin="b:1")]))
+
+
+def test_ids_take_a_tenth_of_a_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unique, "_RUN", 1 << 8)
+    count, names = 1 << 13, np.random.default_rng(0).bytes
+    documents = (
+        Document(f"corpus.jsonl#{names(8).hex()}", "x", origin=f"/a/folder/corpus.jsonl:{number}")
+        for number in range(count)
+    )
+    tracemalloc.start()
+    try:
+        for last, document in enumerate(stream := with_unique_ids(documents), 1):
+            if last == count:
+                assert tracemalloc.get_traced_memory()[0] < 40 * count, document
+        assert next(stream, None) is None
+    finally:
+        tracemalloc.stop()
 
 
 def test_strings_stand_for_documents_with_ids_made_of_their_text() -> None:

@@ -18,8 +18,9 @@ import zstandard
 
 from nearest.corpus import documents as documents_module
 from nearest.corpus import text_files
-from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.reading import read_documents
+from nearest.corpus.unique import with_unique_ids
 from nearest.errors import CorpusError, NearestError
 
 ROWS: list[dict[str, Any]] = [

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_documents, make_model, random_documents, snapshot
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
+from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.memory.compact import plan_compaction
 from nearest.memory.compress import Compression, compress_memory
 from nearest.memory.lifecycle import tail_to_merge
-from nearest.memory.segment import id_hash
 from nearest.memory.verify import verify
 
 DOCUMENTS = [

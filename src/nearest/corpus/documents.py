@@ -26,19 +26,6 @@ class Document:
     origin: str = "given in memory"
 
 
-def with_unique_ids(documents: Iterable[Document]) -> Iterator[Document]:
-    """Pass documents through, refusing the second of two that share an id, with both places."""
-    origins: dict[str, str] = {}
-    for document in documents:
-        if document.id in origins:
-            raise CorpusError(
-                f"document id {document.id!r} stands twice, in {origins[document.id]} and in "
-                f"{document.origin}: ids must be unique; give them ids of their own, or remove one"
-            )
-        origins[document.id] = document.origin
-        yield document
-
-
 def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
     """Let plain strings stand for documents; their ids are made of their text."""
     for document in documents:

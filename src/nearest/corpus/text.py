@@ -7,8 +7,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
-from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.tokens import Tokenizer, Tokens, check_vocabulary, tokenise
+from nearest.corpus.unique import with_unique_ids
 from nearest.errors import CorpusError
 
 _GIVEN = "the token arrays given"

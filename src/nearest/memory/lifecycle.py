@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.tokens import tokenise
+from nearest.corpus.unique import id_hash, with_unique_ids
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
@@ -23,7 +24,7 @@ from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
 from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
 from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan
-from nearest.memory.segment import OFFSET_DTYPE, Segment, id_hash
+from nearest.memory.segment import OFFSET_DTYPE, Segment
 from nearest.progress import Progress, no_progress
 
 _SEGMENTS_OF_A_SIZE = 4

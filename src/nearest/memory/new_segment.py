@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from nearest.corpus.tokens import TokenisedDocument, token_dtype
+from nearest.corpus.unique import id_hash
 from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError
 from nearest.folder import ArrayFile, open_array
@@ -17,7 +18,7 @@ from nearest.memory.array_files import write_array
 from nearest.memory.documents import DocumentWriter
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import FileRecord, Manifest, SegmentRecord
-from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment, id_hash
+from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment
 from nearest.memory.unfinished import Journal
 from nearest.progress import Progress
 

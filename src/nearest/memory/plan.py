@@ -16,9 +16,10 @@ import numpy as np
 import zstandard
 from jaxtyping import Float, Int
 
-from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.long_text import LONG
 from nearest.corpus.tokens import Tokens, token_dtype, tokenise
+from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError

@@ -1,6 +1,5 @@
 """One part of a memory's corpus with its access paths, opened for reading."""
 
-import hashlib
 import weakref
 from functools import cached_property
 from io import BufferedReader
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, UInt8, UInt64
 
 from nearest.corpus.tokens import Tokens, token_dtype
+from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
 from nearest.index.approximate import ApproximateIndex, read_index
@@ -359,12 +359,6 @@ def no_keys(folder: Path) -> SettingError:
         f"{folder} has no keys (it was built with --keys none), and this needs them: build it with "
         "--keys fp16 or int8, or use the method suffix, which goes by the text alone"
     )
-
-
-def id_hash(document_id: str) -> np.uint64:
-    """64 bits by which a document is found among many; equal ones are then compared as text."""
-    digest = hashlib.blake2b(document_id.encode(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
 
 
 def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:

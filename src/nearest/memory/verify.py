@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
 from nearest.memory.access_paths import access_path_problems
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import Manifest, read_manifest
-from nearest.memory.segment import Segment, id_hash
+from nearest.memory.segment import Segment
 from nearest.progress import Progress, no_progress
 
 

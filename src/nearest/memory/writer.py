@@ -9,8 +9,9 @@ import msgspec
 
 from nearest import __version__
 from nearest.corpus.batches import check_batch_size
-from nearest.corpus.documents import Document, as_documents, with_unique_ids
+from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.tokens import tokenise
+from nearest.corpus.unique import with_unique_ids
 from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
     model_fingerprint,
