@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nearest.errors import FolderError, SettingError
 from nearest.folder import sha256_of
+from nearest.index import approximate
 from nearest.index.approximate import (
     ApproximateIndex,
     build_index,
@@ -21,6 +22,7 @@ from nearest.index.approximate import (
     fill_index,
     joined,
     read_index,
+    sample_size,
     train_index,
 )
 from nearest.index.choice import explained, resolve_spec
@@ -303,6 +305,33 @@ def test_recall_of_known_rows() -> None:
 )
 def test_choice_of_index(spec: str, entries: int, dim: int, resolved: str) -> None:
     assert resolve_spec(spec, entries, dim) == resolved
+
+
+@pytest.mark.parametrize(("dim", "lists"), [(32, 4096), (768, 2048), (1024, 4096), (4096, 1024)])
+def test_training_takes_a_bounded_sample(dim: int, lists: int) -> None:
+    rows = sample_size(dim, lists)
+    assert 39 * lists <= rows <= 64 * lists  # FAISS's minimum; more than this gains nothing
+    assert rows * dim * 4 <= 2**29 or rows == 39 * lists
+
+
+def test_rows_are_read_a_bounded_block_at_a_time(
+    keys: np.ndarray, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is trained and filled so is what is trained and filled at once."""
+    read: list[int] = []
+
+    class Noted(Float16Keys):
+        def rows(self, ids: np.ndarray) -> np.ndarray:
+            read.append(len(ids))
+            return super().rows(ids)
+
+    stored_keys = Noted(keys, "l2")
+    whole = build_index(stored_keys, ids, "IVF8,SQ8", np.random.default_rng(0))
+    monkeypatch.setattr(approximate, "_ADD_BYTES", 4 * keys.shape[1] * 50)
+    read.clear()
+    found = build_index(stored_keys, ids, "IVF8,SQ8", np.random.default_rng(0))
+    assert max(read) <= 50 < len(ids)
+    np.testing.assert_array_equal(faiss.serialize_index(whole), faiss.serialize_index(found))
 
 
 def test_little_memory_gives_smaller_codes() -> None:

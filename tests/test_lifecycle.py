@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
+from nearest.memory import new_segment
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.memory.compact import plan_compaction
 from nearest.memory.compress import Compression, compress_memory
@@ -411,6 +413,72 @@ def test_compacting_erases_every_trace(folder: Path, kind: str, add: Any) -> Non
             assert not [piece for piece in pieces if piece in found], what
 
 
+# --- segments of bounded size ---------------------------------------------------------------------
+
+BOUNDED = ["no keys", "fp16", "lists", "k-means", "merged"]
+
+
+@pytest.mark.parametrize("kind", BOUNDED, indirect=True)
+def test_no_segment_grows_beyond_what_a_build_makes(
+    folder: Path, add: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory.open(folder)
+    largest = memory.positions
+    monkeypatch.setattr(new_segment, "SEGMENT_TOKENS", largest)
+    more = [replace(d, id=f"more-{d.id}", text=f"{d.text} once more") for d in DOCUMENTS]
+    longest = 1 + max(len(d.text.encode()) for d in more)
+    memory = add(memory, more)
+    assert memory.manifest.generation == Memory.open(folder).manifest.generation
+    assert len(memory.segments) > 2  # in one generation
+    assert all(segment.record.tokens <= largest + longest for segment in memory.segments)
+    assert ids_of(memory) == [*(d.id for d in DOCUMENTS[:5]), *(d.id for d in more)]
+    assert verify(folder) == []
+    tokens = [memory.document_tokens(n).tolist() for n in range(memory.documents)]
+
+    for number in range(4):  # small ones, which are merged as long as they fit
+        memory = add(memory, [Document(f"small-{number}", "the law is the law")])
+    assert all(segment.record.tokens <= largest + longest for segment in memory.segments)
+    untouched = memory.segments[0].record
+    removed = [more[1].id, "small-2"]
+    before = {n: memory.document_tokens(n).tolist() for n in range(memory.documents)}
+    left = [name for name in ids_of(memory) if name not in removed]
+    expected = [before[n] for n, name in enumerate(ids_of(memory)) if name not in removed]
+    memory = memory.remove(removed)
+    needs = plan_compaction(folder)
+    assert needs.bytes_needed < sum(f.size for f in memory.manifest.file_records())
+    memory = memory.compact()
+    assert verify(folder) == []
+    assert files(folder) == live_files(folder)
+    assert needs.segments_after == len(memory.segments) > 1
+    assert all(segment.record.tokens <= largest + longest for segment in memory.segments)
+    assert memory.segments[0].record == untouched
+    assert ids_of(memory) == left
+    assert [memory.document_tokens(n).tolist() for n in range(memory.documents)] == expected
+    assert tokens[0] == expected[0]
+    assert more[1].text.encode() not in everything_in(folder)
+    assert b"small-2" not in everything_in(folder)
+    assert memory.compact() is memory
+    if memory.manifest.keys is not None:  # each entry finds itself, or its equal
+        queries = np.concatenate([s.keys.rows(s.searched[:3]) for s in memory.segments])
+        found = memory.search(queries, 8).ids
+        assert memory.key_distances(queries, found).min(axis=1).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lists"], indirect=True)
+def test_segments_compacted_together_share_one_trained_index(
+    folder: Path, add: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory.open(folder)
+    monkeypatch.setattr(new_segment, "SEGMENT_TOKENS", memory.positions)
+    memory = add(memory, DOCUMENTS[5:])
+    for gone in (["doc-6"], ["doc-0", "doc-7"]):  # one segment stays; then none
+        memory = memory.remove(gone).compact()
+        assert verify(folder) == []
+        indexes = [segment.record.index for segment in memory.segments]
+        assert len({index.filled_from for index in indexes if index.filled_from}) <= 1
+        assert sum(index.trained is not None for index in indexes) == 1
+
+
 # --- many additions -------------------------------------------------------------------------------
 
 
@@ -419,7 +487,7 @@ def test_segments_of_a_size_are_merged_in_tiers() -> None:
     copied_entries = 0
     for _ in range(600):
         sizes.append(10)
-        tail = tail_to_merge(sizes)
+        tail = tail_to_merge(sizes, 10_000)
         if tail:
             copied_entries += sum(sizes[-tail:])
             sizes[-tail:] = [sum(sizes[-tail:])]
@@ -427,11 +495,13 @@ def test_segments_of_a_size_are_merged_in_tiers() -> None:
     assert sum(sizes) == 5000 + 6000
     assert sizes[0] == 5000
     assert copied_entries < 5 * 6000
-    assert tail_to_merge([3]) == 0
-    assert tail_to_merge([9] * 4) == 4
-    assert tail_to_merge([100, *[9] * 3]) == 0
-    assert tail_to_merge([1, 100, *[9] * 4]) == 4
-    assert tail_to_merge([*[40] * 3, *[9] * 4]) == 7  # the four make one more of the larger
+    assert tail_to_merge([3], 1_000) == 0
+    assert tail_to_merge([9] * 4, 1_000) == 4
+    assert tail_to_merge([100, *[9] * 3], 1_000) == 0
+    assert tail_to_merge([1, 100, *[9] * 4], 1_000) == 4
+    assert tail_to_merge([*[40] * 3, *[9] * 4], 1_000) == 7  # the four make one more of the larger
+    assert tail_to_merge([*[40] * 3, *[9] * 4], 100) == 4
+    assert tail_to_merge([9] * 4, 35) == 0
 
 
 @pytest.mark.parametrize("kind", ["fp16", "k-means"], indirect=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -13,7 +14,11 @@ from nearest import Memory
 from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError, FolderError
+from nearest.index.approximate import code_bytes
+from nearest.index.choice import resolve_spec
 from nearest.memory import plan as plan_module
+from nearest.memory.manifest import KeysRecord
+from nearest.memory.new_segment import segment_tokens
 from nearest.memory.writer import BuildOptions, planned_memory
 
 CORPORA = {
@@ -79,6 +84,32 @@ def test_an_index_is_planned_where_one_will_be(
     options = BuildOptions(index="IVF64,SQ8")
     found = planned_memory(tmp_path, documents, tiny_model, tiny_tokenizer, options)
     assert found.bytes_needed - plain.bytes_needed == pytest.approx(found.entries * 40, rel=0.1)
+
+
+@pytest.mark.parametrize("dim", [32, 256, 768, 1024, 4096])
+def test_the_codes_of_a_segments_index_fit(dim: int) -> None:
+    """As FAISS counts them, with 8 bytes for each id."""
+    keys = KeysRecord(
+        layer="last_hidden",
+        module="",
+        dim=dim,
+        format="fp16",
+        metric="l2",
+        window=8,
+        stride=4,
+        projection=None,
+        codebooks=None,
+        index="auto",
+    )
+    tokens = segment_tokens(keys)
+    spec = resolve_spec("auto", tokens, dim, 1 << 40)
+    assert tokens * (code_bytes(spec, dim) + 8) <= 3 << 28
+    assert tokens == 1 << 24 or tokens * (code_bytes(spec, dim) + 8) > 0.99 * (3 << 28)
+    assert (
+        segment_tokens(None)
+        == segment_tokens(msgspec.structs.replace(keys, index="exact"))
+        == 1 << 24
+    )
 
 
 def test_the_command(model_folder: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nearest.corpus import tokens
 from nearest.encode import encoder
 from nearest.encode.layers import find_key_layer
 from nearest.errors import CorpusError, FolderError
-from nearest.memory import corpus_segments, unfinished
+from nearest.memory import new_segment, unfinished
 from nearest.memory.verify import verify
 
 DOCUMENTS = random_documents()
@@ -30,9 +30,9 @@ Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 _CHANGES = f"""
 from conftest import make_model, make_tokenizer, random_documents
 from nearest import Memory
-from nearest.memory import corpus_segments, unfinished
+from nearest.memory import new_segment, unfinished
 
-unfinished._SECONDS, corpus_segments.SEGMENT_TOKENS = 0, {SEGMENT}
+unfinished._SECONDS, new_segment.SEGMENT_TOKENS = 0, {SEGMENT}
 model = make_model(), make_tokenizer()
 changes = {{"build": lambda path: Memory.build(*model, random_documents(), path, **{OPTIONS})}}
 """
@@ -47,7 +47,7 @@ def model(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) 
 def journalled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch is noted, and segments are small."""
     monkeypatch.setattr(unfinished, "_SECONDS", 0)
-    monkeypatch.setattr(corpus_segments, "SEGMENT_TOKENS", SEGMENT)
+    monkeypatch.setattr(new_segment, "SEGMENT_TOKENS", SEGMENT)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Model) -> tuple[Path,
     path = tmp_path_factory.mktemp("whole") / "m"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(unfinished, "_SECONDS", 0)
-        patched.setattr(corpus_segments, "SEGMENT_TOKENS", SEGMENT)
+        patched.setattr(new_segment, "SEGMENT_TOKENS", SEGMENT)
         with disk() as counted:
             Memory.build(*model, DOCUMENTS, path, **OPTIONS)
     return path, counted.operations
@@ -96,7 +96,7 @@ def test_a_corpus_of_several_segments(
     found = [memory.document(n) for n in range(memory.documents)]
     assert [(d.id, d.text) for d in found] == [(d.id, d.text) for d in DOCUMENTS]
     assert verify(whole[0]) == []
-    monkeypatch.setattr(corpus_segments, "SEGMENT_TOKENS", 1 << 24)
+    monkeypatch.setattr(new_segment, "SEGMENT_TOKENS", 1 << 24)
     one = Memory.build(*model, DOCUMENTS, tmp_path / "one", **OPTIONS)
     assert len(one.segments) == 1
     every = np.concatenate([segment.tokens for segment in memory.segments])

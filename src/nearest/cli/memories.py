@@ -165,7 +165,7 @@ def compact(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one segment of all, and erase what was removed from the disk."""
+    """Make one segment, or a few large ones, of all, and erase what was removed from the disk."""
     from nearest.memory.compact import compact_memory, plan_compaction
     from nearest.memory.memory import Memory
 
@@ -174,7 +174,8 @@ def compact(
         typer.echo(json.dumps(needs.as_json()))
     else:
         (out if plan else err).print(
-            f"{needs.segments} segments become one, {needs.removed} removed documents are erased: "
+            f"{needs.segments} segments become {needs.segments_after}, "
+            f"{needs.removed} removed documents are erased: "
             f"{needs.bytes_needed:,} bytes of the {needs.bytes_free:,} free, about "
             f"{needs.seconds:g} s and what the index takes",
             soft_wrap=True,

@@ -6,7 +6,7 @@ products of the wrong sign, and files of unknown origin.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +22,9 @@ from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
 _ADD_ROWS = 65_536
+_ADD_BYTES = 1 << 26  # of rows in float32; FAISS makes as much of them again
+_TRAINING_BYTES = 1 << 29
+_FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 
 
 class ApproximateIndex:
@@ -51,8 +54,8 @@ class ApproximateIndex:
         """The k nearest entries by the index's own codes."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         # A graph gives back no more entries than it keeps in view.
-        view = load_faiss().SearchParametersHNSW(efSearch=k) if self._is_graph else None
-        distances, ids = self._index.search(queries, k, params=view)
+        view = {"params": load_faiss().SearchParametersHNSW(efSearch=k)} if self._is_graph else {}
+        distances, ids = self._index.search(queries, k, **view)
         if self._metric == "ip":
             distances = -distances
         distances[ids < 0] = np.inf
@@ -186,8 +189,8 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
 
 
 def training_rows(spec: str, dim: int) -> int:
-    """Rows that train an index well: 39 for each list and each 8-bit code, FAISS's own minimum."""
-    return 39 * max(256, number_of_lists(spec, dim))
+    """Rows that train an index well: enough for each list and each 8-bit code."""
+    return _FEWEST_A_LIST * max(256, number_of_lists(spec, dim))
 
 
 def code_bytes(spec: str, dim: int) -> int:
@@ -232,7 +235,8 @@ def train_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.rando
         if not _keeps_ids(index):
             index = faiss.IndexIDMap(index)
         if not index.is_trained:
-            index.train(keys.rows(_training_sample(ids, inverted_lists(index), rng)))
+            lists = number_of_lists(spec, keys.dim)
+            index.train(_read(keys, _training_sample(ids, keys.dim, lists, rng)))
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
     return index
@@ -245,8 +249,7 @@ def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) ->
         SettingError: this kind of index does not take them.
     """
     try:
-        for start in range(0, len(ids), _ADD_ROWS):
-            block = ids[start : start + _ADD_ROWS]
+        for block in _blocks(keys, ids):
             index.add_with_ids(keys.rows(block), block)
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
@@ -307,9 +310,32 @@ def _keeps_ids(index: Any) -> bool:
     return isinstance(index, faiss.IndexIVF | faiss.IndexIDMap)
 
 
+def sample_size(dim: int, lists: int) -> int:
+    """Rows for k-means: 64 a centroid is enough for lists, 64 × 256 for product quantisers.
+
+    Where those take more than half a gigabyte, fewer, but no fewer than FAISS asks for.
+    """
+    wanted = 64 * max(256, lists)
+    return min(wanted, max(_FEWEST_A_LIST * lists, _TRAINING_BYTES // (4 * dim)))
+
+
 def _training_sample(
-    ids: Int[np.ndarray, " m"], ivf: Any | None, rng: np.random.Generator
+    ids: Int[np.ndarray, " m"], dim: int, lists: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " s"]:
-    """Rows for k-means: 64 a centroid is enough for lists, 64 × 256 for product quantisers."""
-    wanted = max(64 * 256, 64 * int(ivf.nlist) if ivf is not None else 0)
-    return np.sort(rng.choice(ids, size=min(wanted, len(ids)), replace=False))
+    size = min(sample_size(dim, lists), len(ids))
+    return np.sort(rng.choice(ids, size=size, replace=False))
+
+
+def _blocks(keys: Keys, ids: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, "_"]]:
+    """Ids a block at a time, so that few rows are held as float32."""
+    rows = max(1, min(_ADD_ROWS, _ADD_BYTES // (4 * keys.dim)))
+    return (ids[start : start + rows] for start in range(0, len(ids), rows))
+
+
+def _read(keys: Keys, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
+    """Many rows at once; what they are decoded from is held a block at a time."""
+    rows, done = np.empty((len(ids), keys.dim), np.float32), 0
+    for block in _blocks(keys, ids):
+        rows[done : done + len(block)] = keys.rows(block)
+        done += len(block)
+    return rows

@@ -41,6 +41,12 @@ def fitting_lists(entries: int) -> int:
     return 1 << round(math.log2(entries) / 2)
 
 
+def bytes_an_entry(dim: int) -> int:
+    """What the finest index that "auto" chooses takes for each entry, its id included."""
+    dims = _dims_a_code(dim)
+    return _ID_BYTES + (dim // dims[0] // 2 if dims else dim)
+
+
 def explained(asked: str, spec: str, entries: int, dim: int) -> str:
     """Why an index over so many keys is of this kind, as one sentence."""
     if asked != AUTO:

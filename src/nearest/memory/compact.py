@@ -1,11 +1,14 @@
-"""Make one segment of all: without what was removed, and as quick to search as a new memory."""
+"""Make few segments of all: without what was removed, and as quick to search as a new memory."""
 
+import itertools
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from nearest.errors import FolderError, SettingError
@@ -15,9 +18,9 @@ from nearest.index.suffix import sort_suffixes
 from nearest.memory.access_paths import merge_segments
 from nearest.memory.generation import changing, free_segment_name
 from nearest.memory.index_files import IndexChoice
-from nearest.memory.manifest import Manifest, publish_next
+from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
 from nearest.memory.memory import Memory
-from nearest.memory.new_segment import SegmentPlan
+from nearest.memory.new_segment import SegmentPlan, segment_tokens
 from nearest.memory.segment import Segment
 from nearest.progress import Progress, no_progress
 
@@ -29,7 +32,8 @@ class CompactionPlan:
     """What compacting will do and take.
 
     Attributes:
-        segments: that are there; one will be.
+        segments: that are there.
+        segments_after: that will be; one, or as many as a build would about make.
         removed: documents whose bytes will be erased.
         bytes_needed: on the disk, beside what is there, until the old files are gone; a larger
             index than there was comes on top.
@@ -38,6 +42,7 @@ class CompactionPlan:
     """
 
     segments: int
+    segments_after: int
     removed: int
     bytes_needed: int
     bytes_free: int
@@ -55,16 +60,21 @@ def plan_compaction(path: Path) -> CompactionPlan:
         FolderError: the folder is no memory.
     """
     memory = Memory.open(path)
-    share = memory.tokens / memory.positions
-    files = [file for record in memory.manifest.segments for file in record.files.values()]
-    files += [f for r in memory.manifest.segments if r.index for f in r.index.file_records()]
-    size = int(share * sum(file.size for file in files))
+    manifest = memory.manifest
+    groups = _groups(manifest, memory.segments)
+    size = tokens = 0
+    for segment in itertools.chain(*filter(_to_do, groups)):
+        record, left = segment.record, _tokens_left(segment)
+        files = [*record.files.values(), *(record.index.file_records() if record.index else ())]
+        size += sum(file.size for file in files) * left // record.tokens
+        tokens += left
     sample = memory.segments[0].tokens[:_SAMPLE]
     started = time.perf_counter()
     sort_suffixes(sample, np.ones(len(sample), bool))
-    seconds = (time.perf_counter() - started) * memory.tokens / len(sample)
+    seconds = (time.perf_counter() - started) * tokens / len(sample)
     return CompactionPlan(
         len(memory.segments),
+        len(groups),
         sum(len(segment.removed) for segment in memory.segments),
         size,
         shutil.disk_usage(path).free,
@@ -73,10 +83,11 @@ def plan_compaction(path: Path) -> CompactionPlan:
 
 
 def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
-    """Write one segment out of what is left of all; then the old ones' files are deleted.
+    """Write anew what is left, in segments no larger than a build's; then delete the old files.
 
     Readers that have the memory open go on with the old generation. What is copied is what was
-    stored; suffix array and index are made anew.
+    stored; suffix arrays and indexes are made anew. A segment that has lost nothing and has no room
+    for a neighbour stays as it is.
 
     Returns:
         Whether there was anything to do.
@@ -85,7 +96,7 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
         FolderError: the folder is no memory, cannot be written, or its disk has too little room.
     """
     needs = plan_compaction(path)
-    if needs.segments == 1 and not needs.removed:
+    if needs.segments == needs.segments_after and not needs.removed:
         return False
     if needs.bytes_needed > needs.bytes_free:
         raise FolderError(
@@ -93,18 +104,70 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
             f"and its disk has {needs.bytes_free:,} free: make room, then run again"
         )
     with changing(path) as manifest:
-        memory = Memory.open(path)
-        left = [segment for segment in memory.segments if segment.entry_count]
-        name = free_segment_name(path, manifest)
-        choice = _fitting_choice(manifest, left)
-        plan = SegmentPlan(path, manifest, name, choice, progress, merged=left)
-        publish_next(path, manifest, segments=[merge_segments(plan)])
+        groups = _groups(manifest, Memory.open(path).segments)
+        publish_next(path, manifest, segments=_written(path, manifest, groups, progress))
     return True
 
 
-def _fitting_choice(manifest: Manifest, segments: list[Segment]) -> IndexChoice:
+def _groups(manifest: Manifest, segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Runs of segments of which each is to be one, as long as it is none larger than a build's."""
+    largest, groups, tokens = segment_tokens(manifest.keys), list[list[Segment]](), 0
+    for segment in segments:
+        if not segment.entry_count:
+            continue
+        own = _tokens_left(segment)
+        if groups and tokens + own <= largest:
+            groups[-1].append(segment)
+            tokens += own
+        else:
+            groups.append([segment])
+            tokens = own
+    return groups
+
+
+def _to_do(group: Sequence[Segment]) -> bool:
+    """Whether a run has more than one segment, or one that something was removed from."""
+    return len(group) > 1 or len(group[0].removed) > 0
+
+
+def _written(
+    path: Path, manifest: Manifest, groups: Sequence[Sequence[Segment]], progress: Progress
+) -> list[SegmentRecord]:
+    """Each run as one segment, the largest first: the others' indexes are filled like its index.
+
+    Where segments stay as they are, all are filled like theirs.
+    """
+    choice, sizes = IndexChoice.of(manifest), [sum(map(_tokens_left, group)) for group in groups]
+    records = [None if _to_do(group) else group[0].record for group in groups]
+    known = list(manifest.segments) if any(records) else []
+    for number in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        if records[number] is not None:
+            continue
+        # Opened anew, so that what they find out about themselves goes with them.
+        merged = [Segment(path, manifest, segment.record) for segment in groups[number]]
+        plan = SegmentPlan(
+            path,
+            msgspec.structs.replace(manifest, segments=known),
+            free_segment_name(path, manifest),
+            choice if known else _fitting_choice(manifest, choice, merged),
+            progress,
+            merged=merged,
+            among_others=bool(known),
+        )
+        record = merge_segments(plan)
+        known.append(record)
+        records[number] = record
+    return [record for record in records if record is not None]
+
+
+def _tokens_left(segment: Segment) -> int:
+    return segment.entry_count + segment.record.documents - len(segment.removed)
+
+
+def _fitting_choice(
+    manifest: Manifest, choice: IndexChoice, segments: Sequence[Segment]
+) -> IndexChoice:
     """The index that was asked for; auto where so few entries are left that it does not fit."""
-    choice = IndexChoice.of(manifest)
     if manifest.keys is None:
         return choice
     entries = sum(segment.searched_count for segment in segments)

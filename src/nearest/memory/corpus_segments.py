@@ -1,4 +1,4 @@
-"""A corpus written in segments of bounded size, going on where a journal says."""
+"""A corpus in segments of bounded size: built, going on where a journal says, or added."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,9 +7,15 @@ from dataclasses import replace
 import msgspec
 
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.memory.access_paths import write_access_paths
+from nearest.memory.access_paths import write_access_paths, write_segment
+from nearest.memory.generation import free_segment_name
 from nearest.memory.manifest import SegmentRecord
-from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan, reopen_corpus, write_corpus
+from nearest.memory.new_segment import (
+    SegmentPlan,
+    reopen_corpus,
+    segment_tokens,
+    write_corpus,
+)
 from nearest.memory.unfinished import CorpusRecord, Journal
 
 
@@ -36,12 +42,27 @@ def write_segments(
         else:
             segment = following()
             shutil.rmtree(segment.root / segment.folder, ignore_errors=True)
-            new = write_corpus(segment, parts.take(SEGMENT_TOKENS))
+            new = write_corpus(segment, parts.take(segment_tokens(plan.manifest.keys)))
             corpora = [*stage.corpora, CorpusRecord(new.record.documents, new.digest)]
             journal.note(corpora=corpora, whole=parts.ended(), current=new.record, done=[])
         segments.append(write_access_paths(new))
         journal.note(segments=list(segments), current=None, done=[])
         stage = journal.stage
+
+
+def write_added(plan: SegmentPlan, documents: Iterator[TokenisedDocument]) -> list[SegmentRecord]:
+    """Write documents that come to a memory, in segments as large as a build makes them.
+
+    Raises:
+        NearestError: documents, keys or index cannot be used.
+    """
+    parts, added = _Parts(documents), list[SegmentRecord]()
+    while not added or not parts.ended():
+        segments = [*plan.manifest.segments, *added]
+        manifest = msgspec.structs.replace(plan.manifest, segments=segments)
+        segment = replace(plan, manifest=manifest, name=free_segment_name(plan.root, manifest))
+        added.append(write_segment(segment, parts.take(segment_tokens(manifest.keys))))
+    return added
 
 
 class _Parts:

@@ -33,13 +33,13 @@ def write(new: NewSegment, record: SegmentRecord) -> SegmentRecord:
     segment = new.opened(record)
     file = plan.root / plan.folder / INDEX
     what = plan.root, file, segment.keys, segment.searched
-    merged = [one.record for one in plan.merged]
-    others = [*plan.manifest.segments, *merged] if plan.among_others else []
+    others = plan.manifest.segments if plan.among_others else []
     like = to_fill_like(others, plan.choice, segment.keys.dim, segment.searched_count)
     if like is None:
         index = write_index(*what, new.choice, plan.progress)
     else:
-        keep = any(one.index is not None and one.index.trained == like.trained for one in merged)
+        indexes = [one.record.index for one in plan.merged]
+        keep = any(index is not None and index.trained == like.trained for index in indexes)
         index = fill_like(*what, like, plan.progress, keep=keep)
     return record.with_files({}, index=index)
 

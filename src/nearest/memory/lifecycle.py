@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from nearest.corpus.documents import Document, as_documents
@@ -16,14 +17,15 @@ from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
 from nearest.index.choice import EXACT, EXACT_BELOW
-from nearest.memory.access_paths import merge_segments, write_segment
+from nearest.memory.access_paths import merge_segments
 from nearest.memory.array_files import write_array
+from nearest.memory.corpus_segments import write_added
 from nearest.memory.generation import changing, free_segment_name, of_generation
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
 from nearest.memory.match import matching_key_layer, refuse_attached
 from nearest.memory.memory import Memory
-from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan
+from nearest.memory.new_segment import SegmentPlan, segment_tokens
 from nearest.memory.segment import OFFSET_DTYPE, Segment
 from nearest.progress import Progress, no_progress
 
@@ -50,7 +52,7 @@ def add_documents(
     *,
     replace: bool = False,
 ) -> None:
-    """Write documents as a new segment, with everything that the others have.
+    """Write documents as new segments, with everything that the others have.
 
     With `replace`, each takes the place of the document with its id.
 
@@ -63,7 +65,7 @@ def add_documents(
         plan = SegmentPlan(
             path,
             manifest,
-            free_segment_name(path, manifest),
+            "",
             IndexChoice.of(manifest),
             options.progress,
             _encoder(memory, model, tokenizer, options),
@@ -74,8 +76,8 @@ def add_documents(
         checked = _replacing(memory, checked, replaced) if replace else _new(memory, checked)
         record = manifest.model
         tokenised = tokenise(checked, tokenizer, record.start_token, record.vocab_size)
-        added = write_segment(plan, tokenised)
-        segments = [*_without(path, manifest, memory.segments, replaced), added]
+        added = write_added(plan, tokenised)
+        segments = [*_without(path, manifest, memory.segments, replaced), *added]
         segments = _with_tail_merged(path, manifest, segments, options.progress)
         _publish(path, manifest, segments)
 
@@ -90,14 +92,15 @@ def _with_tail_merged(
     """Segments with the last ones made one where they are many and small."""
     opened = [Segment(path, manifest, record) for record in records]
     choice = IndexChoice.of(manifest)
-    tail = tail_to_merge([segment.entry_count for segment in opened])
+    largest = segment_tokens(manifest.keys)
+    tail = tail_to_merge([segment.entry_count for segment in opened], largest)
     if manifest.keys is not None and choice.spec != EXACT:
-        tail = max(tail, _tail_to_index(opened))
+        tail = max(tail, _tail_to_index(opened, largest))
     if not tail:
         return records
     plan = SegmentPlan(
         path,
-        manifest,
+        msgspec.structs.replace(manifest, segments=records),
         free_segment_name(path, manifest),
         choice,
         progress,
@@ -107,26 +110,28 @@ def _with_tail_merged(
     return [*records[:-tail], merge_segments(plan)]
 
 
-def _tail_to_index(segments: Sequence[Segment]) -> int:
+def _tail_to_index(segments: Sequence[Segment], largest: int) -> int:
     """How many of the last segments are scanned, where an index over all of them is worth it."""
     scanned = list(itertools.takewhile(lambda s: not s.has_index, reversed(segments)))
+    while sum(segment.entry_count for segment in scanned) > largest:
+        scanned.pop()
     many = sum(segment.searched_count for segment in scanned) >= EXACT_BELOW
     return len(scanned) if many and len(scanned) > 1 else 0
 
 
-def tail_to_merge(sizes: Sequence[int]) -> int:
+def tail_to_merge(sizes: Sequence[int], largest: int) -> int:
     """How many of the last segments are to be made one: four of a size, or 0.
 
     Sizes are told apart as powers of four, so that there are at most three segments of each and an
-    entry is copied as often as the memory's size has grown fourfold. None is made
-    that is larger than a build makes them.
+    entry is copied as often as the memory's size has grown fourfold. None of more than `largest`
+    entries is made.
     """
     left, tail = list(sizes), 0
     while True:
         count = 1
         while count < len(left) and _power(left[-1 - count]) <= _power(left[-1]):
             count += 1
-        if count < _SEGMENTS_OF_A_SIZE or sum(left[-count:]) > SEGMENT_TOKENS:
+        if count < _SEGMENTS_OF_A_SIZE or sum(left[-count:]) > largest:
             return tail
         tail = len(sizes) - len(left) + count
         left[-count:] = [sum(left[-count:])]

@@ -179,7 +179,7 @@ class Memory:
         return self.refresh()
 
     def compact(self, progress: Progress = no_progress) -> "Memory":
-        """Make one segment of all, without what was removed, and open it.
+        """Make one segment, or a few large ones, of all that was not removed, and open it.
 
         Raises:
             FolderError: the folder cannot be written, or the disk has no room for a second copy.

@@ -14,16 +14,19 @@ from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError
 from nearest.folder import ArrayFile, open_array
 from nearest.index.approximate import check_spec
+from nearest.index.choice import AUTO, bytes_an_entry
 from nearest.memory.array_files import write_array
 from nearest.memory.documents import DocumentWriter
 from nearest.memory.index_files import IndexChoice
-from nearest.memory.manifest import FileRecord, Manifest, SegmentRecord
+from nearest.memory.manifest import FileRecord, KeysRecord, Manifest, SegmentRecord
 from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment
 from nearest.memory.unfinished import Journal
 from nearest.progress import Progress
 
-# A build begins another segment where one has as many: sorting its suffixes takes 11 bytes a token.
+# What a segment takes while it is written decides how large one becomes: sorting suffixes takes 11
+# bytes a token (16 with large vocabularies), and the codes of its index are filled in memory.
 SEGMENT_TOKENS = 1 << 24
+_INDEX_BYTES = 3 << 28
 
 _FILES = {
     "tokens": "tokens.npy",
@@ -94,6 +97,13 @@ class NewSegment:
     def write(self, name: str, rows: np.ndarray) -> FileRecord:
         """Write an array into the segment's folder."""
         return write_array(self.plan.root, f"{self.plan.folder}/{name}", rows)
+
+
+def segment_tokens(keys: KeysRecord | None) -> int:
+    """Tokens after which a memory with such keys begins another segment."""
+    if keys is None or keys.index != AUTO:
+        return SEGMENT_TOKENS
+    return min(SEGMENT_TOKENS, _INDEX_BYTES // bytes_an_entry(keys.stored_dim))
 
 
 def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> NewSegment:

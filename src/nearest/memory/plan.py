@@ -26,10 +26,11 @@ from nearest.errors import CorpusError
 from nearest.index.approximate import code_bytes, fill_index, number_of_lists, train_index
 from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys, KeyFormat
+from nearest.index.keys import Float32Keys, KeyFormat, key_format
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.documents import document_line
-from nearest.memory.new_segment import SEGMENT_TOKENS
+from nearest.memory.manifest import KeysRecord
+from nearest.memory.new_segment import segment_tokens
 
 _SAMPLE = 4 << 20  # characters that are tokenised
 _BLOCK = 1 << 16  # bytes that stand for others when throughput is measured
@@ -98,8 +99,7 @@ def plan_build(
     start_token: int,
     vocab_size: int,
     encoder: Encoder | None,
-    form: KeyFormat | None,
-    spec: str,
+    keys: KeysRecord | None,
 ) -> BuildPlan:
     """Read a corpus once, try every stage on a sample, and write nothing.
 
@@ -128,8 +128,9 @@ def plan_build(
     entries = int(counts.sum())
     if not entries:
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
-    segments = max(1, math.ceil(total / SEGMENT_TOKENS))
-    largest = min(total, SEGMENT_TOKENS + int(counts.max()))
+    limit = segment_tokens(keys)
+    segments = max(1, math.ceil(total / limit))
+    largest = min(total, limit + int(counts.max()))
     dtype, every = token_dtype(vocab_size), np.concatenate(tokens)
     size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
     stages = {
@@ -137,7 +138,8 @@ def plan_build(
         "suffix array": _sorting(every.astype(dtype), largest) * total / largest,
     }
     memory = [_BASE_BYTES + 10 * int(counts.max()), largest * (11 if dtype.itemsize == 2 else 16)]
-    if encoder is not None and form is not None:
+    if encoder is not None and keys is not None:
+        form = key_format(keys.format)
         dim, started_rss = encoder.layer.dim, _resident()
         stages["keys"] = _encoding(encoder, form, tokens) * _inputs(counts, encoder)
         row = sum(
@@ -145,7 +147,7 @@ def plan_build(
         )
         size += row * total
         memory.append(_BASE_BYTES + _resident() - started_rss)
-        seconds, index_bytes, index_memory = _indexing(largest, dim, spec)
+        seconds, index_bytes, index_memory = _indexing(largest, dim, keys.index)
         stages["index"] = seconds * total / largest
         size += int(index_bytes * total / largest)
         memory.append(index_memory + 8 * largest)

@@ -39,7 +39,7 @@ from nearest.memory.manifest import (
     publish_next,
     write_manifest,
 )
-from nearest.memory.new_segment import SEGMENT_TOKENS, SegmentPlan
+from nearest.memory.new_segment import SegmentPlan, segment_tokens
 from nearest.memory.plan import BuildPlan, plan_build
 from nearest.memory.segment import Segment, no_keys
 from nearest.memory.unfinished import Journal
@@ -145,11 +145,11 @@ def planned_memory(
 ) -> BuildPlan:
     """Say what `build_memory` would take, and write nothing; raises as it does."""
     check_new(path)
-    encoder = form = None
+    encoder = keys = None
     if options.keys != NO_KEYS:
-        encoder, form = _keys_of(model, options)[0], key_format(options.keys)
+        encoder, keys = _keys_of(model, options)
     start, vocabulary = start_token(tokenizer), vocabulary_size(model)
-    return plan_build(path, documents, tokenizer, start, vocabulary, encoder, form, options.index)
+    return plan_build(path, documents, tokenizer, start, vocabulary, encoder, keys)
 
 
 def _arguments(
@@ -168,7 +168,7 @@ def _arguments(
         "batch_size": None if encoder is None else encoder.batch_size,
         "recall": choice.recall,
         "nprobe": choice.nprobe,
-        "segment_tokens": SEGMENT_TOKENS,
+        "segment_tokens": segment_tokens(keys),
     }
 
 
