@@ -168,7 +168,7 @@ def _arguments(
         "batch_size": None if encoder is None else encoder.batch_size,
         "recall": choice.recall,
         "nprobe": choice.nprobe,
-        "segment_tokens": segment_tokens(keys),
+        "segment_tokens": segment_tokens(manifest.keys),
     }
 
 
