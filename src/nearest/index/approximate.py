@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from nearest.errors import FolderError, SettingError
 from nearest.index.choice import AUTO, EXACT, resolve_spec
 from nearest.index.faiss_module import load_faiss
+from nearest.index.gpu import on_gpu
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
@@ -39,6 +40,10 @@ class ApproximateIndex:
             ivf.nprobe = nprobe
             if _is_graph(ivf.quantizer):  # of the lists' centroids
                 load_faiss().downcast_index(ivf.quantizer).hnsw.efSearch = 2 * nprobe
+
+    def on_gpu(self) -> "ApproximateIndex":
+        """The same, on the GPUs there are (SettingError: none, or none for this kind of index)."""
+        return ApproximateIndex(on_gpu(self._index), self._metric)
 
     @property
     def entries(self) -> int:

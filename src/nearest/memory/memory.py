@@ -17,6 +17,7 @@ from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
 from nearest.errors import FolderError, SettingError
 from nearest.index.clusters import Clusters
+from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.ngrams import Ngrams, joined_ngrams, successors
@@ -48,8 +49,15 @@ class Place(NamedTuple):
 class Memory:
     """A corpus with its access paths, as of one generation."""
 
-    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        segments: list[Segment],
+        search_on: SearchOn = "cpu",
+    ) -> None:
         self.path = path
+        self.search_on = search_on
         self.manifest = manifest
         self.segments = segments
         self._gates = open_gates(path, manifest)
@@ -59,24 +67,30 @@ class Memory:
         self._first_document = np.cumsum([0, *documents])
 
     @classmethod
-    def open(cls, path: str | Path) -> "Memory":
+    def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
         """Open the present generation of a memory folder; the files are checked, not read.
+
+        Args:
+            path: the folder.
+            search_on: "cpu", or "gpu", where indexes are copied at the first search.
 
         Raises:
             FolderError: it is no memory, damaged, or of a newer format.
+            SettingError: there is no GPU to search on.
         """
-        folder = Path(path)
+        folder, place = Path(path), checked_search_on(search_on)
         while True:
             manifest = read_manifest(folder)
             try:
-                return cls._open_generation(folder, manifest)
+                return cls._open_generation(folder, manifest, place)
             except (FolderError, FileNotFoundError):
                 if read_manifest(folder).generation == manifest.generation:
                     raise  # else a writer has published meanwhile, and removed the files of before
 
     @classmethod
-    def _open_generation(cls, folder: Path, manifest: Manifest) -> "Memory":
-        return cls(folder, manifest, [Segment(folder, manifest, r) for r in manifest.segments])
+    def _open_generation(cls, folder: Path, manifest: Manifest, search_on: SearchOn) -> "Memory":
+        segments = [Segment(folder, manifest, record) for record in manifest.segments]
+        return cls(folder, manifest, segments, search_on)
 
     @classmethod
     def build(
@@ -117,7 +131,7 @@ class Memory:
             FolderError: as `open`.
         """
         moved = read_manifest(self.path).generation != self.manifest.generation
-        return Memory.open(self.path) if moved else self
+        return Memory.open(self.path, self.search_on) if moved else self
 
     def add(
         self,
@@ -259,7 +273,7 @@ class Memory:
 
     @cached_property
     def _indexes(self) -> list[JointIndex]:
-        return joint_indexes(self.segments, self.keys)
+        return joint_indexes(self.segments, self.keys, self.search_on)
 
     def key_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
