@@ -116,6 +116,20 @@ def test_exact_equals_brute_force(
     assert all(len(set(row)) == 20 for row in found.ids)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 20, 5000])
+def test_exact_finds_the_same_for_few_queries(
+    keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric: Metric, k: int
+) -> None:
+    index = ExactIndex(stored(keys, metric), ids)
+    many, few = index.search(queries, k), index.search(queries[:3], k)
+    np.testing.assert_allclose(few.distances, many.distances[:3], rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(few.ids < 0, many.ids[:3] < 0)
+    assert all(len(set(row[row >= 0])) == min(k, len(ids)) for row in few.ids)
+    rows = stored(keys, metric).distances(queries[:3], few.ids)
+    np.testing.assert_allclose(few.distances, rows, rtol=1e-5)
+
+
 def test_exact_fills_up_with_no_entry(keys: np.ndarray, queries: np.ndarray) -> None:
     found = ExactIndex(stored(keys), np.array([7, 9])).search(queries, 4)
     assert set(found.ids[:, :2].ravel()) == {7, 9}

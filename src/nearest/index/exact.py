@@ -7,9 +7,11 @@ from jaxtyping import Float, Int
 
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
-from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
+from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first
 
 _BLOCK_BYTES = 1 << 26
+_FEW = 16  # queries; for more it pays to decode the keys
+_PARTS = 64  # of the keys, shared among threads
 
 # Ids of some rows, and the rows as float32.
 Block = tuple[Int[np.ndarray, "_"], Float[np.ndarray, "_ dim"]]
@@ -45,7 +47,22 @@ class ExactIndex:
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries."""
-        return scan(queries, self._blocks(), k, self._keys.metric)
+        if not 0 < len(queries) <= _FEW:
+            return scan(queries, self._blocks(), k, self._keys.metric)
+        found = [self._search_alone(query, k) for query in queries]
+        ids, distances = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return Neighbours(ids, distances)
+
+    def _search_alone(self, query: Float[np.ndarray, " dim"], k: int) -> Neighbours:
+        """Measure the keys as they are stored, as when a text is written token by token."""
+        width = -(-len(self._ids) // _PARTS)
+        ids = np.full(_PARTS * width, NO_ENTRY)
+        ids[: len(self._ids)] = self._ids
+        rows = np.broadcast_to(query, (_PARTS, len(query)))
+        distances = self._keys.distances(rows, ids.reshape(_PARTS, width)).ravel()
+        nearest = np.argpartition(distances, k)[:k] if k < len(ids) else np.arange(len(ids))
+        found = Neighbours(ids[None, nearest], distances[None, nearest])
+        return sort_nearest_first(found, k).padded(k)
 
     def _blocks(self) -> Iterator[Block]:
         block = max(1, _BLOCK_BYTES // (4 * self._keys.dim))
