@@ -45,12 +45,14 @@ def tokenise(
             all_ids = [tokenise_long(texts[0], tokenizer)]
         else:
             all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for document, ids in zip(batch, all_ids, strict=True):
-            found = np.asarray(ids)
+        all_ids.reverse()
+        for document in batch:
+            found = np.asarray(all_ids.pop())  # those of a long text are not kept for long
             for part in (np.array([start_token]), found):
                 check_vocabulary(part, vocab_size, document.origin)
             tokens = np.empty(len(found) + 1, dtype=np.int32)
             tokens[0], tokens[1:] = start_token, found
+            del found
             yield TokenisedDocument(document, tokens)
 
 

@@ -29,15 +29,15 @@ from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys, KeyFormat, key_format
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.documents import document_line
-from nearest.memory.manifest import KeysRecord
+from nearest.memory.manifest import Manifest
 from nearest.memory.new_segment import segment_tokens
 
 _SAMPLE = 4 << 20  # characters that are tokenised
+_BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pieces
 _BLOCK = 1 << 16  # bytes that stand for others when throughput is measured
 _FORWARD_SECONDS = 8.0
 _INDEX_ROWS = 16_384
 _RECALL_QUERIES = 256
-_BASE_BYTES = 64 << 20  # buffers of reading, tokenising and compressing
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class BuildPlan:
         segments: parts of the memory.
         bytes_needed: on the disk.
         bytes_free: of the disk.
-        memory_bytes: at most at once, beside the model.
+        memory_bytes: at most at once, beside the model; mapped files come on top where there is
+            room.
         seconds: in all.
         stages: seconds of each stage.
     """
@@ -82,7 +83,7 @@ class _Sample:
     def see(self, document: Document) -> None:
         """Count a document, and keep it or not; of a long one its beginning."""
         if len(self.lengths) % self._every == 0:
-            kept = Document(document.id, document.text[:LONG], document.metadata)
+            kept = Document(document.id, document.text[:_BEGINNING], document.metadata)
             self.documents.append(kept)
             self._characters += len(kept.text)
             while self._characters > _SAMPLE and len(self.documents) > 1:
@@ -96,17 +97,19 @@ def plan_build(
     path: Path,
     documents: Iterable[Document | str],
     tokenizer: Any,
-    start_token: int,
-    vocab_size: int,
+    manifest: Manifest,
     encoder: Encoder | None,
-    keys: KeysRecord | None,
+    identifying: float,
 ) -> BuildPlan:
     """Read a corpus once, try every stage on a sample, and write nothing.
+
+    `manifest` describes the memory that is to be, and took `identifying` seconds to make.
 
     Raises:
         CorpusError: the corpus cannot be used.
     """
-    sample, started = _Sample(), time.perf_counter()
+    model, keys = manifest.model, manifest.keys
+    sample, started, before = _Sample(), time.perf_counter(), _held()
     for document in with_unique_ids(as_documents(documents)):
         sample.see(document)
     reading = time.perf_counter() - started
@@ -115,10 +118,12 @@ def plan_build(
     tokens: list[Tokens] = []
     tokenising = _timed(
         lambda: tokens.extend(
-            item.tokens for item in tokenise(sample.documents, tokenizer, start_token, vocab_size)
+            item.tokens
+            for item in tokenise(sample.documents, tokenizer, model.start_token, model.vocab_size)
         )
     )
     stored, compressing = _compressed(sample.documents)
+    text = _held() - before  # the documents of the sample stand for what else is held
     characters = sum(len(document.text) for document in sample.documents)
     share = sum(sample.lengths) / max(characters, 1)
     counts = np.frombuffer(sample.lengths, np.int64) * (
@@ -131,26 +136,30 @@ def plan_build(
     limit = segment_tokens(keys)
     segments = max(1, math.ceil(total / limit))
     largest = min(total, limit + int(counts.max()))
-    dtype, every = token_dtype(vocab_size), np.concatenate(tokens)
+    dtype, every = token_dtype(model.vocab_size), np.concatenate(tokens)
     size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
     stages = {
-        "tokens": reading + (tokenising + compressing) * share,
+        "tokens": identifying + reading + (tokenising + compressing) * share,
         "suffix array": _sorting(every.astype(dtype), largest) * total / largest,
     }
-    memory = [_BASE_BYTES + 10 * int(counts.max()), largest * (11 if dtype.itemsize == 2 else 16)]
+    longest, most = max(sample.lengths), int(counts.max())  # characters, tokens
+    memory = [
+        max(longest + 8 * most, 3 * longest + 4 * most),  # being tokenised, being written
+        largest * (11 if dtype.itemsize == 2 else 16),
+    ]
     if encoder is not None and keys is not None:
         form = key_format(keys.format)
-        dim, started_rss = encoder.layer.dim, _resident()
+        dim, before = encoder.layer.dim, _held()
         stages["keys"] = _encoding(encoder, form, tokens) * _inputs(counts, encoder)
         row = sum(
             dtype.itemsize * int(np.prod(shape)) for dtype, shape in form.layout(dim).values()
         )
         size += row * total
-        memory.append(_BASE_BYTES + _resident() - started_rss)
+        passes = _held() - before  # what a forward pass has held is kept for the next
         seconds, index_bytes, index_memory = _indexing(largest, dim, keys.index)
         stages["index"] = seconds * total / largest
         size += int(index_bytes * total / largest)
-        memory.append(index_memory + 8 * largest)
+        memory.append(passes + index_memory + 8 * largest)
     stages["checksums"] = _hashing() * size
     return BuildPlan(
         documents=len(counts),
@@ -159,7 +168,7 @@ def plan_build(
         segments=segments,
         bytes_needed=size,
         bytes_free=shutil.disk_usage(_existing(path)).free,
-        memory_bytes=max(memory),
+        memory_bytes=text + max(memory),
         seconds=round(sum(stages.values()), 1),
         stages={name: round(seconds, 1) for name, seconds in stages.items()},
     )
@@ -175,9 +184,13 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
 
 
-def _resident() -> int:
-    """The most memory that the process has had so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _held() -> int:
+    """Bytes of memory that the process holds itself, mapped files left out."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):  # no Linux: the most there has been
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _compressed(documents: list[Document]) -> tuple[int, float]:
@@ -203,10 +216,10 @@ def _sorting(tokens: Tokens, wanted: int) -> float:
     def seconds(count: int) -> float:
         return _timed(lambda: sort_suffixes(tokens[:count], np.ones(count, bool)))
 
-    seconds(min(len(tokens), 1000))
+    loading = seconds(min(len(tokens), 1000))
     whole, part = seconds(len(tokens)), seconds(max(1, len(tokens) // 4))
     power = min(1.4, max(1.0, math.log(max(whole, 1e-9) / max(part, 1e-9), 4)))
-    return float(whole * (wanted / len(tokens)) ** power)
+    return loading + float(whole * (wanted / len(tokens)) ** power)
 
 
 def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:

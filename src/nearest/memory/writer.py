@@ -1,5 +1,6 @@
 """Write generations of a memory: build one, give it another index or clusters, store settings."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -148,8 +149,10 @@ def planned_memory(
     encoder = keys = None
     if options.keys != NO_KEYS:
         encoder, keys = _keys_of(model, options)
-    start, vocabulary = start_token(tokenizer), vocabulary_size(model)
-    return plan_build(path, documents, tokenizer, start, vocabulary, encoder, keys)
+    started = time.perf_counter()
+    manifest = new_manifest(model, tokenizer, keys)
+    identifying = time.perf_counter() - started
+    return plan_build(path, documents, tokenizer, manifest, encoder, identifying)
 
 
 def _arguments(
