@@ -1,5 +1,6 @@
 """Corpora larger than the memory a build may take: the kernel refuses more (RLIMIT_DATA)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def build(corpus: Path, keys: str, allowed: int) -> tuple[int, int]:
         [sys.executable, "-c", _BUILD, corpus, corpus.parent, keys, str(allowed)],
         capture_output=True,
         text=True,
-        env={"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     documents, tokens = map(int, done.stdout.split())
