@@ -42,7 +42,8 @@ def main() -> None:
             continue
         path = one if corpus == one.name else options.corpora / corpus
         said, found = (in_process(what, path, settings) for what in ("plan", "build"))
-        ratios = {key: said[key] / found[key] for key in found if found[key]}
+        keys = said.keys() & found.keys()
+        ratios = {key: said[key] / found[key] for key in sorted(keys) if found[key]}
         report(corpus=name, said=said, found=found, said_by_found=ratios)
     report(**machine())
 
@@ -82,7 +83,16 @@ def child(what: str, corpus: str, settings: dict[str, Any], work: Path) -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    memory = Memory.build(model, tokenizer, documents, path, **settings)
+    stages: dict[str, float] = {}
+    last = started
+
+    def progress(stage: str, _done: int, _total: int | None) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        name = f"{stage.split(' IVF')[0]} s"
+        stages[name], last = stages.get(name, 0.0) + now - last, now
+
+    memory = Memory.build(model, tokenizer, documents, path, progress=progress, **settings)
     seconds = time.perf_counter() - started
     done.set()
     thread.join()
@@ -92,6 +102,7 @@ def child(what: str, corpus: str, settings: dict[str, Any], work: Path) -> None:
         disk_mb=size / 1e6,
         memory_mb=(most[0] - before) / 1e6,
         seconds=seconds,
+        **stages,
     )
 
 

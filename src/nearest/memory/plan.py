@@ -23,11 +23,18 @@ from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError
-from nearest.index.approximate import code_bytes, fill_index, number_of_lists, train_index
+from nearest.index.approximate import (
+    code_bytes,
+    fill_index,
+    number_of_lists,
+    sample_size,
+    train_index,
+)
 from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys, KeyFormat, key_format
 from nearest.index.suffix import sort_suffixes
+from nearest.index.tuning import RECALL_AT
 from nearest.memory.documents import document_line
 from nearest.memory.manifest import Manifest
 from nearest.memory.new_segment import segment_tokens
@@ -37,6 +44,8 @@ _BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pi
 _BLOCK = 1 << 16  # bytes that stand for others when throughput is measured
 _FORWARD_SECONDS = 8.0
 _INDEX_ROWS = 16_384
+_BLOCK_ROWS = 1 << 24  # times dims: what an index reads at once
+_LISTS_GROW = 1.4  # room that inverted lists take while they grow, by what they hold in the end
 _RECALL_QUERIES = 256
 
 
@@ -260,16 +269,19 @@ def _indexing(entries: int, dim: int, spec: str) -> tuple[float, int, int]:
     keys = Float32Keys(rng.normal(size=(count, dim)).astype(np.float32), "l2")
     ids: Int[np.ndarray, " m"] = np.arange(count)
     lists = number_of_lists(spec, dim)
-    few = min(lists, 128)
+    few = min(lists, 256)
     small = re.sub(r"IVF\d+", f"IVF{few}", spec)
     made: list[Any] = []
     training = _timed(lambda: made.append(train_index(keys, ids, small, rng)))
     filling = _timed(lambda: fill_index(made[0], keys, ids, small))
     exact = ExactIndex(keys, ids)
-    scanning = _timed(lambda: exact.search(keys.rows(ids[:_RECALL_QUERIES]), 101))
+    queries = keys.rows(ids[:_RECALL_QUERIES])
+    scanning = _timed(lambda: exact.search(queries, RECALL_AT + 1))
     more = lists / few if few else 1.0
-    trained = min(entries, max(64 * 256, 64 * lists))
+    trained = min(entries, sample_size(dim, lists))
     seconds = training * trained / count * more
     seconds += (filling * more + scanning) * entries / count
     size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
-    return seconds, size, size + 4 * dim * trained
+    # Rows are read a block at a time, as they are stored and as float32.
+    block = 6 * dim * min(entries, _BLOCK_ROWS // dim)
+    return seconds, size, max(4 * dim * trained, int(_LISTS_GROW * size)) + block
