@@ -232,6 +232,7 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         "keys": "none"
         if keys is None
         else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
+        "keys_made_in": "none" if keys is None else keys.dtype or "unknown",
         "segments": len(manifest.segments),
         "removed_documents": sum(segment.removed for segment in manifest.segments),
         "kept_entries": sum(segment.searched_count for segment in memory.segments),

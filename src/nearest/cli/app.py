@@ -18,6 +18,7 @@ from nearest.errors import NearestError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nearest.encode.dtype import DtypeName
     from nearest.memory.memory import Memory
 
 Command = Callable[..., None]
@@ -98,14 +99,16 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-def open_with_model(memory: Path, model: str | None) -> "tuple[Memory, PreTrainedModel, Any]":
+def open_with_model(
+    memory: Path, model: str | None, dtype: "DtypeName" = "auto"
+) -> "tuple[Memory, PreTrainedModel, Any]":
     """Open a memory and load the model that built it, or the one named instead."""
     from nearest.encode.identity import load_model_and_tokenizer
     from nearest.memory.memory import Memory
     from nearest.verbs.change import name_of_model
 
     opened = Memory.open(memory)
-    return opened, *load_model_and_tokenizer(model or name_of_model(opened))
+    return opened, *load_model_and_tokenizer(model or name_of_model(opened), dtype)
 
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":

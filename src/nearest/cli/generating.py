@@ -10,6 +10,7 @@ from nearest import reports
 from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
+    Dtype,
     Force,
     MemoryPath,
     MethodSettings,
@@ -39,6 +40,7 @@ def generate(
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
+    dtype: Dtype = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +50,7 @@ def generate(
 
     from nearest.verbs.generate import generate as continue_prompt
 
-    opened, loaded, tokenizer = open_with_model(memory, model)
+    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
     torch.manual_seed(seed)
     generation = continue_prompt(
         loaded,

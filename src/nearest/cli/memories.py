@@ -14,6 +14,7 @@ from nearest.cli.options import (
     AsJson,
     BatchSize,
     CorpusPaths,
+    Dtype,
     Encoding,
     KeyLayerName,
     MemoryPath,
@@ -47,6 +48,7 @@ def build(
     recall: Recall = 0.95,
     nprobe: Nprobe = None,
     batch_size: BatchSize = None,
+    dtype: Dtype = "auto",
     encoding_errors: Encoding = "strict",
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
@@ -59,6 +61,7 @@ def build(
 
     options: dict[str, Any] = {
         "encoding_errors": encoding_errors,
+        "dtype": dtype,
         "keys": keys,
         "key_layer": key_layer,
         "window": window,
@@ -119,6 +122,7 @@ def _add(memory: Path, corpus: list[str], adding: Adding, as_json: bool, *, repl
             memory,
             corpus,
             model_name=adding.model,
+            dtype=adding.dtype,
             replace=replace,
             encoding_errors=adding.encoding_errors,
             batch_size=adding.batch_size,
@@ -193,6 +197,7 @@ def verify(
         bool, typer.Option("--keys", help="Read a sample again with the model, and compare.")
     ] = False,
     model: ModelName = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Read everything and find what is damaged."""
@@ -204,7 +209,7 @@ def verify(
         from nearest.memory.reproduce import reproduction_problems
 
         quiet_libraries()
-        problems = reproduction_problems(*open_with_model(memory, model))
+        problems = reproduction_problems(*open_with_model(memory, model, dtype))
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

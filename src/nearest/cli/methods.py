@@ -13,6 +13,7 @@ from nearest import reports
 from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
+    Dtype,
     Encoding,
     ExcludeOwn,
     FixedSettings,
@@ -45,6 +46,7 @@ def tune(
         typer.Option(help="Train a gate in place of a fixed λ; hybrid always has its own."),
     ] = "none",
     model: ModelName = None,
+    dtype: Dtype = "auto",
     *,
     settings: FixedSettings,
     more: Annotated[
@@ -70,7 +72,7 @@ def tune(
     from nearest.verbs.tune import tune as tune_memory
 
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
-    opened, loaded, tokenizer = open_with_model(memory, model)
+    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
     if more:
         if gate != "none" or exclude_own:
             raise NearestError(
@@ -140,6 +142,7 @@ def evaluate(
         ),
     ] = "base,knn",
     model: ModelName = None,
+    dtype: Dtype = "auto",
     *,
     settings: MethodSettings,
     beside: MoreMemories,
@@ -158,7 +161,7 @@ def evaluate(
     from nearest.corpus.reading import read_documents
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
-    opened, loaded, tokenizer = open_with_model(memory, model)
+    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
     with reports.live_progress(err) as progress:
         results = evaluate_memory(
             loaded,
@@ -204,6 +207,7 @@ def sweep(
         str, typer.Option(help="Draw published curves too: wikitext-103, law-mt, or both.")
     ] = "",
     model: ModelName = None,
+    dtype: Dtype = "auto",
     *,
     reading: Reading,
     score_eos: ScoreEos = False,
@@ -226,7 +230,7 @@ def sweep(
         numbers(skip, "skip", "0,0.5,1"),
     )
     check_folder(out_path)
-    opened, loaded, tokenizer = open_with_model(memory, model)
+    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
     with reports.live_progress(err) as progress:
         swept = sweep_memory(
             loaded,

@@ -28,6 +28,10 @@ BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="What the model computes in; auto: as saved, on CPUs only where it is fast."),
+]
 ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
 Force = Annotated[
     bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
@@ -58,6 +62,7 @@ class Adding:
     """How documents come into a memory that is there."""
 
     model: ModelName = None
+    dtype: Dtype = "auto"
     batch_size: BatchSize = None
     encoding_errors: Encoding = "strict"
     force: Force = False

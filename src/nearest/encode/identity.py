@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from nearest.encode.dtype import DtypeName, chosen_dtype
 from nearest.errors import ModelError
 
 AnyModel = nn.Module  # a Hugging Face model, or what PEFT or torch.compile has made of one
 _SAMPLES_PER_TENSOR = 65_536
+_AS_SAVED = "_nearest_fingerprint"  # on a model whose weights have been rounded since
 # Scripts, digits, spaces and code: tokenizers with one vocabulary but other rules differ here.
 _PROBE = "The 3rd  naïve café’s\n\tdef f(x_1):  return x**2  # § 1-204.06 — Ω 中文 🙂"
 
@@ -47,9 +49,12 @@ def bare_model(model: AnyModel) -> PreTrainedModel:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Hex hash of every parameter's name and shape, and of up to 65,536 values of each.
 
-    The same weights give the same hash in any dtype that holds them exactly and on any device;
-    reading all of a large model's weights would make every attach slow.
+    The same weights give the same hash in any dtype that holds them exactly and on any device, and
+    in any at all if they were rounded while they were loaded (`load_model_and_tokenizer`); reading
+    all of a large model's weights would make every attach slow.
     """
+    if (as_saved := getattr(model, _AS_SAVED, None)) is not None:
+        return str(as_saved)
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().reshape(-1)
@@ -94,8 +99,12 @@ def model_name(model: PreTrainedModel) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, Any]:
+def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer from a folder or the Hugging Face hub.
+
+    Args:
+        name: of the folder, or on the hub.
+        dtype: what it is to compute in (`chosen_dtype`).
 
     Raises:
         ModelError: it cannot be found or read, with the library's own reason.
@@ -122,6 +131,7 @@ def load_model_and_tokenizer(name: str) -> tuple[PreTrainedModel, Any]:
         raise ModelError(
             f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
         )
-    if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.float()  # most CPUs have no fast half precision, and results are steadier
-    return model.eval(), tokenizer
+    wanted = chosen_dtype(dtype, model.dtype, model.device.type)
+    if wanted != model.dtype and wanted != torch.float32:  # weights are rounded
+        setattr(model, _AS_SAVED, model_fingerprint(model))
+    return model.to(wanted).eval(), tokenizer

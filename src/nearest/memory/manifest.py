@@ -59,7 +59,8 @@ class KeysRecord(_Record, frozen=True):
     """What the keys are, how they are stored, and how documents were windowed to make them.
 
     `dim` is that of the model's states; `codebooks` are the centroids of product-quantised keys;
-    `index` is what was asked for (a FAISS factory string, "exact" or "auto").
+    `index` is what was asked for (a FAISS factory string, "exact" or "auto"); `dtype` is what the
+    model computed in, where it is known: keys are compared in float32 whatever it was.
     """
 
     layer: str
@@ -72,6 +73,7 @@ class KeysRecord(_Record, frozen=True):
     projection: ProjectionRecord | None
     codebooks: FileRecord | None
     index: str
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
         parts = product_parts(self.format)

@@ -196,6 +196,7 @@ def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRec
         projection=None,
         codebooks=None,
         index=index,
+        dtype=str(encoder.model.dtype).removeprefix("torch."),
     )
 
 

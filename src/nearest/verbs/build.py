@@ -6,6 +6,7 @@ from typing import Any
 
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text_files import EncodingErrors
+from nearest.encode.dtype import DtypeName
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.memory.generation import check_new
 from nearest.memory.memory import Memory
@@ -19,6 +20,7 @@ def build(
     out: str | Path,
     *,
     encoding_errors: EncodingErrors = "strict",
+    dtype: DtypeName = "auto",
     **options: Any,
 ) -> Memory:
     """Read documents, encode them with a Hugging Face model, and write the memory `out`.
@@ -28,6 +30,7 @@ def build(
         corpus: as in `read_documents`.
         out: the memory's folder; it must not exist, or be empty.
         encoding_errors: what to do with text that is not UTF-8.
+        dtype: what the model is to compute in.
         **options: as in `memory.writer.BuildOptions`.
 
     Raises:
@@ -35,7 +38,7 @@ def build(
     """
     check_new(Path(out))  # before a model is loaded for nothing
     documents = read_documents(corpus, encoding_errors=encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name)
+    model, tokenizer = load_model_and_tokenizer(model_name, dtype)
     return Memory.build(model, tokenizer, documents, out, **options)
 
 
@@ -45,6 +48,7 @@ def plan(
     out: str | Path,
     *,
     encoding_errors: EncodingErrors = "strict",
+    dtype: DtypeName = "auto",
     **options: Any,
 ) -> BuildPlan:
     """Say what `build` would make and take, from a sample of the work, and write nothing.
@@ -53,5 +57,5 @@ def plan(
     """
     check_new(Path(out))
     documents = read_documents(corpus, encoding_errors=encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name)
+    model, tokenizer = load_model_and_tokenizer(model_name, dtype)
     return planned_memory(Path(out), documents, model, tokenizer, BuildOptions(**options))

@@ -6,6 +6,7 @@ from typing import Any
 
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text_files import EncodingErrors
+from nearest.encode.dtype import DtypeName
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.errors import ModelError
 from nearest.memory.memory import Memory
@@ -16,6 +17,7 @@ def add(
     corpus: Sequence[str | Path],
     *,
     model_name: str | None = None,
+    dtype: DtypeName = "auto",
     replace: bool = False,
     encoding_errors: EncodingErrors = "strict",
     **options: Any,
@@ -26,6 +28,7 @@ def add(
         path: the memory's folder.
         corpus: as in `read_documents`.
         model_name: the model that built it, where it is not where it was then.
+        dtype: what the model is to compute in.
         replace: each document takes the place of the one with its id.
         encoding_errors: what to do with text that is not UTF-8.
         **options: as in `Memory.add`.
@@ -35,7 +38,7 @@ def add(
     """
     memory = Memory.open(path)
     documents = read_documents(corpus, encoding_errors=encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name or name_of_model(memory))
+    model, tokenizer = load_model_and_tokenizer(model_name or name_of_model(memory), dtype)
     return memory.add(model, tokenizer, documents, replace=replace, **options)
 
 

@@ -1,0 +1,90 @@
+"""What models compute in: chosen by name, device and CPU; and memories do not mind another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import make_documents
+from nearest import Memory
+from nearest.cli import app
+from nearest.encode import dtype as dtype_module
+from nearest.encode.dtype import chosen_dtype, fast_on_cpu
+from nearest.encode.identity import load_model_and_tokenizer, model_fingerprint
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("saved", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_as_saved_where_that_is_fast(
+    saved: torch.dtype, device: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast, "amx_bf16": False}
+    )
+    slow = device == "cpu" and (saved == torch.float16 or (saved == torch.bfloat16 and not fast))
+    assert chosen_dtype("auto", saved, device) == (torch.float32 if slow else saved)
+    for name in ("float32", "bfloat16", "float16"):
+        assert chosen_dtype(name, saved, device) == getattr(torch, name)
+
+
+def test_a_cpu_that_says_nothing_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not fast_on_cpu(torch.bfloat16)
+
+
+def test_weights_that_are_rounded_are_still_the_same_model(model_folder: str) -> None:
+    known = model_fingerprint(load_model_and_tokenizer(model_folder)[0])
+    for name in ("float32", "bfloat16", "float16"):
+        model, _ = load_model_and_tokenizer(model_folder, name)
+        assert model.dtype == getattr(torch, name)
+        assert model_fingerprint(model) == known
+
+
+def test_a_model_saved_in_half_precision(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model_and_tokenizer(model_folder)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for fast in (False, True):
+        monkeypatch.setattr(dtype_module, "fast_on_cpu", lambda _, fast=fast: fast)
+        loaded = load_model_and_tokenizer(str(tmp_path))[0]
+        assert loaded.dtype == (torch.bfloat16 if fast else torch.float32)
+        assert model_fingerprint(loaded) == model_fingerprint(model)
+
+
+def run(*arguments: Any) -> list[dict[str, Any]]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("made_in", ["float32", "bfloat16"])
+def test_a_memory_is_read_in_any_dtype(made_in: str, model_folder: str, tmp_path: Path) -> None:
+    """Half precision keeps 8 bits of 24 (bfloat16) or 11: nll is off by as small a share."""
+    corpus, text = tmp_path / "corpus.jsonl", tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": d.text}) for d in make_documents(12, 20)]
+    corpus.write_text("\n".join(lines[:10]))
+    text.write_text("\n".join(lines[9:]))
+    memory = tmp_path / "m"
+    (info,) = run("build", model_folder, corpus, "--out", memory, "--dtype", made_in)
+    assert info["keys_made_in"] == made_in
+    keys = Memory.open(memory).manifest.keys
+    assert keys is not None
+    assert keys.dtype == made_in
+    found = {}
+    for name in ("float32", "bfloat16", "float16"):
+        rows = run("eval", memory, "--text", text, "--method", "base,knn", "--dtype", name)
+        found[name] = [row["nll"] for row in rows]
+    for name, share in (("bfloat16", 2**-7), ("float16", 2**-8)):
+        assert found[name] == pytest.approx(found["float32"], rel=share)
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"text": "one more"}))
+    (info,) = run("add", memory, more, "--dtype", "bfloat16")
+    assert info["documents"] == 11
