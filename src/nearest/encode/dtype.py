@@ -29,5 +29,5 @@ def fast_on_cpu(dtype: torch.dtype) -> bool:
 
     They are for bfloat16 (AVX-512 BF16, AMX; benchmarks/dtype.py): torch tells what it has found.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype == torch.bfloat16 and any(found.get(kind) for kind in ("avx512_bf16", "amx_bf16"))

@@ -19,6 +19,7 @@ _UNSIGNED = "0" * 64
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+ComputedIn = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +74,7 @@ class KeysRecord(_Record, frozen=True):
     projection: ProjectionRecord | None
     codebooks: FileRecord | None
     index: str
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    dtype: ComputedIn | None = None
 
     def __post_init__(self) -> None:
         parts = product_parts(self.format)

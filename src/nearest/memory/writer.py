@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -34,6 +34,7 @@ from nearest.memory.index_files import IndexChoice
 from nearest.memory.index_path import index_segments
 from nearest.memory.manifest import (
     FORMAT,
+    ComputedIn,
     KeysRecord,
     Manifest,
     ModelRecord,
@@ -196,7 +197,7 @@ def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRec
         projection=None,
         codebooks=None,
         index=index,
-        dtype=str(encoder.model.dtype).removeprefix("torch."),
+        dtype=cast(ComputedIn, str(encoder.model.dtype).removeprefix("torch.")),
     )
 
 
