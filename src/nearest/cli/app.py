@@ -12,13 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nearest.cli.options import MoreMemories
+from nearest.cli.options import MoreMemories, Opening
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from nearest.encode.dtype import DtypeName
     from nearest.memory.memory import Memory
 
 Command = Callable[..., None]
@@ -99,23 +98,21 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-def open_with_model(
-    memory: Path, model: str | None, dtype: "DtypeName" = "auto"
-) -> "tuple[Memory, PreTrainedModel, Any]":
+def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
     """Open a memory and load the model that built it, or the one named instead."""
     from nearest.encode.identity import load_model_and_tokenizer
     from nearest.memory.memory import Memory
     from nearest.verbs.change import name_of_model
 
-    opened = Memory.open(memory)
-    return opened, *load_model_and_tokenizer(model or name_of_model(opened), dtype)
+    opened = Memory.open(memory, opening.search_on)
+    return opened, *load_model_and_tokenizer(opening.model or name_of_model(opened), opening.dtype)
 
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
     """The first memory, and those that were named beside it."""
     from nearest.memory.memory import Memory
 
-    return [first, *(Memory.open(path) for path in beside.more or ())]
+    return [first, *(Memory.open(path, first.search_on) for path in beside.more or ())]
 
 
 def quiet_libraries() -> None:

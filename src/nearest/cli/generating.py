@@ -10,12 +10,11 @@ from nearest import reports
 from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
-    Dtype,
     Force,
     MemoryPath,
     MethodSettings,
-    ModelName,
     MoreMemories,
+    Opening,
     given,
     numbers,
 )
@@ -28,19 +27,18 @@ def generate(
         str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
     ] = "knn",
     sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
-    model: ModelName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
     *,
+    opening: Opening,
     settings: MethodSettings,
     beside: MoreMemories,
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
-    dtype: Dtype = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +48,7 @@ def generate(
 
     from nearest.verbs.generate import generate as continue_prompt
 
-    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
+    opened, loaded, tokenizer = open_with_model(memory, opening)
     torch.manual_seed(seed)
     generation = continue_prompt(
         loaded,

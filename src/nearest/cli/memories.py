@@ -21,6 +21,7 @@ from nearest.cli.options import (
     MetricName,
     ModelName,
     Nprobe,
+    Opening,
     Recall,
     Spec,
     Stride,
@@ -209,7 +210,7 @@ def verify(
         from nearest.memory.reproduce import reproduction_problems
 
         quiet_libraries()
-        problems = reproduction_problems(*open_with_model(memory, model, dtype))
+        problems = reproduction_problems(*open_with_model(memory, Opening(model, dtype)))
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

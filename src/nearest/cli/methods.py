@@ -13,14 +13,13 @@ from nearest import reports
 from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
-    Dtype,
     Encoding,
     ExcludeOwn,
     FixedSettings,
     MemoryPath,
     MethodSettings,
-    ModelName,
     MoreMemories,
+    Opening,
     Reading,
     ScoreEos,
     Stream,
@@ -45,9 +44,8 @@ def tune(
         Literal["none", "buckets", "meta-k", "adaptret", "mixture"],
         typer.Option(help="Train a gate in place of a fixed λ; hybrid always has its own."),
     ] = "none",
-    model: ModelName = None,
-    dtype: Dtype = "auto",
     *,
+    opening: Opening,
     settings: FixedSettings,
     more: Annotated[
         list[Path] | None,
@@ -72,7 +70,7 @@ def tune(
     from nearest.verbs.tune import tune as tune_memory
 
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
-    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
+    opened, loaded, tokenizer = open_with_model(memory, opening)
     if more:
         if gate != "none" or exclude_own:
             raise NearestError(
@@ -141,9 +139,8 @@ def evaluate(
             help="base, knn, retomaton, suffix, hybrid, knn+mixture …, or several with commas."
         ),
     ] = "base,knn",
-    model: ModelName = None,
-    dtype: Dtype = "auto",
     *,
+    opening: Opening,
     settings: MethodSettings,
     beside: MoreMemories,
     reading: Reading,
@@ -161,7 +158,7 @@ def evaluate(
     from nearest.corpus.reading import read_documents
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
-    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
+    opened, loaded, tokenizer = open_with_model(memory, opening)
     with reports.live_progress(err) as progress:
         results = evaluate_memory(
             loaded,
@@ -206,9 +203,8 @@ def sweep(
     published: Annotated[
         str, typer.Option(help="Draw published curves too: wikitext-103, law-mt, or both.")
     ] = "",
-    model: ModelName = None,
-    dtype: Dtype = "auto",
     *,
+    opening: Opening,
     reading: Reading,
     score_eos: ScoreEos = False,
     encoding_errors: Encoding = "strict",
@@ -230,7 +226,7 @@ def sweep(
         numbers(skip, "skip", "0,0.5,1"),
     )
     check_folder(out_path)
-    opened, loaded, tokenizer = open_with_model(memory, model, dtype)
+    opened, loaded, tokenizer = open_with_model(memory, opening)
     with reports.live_progress(err) as progress:
         swept = sweep_memory(
             loaded,

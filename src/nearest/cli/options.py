@@ -58,6 +58,17 @@ Recall = Annotated[float, typer.Option(help="Recall@1024 after re-ranking to tun
 
 
 @dataclass(frozen=True)
+class Opening:
+    """With which model a memory is opened, and where it is searched."""
+
+    model: ModelName = None
+    dtype: Dtype = "auto"
+    search_on: Annotated[
+        Literal["cpu", "gpu"], typer.Option(help="Where neighbours are searched.")
+    ] = "cpu"
+
+
+@dataclass(frozen=True)
 class Adding:
     """How documents come into a memory that is there."""
 
