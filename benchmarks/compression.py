@@ -3,7 +3,7 @@
 Each compression is made of a copy of one memory (`nearest build … --keys fp16`); λ and temperature
 are tuned anew on valid and scored on test, for kNN-LM and for suffix matching.
 
-    python benchmarks/compression.py [--memory-tokens 300000] [--documents 40]
+    python benchmarks/compression.py [--memory-tokens 300000] [--documents 40] [--only "fp16;int8"]
 """
 
 import shutil
@@ -51,7 +51,7 @@ def microseconds_a_query(memory: Memory, rounds: int = 400) -> float:
 
 
 def main() -> None:
-    options: Any = arguments(__doc__, documents=10_000, memory_tokens=0)
+    options: Any = arguments(__doc__, documents=10_000, memory_tokens=0, only="")
     model, tokenizer = model_and_tokenizer()
     if not options.memory_tokens:
         original = memory_of(options, "dclaw")
@@ -69,6 +69,8 @@ def main() -> None:
         read[split] = read_text(model, Memory.open(original), texts, tokenizer=tokenizer)
     report(**machine(), entries=Memory.open(original).entries)
     for name, how in COMPRESSIONS.items():
+        if options.only and name not in options.only.split(";"):
+            continue
         path = options.work / "compressed.memory"
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(original, path)

@@ -182,7 +182,7 @@ def compact(
             f"{needs.segments} segments become {needs.segments_after}, "
             f"{needs.removed} removed documents are erased: "
             f"{needs.bytes_needed:,} bytes of the {needs.bytes_free:,} free, about "
-            f"{needs.seconds:g} s and what the index takes",
+            f"{needs.seconds:g} s",
             soft_wrap=True,
         )
     if plan:

@@ -2,20 +2,18 @@
 
 import itertools
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from nearest.errors import FolderError, SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO
-from nearest.index.suffix import sort_suffixes
 from nearest.memory.access_paths import merge_segments
+from nearest.memory.costs import hashing, indexing, sorting
 from nearest.memory.generation import changing, free_segment_name
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
@@ -38,7 +36,7 @@ class CompactionPlan:
         bytes_needed: on the disk, beside what is there, until the old files are gone; a larger
             index than there was comes on top.
         bytes_free: of the disk.
-        seconds: estimated from sorting a sample, without building an index.
+        seconds: estimated from sorting a sample, building a small index and checksums.
     """
 
     segments: int
@@ -60,18 +58,14 @@ def plan_compaction(path: Path) -> CompactionPlan:
         FolderError: the folder is no memory.
     """
     memory = Memory.open(path)
-    manifest = memory.manifest
-    groups = _groups(manifest, memory.segments)
-    size = tokens = 0
-    for segment in itertools.chain(*filter(_to_do, groups)):
-        record, left = segment.record, _tokens_left(segment)
-        files = [*record.files.values(), *(record.index.file_records() if record.index else ())]
-        size += sum(file.size for file in files) * left // record.tokens
-        tokens += left
-    sample = memory.segments[0].tokens[:_SAMPLE]
-    started = time.perf_counter()
-    sort_suffixes(sample, np.ones(len(sample), bool))
-    seconds = (time.perf_counter() - started) * tokens / len(sample)
+    keys, groups = memory.manifest.keys, _groups(memory.manifest, memory.segments)
+    size, sizes = _bytes_needed(groups), [sum(map(_tokens_left, group)) for group in groups]
+    tokens = sum(count for count, group in zip(sizes, groups, strict=True) if _to_do(group))
+    largest, seconds = max(sizes, default=0), hashing() * size
+    if tokens:
+        seconds += sorting(memory.segments[0].tokens[:_SAMPLE], largest) * tokens / largest
+        if keys is not None:
+            seconds += indexing(largest, keys.stored_dim, keys.index).seconds * tokens / largest
     return CompactionPlan(
         len(memory.segments),
         len(groups),
@@ -95,13 +89,15 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     Raises:
         FolderError: the folder is no memory, cannot be written, or its disk has too little room.
     """
-    needs = plan_compaction(path)
-    if needs.segments == needs.segments_after and not needs.removed:
+    memory = Memory.open(path)
+    groups = _groups(memory.manifest, memory.segments)
+    if len(groups) == len(memory.segments) and not any(map(_to_do, groups)):
         return False
-    if needs.bytes_needed > needs.bytes_free:
+    needed, free = _bytes_needed(groups), shutil.disk_usage(path).free
+    if needed > free:
         raise FolderError(
-            f"compacting {path} needs {needs.bytes_needed:,} bytes until the old files are gone, "
-            f"and its disk has {needs.bytes_free:,} free: make room, then run again"
+            f"compacting {path} needs {needed:,} bytes until the old files are gone, "
+            f"and its disk has {free:,} free: make room, then run again"
         )
     with changing(path) as manifest:
         groups = _groups(manifest, Memory.open(path).segments)
@@ -128,6 +124,16 @@ def _groups(manifest: Manifest, segments: Sequence[Segment]) -> list[list[Segmen
 def _to_do(group: Sequence[Segment]) -> bool:
     """Whether a run has more than one segment, or one that something was removed from."""
     return len(group) > 1 or len(group[0].removed) > 0
+
+
+def _bytes_needed(groups: Sequence[Sequence[Segment]]) -> int:
+    """On the disk, for what is left of segments that are written anew."""
+    size = 0
+    for segment in itertools.chain(*filter(_to_do, groups)):
+        record = segment.record
+        files = [*record.files.values(), *(record.index.file_records() if record.index else ())]
+        size += sum(file.size for file in files) * _tokens_left(segment) // record.tokens
+    return size
 
 
 def _written(

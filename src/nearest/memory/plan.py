@@ -2,19 +2,18 @@
 
 import hashlib
 import math
-import re
 import resource
 import shutil
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.long_text import LONG
@@ -23,30 +22,15 @@ from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError
-from nearest.index.approximate import (
-    code_bytes,
-    fill_index,
-    number_of_lists,
-    sample_size,
-    train_index,
-)
-from nearest.index.choice import EXACT, resolve_spec
-from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys, KeyFormat, key_format
-from nearest.index.suffix import sort_suffixes
-from nearest.index.tuning import RECALL_AT
+from nearest.index.keys import KeyFormat, key_format
+from nearest.memory.costs import hashing, indexing, sorting, timed
 from nearest.memory.documents import document_line
 from nearest.memory.manifest import Manifest
 from nearest.memory.new_segment import segment_tokens
 
 _SAMPLE = 4 << 20  # characters that are tokenised
 _BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pieces
-_BLOCK = 1 << 16  # bytes that stand for others when throughput is measured
 _FORWARD_SECONDS = 8.0
-_INDEX_ROWS = 16_384
-_BLOCK_ROWS = 1 << 24  # times dims: what an index reads at once
-_LISTS_GROW = 1.4  # room that inverted lists take while they grow, by what they hold in the end
-_RECALL_QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -125,7 +109,7 @@ def plan_build(
     if not sample.lengths:
         raise CorpusError("the corpus holds no documents: give it at least one")
     tokens: list[Tokens] = []
-    tokenising = _timed(
+    tokenising = timed(
         lambda: tokens.extend(
             item.tokens
             for item in tokenise(sample.documents, tokenizer, model.start_token, model.vocab_size)
@@ -149,7 +133,7 @@ def plan_build(
     size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
     stages = {
         "tokens": identifying + reading + (tokenising + compressing) * share,
-        "suffix array": _sorting(every.astype(dtype), largest) * total / largest,
+        "suffix array": sorting(every.astype(dtype), largest) * total / largest,
     }
     longest, most = max(sample.lengths), int(counts.max())  # characters, tokens
     memory = [
@@ -165,11 +149,11 @@ def plan_build(
         )
         size += row * total
         passes = _held() - before  # what a forward pass has held is kept for the next
-        seconds, index_bytes, index_memory = _indexing(largest, dim, keys.index)
-        stages["index"] = seconds * total / largest
-        size += int(index_bytes * total / largest)
-        memory.append(passes + index_memory + 8 * largest)
-    stages["checksums"] = _hashing() * size
+        index = indexing(largest, dim, keys.index)
+        stages["index"] = index.seconds * total / largest
+        size += int(index.bytes_needed * total / largest)
+        memory.append(passes + index.memory_bytes + 8 * largest)
+    stages["checksums"] = hashing() * size
     return BuildPlan(
         documents=len(counts),
         tokens=total,
@@ -181,12 +165,6 @@ def plan_build(
         seconds=round(sum(stages.values()), 1),
         stages={name: round(seconds, 1) for name, seconds in stages.items()},
     )
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _existing(path: Path) -> Path:
@@ -213,24 +191,6 @@ def _compressed(documents: list[Document]) -> tuple[int, float]:
     return size, time.perf_counter() - started
 
 
-def _hashing() -> float:
-    """Seconds a byte."""
-    data = bytes(_BLOCK * 64)
-    return _timed(lambda: hashlib.sha256(data)) / len(data)
-
-
-def _sorting(tokens: Tokens, wanted: int) -> float:
-    """Seconds to sort the suffixes of so many tokens; it grows faster than their number."""
-
-    def seconds(count: int) -> float:
-        return _timed(lambda: sort_suffixes(tokens[:count], np.ones(count, bool)))
-
-    loading = seconds(min(len(tokens), 1000))
-    whole, part = seconds(len(tokens)), seconds(max(1, len(tokens) // 4))
-    power = min(1.4, max(1.0, math.log(max(whole, 1e-9) / max(part, 1e-9), 4)))
-    return loading + float(whole * (wanted / len(tokens)) ** power)
-
-
 def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:
     """Tokens that the model will read, those of overlapping windows each time."""
     window, stride = encoder.window, encoder.stride
@@ -249,39 +209,8 @@ def _encoding(encoder: Encoder, form: KeyFormat, documents: list[Tokens]) -> flo
     spent, read = 0.0, 0
     for number in order.tolist():
         batch = batches[number]
-        spent += _timed(lambda: form.encode(encoder.encode(batch).numpy()))  # noqa: B023
+        spent += timed(lambda: form.encode(encoder.encode(batch).numpy()))  # noqa: B023
         read += batch.inputs.size
         if spent > _FORWARD_SECONDS:
             break
     return spent / read * padded / real
-
-
-def _indexing(entries: int, dim: int, spec: str) -> tuple[float, int, int]:
-    """Seconds, bytes and memory of an index, scaled from a small one of random keys.
-
-    Training and filling compare keys with all centroids; tuning scans all keys.
-    """
-    spec = resolve_spec(spec, entries, dim)
-    if spec == EXACT:
-        return 0.0, 0, 0
-    rng = np.random.default_rng(0)
-    count = min(entries, _INDEX_ROWS)
-    keys = Float32Keys(rng.normal(size=(count, dim)).astype(np.float32), "l2")
-    ids: Int[np.ndarray, " m"] = np.arange(count)
-    lists = number_of_lists(spec, dim)
-    few = min(lists, 256)
-    small = re.sub(r"IVF\d+", f"IVF{few}", spec)
-    made: list[Any] = []
-    training = _timed(lambda: made.append(train_index(keys, ids, small, rng)))
-    filling = _timed(lambda: fill_index(made[0], keys, ids, small))
-    exact = ExactIndex(keys, ids)
-    queries = keys.rows(ids[:_RECALL_QUERIES])
-    scanning = _timed(lambda: exact.search(queries, RECALL_AT + 1))
-    more = lists / few if few else 1.0
-    trained = min(entries, sample_size(dim, lists))
-    seconds = training * trained / count * more
-    seconds += (filling * more + scanning) * entries / count
-    size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
-    # Rows are read a block at a time, as they are stored and as float32.
-    block = 6 * dim * min(entries, _BLOCK_ROWS // dim)
-    return seconds, size, max(4 * dim * trained, int(_LISTS_GROW * size)) + block

@@ -1,0 +1,96 @@
+"""What parts of the work on a memory cost, tried on a little of it."""
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.corpus.tokens import Tokens
+from nearest.index.approximate import (
+    code_bytes,
+    fill_index,
+    number_of_lists,
+    sample_size,
+    train_index,
+)
+from nearest.index.choice import EXACT, resolve_spec
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Float32Keys
+from nearest.index.suffix import sort_suffixes
+from nearest.index.tuning import RECALL_AT
+
+_HASHED = 1 << 22  # bytes
+_INDEX_ROWS = 16_384
+_BLOCK_ROWS = 1 << 24  # times dims: what an index reads at once
+_LISTS_GROW = 1.4  # room that inverted lists take while they grow, by what they hold in the end
+_RECALL_QUERIES = 256
+
+
+class IndexCost(NamedTuple):
+    """What an index takes: seconds to build, bytes on the disk, and bytes of memory meanwhile."""
+
+    seconds: float
+    bytes_needed: int
+    memory_bytes: int
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def hashing() -> float:
+    """Seconds to checksum a byte."""
+    data = bytes(_HASHED)
+    return timed(lambda: hashlib.sha256(data)) / len(data)
+
+
+def sorting(tokens: Tokens, wanted: int) -> float:
+    """Seconds to sort the suffixes of so many tokens; it grows faster than their number."""
+
+    def seconds(count: int) -> float:
+        return timed(lambda: sort_suffixes(tokens[:count], np.ones(count, bool)))
+
+    loading = seconds(min(len(tokens), 1000))
+    whole, part = seconds(len(tokens)), seconds(max(1, len(tokens) // 4))
+    power = min(1.4, max(1.0, math.log(max(whole, 1e-9) / max(part, 1e-9), 4)))
+    return loading + float(whole * (wanted / len(tokens)) ** power)
+
+
+def indexing(entries: int, dim: int, spec: str) -> IndexCost:
+    """Build a small index of random keys, and scale what that takes.
+
+    Training and filling compare keys with all centroids; tuning scans all keys.
+    """
+    spec = resolve_spec(spec, entries, dim)
+    if spec == EXACT:
+        return IndexCost(0.0, 0, 0)
+    rng = np.random.default_rng(0)
+    count = min(entries, _INDEX_ROWS)
+    keys = Float32Keys(rng.normal(size=(count, dim)).astype(np.float32), "l2")
+    ids: Int[np.ndarray, " m"] = np.arange(count)
+    lists = number_of_lists(spec, dim)
+    few = min(lists, 256)
+    small = re.sub(r"IVF\d+", f"IVF{few}", spec)
+    made: list[Any] = []
+    training = timed(lambda: made.append(train_index(keys, ids, small, rng)))
+    filling = timed(lambda: fill_index(made[0], keys, ids, small))
+    exact = ExactIndex(keys, ids)
+    queries = keys.rows(ids[:_RECALL_QUERIES])
+    scanning = timed(lambda: exact.search(queries, RECALL_AT + 1))
+    more = lists / few if few else 1.0
+    trained = min(entries, sample_size(dim, lists))
+    seconds = training * trained / count * more
+    seconds += (filling * more + scanning) * entries / count
+    size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
+    # Rows are read a block at a time, as they are stored and as float32.
+    block = 6 * dim * min(entries, _BLOCK_ROWS // dim)
+    memory = max(4 * dim * trained, int(_LISTS_GROW * size)) + block
+    return IndexCost(seconds, size, memory)
