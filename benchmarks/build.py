@@ -27,7 +27,7 @@ from common import (
 from nearest import Memory
 from nearest.corpus.tokens import tokenise
 from nearest.corpus.windows import windows
-from nearest.encode.identity import start_token, vocabulary_size
+from nearest.encode.identity import token_rules
 
 
 def main() -> None:
@@ -51,8 +51,7 @@ def main() -> None:
             )
         )[0]
 
-    start = start_token(tokenizer)
-    tokens = [d.tokens for d in tokenise(documents, tokenizer, start, vocabulary_size(model))]
+    tokens = [d.tokens for d in tokenise(documents, tokenizer, token_rules(model, tokenizer))]
     stored = np.concatenate(tokens)
     whole = len(stored) // options.window * options.window
     packed = torch.from_numpy(stored[:whole]).view(-1, options.window)

@@ -207,10 +207,13 @@ def equals(ordered: list[tuple[int, float]], kept: int, noise: float) -> set[int
 
 
 def states_of(
-    model: PreTrainedModel, tokens: list[int], layer: str = "last_ffn_input"
+    model: PreTrainedModel,
+    tokens: list[int],
+    layer: str = "last_ffn_input",
+    source: Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and log-probabilities (float64) at every token of a sequence, in one plain pass."""
-    keys, logits = keys_and_logits(model, torch.tensor(tokens), layer)
+    keys, logits = keys_and_logits(model, torch.tensor(tokens), layer, source)
     return keys.double().numpy(), log_softmax(logits)
 
 

@@ -13,24 +13,39 @@ _FFN_ENTRIES = {
     "gpt2": "transformer.h.{last}.mlp.c_fc",
     "gpt_neox": "gpt_neox.layers.{last}.mlp.dense_h_to_4h",
     "opt": "model.decoder.layers.{last}.fc1",
+    "bart": "model.decoder.layers.{last}.fc1",
+    "marian": "model.decoder.layers.{last}.fc1",
+    "t5": "decoder.block.{last}.layer.2.DenseReluDense.wi{gated}",
 }
 
 
 def ffn_entry(model: PreTrainedModel) -> torch.nn.Module:
     """The module whose input is the key `last_ffn_input`, by name."""
     path = _FFN_ENTRIES.get(model.config.model_type, "model.layers.{last}.mlp.gate_proj")
-    return model.get_submodule(path.format(last=model.config.num_hidden_layers - 1))
+    config, names = model.config, ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    last = next(getattr(config, name) for name in names if hasattr(config, name)) - 1
+    gated = "_0" if getattr(model.config, "is_gated_act", False) else ""
+    return model.get_submodule(path.format(last=last, gated=gated))
 
 
 def keys_and_logits(
-    model: PreTrainedModel, tokens: Tensor, layer: str = "last_ffn_input"
+    model: PreTrainedModel,
+    tokens: Tensor,
+    layer: str = "last_ffn_input",
+    source: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """float32 keys [length, dim] and logits [length, vocab] of one sequence, in one plain pass."""
+    """float32 keys [length, dim] and logits [length, vocab] of one sequence, in one plain pass.
+
+    `source` is what the encoder of an encoder–decoder reads.
+    """
     module = ffn_entry(model) if layer == "last_ffn_input" else model.get_output_embeddings()
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    read = {"input_ids": tokens[None]}
+    if source is not None:
+        read = {"input_ids": source[None], "decoder_input_ids": tokens[None]}
     with torch.no_grad():
-        logits = model(input_ids=tokens[None]).logits[0]
+        logits = model(**read).logits[0]
     handle.remove()
     keys = seen[0].reshape(len(tokens), -1)  # OPT flattens them before its feed-forward block
     return keys.float(), logits.float()

@@ -22,7 +22,7 @@ from nearest.corpus.long_text import tokenise_long
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text import Text
 from nearest.corpus.text_files import EncodingErrors
-from nearest.corpus.tokens import check_vocabulary, token_dtype, tokenise
+from nearest.corpus.tokens import TokenRules, check_vocabulary, token_dtype, tokenise
 from nearest.corpus.unique import with_unique_ids
 from nearest.errors import CorpusError
 
@@ -562,7 +562,7 @@ def test_tokens_are_the_start_token_and_the_tokenizers_ids(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     documents = [Document(str(i), text) for i, text in enumerate(["hello", "ä\n", "<eos>", " "])]
-    found = list(tokenise(documents, tiny_tokenizer, 0, 258))
+    found = list(tokenise(documents, tiny_tokenizer, TokenRules(0, 258)))
     assert [item.document for item in found] == documents
     for item in found:
         expected = [0, *tiny_tokenizer.encode(item.document.text, add_special_tokens=False)]
@@ -584,7 +584,7 @@ def test_a_corpus_streams_through_the_tokenizer_in_batches() -> None:
         calls.append(len(texts))
         return {"input_ids": [[ord(text[0])] for text in texts]}
 
-    stream = tokenise(documents(), tokenizer, 1, 200)
+    stream = tokenise(documents(), tokenizer, TokenRules(1, 200))
     assert next(stream).tokens.tolist() == [1, 97]
     assert taken == [0, 1, 2]
     assert [item.tokens.tolist() for item in stream] == [[1, 97 + i] for i in range(1, 10)]
@@ -649,7 +649,7 @@ def test_a_long_document_is_taken_in_pieces(tiny_tokenizer: PreTrainedTokenizerF
 
     text = "word " * 80_000
     documents = [Document("a", "short"), Document("b", text), Document("c", "short too")]
-    found = list(tokenise(documents, Watched(), 0, 258))
+    found = list(tokenise(documents, Watched(), TokenRules(0, 258)))
     assert [len(item.tokens) for item in found] == [6, 400_001, 10]
     assert found[1].tokens.tolist() == [0, *tiny_tokenizer("word ")["input_ids"] * 80_000]
     assert max(lengths) < len(text)
@@ -660,7 +660,7 @@ def test_a_long_document_is_taken_in_pieces(tiny_tokenizer: PreTrainedTokenizerF
 )
 def test_a_token_outside_the_vocabulary_is_named(text: str, start: int, wrong: int) -> None:
     documents = [Document("x", "abc", origin="here:1"), Document("y", text, origin="here:2")]
-    stream = tokenise(documents, characters, start, 126)
+    stream = tokenise(documents, characters, TokenRules(start, 126))
     place = "here:2" if start == 1 else "here:1"
     with pytest.raises(CorpusError) as caught:
         list(stream)
@@ -696,13 +696,13 @@ def test_token_dtype_holds_the_largest_id(vocab_size: int, dtype: str) -> None:
 
 
 def test_a_text_counts_words_bytes_and_predictions() -> None:
-    text = Text.from_documents(["ab  cd\n", "é"], characters, 1, 300)
+    text = Text.from_documents(["ab  cd\n", "é"], characters, TokenRules(1, 300))
     assert [tokens.tolist() for tokens in text.documents] == [
         [1, *map(ord, "ab  cd\n")],
         [1, 233],
     ]
     assert (text.words, text.utf8_bytes, text.predictions) == (3, 9, 8)
-    ended = Text.from_documents(["ab", "c"], characters, 1, 300, end_token=2)
+    ended = Text.from_documents(["ab", "c"], characters, TokenRules(1, 300), end_token=2)
     assert [tokens.tolist() for tokens in ended.documents] == [[1, 97, 98, 2], [1, 99, 2]]
     assert ended.predictions == 5
 

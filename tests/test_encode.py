@@ -21,8 +21,6 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from conftest import make_model, make_tokenizer, random_documents
@@ -118,12 +116,6 @@ def test_a_model_that_sees_the_next_token_is_refused() -> None:
     config = BertConfig(**SMALL, is_decoder=False)
     with pytest.raises(ModelError, match="not causal"):
         find_key_layer(build(config), "last_hidden")
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    config = T5Config(vocab_size=258, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match="encoder–decoder"):
-        find_key_layer(T5ForConditionalGeneration(config).eval(), "last_hidden")
 
 
 def test_mamba_has_no_feed_forward_layer_and_the_cure_is_named() -> None:

@@ -60,13 +60,13 @@ def test_the_forward_passes_are_counted_as_they_are_made(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """With every pass of one length and cost, inputs times seconds an input is their sum."""
-    from nearest.corpus.tokens import tokenise
+    from nearest.corpus.tokens import TokenRules, tokenise
     from nearest.encode.encoder import Encoder
     from nearest.encode.layers import find_key_layer
 
     layer = find_key_layer(tiny_model, "last_hidden")
     reader = Encoder.of(tiny_model, layer, 32, 16, 4)
-    tokens = [i.tokens for i in tokenise(CORPORA["uneven"], tiny_tokenizer, 0, 258)]
+    tokens = [i.tokens for i in tokenise(CORPORA["uneven"], tiny_tokenizer, TokenRules(0, 258))]
     exact = sum(int(batch.inputs.shape[0]) for batch in reader.batches(tokens))
     lengths = [len(t) - 1 for t in tokens]
     assert exact == sum(1 + max(0, -(-(n - 32) // 16)) for n in lengths)

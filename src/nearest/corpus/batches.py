@@ -1,7 +1,9 @@
 """Windows of many documents as rectangular batches for a model, with little padding."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -13,12 +15,44 @@ from nearest.errors import SettingError
 _BATCHES_SORTED_TOGETHER = 32
 
 
+class _Planned(NamedTuple):
+    """A window of a document, and what the encoder reads with it."""
+
+    number: int
+    tokens: Tokens
+    part: Window
+    source: Tokens | None
+
+    @property
+    def size(self) -> int:
+        """What it takes of a batch: the longer of what decoder and encoder read."""
+        return max(self.part.length, 0 if self.source is None else len(self.source))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an encoder reads for each row of a batch, right-padded; `mask` says which are tokens."""
+
+    tokens: Int[np.ndarray, "rows source_width"]
+    mask: Bool[np.ndarray, "rows source_width"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens]) -> "Sources":
+        """From each row's tokens."""
+        tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+        mask = np.zeros(tokens.shape, dtype=bool)
+        for row, source in enumerate(rows):
+            tokens[row, : len(source)], mask[row, : len(source)] = source, True
+        return cls(tokens, mask)
+
+
 @dataclass(frozen=True)
 class WindowBatch:
     """Right-padded windows and the positions in them that predict their successor.
 
     The n predictions are ordered by row, then by position. Right padding is safe without an
-    attention mask: a causal model never looks at what comes later.
+    attention mask: a causal model never looks at what comes later. An encoder does, and each
+    window's row has its document's whole source, with a mask.
     """
 
     inputs: Int[np.ndarray, "rows width"]
@@ -26,6 +60,7 @@ class WindowBatch:
     documents: Int[np.ndarray, " n"]  # number of the document in the stream
     positions: Int[np.ndarray, " n"]  # position in that document
     targets: Int[np.ndarray, " n"]  # the token that follows
+    sources: Sources | None = None
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -35,10 +70,17 @@ def check_batch_size(batch_size: int | None) -> None:
 
 
 def batch_windows(
-    documents: Iterable[Tokens], window: int, stride: int, batch_size: int
+    documents: Iterable[Tokens],
+    window: int,
+    stride: int,
+    batch_size: int,
+    sources: Iterable[Tokens] | None = None,
 ) -> Iterator[WindowBatch]:
-    """Cut documents into windows and batch them, each batch at most batch_size * window inputs."""
-    for group in grouped_batches(documents, window, stride, batch_size):
+    """Cut documents into windows and batch them, each batch at most batch_size * window inputs.
+
+    `sources` are what an encoder reads for each of the documents.
+    """
+    for group in grouped_batches(documents, window, stride, batch_size, sources):
         yield from group
 
 
@@ -47,6 +89,7 @@ def grouped_batches(
     window: int,
     stride: int,
     batch_size: int,
+    sources: Iterable[Tokens] | None = None,
     together: int = _BATCHES_SORTED_TOGETHER,
 ) -> Iterator[Iterator[WindowBatch]]:
     """Batches of windows, in groups of about `together` that go through the text in order.
@@ -54,13 +97,14 @@ def grouped_batches(
     The windows of a group are sorted by length, so that short documents share wide batches and
     little is spent on padding; memory stays bounded for a corpus of any size.
     """
-    planned: list[tuple[int, Tokens, Window]] = []
+    planned: list[_Planned] = []
     inputs = 0
     budget = batch_size * window
-    for number, tokens in enumerate(documents):
+    read: Iterable[Tokens | None] = itertools.repeat(None) if sources is None else sources
+    for number, (tokens, source) in enumerate(zip(documents, read, strict=False)):
         for part in windows(len(tokens), window, stride):
-            planned.append((number, tokens, part))
-            inputs += part.length
+            planned.append(_Planned(number, tokens, part, source))
+            inputs += planned[-1].size
             if inputs >= budget * together:
                 yield _sorted_batches(planned, budget)
                 planned, inputs = [], 0
@@ -68,31 +112,31 @@ def grouped_batches(
         yield _sorted_batches(planned, budget)
 
 
-def _sorted_batches(
-    planned: list[tuple[int, Tokens, Window]], budget: int
-) -> Iterator[WindowBatch]:
-    planned = sorted(planned, key=lambda item: item[2].length, reverse=True)
+def _sorted_batches(planned: list[_Planned], budget: int) -> Iterator[WindowBatch]:
+    planned = sorted(planned, key=lambda item: item.size, reverse=True)
     while planned:
-        rows = max(1, budget // planned[0][2].length)
+        rows = max(1, budget // planned[0].size)
         yield _batch(planned[:rows])
         planned = planned[rows:]
 
 
-def _batch(rows: list[tuple[int, Tokens, Window]]) -> WindowBatch:
-    width = max(part.length for _, _, part in rows)
+def _batch(rows: list[_Planned]) -> WindowBatch:
+    width = max(item.part.length for item in rows)
     inputs = np.zeros((len(rows), width), dtype=np.int64)
     predicts = np.zeros((len(rows), width), dtype=bool)
-    for row, (_, tokens, part) in enumerate(rows):
+    for row, (_, tokens, part, _) in enumerate(rows):
         inputs[row, : part.length] = tokens[part.start : part.stop]
         predicts[row, part.first - part.start : part.length] = True
+    sources = [item.source for item in rows if item.source is not None]
     return WindowBatch(
         inputs=inputs,
         predicts=predicts,
         documents=np.concatenate(
-            [np.full(part.stop - part.first, number) for number, _, part in rows]
+            [np.full(part.stop - part.first, number) for number, _, part, _ in rows]
         ),
-        positions=np.concatenate([np.arange(part.first, part.stop) for _, _, part in rows]),
+        positions=np.concatenate([np.arange(part.first, part.stop) for _, _, part, _ in rows]),
         targets=np.concatenate(
-            [tokens[part.first + 1 : part.stop + 1] for _, tokens, part in rows]
+            [tokens[part.first + 1 : part.stop + 1] for _, tokens, part, _ in rows]
         ).astype(np.int64),
+        sources=Sources.of(sources) if sources else None,
     )

@@ -1,7 +1,7 @@
 """What a document is, and what it may hold.
 
 A document's id is the one given with it, or else made of its path below the corpus and a hash of
-its text, so that the same file gives the same id on every machine.
+its text (and of its source), so that the same file gives the same id on every machine.
 """
 
 import hashlib
@@ -18,7 +18,10 @@ LARGEST_DOCUMENT = 1 << 30
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its identity; `origin` is the place that messages name."""
+    """One text with its identity; `origin` is the place that messages name.
+
+    What an encoder reads for it is its metadata's `source`; models without one need none.
+    """
 
     id: str
     text: str
@@ -35,7 +38,9 @@ def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
             raise CorpusError("a document is empty: leave it out, or give it text")
         check_storable(document.text, document.origin)
         check_storable([document.id, dict(document.metadata)], document.origin)
-        yield document if document.id else replace(document, id=content_id("text", document.text))
+        if not document.id:
+            document = replace(document, id=content_id("text", document.text, document.metadata))
+        yield document
 
 
 def document_of(record: dict[str, Any], name: str, origin: str) -> Document:
@@ -57,7 +62,27 @@ def document_of(record: dict[str, Any], name: str, origin: str) -> Document:
     given = record.pop("id", None)
     if given is not None and not isinstance(given, str | int):
         raise CorpusError(f"{origin} has an id that is neither text nor a whole number: change it")
-    return Document(content_id(name, text) if given is None else str(given), text, record, origin)
+    document_id = content_id(name, text, record) if given is None else str(given)
+    return Document(document_id, text, record, origin)
+
+
+def source_of(document: Document) -> str:
+    """What an encoder–decoder reads before it writes the document's text.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    source = document.metadata.get("source")
+    if not isinstance(source, str):
+        raise CorpusError(
+            f"{document.origin} has no 'source' string, and this model is an encoder–decoder: give "
+            "each document, beside its 'text', the 'source' that the encoder reads"
+        )
+    if not source:
+        raise CorpusError(
+            f"{document.origin} has an empty 'source': remove the document, or give it one"
+        )
+    return source
 
 
 def check_storable(value: Any, origin: str) -> None:
@@ -81,6 +106,10 @@ def check_storable(value: Any, origin: str) -> None:
         ) from error
 
 
-def content_id(name: str, text: str) -> str:
-    """An id made of a name and of the text."""
-    return f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+def content_id(name: str, text: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """An id made of a name and of the text; also of the source, for sources may share a text."""
+    digest = hashlib.sha256(text.encode())
+    source = (metadata or {}).get("source")
+    if isinstance(source, str):
+        digest.update(b"\0" + source.encode())
+    return f"{name}#{digest.hexdigest()[:16]}"

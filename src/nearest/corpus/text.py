@@ -8,9 +8,15 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.corpus.documents import Document, as_documents
-from nearest.corpus.tokens import Tokenizer, Tokens, check_vocabulary, tokenise
+from nearest.corpus.tokens import (
+    Tokenizer,
+    TokenRules,
+    Tokens,
+    check_vocabulary,
+    tokenise,
+)
 from nearest.corpus.unique import with_unique_ids
-from nearest.errors import CorpusError
+from nearest.errors import CorpusError, SettingError
 
 _GIVEN = "the token arrays given"
 
@@ -21,7 +27,7 @@ class Text:
 
     A document is one sequence, unless the text is a stream: then all documents are one, with the
     first one's context token at its beginning and nothing between them. Bare tokens have their
-    number as id.
+    number as id. `sources` are what an encoder reads for each document, where there is one.
     """
 
     documents: list[Tokens]
@@ -30,6 +36,7 @@ class Text:
     utf8_bytes: int | None
     ended: bool = False  # each document ends with a token that is not its own, EOS
     stream: bool = False
+    sources: list[Tokens] | None = None
 
     @property
     def predictions(self) -> int:
@@ -60,7 +67,16 @@ class Text:
         return [tokens[: len(tokens) - self.ended] for tokens in self.documents]
 
     def as_stream(self) -> "Text":
-        """The same documents as one sequence."""
+        """The same documents as one sequence.
+
+        Raises:
+            SettingError: each has a source of its own.
+        """
+        if self.sources is not None:
+            raise SettingError(
+                "a stream is one sequence, and an encoder–decoder reads a source for each "
+                "document: leave stream out"
+            )
         return replace(self, stream=True)
 
     @classmethod
@@ -68,21 +84,23 @@ class Text:
         cls,
         documents: Iterable[Document | str],
         tokenizer: Tokenizer,
-        start_token: int,
-        vocab_size: int,
+        rules: TokenRules,
         end_token: int | None = None,
     ) -> "Text":
         """Tokenise documents; `end_token`, where given, is predicted at the end of each."""
-        arrays, ids = [], []
+        arrays, ids, sources = [], [], []
         words = utf8_bytes = 0
         unique = with_unique_ids(as_documents(documents))
-        for item in tokenise(unique, tokenizer, start_token, vocab_size):
+        for item in tokenise(unique, tokenizer, rules):
             end = [] if end_token is None else [end_token]
             arrays.append(np.append(item.tokens, end).astype(np.int64))
             ids.append(item.document.id)
+            if item.source is not None:
+                sources.append(item.source)
             words += len(item.document.text.split())
             utf8_bytes += len(item.document.text.encode())
-        return cls(arrays, ids, words, utf8_bytes, end_token is not None)._checked()
+        ended = end_token is not None
+        return cls(arrays, ids, words, utf8_bytes, ended, sources=sources or None)._checked()
 
     @classmethod
     def from_tokens(cls, arrays: Sequence[Tokens], vocab_size: int) -> "Text":

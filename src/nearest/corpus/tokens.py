@@ -1,13 +1,19 @@
-"""Documents as token ids, each starting with one context token that is never predicted."""
+"""Documents as token ids, each starting with one context token that is never predicted.
 
-from collections.abc import Callable, Iterable, Iterator
+A document for an encoder–decoder has a source: the encoder reads its tokens, and the decoder writes
+the text's, which are those of training, as `tokenizer(text_target=…)` gives them: with EOS at the
+end, so that the end is predicted as any other token.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
 
-from nearest.corpus.documents import Document
+from nearest.corpus.documents import Document, source_of
 from nearest.corpus.long_text import LONG, tokenise_long
 from nearest.errors import CorpusError
 
@@ -21,39 +27,90 @@ _BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
+class TokenRules:
+    """What a model asks of its tokens.
+
+    Attributes:
+        start_token: what each text begins with: BOS, EOS where there is none, or decoder-start.
+        vocab_size: number of token ids that it predicts.
+        source_vocab_size: number of those that its encoder reads; None for a model without one,
+            which needs no sources.
+        source_positions: the longest source, where there is a limit.
+    """
+
+    start_token: int
+    vocab_size: int
+    source_vocab_size: int | None = None
+    source_positions: int | None = None
+
+
+@dataclass(frozen=True)
 class TokenisedDocument:
-    """A document and its token ids [length], the context token first."""
+    """A document and its token ids [length], the context token first; and those of its source."""
 
     document: Document
     tokens: Tokens
+    source: Tokens | None = None
 
 
 def tokenise(
-    documents: Iterable[Document], tokenizer: Tokenizer, start_token: int, vocab_size: int
+    documents: Iterable[Document], tokenizer: Tokenizer, rules: TokenRules
 ) -> Iterator[TokenisedDocument]:
-    """Token ids of each document, `start_token` in front (BOS, or EOS where there is none).
+    """Token ids of each document, the start token in front, and of its source where one is read.
 
     Documents are tokenised in batches of about a quarter of a megabyte, so a corpus streams
-    through; a long one is tokenised in pieces (`tokenise_long`).
+    through; a long one without source is tokenised in pieces (`tokenise_long`).
 
     Raises:
-        CorpusError: the tokenizer gives an id that the model's vocabulary does not have.
+        CorpusError: the tokenizer gives an id that the model's vocabulary does not have, or a
+            source is missing or too long.
     """
     for batch in _batches(documents):
+        sources: Iterable[Tokens | None] = itertools.repeat(None, len(batch))
         texts = [document.text for document in batch]
-        if len(batch) == 1 and len(texts[0]) > LONG:
+        if rules.source_vocab_size is not None:
+            sources = tokenise_sources(batch, tokenizer, rules)
+            all_ids = tokenizer(text_target=texts, verbose=False)["input_ids"]
+        elif len(batch) == 1 and len(texts[0]) > LONG:
             all_ids = [tokenise_long(texts[0], tokenizer)]
         else:
             all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         all_ids.reverse()
-        for document in batch:
+        for document, source in zip(batch, sources, strict=True):
             found = np.asarray(all_ids.pop())  # those of a long text are not kept for long
-            for part in (np.array([start_token]), found):
-                check_vocabulary(part, vocab_size, document.origin)
+            for part in (np.array([rules.start_token]), found):
+                check_vocabulary(part, rules.vocab_size, document.origin)
             tokens = np.empty(len(found) + 1, dtype=np.int32)
-            tokens[0], tokens[1:] = start_token, found
+            tokens[0], tokens[1:] = rules.start_token, found
             del found
-            yield TokenisedDocument(document, tokens)
+            yield TokenisedDocument(document, tokens, source)
+
+
+def tokenise_sources(
+    documents: Sequence[Document], tokenizer: Tokenizer, rules: TokenRules
+) -> list[Tokens]:
+    """What the encoder reads for each document, as the tokenizer gives it to a model.
+
+    Raises:
+        CorpusError: there is no source, or it does not fit the encoder.
+    """
+    texts = [source_of(document) for document in documents]
+    found = []
+    for document, ids in zip(documents, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+        tokens = np.asarray(ids, dtype=np.int32)
+        check_vocabulary(tokens, rules.source_vocab_size or 0, document.origin)
+        if not len(tokens):
+            raise CorpusError(
+                f"the 'source' of {document.origin} gives no tokens: remove the document, or give "
+                "it another"
+            )
+        if rules.source_positions is not None and len(tokens) > rules.source_positions:
+            raise CorpusError(
+                f"the 'source' of {document.origin} has {len(tokens):,} tokens, and the encoder "
+                f"has {rules.source_positions:,} positions: make shorter pairs of it"
+            )
+        found.append(tokens)
+    return found
 
 
 def check_vocabulary(tokens: Tokens, vocab_size: int, origin: str) -> None:

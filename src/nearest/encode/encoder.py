@@ -35,7 +35,10 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Reads documents window by window; every token but the first of each is predicted once."""
+    """Reads documents window by window; every token but the first of each is predicted once.
+
+    `sources`, where the model is an encoder–decoder, are what its encoder reads for each document.
+    """
 
     model: LanguageModel
     layer: KeyLayer
@@ -71,22 +74,27 @@ class Encoder:
         return vocabulary_size(self.model)
 
     def keys(
-        self, documents: Iterable[Tokens]
+        self, documents: Iterable[Tokens], sources: Iterable[Tokens] | None = None
     ) -> Iterator[tuple[WindowBatch, Float[Tensor, "n dim"]]]:
         """The key of every position that predicts, without what the model does above it."""
-        for batch in self.batches(documents):
+        for batch in self.batches(documents, sources):
             yield batch, self.encode(batch)
 
-    def batches(self, documents: Iterable[Tokens]) -> Iterator[WindowBatch]:
+    def batches(
+        self, documents: Iterable[Tokens], sources: Iterable[Tokens] | None = None
+    ) -> Iterator[WindowBatch]:
         """What the model reads at once: always the same for the same documents."""
-        return batch_windows(documents, self.window, self.stride, self.batch_size)
+        return batch_windows(documents, self.window, self.stride, self.batch_size, sources)
 
     def encode(self, batch: WindowBatch) -> Float[Tensor, "n dim"]:
         """The keys of one batch."""
-        return encode_keys(self.model, self.layer, batch.inputs, batch.predicts)
+        return encode_keys(self.model, self.layer, batch.inputs, batch.predicts, batch.sources)
 
     def scores(
-        self, documents: Iterable[Tokens], with_view: bool = False
+        self,
+        documents: Iterable[Tokens],
+        with_view: bool = False,
+        sources: Iterable[Tokens] | None = None,
     ) -> Iterator[Iterator[ScoredBatch]]:
         """The key of every prediction and the model's log-probability of it, timed.
 
@@ -94,13 +102,19 @@ class Encoder:
         """
         together = max(1, _GROUP_BYTES // (4 * self.layer.dim * self.window * self.batch_size))
         for group in grouped_batches(
-            documents, self.window, self.stride, self.batch_size, together
+            documents, self.window, self.stride, self.batch_size, sources, together
         ):
             yield (self._score(batch, with_view) for batch in group)
 
     def _score(self, batch: WindowBatch, with_view: bool) -> ScoredBatch:
         started = time.perf_counter()
         keys, log_probs, view = encode_and_score(
-            self.model, self.layer, batch.inputs, batch.predicts, batch.targets, with_view
+            self.model,
+            self.layer,
+            batch.inputs,
+            batch.predicts,
+            batch.targets,
+            with_view,
+            batch.sources,
         )
         return ScoredBatch(batch, keys, log_probs, view, time.perf_counter() - started)

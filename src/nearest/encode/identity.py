@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
+from nearest.corpus.tokens import TokenRules
 from nearest.encode.dtype import DtypeName, chosen_dtype
 from nearest.errors import ModelError
 
@@ -64,11 +71,36 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex hash of a tokenizer's vocabulary and of what it makes of a probe text."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()
+def tokenizer_fingerprint(tokenizer: Any, sources: bool = False) -> str:
+    """Hex hash of a tokenizer's vocabulary and of what it makes of a probe text.
+
+    With `sources`, also of what it makes of the probe as a source and as a target: languages that
+    were chosen show there.
+    """
+    probes = [tokenizer(_PROBE, add_special_tokens=False)["input_ids"]]
+    if sources:
+        probes += [tokenizer(_PROBE)["input_ids"], tokenizer(text_target=_PROBE)["input_ids"]]
+    seen = [sorted(tokenizer.get_vocab().items()), *probes]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def reads_sources(model: PreTrainedModel) -> bool:
+    """Whether it is an encoder–decoder, whose encoder reads a source before text is written."""
+    return bool(model.config.is_encoder_decoder)
+
+
+def token_rules(model: PreTrainedModel, tokenizer: Any) -> TokenRules:
+    """How documents become what a model reads.
+
+    Raises:
+        ModelError: nothing says what texts start with.
+    """
+    if not reads_sources(model):
+        return TokenRules(start_token(tokenizer), vocabulary_size(model))
+    encoder_size = int(_encoder_config(model).vocab_size)
+    return TokenRules(
+        _decoder_start(model), vocabulary_size(model), encoder_size, source_positions(model)
+    )
 
 
 def start_token(tokenizer: Any) -> int:
@@ -82,15 +114,46 @@ def start_token(tokenizer: Any) -> int:
     )
 
 
+def _decoder_start(model: PreTrainedModel) -> int:
+    """What a decoder begins with, in training as in `generate`."""
+    for config in (model.generation_config, model.config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    raise ModelError(
+        f"{type(model).__name__} does not say what its decoder starts with: set "
+        "model.generation_config.decoder_start_token_id"
+    )
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of token ids the model accepts and predicts."""
-    return int(model.config.get_text_config().vocab_size)
+    """Number of token ids the model predicts and goes on from."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest input the model was made for, None where its configuration does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else int(positions)
+    """The longest text the model was made for, None where its configuration does not say."""
+    return _positions(model.config.get_text_config(), "max_decoder_position_embeddings")
+
+
+def source_positions(model: PreTrainedModel) -> int | None:
+    """The longest source its encoder was made for; None without limit, or without encoder."""
+    if not reads_sources(model):
+        return None
+    return _positions(_encoder_config(model), "max_encoder_position_embeddings")
+
+
+def _encoder_config(model: PreTrainedModel) -> Any:
+    return getattr(model.config, "encoder", model.config).get_text_config()
+
+
+def _positions(config: Any, own_name: str) -> int | None:
+    """Of one side of an encoder–decoder that counts them apart, else of the whole model."""
+    for name in (own_name, "max_position_embeddings"):
+        if (positions := getattr(config, name, None)) is not None:
+            return int(positions)
+    return None
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -100,7 +163,7 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreTrainedModel, Any]:
-    """Load a causal language model and its tokenizer from a folder or the Hugging Face hub.
+    """Load a language model, causal or encoder–decoder, and its tokenizer: a folder or hub name.
 
     Args:
         name: of the folder, or on the hub.
@@ -111,21 +174,19 @@ def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", output_loading_info=True
-        )
+        loaded: Any = _class_of(name).from_pretrained(name, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers, safetensors, tokenizers: each raises its own kinds
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face causal "
-            "language model, or the name of one on the hub"
+            f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face "
+            "language model, causal or encoder–decoder, or the name of one on the hub"
         ) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"model {name!r} cannot be used: its files hold no weights for {missing[0]} "
-            f"({len(missing)} in all), which would be random: give a folder with a whole causal "
-            "language model"
+            f"({len(missing)} in all), which would be random: give a folder with a whole language "
+            "model"
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(
@@ -135,3 +196,12 @@ def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreT
     if wanted != model.dtype and wanted != torch.float32:  # weights are rounded
         setattr(model, _AS_SAVED, model_fingerprint(model))
     return model.to(wanted).eval(), tokenizer
+
+
+def _class_of(name: str) -> Any:
+    """What loads a model; what cannot be read is left to that to explain, or is an adapter."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception:
+        return AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -2,7 +2,9 @@
 
 `last_hidden` is the input of the output embeddings. `last_ffn_input` (Khandelwal et al., 2020,
 arXiv:1911.00172) is the input of the last block's feed-forward network after its norm: the first
-weight matrix that a forward pass enters after the last block's attention has been left.
+weight matrix that a forward pass enters after the last block's attention has been left. In an
+encoder–decoder it is the decoder's block, and the attention that is left last is the one to the
+encoder.
 """
 
 import re
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nearest.encode.identity import reads_sources
 from nearest.errors import ModelError, SettingError
 
 LanguageModel = PreTrainedModel  # for layers that need not know transformers
@@ -37,8 +40,8 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
 
     Raises:
         SettingError: `name` is no key layer.
-        ModelError: the model has no such layer, is not causal, in training mode, or compiled in
-            place.
+        ModelError: the model has no such layer, is not causal, reads no text, is in training mode,
+            or compiled in place.
     """
     if name not in ("last_ffn_input", "last_hidden"):
         raise SettingError(f"key layer {name!r} is unknown: choose last_ffn_input or last_hidden")
@@ -46,8 +49,11 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         raise ModelError(
             "the model is in training mode, where dropout blurs keys: call model.eval()"
         )
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} is an encoder–decoder: load a causal model")
+    if reads_sources(model) and model.main_input_name != "input_ids":
+        raise ModelError(
+            f"the encoder of {type(model).__name__} reads {model.main_input_name}, and a memory's "
+            "sources are text: load a model that reads text"
+        )
     _refuse_compiled_parts(model)
     module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
     path = next(path for path, candidate in model.named_modules() if candidate is module)
@@ -116,7 +122,8 @@ def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
     """The first module with a weight matrix entered after the last block's attention."""
     events: list[nn.Module | None] = []  # a matrix entered, or None: an attention left
     handles = []
-    for module in blocks_of(model)[-1].modules():
+    decoder = model.get_decoder() if reads_sources(model) else model
+    for module in blocks_of(decoder)[-1].modules():
         if _MIXER.search(type(module).__name__):
             left = of_this_thread(lambda *_: events.append(None))
             handles.append(module.register_forward_hook(left))
@@ -138,7 +145,7 @@ def _last_ffn_entry(model: PreTrainedModel) -> nn.Module:
     )
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The module list that holds most of the model's weights."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
@@ -151,4 +158,8 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, second_token: int = 0) -> None:
-    model(input_ids=torch.tensor([[0, second_token]], device=model.device), use_cache=False)
+    text = torch.tensor([[0, second_token]], device=model.device)
+    if reads_sources(model):
+        model(input_ids=torch.zeros_like(text), decoder_input_ids=text, use_cache=False)
+    else:
+        model(input_ids=text, use_cache=False)

@@ -70,7 +70,9 @@ def merge_segments(plan: SegmentPlan) -> SegmentRecord:
         for segment in plan.merged:
             for number in segment.numbers.tolist():
                 document = segment.stored_documents[number]
-                yield TokenisedDocument(document, segment.tokens_of(number))
+                yield TokenisedDocument(
+                    document, segment.tokens_of(number), segment.source_of(number)
+                )
 
     return write_segment(plan, documents())
 

@@ -23,6 +23,8 @@ _BUILT = {
     "documents.jsonl.zst",
     "frames.npy",
     "ids.npy",
+    "sources.npy",
+    "sources.offsets.npy",
     "suffix.npy",
     "keys.npy",
     "scales.npy",

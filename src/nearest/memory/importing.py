@@ -12,8 +12,9 @@ from jaxtyping import Int
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import TokenisedDocument
 from nearest.encode.encoder import Encoder
+from nearest.encode.identity import reads_sources
 from nearest.encode.layers import LanguageModel, find_key_layer
-from nearest.errors import CorpusError, SettingError
+from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO, EXACT
 from nearest.index.clusters import Clusters
@@ -81,6 +82,11 @@ def import_store(
     Raises:
         NearestError: datastore, model, settings or folder cannot be used; nothing is left behind.
     """
+    if reads_sources(model):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder–decoder, and a datastore does not hold the "
+            "sources that its encoder read: build a memory of the documents"
+        )
     files, layer = find_store(given), find_key_layer(model, options.key_layer)
     if options.trust and files.index is None:
         raise CorpusError(f"{files.keys.parent} holds no index (*.indexed): leave out --trust")

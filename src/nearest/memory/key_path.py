@@ -72,7 +72,7 @@ def _encode(
     projection, done, total = open_projection(new.plan.root, keys), 0, new.record.entries
     documents = (new.tokens[start:stop] for start, stop in pairwise(new.offsets))
     new.plan.progress("keys", 0, total)
-    for number, batch in enumerate(encoder.batches(documents), 1):
+    for number, batch in enumerate(encoder.batches(documents, new.sources), 1):
         done += len(batch.positions)
         if number <= written:
             continue

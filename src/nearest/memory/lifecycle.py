@@ -23,7 +23,7 @@ from nearest.memory.corpus_segments import write_added
 from nearest.memory.generation import changing, free_segment_name, of_generation
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import Manifest, SegmentRecord, publish_next
-from nearest.memory.match import matching_key_layer, refuse_attached
+from nearest.memory.match import matching_key_layer, refuse_attached, rules_of
 from nearest.memory.memory import Memory
 from nearest.memory.new_segment import SegmentPlan, segment_tokens
 from nearest.memory.segment import OFFSET_DTYPE, Segment
@@ -74,9 +74,7 @@ def add_documents(
         replaced: Removed = {}
         checked = with_unique_ids(as_documents(documents))
         checked = _replacing(memory, checked, replaced) if replace else _new(memory, checked)
-        record = manifest.model
-        tokenised = tokenise(checked, tokenizer, record.start_token, record.vocab_size)
-        added = write_added(plan, tokenised)
+        added = write_added(plan, tokenise(checked, tokenizer, rules_of(manifest, model)))
         segments = [*_without(path, manifest, memory.segments, replaced), *added]
         segments = _with_tail_merged(path, manifest, segments, options.progress)
         _publish(path, manifest, segments)

@@ -39,14 +39,24 @@ class FileRecord(_Record, frozen=True):
         return cls(path, (folder / path).stat().st_size, sha256_of(folder / path))
 
 
-class ModelRecord(_Record, frozen=True):
-    """Which model and tokenizer made the keys and the tokens."""
+class ModelRecord(_Record, frozen=True, omit_defaults=True):
+    """Which model and tokenizer made the keys and the tokens.
+
+    `source_vocab_size`: number of token ids that the encoder of an encoder–decoder reads; None for
+    a causal model, which has none.
+    """
 
     name: str
     fingerprint: Digest
     tokenizer_fingerprint: Digest
     vocab_size: Positive
     start_token: Count
+    source_vocab_size: Positive | None = None
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether it is an encoder–decoder, and its documents have sources."""
+        return self.source_vocab_size is not None
 
 
 class ProjectionRecord(_Record, frozen=True):
@@ -118,13 +128,14 @@ class IndexRecord(_Record, frozen=True):
         return [file for file in (self.file, self.trained) if file is not None]
 
 
-class SegmentRecord(_Record, frozen=True):
+class SegmentRecord(_Record, frozen=True, omit_defaults=True):
     """One part of the corpus with its access paths.
 
     `kept`: how many keys there are, where entries have been merged and share them; None where none
     have. `members`: how many entries are in a cluster; None where the memory has no clusters.
     `removed`: how many documents have been taken back; they still stand in the files until
-    `nearest compact`.
+    `nearest compact`. `source_tokens`: of what the encoder read for all documents; None where the
+    model has no encoder.
     """
 
     name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
@@ -137,6 +148,7 @@ class SegmentRecord(_Record, frozen=True):
     kept: Count | None
     members: Count | None
     removed: Count
+    source_tokens: Positive | None = None
 
     def with_files(self, files: Mapping[str, FileRecord], **changes: Any) -> "SegmentRecord":
         """The segment with more files, and with other fields."""
@@ -190,6 +202,9 @@ class Manifest(_Record, frozen=True):
             raise ValueError("a segment has keys without index, or an index without keys")
         if any((s.members is None) != (self.clusters is None) for s in self.segments):
             raise ValueError("a segment has no clusters where others have, or has them alone")
+        none = self.model.source_vocab_size is None
+        if any((segment.source_tokens is None) != none for segment in self.segments):
+            raise ValueError("a segment has no sources and its model reads them, or the reverse")
 
     def file_records(self) -> list[FileRecord]:
         """Every live file."""

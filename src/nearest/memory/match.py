@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
+from nearest.corpus.tokens import TokenRules
+from nearest.encode.identity import (
+    model_fingerprint,
+    reads_sources,
+    source_positions,
+    tokenizer_fingerprint,
+)
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import ModelError, SettingError
+from nearest.memory.manifest import Manifest
 from nearest.memory.memory import Memory
 
 
@@ -13,6 +20,14 @@ def refuse_attached(model: LanguageModel) -> None:
     """Refuse a model that predicts with a memory already (SettingError)."""
     if hasattr(model.forward, "nearest_session"):
         raise SettingError("this model has a memory attached already: detach that one first")
+
+
+def rules_of(manifest: Manifest, model: LanguageModel) -> TokenRules:
+    """How documents are tokenised for a memory, to be read by the model."""
+    record = manifest.model
+    return TokenRules(
+        record.start_token, record.vocab_size, record.source_vocab_size, source_positions(model)
+    )
 
 
 def common_key_layer(
@@ -57,6 +72,12 @@ def matching_key_layer(
         ModelError: weights, tokenizer or key layer differ from those that built the memory.
     """
     record, keys = memory.manifest.model, memory.manifest.keys
+    kinds = {True: "an encoder–decoder", False: "a causal language model"}
+    if reads_sources(model) != record.reads_sources:
+        raise ModelError(
+            f"this model is {kinds[reads_sources(model)]} and {memory.path} is a memory of "
+            f"{kinds[record.reads_sources]}. Load {record.name!r}, or build a memory with this one"
+        )
     layer = find_key_layer(model, "last_hidden" if keys is None else keys.layer)
     if keys is not None and layer.dim != keys.dim:
         raise ModelError(
@@ -71,7 +92,9 @@ def matching_key_layer(
             f"this model's weights (or their precision) are not those that built {memory.path}, "
             f"so its states and the stored keys cannot be compared. {cure} meaningless neighbours"
         )
-    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != record.tokenizer_fingerprint:
+    if tokenizer is not None and record.tokenizer_fingerprint != tokenizer_fingerprint(
+        tokenizer, record.reads_sources
+    ):
         raise ModelError(
             f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
             f"mean the same text. {cure} wrong words"

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nearest.memory.documents import DocumentWriter
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.manifest import FileRecord, KeysRecord, Manifest, SegmentRecord
 from nearest.memory.segment import ID_DTYPE, OFFSET_DTYPE, Segment
+from nearest.memory.source_files import SourceWriter, StoredSources, open_sources
 from nearest.memory.unfinished import Journal
 from nearest.progress import Progress
 
@@ -81,6 +83,7 @@ class NewSegment:
         tokens, offsets: as in `Segment`.
         choice: of the index.
         digest: SHA-256 of its documents.
+        sources: what the encoder reads for each; None for models without one.
     """
 
     plan: SegmentPlan
@@ -89,6 +92,7 @@ class NewSegment:
     offsets: Int[np.ndarray, " documents_plus_1"]
     choice: IndexChoice
     digest: str
+    sources: StoredSources | None
 
     def opened(self, record: SegmentRecord) -> Segment:
         """Open it as far as `record` describes it."""
@@ -107,7 +111,7 @@ def segment_tokens(keys: KeysRecord | None) -> int:
 
 
 def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> NewSegment:
-    """Write tokens, offsets and documents.
+    """Write tokens, offsets, documents and their sources.
 
     Raises:
         CorpusError: there is no document, or no token that follows another.
@@ -115,16 +119,22 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
     """
     root, folder = plan.root, plan.folder
     (root / folder).mkdir(parents=True)
-    dtype = token_dtype(plan.manifest.model.vocab_size)
+    model = plan.manifest.model
+    dtype = token_dtype(model.vocab_size)
     paths = {kind: root / folder / file for kind, file in _FILES.items()}
     lengths, hashes, total = array("q", [0]), array("Q"), 0
     with (
         ArrayFile(paths["tokens"], dtype) as file,
         DocumentWriter(paths["documents"], paths["frames"]) as store,
+        nullcontext()
+        if model.source_vocab_size is None
+        else SourceWriter(root, folder, model.source_vocab_size) as sources,
     ):
         for item in documents:
             file.append(item.tokens.astype(dtype))
             store.append(item.document)
+            if sources is not None and item.source is not None:
+                sources.append(item.source)
             hashes.append(int(id_hash(item.document.id)))
             lengths.append(len(item.tokens))
             total += len(item.tokens)
@@ -150,17 +160,26 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
         members=None,
         removed=0,
     )
-    tokens = open_array(paths["tokens"], dtype, (record.tokens,))
-    return NewSegment(plan, record, tokens, offsets, choice, store.digest)
+    if sources is not None:
+        record = sources.described(record)
+    return _new_segment(plan, record, choice, store.digest)
 
 
 def reopen_corpus(plan: SegmentPlan, record: SegmentRecord, digest: str) -> NewSegment:
     """A segment whose corpus was written before, as far as `record` describes it."""
+    return _new_segment(plan, record, _choice(plan, record.entries), digest)
+
+
+def _new_segment(
+    plan: SegmentPlan, record: SegmentRecord, choice: IndexChoice, digest: str
+) -> NewSegment:
+    """Open the arrays of a corpus that is written."""
     paths = {kind: plan.root / file.path for kind, file in record.files.items()}
-    dtype = token_dtype(plan.manifest.model.vocab_size)
-    tokens = open_array(paths["tokens"], dtype, (record.tokens,))
+    model = plan.manifest.model
+    tokens = open_array(paths["tokens"], token_dtype(model.vocab_size), (record.tokens,))
     offsets = open_array(paths["offsets"], OFFSET_DTYPE, (record.documents + 1,))
-    return NewSegment(plan, record, tokens, offsets, _choice(plan, record.entries), digest)
+    sources = open_sources(paths, record, model.source_vocab_size)
+    return NewSegment(plan, record, tokens, offsets, choice, digest, sources)
 
 
 def _choice(plan: SegmentPlan, entries: int) -> IndexChoice:

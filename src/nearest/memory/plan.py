@@ -7,7 +7,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.long_text import LONG
-from nearest.corpus.tokens import Tokens, token_dtype, tokenise
+from nearest.corpus.tokens import TokenisedDocument, TokenRules, Tokens, token_dtype, tokenise
 from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
@@ -76,7 +76,7 @@ class _Sample:
     def see(self, document: Document) -> None:
         """Count a document, and keep it or not; of a long one its beginning."""
         if len(self.lengths) % self._every == 0:
-            kept = Document(document.id, document.text[:_BEGINNING], document.metadata)
+            kept = replace(document, text=document.text[:_BEGINNING])
             self.documents.append(kept)
             self._characters += len(kept.text)
             while self._characters > _SAMPLE and len(self.documents) > 1:
@@ -90,6 +90,7 @@ def plan_build(
     path: Path,
     documents: Iterable[Document | str],
     tokenizer: Any,
+    rules: TokenRules,
     manifest: Manifest,
     encoder: Encoder | None,
     identifying: float,
@@ -101,20 +102,17 @@ def plan_build(
     Raises:
         CorpusError: the corpus cannot be used.
     """
-    model, keys = manifest.model, manifest.keys
+    keys = manifest.keys
     sample, started, before = _Sample(), time.perf_counter(), _held()
     for document in with_unique_ids(as_documents(documents)):
         sample.see(document)
     reading = time.perf_counter() - started
     if not sample.lengths:
         raise CorpusError("the corpus holds no documents: give it at least one")
-    tokens: list[Tokens] = []
-    tokenising = timed(
-        lambda: tokens.extend(
-            item.tokens
-            for item in tokenise(sample.documents, tokenizer, model.start_token, model.vocab_size)
-        )
-    )
+    made: list[TokenisedDocument] = []
+    tokenising = timed(lambda: made.extend(tokenise(sample.documents, tokenizer, rules)))
+    tokens = [item.tokens for item in made]
+    sources = [item.source for item in made if item.source is not None]
     stored, compressing = _compressed(sample.documents)
     text = _held() - before  # the documents of the sample stand for what else is held
     characters = sum(len(document.text) for document in sample.documents)
@@ -129,8 +127,11 @@ def plan_build(
     limit = segment_tokens(keys)
     segments = max(1, math.ceil(total / limit))
     largest = min(total, limit + int(counts.max()))
-    dtype, every = token_dtype(model.vocab_size), np.concatenate(tokens)
+    dtype, every = token_dtype(rules.vocab_size), np.concatenate(tokens)
     size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
+    if rules.source_vocab_size is not None:
+        bytes_read = sum(map(len, sources)) * token_dtype(rules.source_vocab_size).itemsize
+        size += int((bytes_read / len(sources) + 8) * len(counts))
     stages = {
         "tokens": identifying + reading + (tokenising + compressing) * share,
         "suffix array": sorting(every.astype(dtype), largest) * total / largest,
@@ -143,7 +144,7 @@ def plan_build(
     if encoder is not None and keys is not None:
         form = key_format(keys.format)
         dim, before = encoder.layer.dim, _held()
-        stages["keys"] = _encoding(encoder, form, tokens) * _inputs(counts, encoder)
+        stages["keys"] = _encoding(encoder, form, tokens, sources) * _inputs(counts, encoder)
         row = sum(
             dtype.itemsize * int(np.prod(shape)) for dtype, shape in form.layout(dim).values()
         )
@@ -198,11 +199,13 @@ def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:
     return float((counts + further * (window - stride)).sum())
 
 
-def _encoding(encoder: Encoder, form: KeyFormat, documents: list[Tokens]) -> float:
-    """Seconds an input, padding and rounding of the keys included."""
+def _encoding(
+    encoder: Encoder, form: KeyFormat, documents: list[Tokens], sources: list[Tokens]
+) -> float:
+    """Seconds an input; padding, what the encoder reads, and rounding of the keys included."""
     lengths = [len(tokens) for tokens in documents]
     real = sum(w.length for n in lengths for w in windows(n, encoder.window, encoder.stride))
-    batches = list(encoder.batches(documents))
+    batches = list(encoder.batches(documents, sources or None))
     padded = sum(batch.inputs.size for batch in batches)
     order = np.random.default_rng(0).permutation(len(batches))
     encoder.encode(batches[order[0]])  # the first pass is slow

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nearest.corpus.tokens import Tokens
+from nearest.corpus.tokens import TokenisedDocument, Tokens, tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.memory.key_files import open_projection, stored_format
-from nearest.memory.match import matching_key_layer
+from nearest.memory.match import matching_key_layer, rules_of
 from nearest.memory.memory import Memory
 from nearest.memory.segment import Segment
 
@@ -31,16 +31,17 @@ def reproduction_problems(
     """
     layer = matching_key_layer(memory, model, tokenizer)
     keys, problems = memory.manifest.keys, []
-    rng = np.random.default_rng(_SEED)
+    rng, rules = np.random.default_rng(_SEED), rules_of(memory.manifest, model)
     for segment in memory.segments:
         count = min(documents, len(segment.numbers))
         sample = np.sort(rng.choice(segment.numbers, size=count, replace=False)).tolist()
         where = f"segment {segment.record.name}: "
-        for number in sample:
-            text = segment.stored_documents[number].text
-            again = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if segment.tokens_of(number)[1:].tolist() != list(again):
-                problems.append(f"{where}the text of a document gives other tokens than are stored")
+        stored = (segment.stored_documents[number] for number in sample)
+        for number, again in zip(sample, tokenise(stored, tokenizer, rules), strict=True):
+            if part := _differing(segment, number, again):
+                problems.append(
+                    f"{where}the {part} of a document gives other tokens than are stored"
+                )
                 break
         if keys is not None:
             encoder = Encoder.of(model, layer, keys.window, keys.stride)
@@ -53,6 +54,15 @@ def reproduction_problems(
     return problems
 
 
+def _differing(segment: Segment, number: int, again: TokenisedDocument) -> str | None:
+    """Which part of a document has other tokens now."""
+    if not np.array_equal(again.tokens, segment.tokens_of(number)):
+        return "text"
+    source = segment.source_of(number)
+    same = source is None or again.source is None or np.array_equal(again.source, source)
+    return None if same else "source"
+
+
 def _near(
     memory: Memory, segment: Segment, encoder: Encoder, sample: list[int]
 ) -> Iterator[np.ndarray]:
@@ -62,7 +72,9 @@ def _near(
     own = np.zeros(segment.record.tokens, dtype=bool)
     own[segment.searched] = True  # others share the key of one that they were merged into
     texts: list[Tokens] = [segment.tokens_of(number) for number in sample]
-    for batch, made in encoder.keys(texts):
+    read = segment.stored_sources
+    sources = None if read is None else [read[number] for number in sample]
+    for batch, made in encoder.keys(texts, sources):
         entries = segment.offsets[np.array(sample)[batch.documents]] + batch.positions
         rows: Float[np.ndarray, "n dim"] = made.numpy()[own[entries]]
         if not len(rows):

@@ -29,6 +29,7 @@ from nearest.memory.cluster_files import open_clusters
 from nearest.memory.documents import FRAME_DTYPE, DocumentReader
 from nearest.memory.key_files import open_keys, stored_format
 from nearest.memory.manifest import KeysRecord, Manifest, SegmentRecord
+from nearest.memory.source_files import StoredSources, open_sources
 
 OFFSET_DTYPE = np.dtype(np.int64)
 ID_DTYPE = np.dtype(np.uint64)
@@ -54,6 +55,7 @@ class Segment:
         self.record = record
         self._folder = folder
         self._vocab_size = manifest.model.vocab_size
+        self._source_vocab_size = manifest.model.source_vocab_size
         self._keys: Keys | None = None
         self._weights: UInt8[np.ndarray, " n"] | None = None
         self._rows: Int[np.ndarray, " n"] | None = None
@@ -69,6 +71,7 @@ class Segment:
             self.id_hashes: UInt64[np.ndarray, " documents"] = open_array(
                 paths["ids"], ID_DTYPE, (record.documents,)
             )
+            self._sources = open_sources(paths, record, self._source_vocab_size)
             self._removed: Int[np.ndarray, " removed"] = np.empty(0, np.int64)
             if record.removed:
                 self._removed = open_array(paths["removed"], OFFSET_DTYPE, (record.removed,))
@@ -118,9 +121,15 @@ class Segment:
     @cached_property
     def offsets(self) -> Int[np.ndarray, " documents_plus_1"]:
         """Where each document starts, and where the last ends."""
-        found = self._offsets
-        if found[0] != 0 or found[-1] != self.record.tokens or (np.diff(found) < 1).any():
-            raise self._damaged("offsets", "do not rise from 0 to the number of tokens")
+        return self._rising("offsets", self._offsets, self.record.tokens)
+
+    @cached_property
+    def stored_sources(self) -> StoredSources | None:
+        """What the encoder read for each document; None for a model without one."""
+        found = self._sources
+        if found is not None:
+            self._within("sources", found.tokens, 0, self._source_vocab_size or 0)
+            self._rising("source_offsets", found.offsets, len(found.tokens))
         return found
 
     @cached_property
@@ -171,6 +180,14 @@ class Segment:
         if len(array) and not (low <= int(array.min()) and int(array.max()) < high):
             raise self._damaged(kind, f"lie outside {low} to {high - 1}")
         return array
+
+    def _rising(
+        self, kind: str, offsets: Int[np.ndarray, " n"], stop: int
+    ) -> Int[np.ndarray, " n"]:
+        """The offsets, which must rise from 0 to the number of tokens."""
+        if offsets[0] != 0 or offsets[-1] != stop or (np.diff(offsets) < 1).any():
+            raise self._damaged(kind, "do not rise from 0 to the number of tokens")
+        return offsets
 
     def _damaged(self, kind: str, what: str) -> FolderError:
         return FolderError(
@@ -351,6 +368,10 @@ class Segment:
     def tokens_of(self, number: int) -> Tokens:
         """The token ids of a document by its stored number."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def source_of(self, number: int) -> Tokens | None:
+        """What the encoder read for a document, by its stored number; None where there is none."""
+        return None if self.stored_sources is None else self.stored_sources[number]
 
 
 def no_keys(folder: Path) -> SettingError:

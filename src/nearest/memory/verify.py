@@ -69,6 +69,7 @@ def _corpus_problems(segment: Segment, manifest: Manifest, ids: set[str]) -> lis
     problems = []
     if (segment.tokens[segment.offsets[:-1]] != manifest.model.start_token).any():
         problems.append("a document does not begin with the start token")
+    _ = segment.stored_sources  # looks at them
     for number in segment.numbers.tolist():
         document_id = segment.stored_documents[number].id
         if document_id in ids:

@@ -17,9 +17,8 @@ from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
     model_fingerprint,
     model_name,
-    start_token,
+    token_rules,
     tokenizer_fingerprint,
-    vocabulary_size,
 )
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import SettingError
@@ -103,10 +102,10 @@ def build_memory(
     if options.keys != NO_KEYS:
         encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys)
-    unique, record = with_unique_ids(as_documents(documents)), manifest.model
+    unique = with_unique_ids(as_documents(documents))
     with new_folder(path):
         journal = Journal.of(path, _arguments(manifest, model, encoder, options))
-        rest = tokenise(journal.rest(unique), tokenizer, record.start_token, record.vocab_size)
+        rest = tokenise(journal.rest(unique), tokenizer, token_rules(model, tokenizer))
         plan = SegmentPlan(
             path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
         )
@@ -117,6 +116,7 @@ def build_memory(
 
 def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
     """A first generation that has no segment yet."""
+    rules = token_rules(model, tokenizer)
     return Manifest(
         format=FORMAT,
         generation=1,
@@ -124,9 +124,12 @@ def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) 
         model=ModelRecord(
             name=model_name(model),
             fingerprint=model_fingerprint(model),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            vocab_size=vocabulary_size(model),
-            start_token=start_token(tokenizer),
+            tokenizer_fingerprint=tokenizer_fingerprint(
+                tokenizer, rules.source_vocab_size is not None
+            ),
+            vocab_size=rules.vocab_size,
+            start_token=rules.start_token,
+            source_vocab_size=rules.source_vocab_size,
         ),
         keys=keys,
         segments=[],
@@ -150,10 +153,10 @@ def planned_memory(
     encoder = keys = None
     if options.keys != NO_KEYS:
         encoder, keys = _keys_of(model, options)
-    started = time.perf_counter()
+    rules, started = token_rules(model, tokenizer), time.perf_counter()
     manifest = new_manifest(model, tokenizer, keys)
     identifying = time.perf_counter() - started
-    return plan_build(path, documents, tokenizer, manifest, encoder, identifying)
+    return plan_build(path, documents, tokenizer, rules, manifest, encoder, identifying)
 
 
 def _arguments(

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
-from nearest.encode.identity import AnyModel, bare_model
+from nearest.encode.identity import AnyModel, bare_model, reads_sources
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
@@ -103,6 +103,10 @@ class Session:
     ) -> None:
         self.model = model = bare_model(model)
         refuse_attached(model)
+        if reads_sources(model):
+            raise ModelError(
+                f"{type(model).__name__} is an encoder–decoder: it cannot be attached yet"
+            )
         self._ensemble = ensemble
         memories = [lookup.memory for lookup in ensemble.lookups]
         self._layer = common_key_layer(memories, model, tokenizer, force=force)

@@ -14,7 +14,14 @@ from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
-from nearest.encode.identity import AnyModel, bare_model, model_name, start_token, vocabulary_size
+from nearest.encode.identity import (
+    AnyModel,
+    bare_model,
+    model_name,
+    reads_sources,
+    token_rules,
+    vocabulary_size,
+)
 from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
@@ -116,6 +123,8 @@ class Scorer:
             raise SettingError("score_eos needs text: end the token arrays with EOS yourself")
         if arrays and texts:
             raise CorpusError("documents and token arrays are mixed: give all as one or the other")
+        if reads_sources(model):
+            _check_pairs(arrays, score_eos=score_eos, exclude_own=exclude_own)
         if arrays:
             text = Text.from_tokens(arrays, vocab_size)
         else:
@@ -125,8 +134,7 @@ class Scorer:
             text = Text.from_documents(
                 texts,
                 tokenizer,
-                start_token(tokenizer),
-                vocab_size,
+                token_rules(model, tokenizer),
                 tokenizer.eos_token_id if score_eos else None,
             )
         memories, own = memories_of(memory), None
@@ -157,7 +165,7 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.sequences, with_view):
+        for group in self.encoder.scores(self.text.sequences, with_view, self.text.sources):
             scored = []
             for batch in group:
                 scored.append(batch)
@@ -250,6 +258,25 @@ def read_text(
     """
     scorer = Scorer.prepare(model, memory, documents, **options)
     return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)), scorer.own)
+
+
+def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool, exclude_own: bool) -> None:
+    """Refuse what makes no sense where each text has a source (SettingError, CorpusError)."""
+    if arrays:
+        raise CorpusError(
+            "an encoder–decoder reads a source for each text, and arrays of token ids have none: "
+            "give documents with 'source' and 'text'"
+        )
+    if score_eos:
+        raise SettingError(
+            "the texts of an encoder–decoder end with EOS, as in training, and their ends are "
+            "always scored: leave score_eos out"
+        )
+    if exclude_own:
+        raise SettingError(
+            "a text may stand in the memory with several sources, so that its own entries are not "
+            "told apart by its tokens: take its documents out of the memory (nearest remove)"
+        )
 
 
 def _own_tokenizer(model: PreTrainedModel) -> Any:
