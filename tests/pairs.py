@@ -20,7 +20,7 @@ from nearest.corpus.documents import Document
 
 PAD, EOS = 0, 1
 _COMMON = {"vocab_size": BYTES_AND_SPECIALS, "pad_token_id": PAD, "eos_token_id": EOS}
-_T5 = {**_COMMON, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2}
+_T5 = {**_COMMON, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
 _T5 |= {"num_heads": 2, "decoder_start_token_id": PAD}
 _BART = {**_COMMON, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2}
 _BART |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": POSITIONS}

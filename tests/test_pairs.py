@@ -126,6 +126,35 @@ def temperature_of(memory: Memory) -> float:
     return float(((keys[:, None] - keys) ** 2).sum(-1).mean()) / 8
 
 
+def test_a_text_is_predicted_without_the_entries_of_its_own_source(tmp_path: Path) -> None:
+    """Equal texts of other sources stay candidates, and the first of them is not left out for it.
+
+    The last document is not in the memory.
+    """
+    model, text = make_pair_model(), pair_documents(1)[0].text
+    sources = ["one", "two", "three"]
+    pairs = [Document(source, text, {"source": source}) for source in sources]
+    memory = Memory.build(model, TOKENIZER, [*DOCUMENTS[1:4], *pairs[:2]], tmp_path / "m")
+    memory = memory.add(model, TOKENIZER, DOCUMENTS[4:]).remove(["one"])
+    memory = memory.add(model, TOKENIZER, pairs[:1])
+    settings = {"lam": 0.6, "temperature": temperature_of(memory), "k": 12}
+    given = {"tokenizer": TOKENIZER, "exclude_own": True, **settings}
+    result = evaluate(model, memory, pairs, "knn", **given)
+    begins = {}
+    for number in range(memory.documents):
+        found = memory.document(number).id
+        begins[found] = sum(len(memory.document_tokens(n)) for n in range(number))
+    stored = Memory.build(model, TOKENIZER, [memory.document(n) for n in range(memory.documents)],
+                          tmp_path / "once")  # fmt: skip
+    tokens = text_ids(pairs[0], 0)
+    for document, nll in zip(pairs, result.document_nll, strict=True):
+        states = states_of(model, tokens[:-1], source=source_ids(document))
+        own = begins.get(document.id)
+        predicted = Oracle(Corpus(stored), "knn", own=own, **settings).predict(*states, tokens)
+        losses = [-one.log_probs[t] for one, t in zip(predicted, tokens[1:], strict=True)]
+        np.testing.assert_allclose(nll, sum(losses), rtol=2e-3)
+
+
 def test_sources_are_read_with_their_rows() -> None:
     """Each row of a batch has its document's whole source; long ones count for a batch's size."""
     rng = np.random.default_rng(0)
@@ -302,7 +331,6 @@ def test_documents_without_a_source_that_can_be_read(
         ([np.arange(9)], {}, "arrays of token ids have none"),
         (TEXT, {"stream": True}, "reads a source for each document"),
         (TEXT, {"score_eos": True}, "their ends are always scored"),
-        (TEXT, {"exclude_own": True}, "may stand in the memory with several sources"),
     ],
 )
 def test_texts_that_cannot_be_scored(

@@ -229,6 +229,7 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
         "bytes_per_entry": round(sum(sizes.values()) / memory.entries, 1),
         "files": sizes,
         "model": manifest.model.name,
+        "model_kind": "encoder–decoder" if manifest.model.reads_sources else "causal",
         "keys": "none"
         if keys is None
         else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
@@ -275,7 +276,7 @@ def _dims(keys: "KeysRecord") -> str:
 
 def shaded_generation(generation: "Generation", most: int) -> RenderableType:
     """The continuation, each token shaded by the memory's weight, and the documents behind it."""
-    text = Text(generation.prompt, style="bold")
+    text = Text(generation.prompt + ("" if generation.continues else "\n"), style="bold")
     if not generation.tokens:
         return text.append(generation.text, style="not bold")
     for token in generation.tokens:

@@ -22,7 +22,9 @@ from nearest.cli.options import (
 
 def generate(
     memory: MemoryPath,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue; the source, of an encoder–decoder.")
+    ],
     method: Annotated[
         str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
     ] = "knn",

@@ -123,6 +123,12 @@ def check_vocabulary(tokens: Tokens, vocab_size: int, origin: str) -> None:
         )
 
 
+def size_of(document: Document) -> int:
+    """Characters of its text, and of its source where it has one."""
+    source = document.metadata.get("source")
+    return len(document.text) + (len(source) if isinstance(source, str) else 0)
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest of uint16 and uint32 that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -137,7 +143,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             yield batch
             batch, characters = [], 0
         batch.append(document)
-        characters += len(document.text)
+        characters += size_of(document)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -1,1 +1,1 @@
-"""Layer 2: any Hugging Face causal language model's hidden states as keys."""
+"""Layer 2: any Hugging Face language model's hidden states as keys."""

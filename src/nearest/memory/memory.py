@@ -34,6 +34,7 @@ from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
 from nearest.memory.search import JointIndex, joint_indexes
 from nearest.memory.segment import Segment, no_keys
+from nearest.memory.source_files import pair_bytes
 from nearest.progress import Progress, no_progress
 
 DISTANCES = ("keys", "index")
@@ -104,9 +105,10 @@ class Memory:
         """Make a memory of documents in a new folder, and open it.
 
         Args:
-            model: a Hugging Face causal language model in evaluation mode.
+            model: a Hugging Face language model, causal or encoder–decoder, in evaluation mode.
             tokenizer: its tokenizer.
-            documents: documents or plain strings; they are read once, as a stream.
+            documents: documents or plain strings; they are read once, as a stream. An
+                encoder–decoder needs documents whose metadata has a `source`.
             path: the folder, which must not exist or be empty.
             **options: as in `memory.writer.BuildOptions`.
 
@@ -463,8 +465,12 @@ class Memory:
         segment, stored = self._stored_document(number)
         return segment.tokens_of(stored)
 
-    def first_entries(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
+    def first_entries(
+        self, documents: Sequence[Tokens], sources: Sequence[Tokens] | None = None
+    ) -> Int[np.ndarray, " documents"]:
         """The first entry of the document that has exactly these tokens; -1 where there is none.
+
+        Where sources are given, it has exactly the same source, too.
 
         Raises:
             SettingError: entries have been merged, so that they cannot be told apart.
@@ -474,7 +480,16 @@ class Memory:
                 f"entries of {self.path} were merged into others, so that a text's own cannot be "
                 "left out: use the memory from before `nearest compress --merge`"
             )
-        return self.equal_documents(documents)
+        if sources is None:
+            return self.equal_documents(documents)
+        wanted = [pair_bytes(*pair) for pair in zip(documents, sources, strict=True)]
+        found = dict.fromkeys(wanted, NO_ENTRY)
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            for number in segment.numbers.tolist():
+                pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
+                if found.get(pair) == NO_ENTRY:
+                    found[pair] = first + int(segment.offsets[number])
+        return np.array([found[pair] for pair in wanted], dtype=np.int64)
 
     def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
         """As `first_entries`, of any memory."""

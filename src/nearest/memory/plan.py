@@ -17,7 +17,14 @@ from jaxtyping import Float
 
 from nearest.corpus.documents import Document, as_documents
 from nearest.corpus.long_text import LONG
-from nearest.corpus.tokens import TokenisedDocument, TokenRules, Tokens, token_dtype, tokenise
+from nearest.corpus.tokens import (
+    TokenisedDocument,
+    TokenRules,
+    Tokens,
+    size_of,
+    token_dtype,
+    tokenise,
+)
 from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
@@ -78,11 +85,11 @@ class _Sample:
         if len(self.lengths) % self._every == 0:
             kept = replace(document, text=document.text[:_BEGINNING])
             self.documents.append(kept)
-            self._characters += len(kept.text)
+            self._characters += size_of(kept)
             while self._characters > _SAMPLE and len(self.documents) > 1:
                 self.documents = self.documents[::2]
                 self._every *= 2
-                self._characters = sum(len(kept.text) for kept in self.documents)
+                self._characters = sum(map(size_of, self.documents))
         self.lengths.append(len(document.text))
 
 

@@ -74,6 +74,12 @@ class SourceWriter:
         self._file.__exit__(kind, error, tb)
 
 
+def pair_bytes(text: Tokens, source: Tokens | None) -> tuple[bytes, bytes]:
+    """The same for the same text and source, whatever types their tokens have."""
+    parts = (text, np.empty(0) if source is None else source)
+    return tuple(part.astype(np.int64).tobytes() for part in parts)  # type: ignore[return-value]
+
+
 def open_sources(
     paths: Mapping[str, Path], record: SegmentRecord, vocab_size: int | None
 ) -> StoredSources | None:

@@ -11,40 +11,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
-from nearest.encode.identity import AnyModel, bare_model, reads_sources
+from nearest.encode.identity import AnyModel, bare_model
 from nearest.encode.layers import captured_input
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.memory.match import common_key_layer, refuse_attached
-from nearest.models.prefixes import Pass, Prefixes, Sequences
+from nearest.models.arguments import TextArguments
+from nearest.models.generated import Generated, Prompt
+from nearest.models.prefixes import Pass, Prefixes, Sequences, row_hashes
 from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 
 _BATCHING = "init_continuous_batching"  # what generate_batch and its kin begin with
-
-
-@dataclass(frozen=True)
-class _Generated:
-    """What the last `generate` returned, with what is needed to read it again."""
-
-    sequences: Tensor
-    prompt_length: int
-    first: list[int]  # of each prompt: where its tokens start after left padding
-    stops: set[int]
-    pad: int | None
 
 
 def attach(
@@ -58,7 +49,7 @@ def attach(
     replay: int | str = 0,
     **settings: Any,
 ) -> "Session":
-    """Attach memories to a Hugging Face causal language model; use as a context manager.
+    """Attach memories to a Hugging Face language model; use as a context manager.
 
     Greedy search, sampling, beams, left-padded batches, assisted decoding and plain calls of the
     model then predict with the memory; continuous batching does with methods that need hidden
@@ -103,10 +94,6 @@ class Session:
     ) -> None:
         self.model = model = bare_model(model)
         refuse_attached(model)
-        if reads_sources(model):
-            raise ModelError(
-                f"{type(model).__name__} is an encoder–decoder: it cannot be attached yet"
-            )
         self._ensemble = ensemble
         memories = [lookup.memory for lookup in ensemble.lookups]
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
@@ -114,7 +101,8 @@ class Session:
         self._here = _Here()
         self._forward_lock = threading.RLock()  # hooks on one module would mix up threads' keys
         self._generate_lock = threading.Lock()
-        self._generated: _Generated | None = None
+        self._generated: Generated | None = None
+        self._text = TextArguments.of(model)
         names = ("forward", "prepare_inputs_for_generation", "generate")
         self._replaced = {name: vars(model).get(name) for name in names}
         vars(model)["forward"] = self._wrap_forward(model.forward)
@@ -193,15 +181,16 @@ class Session:
         depends on its prefix alone, so this is what was mixed while generating, whichever way.
 
         Raises:
-            NearestError: nothing was generated yet, or the prompt was given as embeddings.
+            NearestError: nothing was generated yet, or the prompt was given as embeddings or as an
+                encoder's outputs.
             IndexError: there is no such row.
         """
         if self._generated is None:
             raise NearestError(
                 "nothing to name sources of: call model.generate with input_ids first (embeddings "
-                "cannot be read again)"
+                "and encoder_outputs cannot be read again)"
             )
-        tokens, prompt_length = self._row(self._generated, row)
+        tokens, prompt_length, read = self._generated.row(row)
         if len(tokens) == prompt_length:
             return []
         inputs = tokens[None, :-1]
@@ -218,25 +207,11 @@ class Session:
                 wanted.numpy(),
                 targets,
                 self.ensemble.needs_lm,
+                read,
             )
         queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1), view)
         skipped = prompt_length - 1 - first
         return token_sources(self.ensemble, queries, targets, lm_log_probs, skipped)
-
-    @staticmethod
-    def _row(generated: _Generated, row: int) -> tuple[Tensor, int]:
-        """A row's tokens without padding at either end, and how many of them are the prompt."""
-        rows = len(generated.sequences)
-        if not 0 <= row < rows:
-            raise IndexError(f"row {row} is outside the {rows} generated")
-        first = generated.first[row * len(generated.first) // rows]
-        new = generated.sequences[row, generated.prompt_length :].tolist()
-        stops = [i for i, token in enumerate(new) if token in generated.stops]
-        length = stops[0] + 1 if stops else len(new)
-        while not stops and length and new[length - 1] == generated.pad:
-            length -= 1  # a row ended by something else, such as a stop string, is padded too
-        prompt = generated.prompt_length - first
-        return generated.sequences[row, first:][: prompt + length].cpu(), prompt
 
     def _wrap_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -251,14 +226,13 @@ class Session:
             named = signature.bind_partial(*args, **kwargs).arguments
             rest = named.pop("kwargs", {})
             as_tuple = kwargs.pop("return_dict", None) is False
-            tokens, keep = named.get("input_ids"), named.get("logits_to_keep", 0)
-            shape = (named["inputs_embeds"] if tokens is None else tokens).shape[:2]
+            shape, keep = self._text.shape(named), named.get("logits_to_keep", 0)
             sequences, here.sequences = here.sequences, None
             # A call between the steps of generate(), as for guidance, has a state of its own.
             prefixes = here.prefixes if sequences else None
             this = None
             if ensemble.needs_context:
-                sequences = sequences or Sequences.of_call(named)
+                sequences = sequences or Sequences.of_call(self._text, named)
                 this = Pass(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in signature.parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
@@ -271,12 +245,7 @@ class Session:
                 prefixes = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
                 output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
-                output.loss = self.model.loss_function(
-                    logits=output.logits,
-                    labels=named["labels"],
-                    vocab_size=output.logits.shape[-1],
-                    **rest,
-                )
+                output.loss = self._text.loss(output.logits, named["labels"], rest)
             return output.to_tuple() if as_tuple else output
 
         # Neither look-ups nor hooks can be traced: attached, a model runs as it is written.
@@ -358,10 +327,11 @@ class Session:
                     here.ids = torch.cat([here.ids, ids], dim=1)  # a long prompt, in pieces
                 else:
                     here.ids = ids  # of the whole sequences: beams in order, drafts at the end
-                mask = kwargs.get("attention_mask")
+                mask = kwargs.get(self._text.mask)
                 if mask is not None:
                     mask = mask[:, : here.ids.shape[1]]
-                here.sequences = Sequences.of(here.ids, mask, here.first)
+                sources = here.sources_of(kwargs.get("encoder_outputs"))
+                here.sequences = Sequences.of(here.ids, mask, here.first, sources)
             return original(ids, *args, **kwargs)
 
         return prepare
@@ -380,9 +350,10 @@ class Session:
                 self._generated = None
                 named = signature.bind_partial(*args, **kwargs).arguments
                 named |= named.pop("kwargs", {})
-                with self._following(named):
+                prompt = Prompt.of(self._text, named)
+                with self._following(prompt):
                     output = original(*args, **kwargs)
-                self._generated = self._remember(output, named)
+                self._generated = Generated.of(output, self.model, prompt, named)
                 return output
             finally:
                 self._generate_lock.release()
@@ -390,37 +361,17 @@ class Session:
         return generate
 
     @contextmanager
-    def _following(self, named: dict[str, Any]) -> Iterator[None]:
+    def _following(self, prompt: Prompt) -> Iterator[None]:
         """Know the sequences of the passes that generate() makes in this thread."""
-        here, prompt = self._here, _prompt(named)
+        here = self._here
         if self.ensemble.needs_context:
             here.prefixes = [Prefixes(lookup) for lookup, _ in self.ensemble.used]
             replayed = self._replay if self.ensemble.keeps_state else 0
-            here.first = 0 if prompt is None else max(0, prompt.shape[1] - 1 - replayed)
+            here.first = max(0, prompt.length - 1 - replayed)
         try:
             yield
         finally:
-            here.prefixes = here.ids = here.sequences = None
-
-    def _remember(self, output: Any, named: dict[str, Any]) -> _Generated | None:
-        prompt = _prompt(named)
-        sequences = getattr(output, "sequences", output)
-        if prompt is None or not isinstance(sequences, Tensor):
-            return None
-        stops = _token_ids(self._generation_option(named, "eos_token_id"))
-        pad = next(iter(_token_ids(self._generation_option(named, "pad_token_id"))), None)
-        mask = named.get("attention_mask")
-        if mask is None and pad is not None and pad not in stops:
-            mask = prompt != pad  # as generate() infers it
-        first = [0] * len(prompt) if mask is None else mask.int().argmax(dim=1).tolist()
-        return _Generated(sequences, prompt.shape[1], first, set(stops), pad)
-
-    def _generation_option(self, named: dict[str, Any], name: str) -> Any:
-        """What generate() goes by: its argument, else the configuration given, else the model's."""
-        if name in named:
-            return named[name]
-        given = getattr(named.get("generation_config"), name, None)
-        return getattr(self.model.generation_config, name) if given is None else given
+            here.prefixes = here.ids = here.sequences = here.encoded = None
 
 
 class _Here(threading.local):
@@ -433,15 +384,13 @@ class _Here(threading.local):
     first = 0
     ids: Tensor | None = None
     sequences: Sequences | None = None
+    encoded: tuple[Tensor, Int[np.ndarray, " rows"]] | None = None  # what an encoder gave, hashed
 
-
-def _prompt(named: dict[str, Any]) -> Tensor | None:
-    """The prompt's token ids among the arguments of generate()."""
-    prompt = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
-    return prompt if isinstance(prompt, Tensor) and not prompt.is_floating_point() else None
-
-
-def _token_ids(value: int | list[int] | Tensor | None) -> list[int]:
-    """Zero, one or several token ids, however they were given, as a list."""
-    ids: list[int] = torch.as_tensor([] if value is None else value).reshape(-1).tolist()
-    return ids
+    def sources_of(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
+        """Numbers that tell apart what an encoder gave to each row; hashed once a generate()."""
+        if outputs is None:
+            return None
+        states = outputs[0]
+        if self.encoded is None or self.encoded[0] is not states:
+            self.encoded = states, row_hashes(states)
+        return self.encoded[1]

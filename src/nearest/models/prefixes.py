@@ -1,10 +1,12 @@
 """The sequences of a forward pass, and what a method carries from one prediction to the next.
 
-State belongs to a prefix of tokens and not to a row of a batch: beams that change places, drafts
-that are taken back and rows that are padded then need no care. What is kept is the last pass's
+State belongs to a prefix of tokens (after a source, where an encoder read one) and not to a row of
+a batch: beams that change places, drafts that are taken back and rows that are padded then need no
+care. What is kept is the last pass's
 predictions, for the next pass goes on from one of them.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from nearest.corpus.tokens import Tokens
 from nearest.encode.view import LmView, lm_view
 from nearest.errors import ModelError
 from nearest.index.neighbours import NO_ENTRY
+from nearest.models.arguments import TextArguments
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.gates.guard import gained, guarded
 from nearest.retrieval.lookup import Lookup, stacked
@@ -35,49 +38,68 @@ class Sequences:
         ids: int64 [rows, columns], on the CPU; a pass sees the last columns.
         starts: the column at which each row begins, after its left padding.
         first: the first column whose prediction is looked up; None for the first with logits.
+        sources: a number for what an encoder read with each row, the same for the same.
     """
 
     ids: Int[np.ndarray, "rows columns"]
     starts: Int[np.ndarray, " rows"]
     first: int | None
+    sources: Int[np.ndarray, " rows"]
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor | None, first: int | None = None) -> "Sequences":
+    def of(
+        cls,
+        ids: Tensor,
+        mask: Tensor | None,
+        first: int | None = None,
+        sources: Int[np.ndarray, " rows"] | None = None,
+    ) -> "Sequences":
         """From token ids and the attention mask, whose zeros in front are padding."""
         rows, columns = ids.shape
         starts = np.zeros(rows, dtype=np.int64)
         if mask is not None and mask.shape == ids.shape:
             attended = mask.cpu().numpy() > 0
             starts = np.where(attended.any(axis=1), attended.argmax(axis=1), columns)
-        return cls(ids.cpu().numpy(), starts, first)
+        if sources is None:
+            sources = np.zeros(rows, dtype=np.int64)
+        return cls(ids.cpu().numpy(), starts, first, sources)
 
     @classmethod
-    def of_call(cls, named: Mapping[str, Any]) -> "Sequences":
+    def of_call(cls, text: TextArguments, named: Mapping[str, Any]) -> "Sequences":
         """From the arguments of a call of the model, when they hold whole sequences.
 
         Raises:
             ModelError: there are no tokens, or a cache stands for those before.
         """
-        ids, cache = named.get("input_ids"), named.get("past_key_values")
+        ids, cache = text.tokens(named), named.get("past_key_values")
         if ids is None or (cache is not None and int(cache.get_seq_length()) > 0):
             raise ModelError(
                 "this method looks at the tokens before a prediction, and a call with a cache or "
                 "with embeddings does not show them: use model.generate with input_ids, or give "
-                "whole sequences"
+                f"whole sequences ({text.ids})"
             )
-        return cls.of(ids, named.get("attention_mask"))
+        return cls.of(ids, named.get(text.mask))
+
+
+def row_hashes(states: Tensor) -> Int[np.ndarray, " rows"]:
+    """A number for each row of a tensor, the same for the same values."""
+    rows = states.detach().float().cpu().numpy()
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.array([int.from_bytes(digest, "little", signed=True) for digest in digests], np.int64)
 
 
 class Row(NamedTuple):
     """One sequence without padding, and its positions that are looked up: e predicts e + 1.
 
-    The model's log-probabilities are there for the last of the positions, or for all.
+    The model's log-probabilities are there for the last of the positions, or for all. `source` is a
+    number for what an encoder read with it.
     """
 
     tokens: Tokens  # int64
     ends: Int[np.ndarray, " n"]  # consecutive
     keys: Float[np.ndarray, "n dim"]
     lm_log_probs: Float[Tensor, "m vocab"]
+    source: int = 0
 
 
 class Pass:
@@ -125,6 +147,7 @@ class Pass:
                     np.arange(begin, end) + self._offset - start,
                     self._columns(hidden[row], begin, end).float().cpu().numpy(),
                     self._columns(lm_log_probs[row], begin, end),
+                    int(self._sequences.sources[row]),
                 )
             )
         return rows
@@ -170,9 +193,7 @@ class Prefixes:
         reached: list[list[_Reached]] = [[] for _ in rows]
         for left in range(max(len(row.ends) for row in rows), 0, -1):  # rows end together
             going = [r for r, row in enumerate(rows) if len(row.ends) >= left]
-            before = [
-                reached[r][-1] if reached[r] else self._parent(r, _prefix(rows[r])) for r in going
-            ]
+            before = [reached[r][-1] if reached[r] else self._parent(r, rows[r]) for r in going]
             for r, found in zip(
                 going, self._step([rows[r] for r in going], left, before), strict=True
             ):
@@ -226,19 +247,17 @@ class Prefixes:
             for r in range(len(rows))
         ]
 
-    def _parent(self, number: int, prefix: Tokens) -> _Reached | None:
-        """What the last pass found after these tokens; most often in the row of the same number."""
+    def _parent(self, number: int, row: Row) -> _Reached | None:
+        """What the last pass found before a row's first position; most often in the same row."""
+        prefix = row.tokens[: int(row.ends[0])]
         for other in sorted(range(len(self._last)), key=lambda other: other != number):
-            row, found = self._last[other]
-            nth = len(prefix) - 1 - int(row.ends[0]) if found else -1
-            if 0 <= nth < len(found) and np.array_equal(row.tokens[: len(prefix)], prefix):
+            last, found = self._last[other]
+            nth = len(prefix) - 1 - int(last.ends[0]) if found else -1
+            if not 0 <= nth < len(found) or last.source != row.source:
+                continue
+            if np.array_equal(last.tokens[: len(prefix)], prefix):
                 return found[nth]
         return None
-
-
-def _prefix(row: Row) -> Tokens:
-    """The tokens before the first position that is looked up."""
-    return row.tokens[: int(row.ends[0])]
 
 
 def _gain(found: _Reached, token: int) -> float:

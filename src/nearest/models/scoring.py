@@ -124,7 +124,7 @@ class Scorer:
         if arrays and texts:
             raise CorpusError("documents and token arrays are mixed: give all as one or the other")
         if reads_sources(model):
-            _check_pairs(arrays, score_eos=score_eos, exclude_own=exclude_own)
+            _check_pairs(arrays, score_eos=score_eos)
         if arrays:
             text = Text.from_tokens(arrays, vocab_size)
         else:
@@ -151,7 +151,7 @@ class Scorer:
                     "a text's own entries are left out of one memory only: give one, or leave "
                     "exclude_own out"
                 )
-            own = memories[0].first_entries(text.own_tokens)
+            own = memories[0].first_entries(text.own_tokens, text.sources)
         if stream:
             text = text.as_stream()
         return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
@@ -260,7 +260,7 @@ def read_text(
     return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)), scorer.own)
 
 
-def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool, exclude_own: bool) -> None:
+def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool) -> None:
     """Refuse what makes no sense where each text has a source (SettingError, CorpusError)."""
     if arrays:
         raise CorpusError(
@@ -271,11 +271,6 @@ def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool, exclude_own: bool
         raise SettingError(
             "the texts of an encoder–decoder end with EOS, as in training, and their ends are "
             "always scored: leave score_eos out"
-        )
-    if exclude_own:
-        raise SettingError(
-            "a text may stand in the memory with several sources, so that its own entries are not "
-            "told apart by its tokens: take its documents out of the memory (nearest remove)"
         )
 
 

@@ -65,9 +65,10 @@ def evaluate(
     """Perplexity of documents by one method, or by several in one pass.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a language model, causal or encoder–decoder, in evaluation mode.
         memory: what to look up, or several; None where only the base model is asked for.
-        documents: documents, strings, or arrays of token ids whose first token is context only.
+        documents: documents, strings, or arrays of token ids whose first token is context only;
+            for an encoder–decoder, documents whose metadata has a `source`.
         method: "base", "knn", or several; the first of several is what the others are compared to.
         weights: of several memories, as in `attach`.
         tokenizer: the model's; loaded from where the model came from when not given.

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nearest.encode.identity import max_positions, start_token
+from nearest.corpus.documents import Document
+from nearest.corpus.tokens import tokenise_sources
+from nearest.encode.identity import max_positions, reads_sources, start_token, token_rules
 from nearest.errors import SettingError
 from nearest.memory.memory import Memory
 from nearest.models.attach import attach
@@ -49,12 +51,17 @@ class DocumentShare:
 
 @dataclass(frozen=True)
 class Generation:
-    """A prompt's continuation; tokens and documents only where sources were asked for."""
+    """A prompt's continuation; tokens and documents only where sources were asked for.
+
+    `continues`: whether the text goes on where the prompt ends. An encoder–decoder's does not: the
+    prompt is what its encoder reads.
+    """
 
     prompt: str
     text: str
     tokens: list[GeneratedToken]
     documents: list[DocumentShare]
+    continues: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -80,7 +87,7 @@ def generate(
     Args:
         model, tokenizer: those that built the memory.
         memory: what to look up; several are given as a list.
-        prompt: may be empty.
+        prompt: may be empty, but for an encoder–decoder, whose source it is.
         method: "base", or one that uses the memory.
         weights: of several memories, as in `attach`.
         sources: name, for every token, what the memory gave it.
@@ -94,13 +101,14 @@ def generate(
     """
     check_method(method)
     memories = memories_of(memory)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    inputs = torch.tensor([[start_token(tokenizer), *prompt_ids]], device=model.device)
-    _check_length(model, inputs.shape[1], generation.get("max_new_tokens"))
+    continues = not reads_sources(model)
+    inputs, text = _inputs(model, tokenizer, prompt)
+    _check_length(model, len(text), generation.get("max_new_tokens"))
+    ids = torch.tensor([inputs], device=model.device)
     arguments: dict[str, Any] = {
-        "input_ids": inputs,
-        "attention_mask": torch.ones_like(inputs),
-        "pad_token_id": start_token(tokenizer),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **({"pad_token_id": start_token(tokenizer)} if continues else {}),
         **generation,
     }
     if method == BASE:
@@ -119,17 +127,29 @@ def generate(
         ) as session:
             output = model.generate(**arguments)  # type: ignore[operator]
             named = session.sources(0) if sources else []
-    new = output[0, inputs.shape[1] :].tolist()
-    pieces = decode_pieces(tokenizer, prompt_ids, [token.token for token in named])
+    new, before = output[0, len(text) :].tolist(), text[1:]
+    pieces = decode_pieces(tokenizer, before, [token.token for token in named])
     return Generation(
         prompt,
-        _text_after(tokenizer, prompt_ids, new),
+        _text_after(tokenizer, before, new),
         [
             GeneratedToken(text, token.memory_weight, token.sources[:_SOURCES_A_TOKEN])
             for text, token in zip(pieces, named, strict=True)
         ],
         _document_shares(tokenizer, memories, named),
+        continues,
     )
+
+
+def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
+    """What generate() is given for a prompt, and the text that it then goes on from."""
+    if reads_sources(model):
+        rules = token_rules(model, tokenizer)
+        document = Document("", "", {"source": prompt}, "the prompt")
+        (source,) = tokenise_sources([document], tokenizer, rules)
+        return source.tolist(), [rules.start_token]
+    ids = [start_token(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    return ids, ids
 
 
 def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:

@@ -1,0 +1,139 @@
+"""What generate() was given and returned, kept so that a sequence can be read once more."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nearest.corpus.batches import Sources
+from nearest.encode.identity import reads_sources
+from nearest.models.arguments import TextArguments
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What generate() goes on from.
+
+    Attributes:
+        length: its columns, start token and padding included; 0 for embeddings.
+        first: of each row, where its tokens start after left padding.
+        sources: what the encoder reads for each row, where there is one.
+        shown: whether tokens were given, so that all can be read again; not embeddings.
+    """
+
+    length: int
+    first: list[int]
+    sources: Sources | None
+    shown: bool
+
+    @classmethod
+    def of(cls, text: TextArguments, named: Mapping[str, Any]) -> "Prompt":
+        """From the arguments of generate()."""
+        given = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
+        tokens = given if isinstance(given, Tensor) and not given.is_floating_point() else None
+        mask = named.get("attention_mask")
+        if reads_sources(text.model):
+            length, starts = _decoder_prompt(text, named)
+            if tokens is None:
+                return cls(length, starts, None, False)
+            mask = torch.ones_like(tokens) if mask is None else mask
+            sources = Sources(tokens.cpu().numpy(), mask.bool().cpu().numpy())
+            return cls(length, starts or [0] * len(tokens), sources, True)
+        if tokens is None:
+            return cls(0, [], None, False)
+        pad = _padding(text.model, named)
+        if mask is None and pad is not None and pad not in _stops(text.model, named):
+            mask = tokens != pad  # as generate() infers it
+        starts = [0] * len(tokens) if mask is None else _starts(mask)
+        return cls(tokens.shape[1], starts, None, True)
+
+
+def _decoder_prompt(text: TextArguments, named: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Columns of the decoder's prompt, and where given rows start.
+
+    generate() puts the start token in front, unless some row begins with it.
+    """
+    ids, mask = named.get(text.ids), named.get(text.mask)
+    if ids is None:
+        return 1, []
+    start = torch.as_tensor(_option(text.model, named, "decoder_start_token_id"))
+    prepended = bool((ids[:, 0].cpu() != start.cpu().reshape(-1)).all())
+    starts = [0] * len(ids) if mask is None or prepended else _starts(mask)
+    return ids.shape[1] + prepended, starts
+
+
+class Row(NamedTuple):
+    """A sequence without padding at either end, its prompt's tokens, and what the encoder read."""
+
+    tokens: Tensor
+    prompt: int
+    sources: Sources | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a call of generate() returned."""
+
+    sequences: Tensor
+    prompt: Prompt
+    stops: set[int]
+    pad: int | None
+
+    @classmethod
+    def of(
+        cls, output: Any, model: PreTrainedModel, prompt: Prompt, named: Mapping[str, Any]
+    ) -> "Generated | None":
+        """From its output and arguments; None where what was given cannot be read again."""
+        sequences = getattr(output, "sequences", output)
+        if not prompt.shown or not isinstance(sequences, Tensor):
+            return None
+        return cls(sequences, prompt, _stops(model, named), _padding(model, named))
+
+    def row(self, row: int) -> Row:
+        """One of its sequences (IndexError where there is none)."""
+        rows, given = len(self.sequences), len(self.prompt.first)
+        if not 0 <= row < rows:
+            raise IndexError(f"row {row} is outside the {rows} generated")
+        number = row * given // rows
+        first, sources = self.prompt.first[number], self.prompt.sources
+        new = self.sequences[row, self.prompt.length :].tolist()
+        stops = [i for i, token in enumerate(new) if token in self.stops]
+        length = stops[0] + 1 if stops else len(new)
+        while not stops and length and new[length - 1] == self.pad:
+            length -= 1  # a row ended by something else, such as a stop string, is padded too
+        prompt = self.prompt.length - first
+        if sources is not None:
+            one = slice(number, number + 1)
+            sources = Sources(sources.tokens[one], sources.mask[one])
+        return Row(self.sequences[row, first:][: prompt + length].cpu(), prompt, sources)
+
+
+def _stops(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:
+    return set(_token_ids(_option(model, named, "eos_token_id")))
+
+
+def _padding(model: PreTrainedModel, named: Mapping[str, Any]) -> int | None:
+    return next(iter(_token_ids(_option(model, named, "pad_token_id"))), None)
+
+
+def _option(model: PreTrainedModel, named: Mapping[str, Any], name: str) -> Any:
+    """What generate() goes by: its argument, else the configuration given, else the model's."""
+    if name in named:
+        return named[name]
+    given = getattr(named.get("generation_config"), name, None)
+    return getattr(model.generation_config, name) if given is None else given
+
+
+def _starts(mask: Tensor) -> list[int]:
+    """Where each row's tokens start after left padding."""
+    starts: list[int] = mask.int().argmax(dim=1).tolist()
+    return starts
+
+
+def _token_ids(value: int | list[int] | Tensor | None) -> list[int]:
+    """Zero, one or several token ids, however they were given, as a list."""
+    ids: list[int] = torch.as_tensor([] if value is None else value).reshape(-1).tolist()
+    return ids
