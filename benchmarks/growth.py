@@ -37,7 +37,7 @@ from nearest.pages.figures import RULE, STYLE, TEAL
 
 BLOCK = 65_536
 QUERIES = "growth-queries.npy"
-RECALL_QUERIES, RECALL_AT = 256, 100
+RECALL_QUERIES = 256
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def keys_of_text(options: Any, model: Any, tokenizer: Any) -> np.ndarray:
 
 def neighbour_distance(source: Memory) -> float:
     """How far an entry's tenth neighbour is, the median of some (not squared)."""
-    some = np.random.default_rng(1).choice(source.keyed_entries, RECALL_QUERIES, replace=False)
+    some = np.random.default_rng(1).choice(source.keyed_entries(), RECALL_QUERIES, replace=False)
     found = source.search(source.keys.rows(some), 11)
     return float(np.sqrt(np.median(found.distances[:, -1])))
 
@@ -127,7 +127,7 @@ def looked_up(path: Path, options: Any) -> dict[str, Any]:
     """What a process of its own finds."""
     command = [sys.executable, __file__, "--look-up", str(path), "--work", str(options.work)]
     command += ["--k", str(options.k), "--rounds", str(options.rounds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 
@@ -143,21 +143,21 @@ def look_up(path: Path, options: Any) -> None:
     seconds = [timed(lambda: memory.search(queries, options.k))[0] for _ in range(options.rounds)]
     alone = [timed(lambda query=query: memory.search(query[None], options.k))[0] for query in few]
     (segment,) = memory.segments
-    exact = segment.exact_index().search(few, RECALL_AT)
+    exact = segment.exact_index().search(few, options.k)
     record = segment.record.index
     report(
         spec=record.spec,
         nprobe=record.nprobe,
-        candidates=record.candidates,
+        margin=record.margin,
         recall_of_keys=record.recall,
-        recall=recall(found.ids[:, :RECALL_AT], exact.ids),
+        recall=recall(found.ids, exact.ids),
         open_s=opening,
         first_search_s=first,
         search_ms=1000 * statistics.median(seconds) / len(queries),
         search_alone_ms=1000 * statistics.median(alone),
         disk_bytes_an_entry=sum(file.size for file in memory.manifest.file_records())
         / memory.entries,
-        index_bytes_an_entry=record.file.size / memory.entries,
+        index_bytes_an_entry=record.file.size / memory.entries if record.file else 0,
         resident_mb={name: (index[name] - before[name]) / 1e6 for name in index},
     )
 

@@ -50,7 +50,7 @@ def main() -> None:
             seconds=seconds,
             bytes_an_entry=record.file.size / memory.entries,
             nprobe=record.nprobe,
-            candidates=record.candidates,
+            margin=record.margin,
             recall=record.recall,
             ppl=result.ppl,
             added_ms=result.added_ms,

@@ -20,7 +20,7 @@ from nearest.demo.run import MODEL
 from nearest.encode.identity import load_model_and_tokenizer
 
 ADDITIONS, DOCUMENTS, CHARACTERS = 100, 20, 3_300  # an addition is about 20,000 tokens
-METHODS = ("knn", "retomaton", "suffix", "hybrid")
+METHODS = ("knn", "retomaton", "suffix")
 ROUNDS = 3
 
 
