@@ -462,7 +462,9 @@ def test_generate_continues_with_and_without_sources(world: SimpleNamespace) -> 
     (knn,) = json_lines("generate", world.memory, *options, "--sources", "--lam", 0.9, "--k", 4)
     (again,) = json_lines("generate", world.memory, *options, "--lam", 0.9, "--k", 4)
     (none,) = json_lines("generate", world.memory, *options, "--lam", 0)
-    assert list(base) == list(knn) == ["prompt", "text", "tokens", "documents"]
+    keys = ["prompt", "text", "tokens", "documents", "continues"]
+    assert list(base) == list(knn) == keys
+    assert base["continues"]
     assert base["prompt"] == "the court"
     assert (base["tokens"], base["documents"], again["tokens"]) == ([], [], [])
     assert none["text"] == base["text"]
