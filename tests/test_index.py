@@ -296,6 +296,16 @@ def test_an_unreachable_target_records_the_best_recall(keys: np.ndarray, ids: np
     assert parameters.recall > 0.5
 
 
+@pytest.mark.parametrize("columns", [6, 400])
+def test_of_a_tie_for_the_last_place_the_first_ids_are_taken(columns: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(columns) for _ in range(80)])
+    distances = (ids // 4).astype(np.float32)  # ids 0 to 3 are equally near, and so on
+    found = sort_nearest_first(Neighbours(ids, distances), 5)
+    assert {*map(tuple, np.sort(found.ids))} == {(0, 1, 2, 3, 4)}
+    np.testing.assert_array_equal(found.distances, [[0, 0, 0, 0, 1]] * 80)
+
+
 def test_recall_of_known_rows() -> None:
     truth = np.array([[1, 2], [3, 4]])
     assert recall(np.array([[2, 9], [4, 3]]), truth) == 0.75

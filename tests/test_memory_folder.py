@@ -155,6 +155,7 @@ def test_the_manifest_describes_everything_that_was_built(
         "projection": None,
         "codebooks": None,
         "index": "auto" if kind == "exact" else IVF,
+        "dtype": "float32",
     }
     (segment,) = manifest["segments"]
     index = segment.pop("index")

@@ -62,13 +62,21 @@ class MeasuringIndex(VectorIndex, Protocol):
 
 
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
-    """The k nearest of each row, in ascending distance."""
+    """The k nearest of each row, in ascending distance; of a tie for the last place, the first ids.
+
+    So it does not depend on the batch which of equal entries are taken.
+    """
     k = min(k, found.ids.shape[1])
     ids = np.empty((len(found.ids), k), np.int64)
     distances = np.empty((len(found.ids), k), np.float32)
 
     def sort(rows: slice) -> None:
-        order = np.argsort(found.distances[rows], axis=1)[:, :k]
+        order = np.argsort(found.distances[rows], axis=1)
+        if 0 < k < order.shape[1]:
+            last = np.take_along_axis(found.distances[rows], order[:, k - 1 : k + 1], 1)
+            for tied in np.flatnonzero(last[:, 0] == last[:, 1]):
+                order[tied] = np.lexsort((found.ids[rows][tied], found.distances[rows][tied]))
+        order = order[:, :k]
         ids[rows] = np.take_along_axis(found.ids[rows], order, 1)
         distances[rows] = np.take_along_axis(found.distances[rows], order, 1)
 

@@ -30,6 +30,8 @@ from nearest.progress import Progress
 
 INDEX, TRAINED = "index.faiss", "trained.faiss"
 _SEED = 0
+# Scanned, large batches are rounded otherwise than few queries: the stored keys are to decide.
+_ROUNDED = 16
 _METRIC = {"l2": 1, "ip": 0}  # as FAISS numbers them
 _FEWER_LISTS = 2  # than fit so many entries: with more, searches are noticeably slower
 
@@ -83,7 +85,9 @@ def write_index(
     check_spec(choice.spec, keys.dim, choice.nprobe, len(entries))
     spec = resolve_spec(choice.spec, len(entries), keys.dim)
     if spec == EXACT:
-        return _record(EXACT, len(entries), SearchParameters(recall=1.0), choice.recall)
+        return _record(
+            EXACT, len(entries), SearchParameters(margin=_ROUNDED, recall=1.0), choice.recall
+        )
     rng = np.random.default_rng(_SEED)
     progress(f"index {spec}", 0, len(entries))
     index = train_index(keys, entries, spec, rng)
