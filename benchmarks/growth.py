@@ -190,11 +190,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ),
             strict=True,
         ):
-            axes.loglog(entries, values, color=TEAL, marker="o")
+            axes.semilogx(entries, values, color=TEAL, marker="o")
+            axes.set_ylim(0, 1.1 * max(values))
             axes.set_xlabel("entries")
             axes.set_ylabel(label)
             axes.grid(color=RULE, linewidth=0.8)
-        drawn.savefig(path)
+        drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

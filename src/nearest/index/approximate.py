@@ -34,12 +34,12 @@ class ApproximateIndex:
     def __init__(self, index: Any, metric: Metric, nprobe: int | None = None) -> None:
         self._index = index
         self._metric = metric
-        self._is_graph = _is_graph(index)
+        self._graph = _graph_of(index)
         ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
             ivf.nprobe = nprobe
-            if _is_graph(ivf.quantizer):  # of the lists' centroids
-                load_faiss().downcast_index(ivf.quantizer).hnsw.efSearch = 2 * nprobe
+            if (lists := _graph_of(ivf.quantizer)) is not None:
+                lists.hnsw.efSearch = max(lists.hnsw.efSearch, 2 * nprobe)
 
     def on_gpu(self) -> "ApproximateIndex":
         """The same, on the GPUs there are (SettingError: none, or none for this kind of index)."""
@@ -58,8 +58,10 @@ class ApproximateIndex:
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries by the index's own codes."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        # A graph gives back no more entries than it keeps in view.
-        view = {"params": load_faiss().SearchParametersHNSW(efSearch=k)} if self._is_graph else {}
+        view = {}
+        if self._graph is not None:  # which gives back no more entries than it keeps in view
+            seen = max(k, self._graph.hnsw.efSearch)
+            view = {"params": load_faiss().SearchParametersHNSW(efSearch=seen)}
         distances, ids = self._index.search(queries, k, **view)
         if self._metric == "ip":
             distances = -distances
@@ -298,13 +300,13 @@ def inverted_lists(index: Any) -> Any | None:
         return None
 
 
-def _is_graph(index: Any) -> bool:
-    """Whether an index searches a graph (HNSW), inside any wrapper."""
+def _graph_of(index: Any) -> Any | None:
+    """The graph (HNSW) that an index searches, inside any wrapper, or None."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
-        return _is_graph(index.index)
-    return isinstance(index, faiss.IndexHNSW)
+        return _graph_of(index.index)
+    return index if isinstance(index, faiss.IndexHNSW) else None
 
 
 def _keeps_ids(index: Any) -> bool:

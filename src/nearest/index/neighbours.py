@@ -68,7 +68,7 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """
     k = min(k, found.ids.shape[1])
     ids = np.empty((len(found.ids), k), np.int64)
-    distances = np.empty((len(found.ids), k), np.float32)
+    distances = np.empty((len(found.ids), k), found.distances.dtype)
 
     def sort(rows: slice) -> None:
         order = np.argsort(found.distances[rows], axis=1)

@@ -62,7 +62,7 @@ def tune_search(
         if nlist is not None and best.nprobe is not None and best.nprobe < nlist:
             trials.append(measured(replace(best, nprobe=min(2 * best.nprobe, nlist))))
         wider = _MARGINS[_MARGINS.index(best.margin) + 1 :]
-        if wider and RECALL_AT + best.margin < len(ids):
+        if wider and _wanted(len(ids)) + best.margin < len(ids):
             trials.append(measured(replace(best, margin=wider[0])))
         better = [trial for trial in trials if (trial.recall or 0) > (best.recall or 0) + 1e-3]
         if not better:
@@ -87,6 +87,11 @@ def measured_recall(
     return recall(found, _exact_neighbours(exact, keys, ids, sample))
 
 
+def _wanted(entries: int) -> int:
+    """Neighbours to be found; of few entries a tenth, since to find all would prove nothing."""
+    return max(1, min(RECALL_AT, entries // 10))
+
+
 def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[np.ndarray, " s"]:
     return np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
 
@@ -95,7 +100,7 @@ def _exact_neighbours(
     exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
 ) -> Int[np.ndarray, "s at"]:
     """The true neighbours of some entries, without themselves."""
-    at = min(RECALL_AT, len(ids) - 1)
+    at = _wanted(len(ids))
     return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
 
 
@@ -107,7 +112,7 @@ def _reranked(
     margin: int,
 ) -> Int[np.ndarray, "s at"]:
     """The neighbours of some entries that an index finds, by the stored keys."""
-    at = min(RECALL_AT, len(ids) - 1)
+    at = _wanted(len(ids))
     queries = keys.rows(sample)
     found = index.search(queries, min(at + 1 + margin, len(ids)))
     by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
