@@ -38,7 +38,7 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
 
 
 def model_and_tokenizer() -> tuple[Any, Any]:
-    return load_model_and_tokenizer(str(MODEL))
+    return load_model_and_tokenizer(str(MODEL), "float32")
 
 
 def first_documents(path: Path, tokenizer: Any, tokens: int) -> Iterator[Document]:
