@@ -71,14 +71,15 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     distances = np.empty((len(found.ids), k), found.distances.dtype)
 
     def sort(rows: slice) -> None:
-        order = np.argsort(found.distances[rows], axis=1)
+        some, far = found.ids[rows], found.distances[rows]
+        order = np.argsort(far, axis=1)
+        each = np.arange(len(order))[:, None]
         if 0 < k < order.shape[1]:
-            last = np.take_along_axis(found.distances[rows], order[:, k - 1 : k + 1], 1)
+            last = far[each, order[:, k - 1 : k + 1]]
             for tied in np.flatnonzero(last[:, 0] == last[:, 1]):
-                order[tied] = np.lexsort((found.ids[rows][tied], found.distances[rows][tied]))
+                order[tied] = np.lexsort((some[tied], far[tied]))
         order = order[:, :k]
-        ids[rows] = np.take_along_axis(found.ids[rows], order, 1)
-        distances[rows] = np.take_along_axis(found.distances[rows], order, 1)
+        ids[rows], distances[rows] = some[each, order], far[each, order]
 
     in_threads(sort, len(ids))
     return Neighbours(ids, distances)
