@@ -14,11 +14,11 @@ import torch
 
 from common import (
     arguments,
-    first_documents,
     interleaved,
     is_built,
     machine,
     medians,
+    memory_of_tokens,
     model_and_tokenizer,
     report,
     timed,
@@ -34,10 +34,7 @@ def main() -> None:
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
-    original = options.work / f"attach-{options.memory_tokens}.memory"
-    if not is_built(original):
-        train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
-        Memory.build(model, tokenizer, train, original)
+    original = memory_of_tokens(options, "law")
     (document,) = islice(read_documents([law / "test.jsonl"]), 1)
     ids = [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]][:64]
     prompt: dict[str, Any] = {

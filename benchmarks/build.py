@@ -80,7 +80,7 @@ def main() -> None:
         tokens=memory.tokens,
         window_tokens=read,
         index=memory.segments[0].record.index.spec,
-        recall_at_100=memory.segments[0].record.index.recall,
+        recall=memory.segments[0].record.index.recall,
         medians=middle,
         ratio_to_packed=middle["build"] / (per_token * memory.tokens),
         ratio_to_windows=middle["build"] / (per_token * read),

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from nearest import Document, Memory, read_documents
+from nearest.encode.encoder import Encoder
 from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.layers import find_key_layer
 from nearest.memory.manifest import MANIFEST
 from nearest.metrics import bootstrap_interval
 from nearest.verbs.results import Result
@@ -65,6 +67,29 @@ def memory_of(options: Any, corpus: str, suffix: str = "", **build: Any) -> Path
         seconds, memory = timed(lambda: Memory.build(model, tokenizer, documents, path, **build))
         report(built=path.name, entries=memory.entries, seconds=seconds)
     return path
+
+
+def memory_of_tokens(options: Any, name: str, **build: Any) -> Path:
+    """Of law's first documents, `options.memory_tokens` of them; built unless it is there."""
+    path: Path = options.work / f"{name}-{options.memory_tokens}.memory"
+    if not is_built(path):
+        model, tokenizer = model_and_tokenizer()
+        law = options.corpora / "dclaw" / TRAIN["dclaw"]
+        train = first_documents(law, tokenizer, options.memory_tokens)
+        Memory.build(model, tokenizer, train, path, **build)
+    return path
+
+
+def query_keys(options: Any, count: int) -> np.ndarray:
+    """Keys [count, dim] of law's test text, from all over it."""
+    model, tokenizer = model_and_tokenizer()
+    tokens = (
+        np.array([tokenizer.bos_token_id, *tokenizer(item.text, verbose=False)["input_ids"]])
+        for item in read_documents([options.corpora / "dclaw" / "test.jsonl"])
+    )
+    encoder = Encoder.of(model, find_key_layer(model, "last_ffn_input"))
+    keys = np.concatenate([made.numpy() for _, made in encoder.keys(tokens)])
+    return keys[np.random.default_rng(0).permutation(len(keys))[:count]]
 
 
 def compared(row: Result, to: Result) -> dict[str, float | None]:

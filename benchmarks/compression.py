@@ -13,15 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common import (
-    arguments,
-    first_documents,
-    is_built,
-    machine,
-    memory_of,
-    model_and_tokenizer,
-    report,
-)
+from common import arguments, machine, memory_of, memory_of_tokens, model_and_tokenizer, report
 from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.memory.compress import Compression, compress_memory
 
@@ -53,14 +45,8 @@ def microseconds_a_query(memory: Memory, rounds: int = 400) -> float:
 def main() -> None:
     options: Any = arguments(__doc__, documents=10_000, memory_tokens=0, only="")
     model, tokenizer = model_and_tokenizer()
-    if not options.memory_tokens:
-        original = memory_of(options, "dclaw")
-    else:
-        original = options.work / f"compression-{options.memory_tokens}.memory"
-        if not is_built(original):
-            train = options.corpora / "dclaw/train-2m.jsonl"
-            some = first_documents(train, tokenizer, options.memory_tokens)
-            Memory.build(model, tokenizer, some, original)
+    some = options.memory_tokens
+    original = memory_of_tokens(options, "law") if some else memory_of(options, "dclaw")
     read = {}
     for split in ("valid", "test"):
         texts = islice(

@@ -25,7 +25,7 @@ def main() -> None:
         benchmark="domain_adaptation",
         entries=memory.entries,
         index=memory.segments[0].record.index.spec,
-        recall_at_100=memory.segments[0].record.index.recall,
+        recall=memory.segments[0].record.index.recall,
         build_seconds=build_seconds,
         tune_seconds=tune_seconds,
         **tuned.as_json(),

@@ -20,17 +20,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import (
-    arguments,
-    machine,
-    memory_of,
-    model_and_tokenizer,
-    report,
-    timed,
-)
-from nearest import Memory, read_documents
-from nearest.encode.encoder import Encoder
-from nearest.encode.layers import find_key_layer
+from common import arguments, machine, memory_of, model_and_tokenizer, query_keys, report, timed
+from nearest import Memory
 from nearest.index.tuning import recall
 from nearest.memory.importing import ImportOptions, import_store
 from nearest.pages.figures import RULE, STYLE, TEAL
@@ -57,7 +48,7 @@ def main() -> None:
         return
     model, tokenizer = model_and_tokenizer()
     source = Memory.open(memory_of(options, "dclaw"))
-    np.save(options.work / QUERIES, keys_of_text(options, model, tokenizer))
+    np.save(options.work / QUERIES, query_keys(options, options.queries))
     noise = neighbour_distance(source) / np.sqrt(source.keys.dim)
     report(**machine(), source_entries=source.entries, noise=noise)
     rows = []
@@ -78,18 +69,6 @@ def main() -> None:
     report(search_growth=rows[-1]["search_ms"] / rows[0]["search_ms"])
     if options.plot.name:
         draw(rows, options.plot)
-
-
-def keys_of_text(options: Any, model: Any, tokenizer: Any) -> np.ndarray:
-    """Keys [queries, dim] of the test text, from all over it."""
-    documents = read_documents([options.corpora / "dclaw" / "test.jsonl"])
-    tokens = (
-        np.array([tokenizer.bos_token_id, *tokenizer(item.text, verbose=False)["input_ids"]])
-        for item in documents
-    )
-    encoder = Encoder.of(model, find_key_layer(model, "last_ffn_input"))
-    keys = np.concatenate([made.numpy() for _, made in encoder.keys(tokens)])
-    return keys[np.random.default_rng(0).permutation(len(keys))[: options.queries]]
 
 
 def neighbour_distance(source: Memory) -> float:

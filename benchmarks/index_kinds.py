@@ -8,20 +8,9 @@ of finding the candidates, FAISS alone.
 
 import numpy as np
 
-from common import (
-    arguments,
-    first_documents,
-    is_built,
-    machine,
-    model_and_tokenizer,
-    report,
-    stream_of_windows,
-    timed,
-)
+from common import arguments, machine, memory_of_tokens, query_keys, report, timed
 from nearest import Memory
-from nearest.encode.encoder import Encoder
-from nearest.encode.layers import find_key_layer
-from nearest.index.approximate import ApproximateIndex, build_index
+from nearest.index.approximate import ApproximateIndex, build_index, code_bytes
 from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.index.tuning import recall
 
@@ -34,20 +23,9 @@ def main() -> None:
     options = arguments(
         __doc__, specs=SPECS, memory_tokens=1_000_000, queries=2048, k=1024, candidates=1536
     )
-    model, tokenizer = model_and_tokenizer()
-    law = options.corpora / "dclaw"
-    path = options.work / f"attach-{options.memory_tokens}.memory"
-    if not is_built(path):
-        train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
-        Memory.build(model, tokenizer, train, path)
-    (segment,) = Memory.open(path).segments
+    (segment,) = Memory.open(memory_of_tokens(options, "law")).segments
     keys, ids = segment.keys, segment.searched
-    windows = stream_of_windows(
-        first_documents(law / "test.jsonl", tokenizer, 20_480), tokenizer, 512
-    )
-    encoder = Encoder.of(model, find_key_layer(model, "last_ffn_input"))
-    made = np.concatenate([rows.numpy() for _, rows in encoder.keys(windows)])
-    queries = made[np.random.default_rng(0).permutation(len(made))[: options.queries]]
+    queries = query_keys(options, options.queries)
     few = queries[:512]
     truth = segment.exact_index().search(few, options.k).ids
     report(**machine(), entries=len(ids))
@@ -66,6 +44,7 @@ def main() -> None:
             report(
                 index=spec,
                 build_s=built,
+                bytes_an_entry=code_bytes(spec, keys.dim) + 8,
                 nprobe=nprobe,
                 recall=recall(ranked.ids, truth),
                 ms=1000 * min(seconds for seconds, _ in runs) / len(queries),

@@ -25,6 +25,7 @@ from common import (
     is_built,
     machine,
     medians,
+    memory_of_tokens,
     model_and_tokenizer,
     report,
     stream_of_windows,
@@ -46,10 +47,7 @@ def main() -> None:
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
-    path = options.work / f"knn-transformers-{options.memory_tokens}.memory"
-    if not is_built(path):
-        train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
-        Memory.build(model, tokenizer, train, path, index=SPEC, nprobe=NPROBE)
+    path = memory_of_tokens(options, "knn-transformers", index=SPEC, nprobe=NPROBE)
     memory = Memory.open(path)
     test = first_documents(law / "test.jsonl", tokenizer, options.test_tokens)
     documents = stream_of_windows(test, tokenizer, 512)[: options.test_tokens // 512]
@@ -135,7 +133,7 @@ def main() -> None:
         tuned=default.settings("knn"),
         ppl={name: float(np.exp(value)) for name, value in nll.items()},
         ppl_ratio=float(np.exp(nll["nearest_index"] - nll["knn_transformers"])),
-        recall_at_100=memory.segments[0].record.index.recall,
+        recall=memory.segments[0].record.index.recall,
         **machine(),
     )
 

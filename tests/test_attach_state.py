@@ -74,10 +74,7 @@ class World:
         return oracle.predict(*states_of(self.copy, sequence, self.layer), sequence, first)
 
 
-KINDS = [
-    ("gpt2", "last_ffn_input"),
-    pytest.param(("llama", "last_hidden"), marks=pytest.mark.slow),  # the same again, minutes of it
-]
+KINDS = [("gpt2", "last_ffn_input"), ("llama", "last_hidden")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

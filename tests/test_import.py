@@ -201,6 +201,12 @@ def test_clusters_are_the_memorys(split: bool, write: Write, imported: Import) -
     assert memory.manifest.clusters.clusters == 5
 
 
+def test_what_a_datastore_does_not_tell_is_unknown(write: Write, imported: Import) -> None:
+    keys = imported(write().folder).manifest.keys
+    assert keys is not None
+    assert keys.dtype is None
+
+
 def test_clusters_may_be_left_out(write: Write, imported: Import) -> None:
     store = write()
     (store.folder / "members_x.pkl").write_bytes(b"anything")

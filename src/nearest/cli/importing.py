@@ -8,7 +8,7 @@ import typer
 from nearest import reports
 from nearest.cli.app import err, quiet_libraries
 from nearest.cli.memories import show_info
-from nearest.cli.options import AsJson, KeyLayerName, MetricName, Recall, Spec, Stride, Window
+from nearest.cli.options import AsJson, Keying
 
 
 def import_store(
@@ -31,12 +31,8 @@ def import_store(
         bool, typer.Option("--members/--no-members", help="Read its clusters (members*.pkl).")
     ] = True,
     keys: Annotated[Literal["fp16", "int8"], typer.Option(help="How keys are stored.")] = "fp16",
-    key_layer: KeyLayerName = "last_ffn_input",
-    window: Window = None,
-    stride: Stride = None,
-    index: Spec = "auto",
-    metric: MetricName = "l2",
-    recall: Recall = 0.95,
+    *,
+    keying: Keying,
     as_json: AsJson = False,
 ) -> None:
     """Make a memory of a datastore that knn-transformers or RetoMaton wrote."""
@@ -53,12 +49,7 @@ def import_store(
             trust=trust,
             members=members,
             keys=keys,
-            key_layer=key_layer,
-            window=window,
-            stride=stride,
-            index=index,
-            metric=metric,
-            recall=recall,
             progress=progress,
+            **vars(keying),
         )
     show_info(memory, as_json)

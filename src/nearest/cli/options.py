@@ -50,11 +50,23 @@ Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_facto
 Nprobe = Annotated[
     int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
 ]
-KeyLayerName = Annotated[
-    Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states keys are.")
-]
-MetricName = Annotated[Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")]
 Recall = Annotated[float, typer.Option(help="Recall@1024 after re-ranking to tune the index to.")]
+
+
+@dataclass(frozen=True)
+class Keying:
+    """What the keys of a new memory are, and how they are searched."""
+
+    key_layer: Annotated[
+        Literal["last_ffn_input", "last_hidden"], typer.Option(help="Which states keys are.")
+    ] = "last_ffn_input"
+    window: Window = None
+    stride: Stride = None
+    index: Spec = "auto"
+    metric: Annotated[Literal["l2", "ip"], typer.Option(help="Squared L2, or inner product.")] = (
+        "l2"
+    )
+    recall: Recall = 0.95
 
 
 @dataclass(frozen=True)

@@ -333,9 +333,14 @@ def _training_sample(
     return np.sort(rng.choice(ids, size=size, replace=False))
 
 
+def rows_at_once(dim: int) -> int:
+    """Keys that are decoded together while an index is trained and filled."""
+    return max(1, min(_ADD_ROWS, _ADD_BYTES // (4 * dim)))
+
+
 def _blocks(keys: Keys, ids: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, "_"]]:
     """Ids a block at a time, so that few rows are held as float32."""
-    rows = max(1, min(_ADD_ROWS, _ADD_BYTES // (4 * keys.dim)))
+    rows = rows_at_once(keys.dim)
     return (ids[start : start + rows] for start in range(0, len(ids), rows))
 
 

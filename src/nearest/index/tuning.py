@@ -10,9 +10,9 @@ from nearest.index.approximate import ApproximateIndex, inverted_lists
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
 
-_RECALL_QUERIES = 256
+RECALL_QUERIES = 256
 RECALL_AT = 1024  # neighbours: what kNN-LM asks for
-_MARGINS = tuple(RECALL_AT * quarters // 4 for quarters in (0, 1, 2, 4, 8, 12))
+_MARGINS = (0, 256, 512, 1024, 2048, 3072)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _wanted(entries: int) -> int:
 
 
 def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[np.ndarray, " s"]:
-    return np.sort(rng.choice(ids, size=min(_RECALL_QUERIES, len(ids)), replace=False))
+    return np.sort(rng.choice(ids, size=min(RECALL_QUERIES, len(ids)), replace=False))
 
 
 def _exact_neighbours(

@@ -15,6 +15,7 @@ from nearest.index.approximate import (
     code_bytes,
     fill_index,
     number_of_lists,
+    rows_at_once,
     sample_size,
     train_index,
 )
@@ -22,13 +23,11 @@ from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys
 from nearest.index.suffix import sort_suffixes
-from nearest.index.tuning import RECALL_AT
+from nearest.index.tuning import RECALL_AT, RECALL_QUERIES
 
 _HASHED = 1 << 22  # bytes
 _INDEX_ROWS = 16_384
-_BLOCK_ROWS = 1 << 24  # times dims: what an index reads at once
 _LISTS_GROW = 1.4  # room that inverted lists take while they grow, by what they hold in the end
-_RECALL_QUERIES = 256
 
 
 class IndexCost(NamedTuple):
@@ -83,7 +82,7 @@ def indexing(entries: int, dim: int, spec: str) -> IndexCost:
     training = timed(lambda: made.append(train_index(keys, ids, small, rng)))
     filling = timed(lambda: fill_index(made[0], keys, ids, small))
     exact = ExactIndex(keys, ids)
-    queries = keys.rows(ids[:_RECALL_QUERIES])
+    queries = keys.rows(ids[:RECALL_QUERIES])
     scanning = timed(lambda: exact.search(queries, RECALL_AT + 1))
     more = lists / few if few else 1.0
     trained = min(entries, sample_size(dim, lists))
@@ -91,6 +90,6 @@ def indexing(entries: int, dim: int, spec: str) -> IndexCost:
     seconds += (filling * more + scanning) * entries / count
     size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
     # Rows are read a block at a time, as they are stored and as float32.
-    block = 6 * dim * min(entries, _BLOCK_ROWS // dim)
+    block = 6 * dim * min(entries, rows_at_once(dim))
     memory = max(4 * dim * trained, int(_LISTS_GROW * size)) + block
     return IndexCost(seconds, size, memory)

@@ -93,6 +93,7 @@ def import_store(
     check_spec(options.index, layer.dim, None)
     encoder = Encoder.of(model, layer, options.window, options.stride)
     keys = keys_record(encoder, options.keys, options.metric, options.index)
+    keys = msgspec.structs.replace(keys, dtype=None)  # a datastore does not tell
     manifest = new_manifest(model, tokenizer, keys)
     record = manifest.model
     store = open_store(files, layer.dim, record.vocab_size, options.entries)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -71,14 +71,9 @@ class KeyWriter:
     def __enter__(self) -> "KeyWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Make the files durable, unless the writing failed."""
-        self._open.__exit__(kind, error, tb)
+        self._open.__exit__(*error)
 
 
 def open_keys(

@@ -83,15 +83,11 @@ class Memory:
         while True:
             manifest = read_manifest(folder)
             try:
-                return cls._open_generation(folder, manifest, place)
+                segments = [Segment(folder, manifest, record) for record in manifest.segments]
+                return cls(folder, manifest, segments, place)
             except (FolderError, FileNotFoundError):
                 if read_manifest(folder).generation == manifest.generation:
                     raise  # else a writer has published meanwhile, and removed the files of before
-
-    @classmethod
-    def _open_generation(cls, folder: Path, manifest: Manifest, search_on: SearchOn) -> "Memory":
-        segments = [Segment(folder, manifest, record) for record in manifest.segments]
-        return cls(folder, manifest, segments, search_on)
 
     @classmethod
     def build(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -65,19 +65,14 @@ class SourceWriter:
     def __enter__(self) -> "SourceWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, tb)
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 def pair_bytes(text: Tokens, source: Tokens | None) -> tuple[bytes, bytes]:
     """The same for the same text and source, whatever types their tokens have."""
-    parts = (text, np.empty(0) if source is None else source)
-    return tuple(part.astype(np.int64).tobytes() for part in parts)  # type: ignore[return-value]
+    read = b"" if source is None else source.astype(np.int64).tobytes()
+    return text.astype(np.int64).tobytes(), read
 
 
 def open_sources(

@@ -98,9 +98,7 @@ def build_memory(
         NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
             away, unless it took more than half a minute: the same build then goes on from there.
     """
-    encoder, keys = None, None
-    if options.keys != NO_KEYS:
-        encoder, keys = _keys_of(model, options)
+    encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys)
     unique = with_unique_ids(as_documents(documents))
     with new_folder(path):
@@ -150,9 +148,7 @@ def planned_memory(
 ) -> BuildPlan:
     """Say what `build_memory` would take, and write nothing; raises as it does."""
     check_new(path)
-    encoder = keys = None
-    if options.keys != NO_KEYS:
-        encoder, keys = _keys_of(model, options)
+    encoder, keys = _keys_of(model, options)
     rules, started = token_rules(model, tokenizer), time.perf_counter()
     manifest = new_manifest(model, tokenizer, keys)
     identifying = time.perf_counter() - started
@@ -170,7 +166,6 @@ def _arguments(
         "tokenizer": record.tokenizer_fingerprint,
         "keys": keys.pop("format"),
         **{f"key {name}": value for name, value in keys.items()},
-        "dtype": str(model.dtype),
         "device": model.device.type,
         "batch_size": None if encoder is None else encoder.batch_size,
         "recall": choice.recall,
@@ -179,8 +174,12 @@ def _arguments(
     }
 
 
-def _keys_of(model: LanguageModel, options: BuildOptions) -> tuple[Encoder, KeysRecord]:
-    """What reads the documents, and what its keys are."""
+def _keys_of(
+    model: LanguageModel, options: BuildOptions
+) -> tuple[Encoder, KeysRecord] | tuple[None, None]:
+    """What reads the documents, and what its keys are; None of both without keys."""
+    if options.keys == NO_KEYS:
+        return None, None
     layer = find_key_layer(model, options.key_layer)
     check_spec(options.index, layer.dim, options.nprobe)
     encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)

@@ -2,8 +2,7 @@
 
 State belongs to a prefix of tokens (after a source, where an encoder read one) and not to a row of
 a batch: beams that change places, drafts that are taken back and rows that are padded then need no
-care. What is kept is the last pass's
-predictions, for the next pass goes on from one of them.
+care. What is kept is the last pass's predictions, for the next pass goes on from one of them.
 """
 
 import hashlib

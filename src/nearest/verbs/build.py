@@ -1,9 +1,10 @@
 """Build a memory from a model's name and paths of documents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nearest.corpus.documents import Document
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
@@ -36,8 +37,7 @@ def build(
     Raises:
         NearestError: the model, corpus, settings or folder cannot be used; nothing is left behind.
     """
-    check_new(Path(out))  # before a model is loaded for nothing
-    documents = read_documents(corpus, encoding_errors=encoding_errors)
+    documents = _documents(corpus, out, encoding_errors)
     model, tokenizer = load_model_and_tokenizer(model_name, dtype)
     return Memory.build(model, tokenizer, documents, out, **options)
 
@@ -55,7 +55,14 @@ def plan(
 
     The arguments, and what is raised, are those of `build`.
     """
-    check_new(Path(out))
-    documents = read_documents(corpus, encoding_errors=encoding_errors)
+    documents = _documents(corpus, out, encoding_errors)
     model, tokenizer = load_model_and_tokenizer(model_name, dtype)
     return planned_memory(Path(out), documents, model, tokenizer, BuildOptions(**options))
+
+
+def _documents(
+    corpus: Sequence[str | Path], out: str | Path, encoding_errors: EncodingErrors
+) -> Iterator[Document]:
+    """What is to be read, before a model is loaded for nothing."""
+    check_new(Path(out))
+    return read_documents(corpus, encoding_errors=encoding_errors)
