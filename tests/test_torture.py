@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from damage import damage
 from fuzz import fuzz
 from kills import kills

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memories import answers, furnish
 
 from folders import found_by_verify, live_files
+from memories import answers, furnish
 from nearest import Memory
 from nearest.errors import NearestError
 

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from memories import CHANGES, answers, furnish
-
 from faults import ERRORS, disk
+from memories import CHANGES, answers, furnish
 from nearest.errors import FolderError
 from nearest.memory.verify import verify
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from memories import furnish
 
 EXECUTIONS = {"manifests": 300_000, "lines": 500_000, "headers": 250_000}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memories import CHANGES, DOCUMENTS, LATER, MODEL, answers, build, furnish
 
+from memories import CHANGES, DOCUMENTS, LATER, MODEL, answers, build, furnish
 from nearest import Memory
 from nearest.errors import FolderError
 from nearest.memory.verify import verify

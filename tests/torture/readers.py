@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from memories import DOCUMENTS, MODEL, TEXT, furnish
-
 from nearest import Document, Memory, evaluate
 
 PROCESSES, SECONDS = 8, 300
