@@ -1,6 +1,23 @@
 """Checks every annotation of the package while its tests run."""
 
+from typing import Any
+
 from beartype import BeartypeConf, beartype
 
 # An int may stand where a float is asked for, as PEP 484 has it.
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_inner: dict[tuple[str, str, tuple[str, ...]], Any] = {}
+
+
+def check(function: Any) -> Any:
+    """A function that takes and returns the same, and checks what.
+
+    One inside another function is defined anew at each call of that, and to make its checks takes
+    as long as hundreds of them: they are made once.
+    """
+    if "<locals>" not in function.__qualname__:
+        return _checked(function)
+    key = function.__module__, function.__qualname__, function.__code__.co_varnames
+    if key not in _inner:
+        _inner[key] = _checked(function)
+    return _inner[key]
