@@ -1,21 +1,26 @@
 """The mathematics of weighing and mixing against closed forms and plain loops."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nearest.errors import ModelError
 from nearest.index.suffix import MAX_MATCH
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import (
     Component,
+    Weights,
     candidate_weights,
     component_probs,
     component_weights_reference,
     mixed_log_probs,
     nll_over_lams,
     vocabulary_log_probs,
+    vocabulary_log_probs_reference,
 )
 
 INF = float("inf")
@@ -127,18 +132,46 @@ def test_sources_stand_side_by_side() -> None:
     assert found.of("pointers", "suffix") == slice(4, 12)
 
 
-def test_votes_add_up_by_value_and_ignore_missing_ones() -> None:
-    weights = torch.tensor([[0.25, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    values = torch.tensor([[3, 1, 3, -1], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_reference])
+def test_votes_add_up_by_value_and_ignore_missing_ones(mix: Callable[..., torch.Tensor]) -> None:
+    weights = np.array([[0.25, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    values = np.array([[3, 1, 3, -1], [-1, -1, -1, -1]])
     lm = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
     expected = torch.tensor([[0.05, 0.2, 0.15, 0.6], [0.4, 0.3, 0.2, 0.1]])
-    shares = torch.tensor([[0.5], [1.0]])
-    mixed = vocabulary_log_probs(lm.log(), weights, values, shares)
+    mixed = mix(lm.log(), Weights(weights, np.array([0.5, 1.0])), values)
     torch.testing.assert_close(mixed.exp(), expected)
-    alone = vocabulary_log_probs(lm.log(), weights * 2, values, torch.zeros(2, 1))
+    alone = mix(lm.log(), Weights(weights * 2, np.zeros(2)), values)
     torch.testing.assert_close(alone.exp()[0], torch.tensor([0.0, 0.2, 0.0, 0.8]))
-    none = vocabulary_log_probs(lm.log(), weights[:, :0], values[:, :0], torch.ones(2, 1))
+    none = mix(lm.log(), Weights(weights[:, :0], np.ones(2)), values[:, :0])
     torch.testing.assert_close(none.exp(), lm)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused() -> None:
+    found = Weights(np.array([[0.5]], np.float32), np.array([0.5]))
+    with pytest.raises(ModelError, match="token 3 and the model predicts 3"):
+        vocabulary_log_probs(torch.zeros(1, 3), found, np.array([[3]]))
+
+
+@given(st.integers(0, 2**31), st.integers(0, 70), st.integers(0, 9))
+def test_the_kernel_mixes_as_torch_does(seed: int, rows: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    lm = torch.from_numpy(rng.normal(0, 9, (rows, 5)).astype(np.float32)).log_softmax(-1)
+    lm[rng.random((rows, 5)) < 0.1] = -INF
+    weights = rng.random((rows, width)).astype(np.float32) ** 9 / max(width, 1)
+    values = rng.integers(-1, 5, (rows, width))
+    weights[values < 0] = 0
+    found = Weights(weights, np.maximum(0, 1 - weights.sum(axis=1, dtype=float) - 1e-7))
+    mixed = vocabulary_log_probs(lm, found, values)
+    expected = vocabulary_log_probs_reference(lm, found, values)
+    torch.testing.assert_close(mixed, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_gradients_flow_through_the_mixture() -> None:
+    logits = torch.zeros(1, 3, requires_grad=True)
+    found = Weights(np.array([[0.5]], np.float32), np.array([0.5]))
+    vocabulary_log_probs(logits.log_softmax(-1), found, np.array([[2]]))[0, 2].backward()
+    # log(0.5 + 0.5 p): its derivative by the logits is 0.5 p (1 - p) / (0.5 + 0.5 p) at the token.
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1 / 12, -1 / 12, 1 / 6]]))
 
 
 @given(st.floats(0, 1, width=32), st.integers(0, 2**31))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from nearest.encode.identity import reads_sources
@@ -73,15 +74,21 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
 def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the first input of every call of `module` by this thread, while the context lasts."""
     seen: list[Tensor] = []
-
-    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values()))).detach())
-
-    handle = module.register_forward_pre_hook(of_this_thread(remember), with_kwargs=True)
+    handle = input_hook(module, of_this_thread(seen.append))
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def input_hook(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Show `see` the first input of every call of `module`, whichever thread calls it."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see((args[0] if args else next(iter(kwargs.values()))).detach())
+
+    untraced: Callable[..., None] = torch.compiler.disable(hook)
+    return module.register_forward_pre_hook(untraced, with_kwargs=True)
 
 
 def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:

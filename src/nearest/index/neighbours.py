@@ -1,7 +1,17 @@
 """What a search gives back, and the one convention for distances."""
 
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    cast,
+    get_args,
+    no_type_check,
+    runtime_checkable,
+)
 
+import numba
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -73,16 +83,31 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     def sort(rows: slice) -> None:
         some, far = found.ids[rows], found.distances[rows]
         order = np.argsort(far, axis=1)
-        each = np.arange(len(order))[:, None]
-        if 0 < k < order.shape[1]:
-            last = far[each, order[:, k - 1 : k + 1]]
-            for tied in np.flatnonzero(last[:, 0] == last[:, 1]):
-                order[tied] = np.lexsort((some[tied], far[tied]))
-        order = order[:, :k]
-        ids[rows], distances[rows] = some[each, order], far[each, order]
+        tied = np.zeros(len(order), dtype=bool)
+        _take(some, far, order, ids[rows], distances[rows], tied)
+        for row in np.flatnonzero(tied):
+            nearest = np.lexsort((some[row], far[row]))[:k]
+            ids[rows][row], distances[rows][row] = some[row, nearest], far[row, nearest]
 
     in_threads(sort, len(ids))
     return Neighbours(ids, distances)
+
+
+# fmt: off
+@no_type_check  # numba compiles the bare function
+@numba.njit(nogil=True, cache=True)
+def _take(
+    ids: Any, distances: Any, order: Any, nearest: Any, nearest_distances: Any, tied: Any
+) -> None:
+    """Fill in the first columns in order; note the rows whose last is as far as the one after."""
+    k = nearest.shape[1]
+    for i in range(len(order)):
+        for j in range(k):
+            nearest[i, j] = ids[i, order[i, j]]
+            nearest_distances[i, j] = distances[i, order[i, j]]
+        if 0 < k < order.shape[1]:
+            tied[i] = distances[i, order[i, k - 1]] == distances[i, order[i, k]]
+# fmt: on
 
 
 def position_dtype(tokens: int) -> np.dtype[Any]:

@@ -17,7 +17,9 @@ _ROWS_A_THREAD = 32  # fewer are done before a thread has been started
 
 def in_threads(work: Callable[[slice], None], rows: int) -> None:
     """Call `work` on slices that cover `rows` rows, as many at once as FAISS would use threads."""
-    threads = min(load_faiss().omp_get_max_threads(), rows // _ROWS_A_THREAD)
+    threads = rows // _ROWS_A_THREAD
+    if threads > 1:
+        threads = min(threads, load_faiss().omp_get_max_threads())
     if threads > 1:
         bounds = np.linspace(0, rows, threads + 1).astype(int)
         with ThreadPoolExecutor(threads) as pool:

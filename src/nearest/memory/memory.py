@@ -262,9 +262,12 @@ class Memory:
             parts.append(joint.index.search(queries, min(wanted, joint.entries)))
         if not parts:
             return Neighbours.none(len(queries))
-        if distances == "index" and len(parts) == 1:
-            return parts[0]
-        ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        if len(parts) == 1:
+            ids, found = parts[0]
+            if distances == "index":
+                return parts[0]
+        else:
+            ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
         if distances == "keys":
             found = self.keys.distances(queries, ids)
         return sort_nearest_first(Neighbours(ids, found), k)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.forward import encode_and_score
 from nearest.encode.identity import AnyModel, bare_model
-from nearest.encode.layers import captured_input
+from nearest.encode.layers import input_hook
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.memory.match import common_key_layer, refuse_attached
@@ -98,10 +98,10 @@ class Session:
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
         self._here = _Here()
-        self._forward_lock = threading.RLock()  # hooks on one module would mix up threads' keys
         self._generate_lock = threading.Lock()
         self._generated: Generated | None = None
         self._text = TextArguments.of(model)
+        self._hook = input_hook(self._layer.module, self._here.see)
         names = ("forward", "prepare_inputs_for_generation", "generate")
         self._replaced = {name: vars(model).get(name) for name in names}
         vars(model)["forward"] = self._wrap_forward(model.forward)
@@ -138,6 +138,7 @@ class Session:
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when done twice."""
+        self._hook.remove()
         for name, original in self._replaced.items():
             vars(self.model).pop(name, None)
             if original is not None:
@@ -193,7 +194,7 @@ class Session:
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
         targets = tokens[first + 1 :].numpy()
-        with self.disabled(), self._forward_lock:
+        with self.disabled():
             keys, lm_log_probs, view = encode_and_score(
                 self.model,
                 self._layer,
@@ -215,8 +216,7 @@ class Session:
             here = self._here
             ensemble = self.ensemble
             if here.base_only or not ensemble.used:
-                with self._forward_lock:
-                    return original(*args, **kwargs)
+                return original(*args, **kwargs)
             named = signature.bind_partial(*args, **kwargs).arguments
             rest = named.pop("kwargs", {})
             as_tuple = kwargs.pop("return_dict", None) is False
@@ -230,12 +230,11 @@ class Session:
                 this = Pass(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in signature.parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
-            with self._forward_lock, captured_input(self._layer.module) as seen:
-                output = original(*args, return_dict=True, **kwargs)
+            output, hidden = here.seen_in(original, *args, return_dict=True, **kwargs)
             if this is None:
-                output.logits = self._mix(self._queries(seen[0], shape, keep), output.logits)
+                output.logits = self._mix(self._queries(hidden, shape, keep), output.logits)
             else:
-                hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
+                hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
                 prefixes = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
                 output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
@@ -255,7 +254,6 @@ class Session:
             hidden = slice_logits_to_keep(hidden.reshape(*shape, -1), keep)
         return hidden.reshape(-1, hidden.shape[-1])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix(
         self, hidden: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
     ) -> Float[Tensor, "*shape vocab"]:
@@ -271,7 +269,6 @@ class Session:
         ]
         return ensemble.mixed(predicted, log_probs).reshape(logits.shape)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix_rows(
         self,
         this: Pass,
@@ -372,6 +369,7 @@ class _Here(threading.local):
     """What one thread is about: its passes are not to be mixed up with another's."""
 
     base_only = False
+    seen: list[Tensor] | None = None  # what went into the key layer, during a pass
     ensemble: Ensemble | None = None  # where this thread weighs the memories otherwise
     # Of each memory, while generating with a method that looks at the context.
     prefixes: list[Prefixes] | None = None
@@ -379,6 +377,19 @@ class _Here(threading.local):
     ids: Tensor | None = None
     sequences: Sequences | None = None
     encoded: tuple[Tensor, Int[np.ndarray, " rows"]] | None = None  # what an encoder gave, hashed
+
+    def see(self, states: Tensor) -> None:
+        """Keep what goes into the key layer, where this thread wants to know."""
+        if self.seen is not None:
+            self.seen.append(states)
+
+    def seen_in(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """What a pass gives, and what went into the key layer."""
+        self.seen = []
+        try:
+            return forward(*args, **kwargs), self.seen[0]
+        finally:
+            self.seen = None
 
     def sources_of(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
         """Numbers that tell apart what an encoder gave to each row; hashed once a generate()."""

@@ -1,5 +1,6 @@
 """The entries that are weighed for a prediction, whichever source they came from."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +60,16 @@ class Part(NamedTuple):
 
 def no_part(queries: int) -> Part:
     """What a source that was not asked has found."""
-    empty = np.empty((queries, 0))
-    return Part(empty.astype(np.int64), empty.astype(np.float32), empty.astype(np.int16))
+    shape = queries, 0
+    return Part(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int16))
+
+
+def side_by_side(parts: Sequence[Part]) -> Part:
+    """The columns of all parts."""
+    wide = [part for part in parts if part.ids.shape[1]] or parts[:1]
+    if len(wide) == 1:
+        return wide[0]
+    return Part(*(np.concatenate(arrays, axis=1) for arrays in zip(*wide, strict=True)))
 
 
 def without_own(part: Part, own: Int[np.ndarray, " q"], most: int) -> Part:

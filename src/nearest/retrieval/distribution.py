@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearest.errors import ModelError
+from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
 from nearest.retrieval.candidates import Candidates
@@ -131,18 +133,51 @@ def mixed_log_probs(
 
 def vocabulary_log_probs(
     lm_log_probs: Float[Tensor, "q vocab"],
-    weights: Float[Tensor, "q c"],
-    values: Int[Tensor, "q c"],
-    lm_share: Float[Tensor, "q 1"],
+    weights: Weights,
+    values: Int[np.ndarray, "q c"],
 ) -> Float[Tensor, "q vocab"]:
     """`mixed_log_probs` of every token, with the weights of candidates summed by value.
 
-    Value −1 has no weight. Only tokens with candidates are mixed: of a large vocabulary few.
+    Value −1 has no weight. Only tokens with candidates are mixed: of a large vocabulary few. On
+    CPUs, where no gradient is asked for, a kernel takes the place of a dozen calls, whose own costs
+    are what counts when a text is written token by token.
+
+    Raises:
+        ModelError: a candidate stands for a token that the model does not have.
     """
-    tokens = values.clamp(min=0)
-    votes = torch.zeros_like(lm_log_probs).scatter_add(-1, tokens, weights)
-    mixed = mixed_log_probs(lm_log_probs.gather(-1, tokens), votes.gather(-1, tokens), lm_share)
-    return _shared(lm_log_probs, lm_share).scatter(-1, tokens, mixed)
+    largest, vocabulary = values.max(initial=NO_ENTRY), lm_log_probs.shape[-1]
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the memory holds token {largest} and the model predicts {vocabulary:,}: it is not "
+            "the model that built the memory, or the memory is damaged (`nearest verify`)"
+        )
+    if lm_log_probs.is_cpu and not lm_log_probs.requires_grad:
+        mixed = torch.empty(lm_log_probs.shape)
+        log_probs, out = lm_log_probs.float().contiguous().numpy(), mixed.numpy()
+
+        def work(part: slice) -> None:
+            _mix(
+                log_probs[part], weights.candidates[part], values[part], weights.lm[part], out[part]
+            )
+
+        in_threads(work, len(values))
+        return mixed
+    return vocabulary_log_probs_reference(lm_log_probs, weights, values)
+
+
+def vocabulary_log_probs_reference(
+    lm_log_probs: Float[Tensor, "q vocab"],
+    weights: Weights,
+    values: Int[np.ndarray, "q c"],
+) -> Float[Tensor, "q vocab"]:
+    """What `vocabulary_log_probs` computes, in torch: on any device, and differentiable."""
+    device = lm_log_probs.device
+    tokens = torch.from_numpy(values).to(device).clamp(min=0)
+    shared = _shared(lm_log_probs, torch.from_numpy(weights.lm)[:, None].to(device))
+    summed = torch.from_numpy(weights.candidates).to(device)
+    votes = torch.zeros_like(shared).scatter_add(-1, tokens, summed)
+    mixed = torch.logaddexp(shared.gather(-1, tokens), votes.gather(-1, tokens).log())
+    return shared.scatter(-1, tokens, mixed)
 
 
 def _shared(
@@ -245,4 +280,24 @@ def _add_weights(
             lm[i] -= shares[i]
             for j in range(len(row)):
                 weights[i, j] += row[j] * (shares[i] / total)
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _mix(log_probs: Any, weights: Any, values: Any, lm: Any, mixed: Any) -> None:
+    votes = np.zeros(log_probs.shape[1], dtype=np.float32)
+    for i in range(len(log_probs)):
+        log_share = np.float32(np.log(max(lm[i], 0.0)))
+        for token in range(len(votes)):
+            mixed[i, token] = log_probs[i, token] + log_share
+        for j in range(weights.shape[1]):
+            if weights[i, j] > 0:
+                votes[values[i, j]] += weights[i, j]
+        for j in range(weights.shape[1]):
+            token = values[i, j]
+            if weights[i, j] > 0 and votes[token] > 0:
+                by_memory, by_model = np.log(votes[token]), mixed[i, token]
+                more, less = max(by_memory, by_model), min(by_memory, by_model)
+                mixed[i, token] = more + np.log1p(np.exp(less - more))
+                votes[token] = 0  # seen: the value may come again
 # fmt: on

@@ -6,14 +6,20 @@ Every method is this pipeline with its own sources and settings; it keeps no sta
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory.memory import Memory
 from nearest.retrieval import automaton
-from nearest.retrieval.candidates import Candidates, Part, no_part, scattered, without_own
+from nearest.retrieval.candidates import (
+    Candidates,
+    Part,
+    no_part,
+    scattered,
+    side_by_side,
+    without_own,
+)
 from nearest.retrieval.distribution import (
     Component,
     Weights,
@@ -99,8 +105,9 @@ class Lookup:
         if "suffix" in self.sources:
             matched = self._matched(queries)
         searched = self._to_search(queries, left, pointed, matched)
-        if searched.any():
-            dense = scattered(self._dense(queries.rows(searched)), searched)
+        if wanted := np.count_nonzero(searched):
+            some = queries if wanted == len(searched) else queries.rows(searched)
+            dense = scattered(self._dense(some), searched)
         if self.settings.dedup:
             pointed = self._without_repeated(pointed, dense)
         return self._joined(dense, pointed, matched, searched)
@@ -108,13 +115,12 @@ class Lookup:
     def _joined(
         self, dense: Part, pointed: Part, matched: Part, searched: Bool[np.ndarray, " q"]
     ) -> Candidates:
-        parts = dense, pointed, matched
-        ids = np.concatenate([part.ids for part in parts], axis=1)
+        ids, distances, lengths = side_by_side([dense, pointed, matched])
         return Candidates(
             ids,
             self.memory.values(ids),
-            np.concatenate([part.distances for part in parts], axis=1),
-            np.concatenate([part.lengths for part in parts], axis=1),
+            distances,
+            lengths,
             (dense.ids.shape[1], pointed.ids.shape[1], matched.ids.shape[1]),
             searched,
             self.memory.log_weights(ids) if self.memory.has_weights else None,
@@ -142,14 +148,8 @@ class Lookup:
         self, queries: Queries, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]
     ) -> Float[Tensor, "q vocab"]:
         """Log-probabilities of every token, on the device of `lm_log_probs`."""
-        device = lm_log_probs.device
         weights = self.weights(queries, candidates)
-        return vocabulary_log_probs(
-            lm_log_probs,
-            torch.from_numpy(weights.candidates).to(device),
-            torch.from_numpy(candidates.values).to(device),
-            torch.from_numpy(weights.lm)[:, None].to(device),
-        )
+        return vocabulary_log_probs(lm_log_probs, weights, candidates.values)
 
     def _to_search(
         self, queries: Queries, left: Int[np.ndarray, " q"], pointed: Part, matched: Part
