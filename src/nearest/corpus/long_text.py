@@ -8,6 +8,7 @@ words this cannot be promised for every text; where no long run of tokens agrees
 made longer, and in the end the text is tokenised at once.
 """
 
+from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def tokenise_long(
     if not getattr(tokenizer, "is_fast", False) or len(text) <= piece:
         (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
         return np.array(ids, dtype=np.int32)
-    found: list[Int[np.ndarray, " m"]] = []
+    found = array("i")  # grows in place, where many arrays would leave holes in the heap
     left = _tokenised(text, 0, piece, tokenizer)
     stop, taken = piece, 0  # left's tokens before `taken` are in `found`
     while stop < len(text):
@@ -48,9 +49,10 @@ def tokenise_long(
             if overlap * 4 > piece:
                 return tokenise_long(text, tokenizer, piece * 4, overlap * 2)
             return tokenise_long(text, tokenizer, piece, overlap * 2)
-        found.append(left.ids[taken : joint[0]])
+        found.frombytes(left.ids[taken : joint[0]].tobytes())
         left, taken, stop = right, joint[1], start + piece
-    return np.concatenate([*found, left.ids[taken:]])
+    found.frombytes(left.ids[taken:].tobytes())
+    return np.frombuffer(found, np.int32)
 
 
 def _tokenised(text: str, start: int, stop: int, tokenizer: Callable[..., Any]) -> _Piece:
