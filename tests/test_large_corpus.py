@@ -86,6 +86,6 @@ def test_keys_take_no_more_memory_than_their_batches(tmp_path: Path) -> None:
     with path.open("w") as file:
         for start in range(0, 400_000, 1_000):  # enough tokens for an index
             file.write(f'{{"text": "{start} {text[start : start + 1_000]}"}}\n')
-    documents, tokens = build(path, "int8", 400 * MEGABYTE)
+    documents, tokens = build(path, "int8", 550 * MEGABYTE)
     assert documents == 400
     assert tokens > 100_000

@@ -23,7 +23,7 @@ from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
 _ADD_ROWS = 65_536
-_ADD_BYTES = 1 << 26  # of rows in float32; FAISS makes as much of them again
+_ADD_BYTES = 1 << 24  # of rows in float32; FAISS makes as much of them again
 _TRAINING_BYTES = 1 << 29
 _FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 
