@@ -223,6 +223,21 @@ def test_joined_indexes_are_one(
     )
 
 
+def test_lists_of_whole_blocks_are_joined(keys: np.ndarray, ids: np.ndarray) -> None:
+    """32 codes of 2 bytes are a block: FAISS corrupts its heap after a list of 64, 128 … of them."""
+    rows, spec = stored(keys), "IVF1,PQ4x4fs"
+    whole, *parts = (train_index(rows, ids, spec, np.random.default_rng(0)) for _ in range(6))
+    bounds = [0, 64, 128, 1000, 1024, len(ids)]
+    fill_index(whole, rows, ids, spec)
+    for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
+        fill_index(part, rows, ids[start:stop], spec)
+    one = joined([(part, 0) for part in parts])
+    assert one.ntotal == len(ids)
+    found, expected = (ApproximateIndex(i, "l2").search(keys[:40], 50) for i in (one, whole))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+
+
 @pytest.mark.parametrize("spec", ["Flat", "HNSW8", "PQ4"])
 def test_other_kinds_are_not_joined(keys: np.ndarray, ids: np.ndarray, spec: str) -> None:
     assert not can_be_joined(train_index(stored(keys), ids, spec, np.random.default_rng(0)))

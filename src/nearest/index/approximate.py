@@ -287,8 +287,33 @@ def joined(parts: Sequence[tuple[Any, int]]) -> Any:
             ids = ivf.invlists.get_ids(number)
             load_faiss().rev_swig_ptr(ids, ivf.invlists.list_size(number))[:] += first
     for other, beginning in others:
+        if ivf is not None:
+            _append_blocks(ivf.invlists, inverted_lists(other).invlists, beginning)
         whole.merge_from(other, beginning)
     return whole
+
+
+def _append_blocks(lists: Any, others: Any, beginning: int) -> None:
+    """Move over the lists that FAISS would corrupt: codes in blocks, after exactly whole ones.
+
+    Its merge tells such lists by `size % bytes a block`, and then copies as many blocks as both
+    hold together, from the other one and behind the end (1.15). The rest is left to it.
+    """
+    faiss = load_faiss()
+    lists, others = map(faiss.downcast_InvertedLists, (lists, others))
+    if not isinstance(lists, faiss.BlockInvertedLists):
+        return
+    for number in range(lists.nlist):
+        size, more = lists.list_size(number), others.list_size(number)
+        if not (size and more and size % lists.block_size == 0):
+            continue
+        held, added = (-(-n // lists.n_per_block) * lists.block_size for n in (size, more))
+        lists.resize(number, size + more)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), held + added)
+        codes[held:] = faiss.rev_swig_ptr(others.get_codes(number), added)
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size + more)
+        ids[size:] = faiss.rev_swig_ptr(others.get_ids(number), more) + beginning
+        others.resize(number, 0)
 
 
 def inverted_lists(index: Any) -> Any | None:
