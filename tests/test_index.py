@@ -224,7 +224,7 @@ def test_joined_indexes_are_one(
 
 
 def test_lists_of_whole_blocks_are_joined(keys: np.ndarray, ids: np.ndarray) -> None:
-    """32 codes of 2 bytes are a block: FAISS corrupts its heap after a list of 64, 128 … of them."""
+    """A block is 32 codes of 2 bytes: FAISS corrupts its heap after a list of 64, or 128 …"""
     rows, spec = stored(keys), "IVF1,PQ4x4fs"
     whole, *parts = (train_index(rows, ids, spec, np.random.default_rng(0)) for _ in range(6))
     bounds = [0, 64, 128, 1000, 1024, len(ids)]

@@ -287,20 +287,19 @@ def joined(parts: Sequence[tuple[Any, int]]) -> Any:
             ids = ivf.invlists.get_ids(number)
             load_faiss().rev_swig_ptr(ids, ivf.invlists.list_size(number))[:] += first
     for other, beginning in others:
-        if ivf is not None:
-            _append_blocks(ivf.invlists, inverted_lists(other).invlists, beginning)
+        _append_blocks(ivf, inverted_lists(other), beginning)
         whole.merge_from(other, beginning)
     return whole
 
 
-def _append_blocks(lists: Any, others: Any, beginning: int) -> None:
+def _append_blocks(whole: Any, other: Any, beginning: int) -> None:
     """Move over the lists that FAISS would corrupt: codes in blocks, after exactly whole ones.
 
     Its merge tells such lists by `size % bytes a block`, and then copies as many blocks as both
     hold together, from the other one and behind the end (1.15). The rest is left to it.
     """
     faiss = load_faiss()
-    lists, others = map(faiss.downcast_InvertedLists, (lists, others))
+    lists, others = (faiss.downcast_InvertedLists(ivf.invlists) for ivf in (whole, other))
     if not isinstance(lists, faiss.BlockInvertedLists):
         return
     for number in range(lists.nlist):
