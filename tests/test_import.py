@@ -23,6 +23,7 @@ from nearest.errors import CorpusError, NearestError
 from nearest.memory.importing import ImportOptions, import_store
 from nearest.memory.knn_store import find_store, open_store
 from nearest.memory.pickled_members import read_members
+from nearest.memory.reproduce import reproduction_problems
 from nearest.memory.verify import verify
 
 EOS = 1
@@ -176,6 +177,15 @@ def test_the_memory_is_evaluated_attached_and_verified(
     with attach(tiny_model, memory, method="knn", k=8, tokenizer=tiny_tokenizer) as session:
         tiny_model.generate(inputs, max_new_tokens=2, do_sample=False, pad_token_id=1)
         assert all(token.sources for token in session.sources(0))
+
+
+def test_keys_that_were_read_in_other_windows_are_told(
+    write: Write, imported: Import, tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:  # fmt: skip
+    (told,) = reproduction_problems(imported(write().folder), tiny_model, tiny_tokenizer)
+    assert "keys differ from what the model makes: imported" in told
+    assert "windows than 64 tokens, 32 new" in told
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -47,9 +47,11 @@ def reproduction_problems(
             encoder = Encoder.of(model, layer, keys.window, keys.stride)
             near = np.concatenate([np.ones(0, bool), *_near(memory, segment, encoder, sample)])
             if len(near) and near.mean() < _SHARE:
+                windows = f"{keys.window} tokens, {keys.stride} new"
+                perhaps = f": imported, they were perhaps read in other windows than {windows}"
                 problems.append(
                     f"{where}{1 - near.mean():.0%} of {len(near):,} keys differ from what the "
-                    "model makes"
+                    f"model makes{'' if keys.dtype else perhaps}"
                 )
     return problems
 
