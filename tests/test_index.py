@@ -107,7 +107,7 @@ def test_exact_equals_brute_force(
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nearest.index.exact._BLOCK_BYTES", block)
+    monkeypatch.setattr("nearest.index.exact.BLOCK_BYTES", block)
     found = ExactIndex(stored(keys, metric), ids).search(queries, 20)
     truth = brute_force(keys, ids, queries, metric)
     np.testing.assert_allclose(found.distances, np.sort(truth)[:, :20], rtol=1e-4, atol=1e-3)

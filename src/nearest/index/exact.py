@@ -9,7 +9,7 @@ from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first
 
-_BLOCK_BYTES = 1 << 26
+BLOCK_BYTES = 1 << 26  # of keys in float32, compared together
 _FEW = 16  # queries; for more it pays to decode the keys
 _PARTS = 64  # of the keys, shared among threads
 
@@ -65,7 +65,7 @@ class ExactIndex:
         return sort_nearest_first(found, k).padded(k)
 
     def _blocks(self) -> Iterator[Block]:
-        block = max(1, _BLOCK_BYTES // (4 * self._keys.dim))
+        block = max(1, BLOCK_BYTES // (4 * self._keys.dim))
         for start in range(0, len(self._ids), block):
             ids = self._ids[start : start + block]
             yield ids, self._keys.rows(ids)

@@ -21,7 +21,7 @@ from nearest.index.approximate import (
     train_index,
 )
 from nearest.index.choice import EXACT, resolve_spec
-from nearest.index.exact import ExactIndex
+from nearest.index.exact import BLOCK_BYTES, ExactIndex
 from nearest.index.keys import Float16Keys
 from nearest.index.suffix import sort_suffixes
 from nearest.index.tuning import RECALL_AT, RECALL_QUERIES, measured_recall
@@ -93,7 +93,7 @@ def indexing(entries: int, dim: int, spec: str) -> IndexCost:
     seconds = training * trained / count * more
     seconds += (filling * more + scanning) * entries / count + _TRIALS * max(trying, 0.0)
     size = entries * (code_bytes(spec, dim) + 8) + 8 * dim * lists
-    # Rows are read a block at a time, as they are stored and as float32.
-    block = 6 * dim * min(entries, rows_at_once(dim))
+    # Rows are read a block at a time, as they are stored and as float32: a larger one for tuning.
+    block = 6 * dim * min(entries, max(rows_at_once(dim), BLOCK_BYTES // (4 * dim)))
     memory = max(4 * dim * trained, int(_LISTS_GROW * size)) + block
     return IndexCost(seconds, size, memory)

@@ -6,9 +6,11 @@ import resource
 import shutil
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -38,8 +40,8 @@ from nearest.memory.new_segment import segment_tokens
 _SAMPLE = 4 << 20  # characters that are tokenised
 _BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pieces
 _FORWARD_SECONDS = 8.0
-# Room that passes take in the end, by what they hold after a sample: each shape of batch leaves
-# holes in the heap that those of other shapes do not fit, in one run more than in another.
+# Room that passes take in the end, by what those of a sample do: each shape of batch leaves holes
+# in the heap that others do not fit, in one run more than in another. It is kept while indexing.
 _HOLES = 1.4
 
 
@@ -153,17 +155,17 @@ def plan_build(
     ]
     if encoder is not None and keys is not None:
         form = key_format(keys.format)
-        dim, before = encoder.layer.dim, _held()
-        stages["keys"] = _encoding(encoder, form, tokens, sources) * _inputs(counts, encoder)
+        dim = encoder.layer.dim
+        with _most_held(before + text) as passes:
+            stages["keys"] = _encoding(encoder, form, tokens, sources) * _inputs(counts, encoder)
         row = sum(
             dtype.itemsize * int(np.prod(shape)) for dtype, shape in form.layout(dim).values()
         )
         size += row * total
-        passes = _held() - before  # what a forward pass has held is kept for the next
         index = indexing(largest, dim, keys.index)
         stages["index"] = index.seconds * total / largest
         size += int(index.bytes_needed * total / largest)
-        memory.append(int(_HOLES * passes) + index.memory_bytes + 8 * largest)
+        memory.append(int(_HOLES * passes[0]) + index.memory_bytes + 8 * largest)
     stages["checksums"] = hashing() * size
     return BuildPlan(
         documents=len(counts),
@@ -189,6 +191,24 @@ def _held() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     except (OSError, StopIteration):  # no Linux: the most there has been
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def _most_held(beyond: int) -> Iterator[list[int]]:
+    """The most bytes of memory that are held, beyond so many, while the context lasts."""
+    most, done = [0], Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], _held() - beyond)
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
 
 
 def _compressed(documents: list[Document]) -> tuple[int, float]:
