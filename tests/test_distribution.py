@@ -146,6 +146,15 @@ def test_votes_add_up_by_value_and_ignore_missing_ones(mix: Callable[..., torch.
     torch.testing.assert_close(none.exp(), lm)
 
 
+@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_reference])
+def test_nan_is_not_hidden(mix: Callable[..., torch.Tensor]) -> None:
+    lm, values = torch.tensor([[0.5, 0.5]]).log(), np.array([[0, -1]])
+    broken = Weights(np.array([[np.nan, 0]], np.float32), np.array([0.5]))
+    assert mix(lm, broken, values).isnan().tolist() == [[True, False]]
+    whole = Weights(np.array([[0.5, 0]], np.float32), np.array([0.5]))
+    assert mix(lm * torch.tensor([torch.nan, 1]), whole, values).isnan().tolist() == [[True, False]]
+
+
 def test_a_token_that_the_model_does_not_have_is_refused() -> None:
     found = Weights(np.array([[0.5]], np.float32), np.array([0.5]))
     with pytest.raises(ModelError, match="token 3 and the model predicts 3"):

@@ -291,13 +291,14 @@ def _mix(log_probs: Any, weights: Any, values: Any, lm: Any, mixed: Any) -> None
         for token in range(len(votes)):
             mixed[i, token] = log_probs[i, token] + log_share
         for j in range(weights.shape[1]):
-            if weights[i, j] > 0:
+            if values[i, j] >= 0:
                 votes[values[i, j]] += weights[i, j]
         for j in range(weights.shape[1]):
             token = values[i, j]
-            if weights[i, j] > 0 and votes[token] > 0:
-                by_memory, by_model = np.log(votes[token]), mixed[i, token]
-                more, less = max(by_memory, by_model), min(by_memory, by_model)
+            if token >= 0 and votes[token] != 0:
+                more, less = np.log(votes[token]), mixed[i, token]
+                if not more > less:  # NaN stays NaN
+                    more, less = less, more
                 mixed[i, token] = more + np.log1p(np.exp(less - more))
                 votes[token] = 0  # seen: the value may come again
 # fmt: on
