@@ -20,7 +20,7 @@ from nearest.retrieval.distribution import (
     mixed_log_probs,
     nll_over_lams,
     vocabulary_log_probs,
-    vocabulary_log_probs_reference,
+    vocabulary_log_probs_in_torch,
 )
 
 INF = float("inf")
@@ -132,7 +132,7 @@ def test_sources_stand_side_by_side() -> None:
     assert found.of("pointers", "suffix") == slice(4, 12)
 
 
-@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_reference])
+@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_in_torch])
 def test_votes_add_up_by_value_and_ignore_missing_ones(mix: Callable[..., torch.Tensor]) -> None:
     weights = np.array([[0.25, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
     values = np.array([[3, 1, 3, -1], [-1, -1, -1, -1]])
@@ -146,7 +146,7 @@ def test_votes_add_up_by_value_and_ignore_missing_ones(mix: Callable[..., torch.
     torch.testing.assert_close(none.exp(), lm)
 
 
-@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_reference])
+@pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_in_torch])
 def test_nan_is_not_hidden(mix: Callable[..., torch.Tensor]) -> None:
     lm, values = torch.tensor([[0.5, 0.5]]).log(), np.array([[0, -1]])
     broken = Weights(np.array([[np.nan, 0]], np.float32), np.array([0.5]))
@@ -171,7 +171,7 @@ def test_the_kernel_mixes_as_torch_does(seed: int, rows: int, width: int) -> Non
     weights[values < 0] = 0
     found = Weights(weights, np.maximum(0, 1 - weights.sum(axis=1, dtype=float) - 1e-7))
     mixed = vocabulary_log_probs(lm, found, values)
-    expected = vocabulary_log_probs_reference(lm, found, values)
+    expected = vocabulary_log_probs_in_torch(lm, found, values)
     torch.testing.assert_close(mixed, expected, atol=2e-6, rtol=1e-5)
 
 

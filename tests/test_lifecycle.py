@@ -18,7 +18,7 @@ from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
-from nearest.memory import new_segment
+from nearest.memory import index_files, new_segment
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.memory.compact import plan_compaction
 from nearest.memory.compress import Compression, compress_memory
@@ -110,6 +110,26 @@ def named(memory: Memory, ids: np.ndarray) -> list[Any]:
     """Entries as (document id, position): entry ids differ between memories of one content."""
     places = [memory.place(i) if i >= 0 else None for i in ids.ravel().tolist()]
     return [p and (memory.document(p.document).id, p.position) for p in places]
+
+
+@pytest.mark.parametrize("spec", ["Flat", "SQ8", "HNSW8", "PCA16,HNSW8", "IVF4,Flat"])
+def test_segments_with_indexes_of_their_own_are_found_in(
+    spec: str,
+    add: Any,
+    build_memory: Build,
+    tiny_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As large ones have; of small ones that are added the index is exact."""
+    monkeypatch.setattr(index_files, "EXACT_BELOW", 0)
+    monkeypatch.setattr(index_files, "training_rows", lambda *_: 0)
+    options = {"index": spec, "recall": 1.0}
+    memory = build_memory(tiny_model, DOCUMENTS[:4], **options)
+    memory = add(add(memory, DOCUMENTS[4:8]), DOCUMENTS[8:])
+    assert all(segment.has_index for segment in memory.segments)
+    found = memory.search(memory.keys.rows(memory.valued_entries()[::9]), 1)
+    itself = np.isclose(found.distances, 0, atol=1e-3)
+    assert itself.mean() > 0.95  # a graph may pass it by
 
 
 ALIKE = ["fp16", "int8, inner product", "flat index", "no keys"]

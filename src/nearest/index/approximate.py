@@ -278,18 +278,28 @@ def joined(parts: Sequence[tuple[Any, int]]) -> Any:
     """One FAISS index of several that were filled from the same trained one; they are used up.
 
     Args:
-        parts: indexes, and what is to be added to the ids of each.
+        parts: indexes, and what is to be added to the ids of each; those that cannot be joined
+            (`can_be_joined`) come alone.
     """
     (whole, first), *others = parts
-    ivf = inverted_lists(whole)
-    if first and ivf is not None:
-        for number in range(ivf.nlist):
-            ids = ivf.invlists.get_ids(number)
-            load_faiss().rev_swig_ptr(ids, ivf.invlists.list_size(number))[:] += first
+    if first:
+        _shift_ids(whole, first)
     for other, beginning in others:
-        _append_blocks(ivf, inverted_lists(other), beginning)
+        _append_blocks(inverted_lists(whole), inverted_lists(other), beginning)
         whole.merge_from(other, beginning)
     return whole
+
+
+def _shift_ids(index: Any, by: int) -> None:
+    """Add to all ids, wherever an index keeps them: in its lists, or in a map around it."""
+    faiss, ivf = load_faiss(), inverted_lists(index)
+    if ivf is None:
+        ids = faiss.downcast_index(index).id_map
+        faiss.rev_swig_ptr(ids.data(), ids.size())[:] += by
+        return
+    for number in range(ivf.nlist):
+        ids, size = ivf.invlists.get_ids(number), ivf.invlists.list_size(number)
+        faiss.rev_swig_ptr(ids, size)[:] += by
 
 
 def _append_blocks(whole: Any, other: Any, beginning: int) -> None:

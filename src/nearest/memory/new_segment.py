@@ -26,8 +26,8 @@ from nearest.memory.unfinished import Journal
 from nearest.progress import Progress
 
 # What a segment takes while it is written decides how large one becomes: sorting suffixes takes 11
-# bytes a token (16 with large vocabularies), and the codes of its index are filled in memory: 10M
-# of 256 dims, 720 MB, held 1.4 GB meanwhile; what passes of the model have held comes on top.
+# bytes a token (16 with large vocabularies), and the codes of its index are filled in memory, in
+# lists that take up to twice as much while they grow.
 SEGMENT_TOKENS = 1 << 24
 _INDEX_BYTES = 5 << 27
 

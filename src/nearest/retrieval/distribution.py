@@ -162,15 +162,15 @@ def vocabulary_log_probs(
 
         in_threads(work, len(values))
         return mixed
-    return vocabulary_log_probs_reference(lm_log_probs, weights, values)
+    return vocabulary_log_probs_in_torch(lm_log_probs, weights, values)
 
 
-def vocabulary_log_probs_reference(
+def vocabulary_log_probs_in_torch(
     lm_log_probs: Float[Tensor, "q vocab"],
     weights: Weights,
     values: Int[np.ndarray, "q c"],
 ) -> Float[Tensor, "q vocab"]:
-    """What `vocabulary_log_probs` computes, in torch: on any device, and differentiable."""
+    """What `vocabulary_log_probs` computes, on any device, and differentiable."""
     device = lm_log_probs.device
     tokens = torch.from_numpy(values).to(device).clamp(min=0)
     shared = _shared(lm_log_probs, torch.from_numpy(weights.lm)[:, None].to(device))
