@@ -18,6 +18,7 @@ from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
+from nearest.index import ngrams
 from nearest.memory import index_files, new_segment
 from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.memory.compact import plan_compaction
@@ -182,6 +183,39 @@ def test_candidates_and_perplexity_are_those_of_one_memory(
     for method, settings in methods.items():
         nll = [
             evaluate(tiny_model, m, TEXT, method, **options, **settings).nll
+            for m in (memory, expected)
+        ]
+        assert nll[0] == pytest.approx(nll[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fp16"], indirect=True)
+@pytest.mark.parametrize("compacted", [False, True])
+def test_samples_are_those_of_one_memory(
+    folder: Path,
+    add: Any,
+    compacted: bool,
+    build_memory: Build,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of more matches than are wanted, and of more successors than are looked at."""
+    monkeypatch.setattr(ngrams, "SAMPLED", 7)
+    memory = add(add(Memory.open(folder), DOCUMENTS[5:8]), DOCUMENTS[8:])
+    if compacted:
+        memory = memory.compact()
+    expected = build_memory(tiny_model, DOCUMENTS)
+    context = np.concatenate([[0], expected.document_tokens(4)[1:40]]).astype(np.int64)
+    ends = np.arange(len(context))
+    one, other = (m.ngrams(context, ends, 3) for m in (memory, expected))
+    np.testing.assert_array_equal(one.fertility, other.fertility)
+    for most in (3, 40):
+        one, other = (m.longest_matches(context, ends, most) for m in (memory, expected))
+        np.testing.assert_array_equal(np.sort(one.ids), np.sort(other.ids))
+        nll = [
+            evaluate(
+                tiny_model, m, TEXT, "suffix", lam=0.6, matches=most, tokenizer=tiny_tokenizer
+            ).nll
             for m in (memory, expected)
         ]
         assert nll[0] == pytest.approx(nll[1], abs=1e-6)

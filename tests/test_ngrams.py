@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from nearest import Memory
 from nearest.index import ngrams
-from nearest.index.ngrams import Ngrams, joined_ngrams, successors
+from nearest.index.ngrams import Ngrams
+from nearest.index.sample import SuffixArray
 from nearest.index.suffix import sort_suffixes
 from nearest.memory.segment import valued_mask
 
@@ -41,14 +42,14 @@ def scan(documents: list[list[int]], context: list[int], longest: int) -> Ngrams
 def found(
     segments: list[list[list[int]]], context: list[int], longest: int, dtype: type = np.uint16
 ) -> Ngrams:
-    parts = []
+    arrays: list[SuffixArray] = []
     for documents in segments:
         whole = [[START, *tokens] for tokens in documents]
         tokens = np.concatenate(whole).astype(dtype)
         suffixes = sort_suffixes(tokens, valued_mask(np.cumsum([0, *map(len, whole)])))
-        ends = np.arange(len(context))
-        parts.append(successors(tokens, suffixes, START, np.array(context), ends, longest))
-    return joined_ngrams(parts)
+        first = sum(len(array.tokens) for array in arrays)
+        arrays.append(SuffixArray(tokens, suffixes, first))
+    return ngrams.ngrams(arrays, START, np.array(context), np.arange(len(context)), longest)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -67,13 +68,16 @@ def test_counts_and_fertility_equal_a_scan(
     np.testing.assert_array_equal(ours.fertility, truth.fertility)
 
 
-def test_fertility_of_a_frequent_token_is_that_of_an_even_sample(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("parts", [1, 3])
+def test_fertility_of_a_frequent_token_is_that_of_a_sample(
+    parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documents = [[token for other in range(2, 42) for token in (1, other)]]
-    assert found([documents], [1], 1) == scan(documents, [1], 1)
+    """Of one, however many parts the corpus has."""
+    documents = [[1, other] for other in range(2, 42)]
+    segments = [documents[part::parts] for part in range(parts)]
+    assert found(segments, [1], 1) == scan(documents, [1], 1)
     monkeypatch.setattr(ngrams, "SAMPLED", 10)
-    ours = found([documents], [1], 1)
+    ours = found(segments, [1], 1)
     assert (ours.counts.item(), ours.fertility.item()) == (40, 10)
 
 

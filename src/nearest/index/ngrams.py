@@ -12,61 +12,56 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.corpus.tokens import Tokens
+from nearest.index.neighbours import NO_ENTRY
+from nearest.index.sample import SuffixArray, sample
+from nearest.index.suffix import values_of
 from nearest.index.threads import in_threads
 
-SAMPLED = 256  # entries of an n-gram in one array, at most, whose successors are looked at
+SAMPLED = 256  # entries of an n-gram, at most, whose successors are looked at
 
 
 class Ngrams(NamedTuple):
     """Figures of the last 1, 2, … tokens of each query's context (int64).
 
-    `fertility` is the number of distinct successors. It is exact for n-grams with at most SAMPLED
-    entries in each array, else that of an even sample in the arrays' order. An n-gram that would
-    reach back beyond the context's start token has none of either.
+    `fertility` is the number of distinct successors: of all entries of an n-gram, or of a sample of
+    SAMPLED. An n-gram that would reach back beyond the context's start token has none of either.
     """
 
     counts: Int[np.ndarray, "q n"]
     fertility: Int[np.ndarray, "q n"]
 
 
-class Successors(NamedTuple):
-    """What one array knows of n-grams: how many entries, and what follows them (int32, else -1)."""
-
-    counts: Int[np.ndarray, "q n"]
-    sampled: Int[np.ndarray, "q n sampled"]
-
-
-def successors(
-    tokens: Tokens,
-    suffixes: Int[np.ndarray, " m"],
+def ngrams(
+    arrays: Sequence[SuffixArray],
     start_token: int,
     context: Tokens,
     ends: Int[np.ndarray, " q"],
     longest: int,
-) -> Successors:
-    """Entries of the n-grams that end each context, n = 1 … longest, and what follows them.
+) -> Ngrams:
+    """Entries of the n-grams that end each context, n = 1 … longest, and how varied they go on.
 
     Args:
-        tokens, suffixes, start_token, context, ends: as in `suffix.longest_matches`.
+        arrays, start_token, context, ends: as in `suffix.longest_matches`.
         longest: the largest n.
     """
-    counts = np.zeros((len(ends), longest), dtype=np.int64)
-    sampled = np.full((len(ends), longest, SAMPLED), -1, dtype=np.int32)
+    counts, fertility = (np.zeros((len(ends), longest), dtype=np.int64) for _ in range(2))
 
-    def work(part: slice) -> None:
-        _look_up(tokens, suffixes, start_token, context, ends[part], counts[part], sampled[part])
+    def work(some: slice) -> None:
+        queries = len(ends[some])
+        lows, highs = (np.zeros((len(arrays), longest, queries), np.int64) for _ in range(2))
+        for array, *found in zip(arrays, lows, highs, strict=True):
+            _look_up(array.tokens, array.suffixes, start_token, context, ends[some], *found)
+        counts[some] = (highs - lows).sum(0).T
+        for n, wanted in enumerate(np.minimum(counts[some], SAMPLED).T):
+            ids = np.full((queries, SAMPLED), NO_ENTRY, dtype=np.int64)
+            own = slice(n, n + 1)
+            sample(arrays, lows[:, own], highs[:, own], wanted, np.zeros_like(wanted), ids)
+            after = np.sort(values_of(arrays, ids), axis=1)
+            # Of equal tokens the first counts; -1 sorts first and is none.
+            fertility[some, n] = (after[:, 0] >= 0) + (np.diff(after, axis=1) > 0).sum(axis=1)
 
     in_threads(work, len(ends))
-    return Successors(counts, sampled)
-
-
-def joined_ngrams(found: Sequence[Successors]) -> Ngrams:
-    """What several arrays know of the same n-grams."""
-    counts = np.sum([part.counts for part in found], axis=0)
-    sampled = np.sort(np.concatenate([part.sampled for part in found], axis=2), axis=2)
-    # Of equal tokens the first counts; -1 sorts first and is none.
-    fertility = (sampled[..., 0] >= 0) + (np.diff(sampled, axis=2) > 0).sum(axis=2)
-    return Ngrams(counts, fertility.astype(np.int64))
+    return Ngrams(counts, fertility)
 
 
 # fmt: off
@@ -90,21 +85,18 @@ def _bound(tokens: Any, suffixes: Any, low: Any, high: Any, depth: Any, token: A
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _look_up(
-    tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, counts: Any, sampled: Any
+    tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, lows: Any, highs: Any
 ) -> None:
+    """Where the entries of each query's n-grams stand: suffixes[lows[n - 1] : highs[n - 1]]."""
     for i in range(len(ends)):
         low, high = 0, len(suffixes)
-        for depth in range(counts.shape[1]):
+        for depth in range(len(lows)):
             at = ends[i] - depth
             if at < 0 or (depth > 0 and context[at + 1] == start_token):
                 break
             low = _bound(tokens, suffixes, low, high, depth, context[at])
             high = _bound(tokens, suffixes, low, high, depth, context[at] + 1)
-            count = high - low
-            if count == 0:
+            if low == high:
                 break
-            counts[i, depth] = count
-            want = min(count, sampled.shape[2])
-            for j in range(want):
-                sampled[i, depth, j] = tokens[np.int64(suffixes[low + j * count // want]) + 1]
+            lows[depth, i], highs[depth, i] = low, high
 # fmt: on

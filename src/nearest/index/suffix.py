@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from nearest.corpus.tokens import Tokens
 from nearest.index.neighbours import NO_ENTRY, position_dtype
+from nearest.index.sample import SuffixArray, random_order, sample
 from nearest.index.threads import in_threads
 
 MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable
@@ -29,14 +30,6 @@ class Matches(NamedTuple):
     ids: Int[np.ndarray, "q most"]  # int64
     lengths: Int[np.ndarray, "q most"]  # int16, tokens
     longest: Int[np.ndarray, " q"]  # int64
-
-
-class SuffixArray(NamedTuple):
-    """The sorted entries of a part of a corpus, with ids that count from `first`."""
-
-    tokens: Tokens
-    suffixes: Int[np.ndarray, " m"]
-    first: int = 0
 
 
 def sort_suffixes(tokens: Tokens, valued: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
@@ -87,8 +80,9 @@ def longest_matches(
     """For each context, up to `most` entries whose left context shares its longest suffix.
 
     The longest matches come first, then the next shorter ones, down to one token. Of matches of one
-    length that do not all fit, an even sample in the order of the arrays is taken. A match counts
-    at most MAX_MATCH tokens and never reaches back beyond a start token.
+    length that do not all fit, those are taken whose ids come first in a fixed random order: a
+    sample that is the same however the corpus is divided into parts. A match counts at most
+    MAX_MATCH tokens and never reaches back beyond a start token.
 
     Args:
         arrays: of a corpus's parts, one after another.
@@ -114,9 +108,14 @@ def longest_matches(
         for array, *levels in zip(arrays, counts, lengths, lows, highs, strict=True):
             _find(array.tokens, array.suffixes, start_token, context, ends[some], least, *levels)
         ids, owners = found.ids[some], np.full((queries, most), NO_ENTRY, dtype=np.int16)
-        _choose(counts, lengths, lows, highs, owners, ids, found.lengths[some], found.longest[some])
+        begins, stops = (np.zeros((len(arrays), 2, queries), np.int64) for _ in range(2))
+        whole = np.zeros(queries, np.int64)
+        chosen = owners, ids, found.lengths[some], found.longest[some]
+        _choose(counts, lengths, lows, highs, *chosen, whole, begins, stops)
         for number, array in enumerate(arrays):
             _read(array.suffixes, array.first, number, owners, ids)
+        wanted = np.where((stops > begins).any((0, 1)), most - whole, 0)
+        sample(arrays, begins, stops, wanted, whole, ids)
 
     in_threads(work, len(ends))
     return found
@@ -176,7 +175,8 @@ def longest_matches_reference(
                 found.longest[i] = len(level)
             want = min(most - taken, len(level))
             part = slice(taken, taken + want)
-            found.ids[i, part] = level[np.arange(want) * len(level) // max(want, 1)]
+            order = np.argsort(random_order(level))
+            found.ids[i, part] = level[np.sort(order[:want])]
             found.lengths[i, part] = length
             taken += want
     return found
@@ -343,9 +343,13 @@ def _find(
 @numba.njit(nogil=True, cache=True)
 def _choose(
     counts: Any, lengths: Any, lows: Any, highs: Any, owners: Any, places: Any, shared: Any,
-    longest: Any,
+    longest: Any, whole: Any, begins: Any, stops: Any,
 ) -> None:
-    """Which entries of which array each query gets, of what was found in all of them."""
+    """Which entries of which array each query gets, of what was found in all of them.
+
+    The entries of a level that does not all fit are suffixes[begins : stops] of each array, before
+    and after those that match longer, of which there are `whole`.
+    """
     most = owners.shape[1]
     levels = np.zeros(len(counts), np.int64)  # the next of each array
     for i in range(len(owners)):
@@ -366,25 +370,28 @@ def _choose(
                     total += highs[a, level + 1, i] - highs[a, level, i]
             if taken == 0:
                 longest[i] = total
-            want = min(most - taken, total)
-            before, j = 0, 0
+            want = most - taken
+            if total > want:
+                shared[i, taken:] = length
             for a in range(len(counts)):
                 level = levels[a]
                 if level < counts[a, i] and lengths[a, level, i] == length:
-                    below = lows[a, level, i] - lows[a, level + 1, i]
-                    own = below + highs[a, level + 1, i] - highs[a, level, i]
-                    while j < want and j * total // want < before + own:
-                        nth = j * total // want - before
-                        owners[i, taken + j] = a
-                        places[i, taken + j] = (
-                            lows[a, level + 1, i] + nth if nth < below
-                            else highs[a, level, i] + nth - below
-                        )
-                        shared[i, taken + j] = length
-                        j += 1
-                    before += own
+                    for run, begin, stop in (
+                        (0, lows[a, level + 1, i], lows[a, level, i]),
+                        (1, highs[a, level, i], highs[a, level + 1, i]),
+                    ):
+                        if total > want:
+                            begins[a, run, i], stops[a, run, i] = begin, stop
+                            continue
+                        for place in range(begin, stop):
+                            owners[i, taken] = a
+                            places[i, taken] = place
+                            shared[i, taken] = length
+                            taken += 1
                     levels[a] += 1
-            taken += want
+            if total > want:
+                break
+        whole[i] = taken
 
 
 @no_type_check

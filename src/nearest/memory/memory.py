@@ -20,15 +20,10 @@ from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
-from nearest.index.ngrams import Ngrams, joined_ngrams, successors
+from nearest.index.ngrams import Ngrams, ngrams
+from nearest.index.sample import SuffixArray
 from nearest.index.spans import equal_documents, spans_stand
-from nearest.index.suffix import (
-    Matches,
-    SuffixArray,
-    longest_matches,
-    match_lengths,
-    values_of,
-)
+from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.memory.gate_files import GateFile, open_gates
 from nearest.memory.key_files import open_projection
 from nearest.memory.manifest import KeysRecord, Manifest, read_manifest
@@ -406,12 +401,7 @@ class Memory:
         `context` and `ends` as in `longest_matches`.
         """
         start_token = self.manifest.model.start_token
-        return joined_ngrams(
-            [
-                successors(part.tokens, part.suffixes, start_token, context, ends, longest)
-                for part in self._suffix_arrays
-            ]
-        )
+        return ngrams(self._suffix_arrays, start_token, context, ends, longest)
 
     def match_lengths(
         self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]

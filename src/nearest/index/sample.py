@@ -1,0 +1,154 @@
+"""Samples of entries that are the same however a corpus is divided into parts.
+
+All entries have a place in one random order, a hash of their id, and a sample of some is what comes
+first in it. So that few of very many are found without a look at each, an array keeps lists of its
+early entries: an eighth, an eighth of that, and so on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+from jaxtyping import Int, UInt64
+
+from nearest.corpus.tokens import Tokens
+from nearest.index.neighbours import position_dtype
+
+_BITS = 3  # each list has one of 2^3 entries of the one before
+_SHORT = 64  # entries; lists end there
+_LAST = np.uint64(2**64 - 1)
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class SuffixArray:
+    """The sorted entries of a part of a corpus, with ids that count from `first`."""
+
+    tokens: Tokens
+    suffixes: Int[np.ndarray, " m"]
+    first: int = 0
+
+    @cached_property
+    def early(self) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, " lists_plus_1"]]:
+        """Where the first 1/8, 1/64 … of the order stand in `suffixes`, and these lists' bounds."""
+        bits, lists = 64 - _BITS, []
+        blocks = range(0, len(self.suffixes), _BLOCK)
+        every = (np.arange(at, min(at + _BLOCK, len(self.suffixes))) for at in blocks)
+        places = np.concatenate([np.zeros(0, np.int64), *(self._early(p, bits) for p in every)])
+        places = places.astype(position_dtype(len(self.tokens)))
+        while len(places) >= _SHORT:
+            lists.append(places)
+            bits -= _BITS
+            places = self._early(places, bits)
+        return np.concatenate([*lists, places[:0]]), np.cumsum([0, *map(len, lists)])
+
+    def _early(self, places: Int[np.ndarray, " n"], bits: int) -> Int[np.ndarray, "_"]:
+        """Those whose place in the order is below 2^bits."""
+        order = random_order(self.suffixes[places].astype(np.int64) + self.first)
+        early: Int[np.ndarray, "_"] = places[order >> np.uint64(bits) == 0]
+        return early
+
+
+def sample(
+    arrays: Sequence[SuffixArray],
+    begins: Int[np.ndarray, "arrays runs q"],
+    ends: Int[np.ndarray, "arrays runs q"],
+    wanted: Int[np.ndarray, " q"],
+    columns: Int[np.ndarray, " q"],
+    ids: Int[np.ndarray, "q most"],
+) -> None:
+    """Write a sample for each query to ids[i, columns[i] :][: wanted[i]], in the arrays' order.
+
+    Args:
+        arrays: of a corpus's parts, one after another.
+        begins, ends: what is sampled, all runs (suffixes[begin:end]) of all arrays together.
+        wanted: entries of each sample, no more than there are.
+        columns: where each begins.
+        ids: int64, changed in place.
+    """
+    # So many are let through at first that one sample in ten thousand has too few, and is redrawn.
+    part = (wanted + 4 * np.sqrt(wanted) + 8) / np.maximum(1, (ends - begins).sum((0, 1)))
+    limits = (np.minimum(part, 1 - 2.0**-53) * 2.0**64).astype(np.uint64)
+    while wanted.any():
+        found = np.zeros_like(wanted)
+        for array, *runs in zip(arrays, begins, ends, strict=True):
+            own = array.suffixes, array.first, *array.early
+            _sample(*own, *runs, wanted, columns, limits, found, ids)
+        wanted = np.where(found < wanted, wanted, 0)
+        limits = np.full_like(limits, _LAST)
+
+
+def random_order(ids: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """The place of each entry in the random order; no two have the same."""
+    order: UInt64[np.ndarray, " n"] = _mixed(ids)
+    return order
+
+
+# fmt: off
+@no_type_check
+@numba.vectorize([numba.uint64(numba.int64)], cache=True)
+def _mixed(entry: Any) -> Any:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    bits = np.uint64(entry)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+@no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, cache=True)
+def _sample(
+    suffixes: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,
+    wanted: Any, columns: Any, limits: Any, found: Any, ids: Any,
+) -> None:
+    """Let the entries of one array into the samples, of which found[i] are of arrays before it.
+
+    What comes after limits[i] in the random order is left out; once there are as many as are
+    wanted, that is what comes after the last of them.
+    """
+    kept = np.empty(2 * ids.shape[1], np.int64)
+    for i in range(len(ids)):
+        want, count, column = wanted[i], found[i], columns[i]
+        if want == 0:
+            continue
+        kept[:count] = ids[i, column : column + count]
+        level = 0  # the shortest list that holds all below the limit; 0 is the array itself
+        while level < len(bounds) - 1 and limits[i] >> np.uint64(64 - _BITS * (level + 1)) == 0:
+            level += 1
+        for run in range(len(begins)):
+            begin, end = begins[run, i], ends[run, i]
+            if level > 0:
+                low = bounds[level - 1]
+                listed = places[low : bounds[level]]
+                begin = low + np.searchsorted(listed, begin)
+                end = low + np.searchsorted(listed, end)
+            for at in range(begin, end):
+                entry = np.int64(suffixes[at if level == 0 else places[at]]) + first
+                if _mixed(entry) <= limits[i]:
+                    kept[count] = entry
+                    count += 1
+                    if count == len(kept):
+                        limits[i] = _keep_first(kept, count, want)
+                        count = want
+        if count > want:
+            limits[i] = _keep_first(kept, count, want)
+            count = want
+        ids[i, column : column + count] = kept[:count]
+        found[i] = count
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _keep_first(entries: Any, count: Any, want: Any) -> Any:
+    """Move those `want` that come first in the random order to the front; the place of the last."""
+    last = np.partition(_mixed(entries[:count]), want - 1)[want - 1]
+    kept = 0
+    for entry in entries[:count]:
+        if _mixed(entry) <= last:
+            entries[kept] = entry
+            kept += 1
+    return last
+# fmt: on
