@@ -1,31 +1,51 @@
 """What an attached memory adds to a token that is generated alone (batch 1), by kind of index.
 
 One memory of law with each index in turn, kNN-LM with default settings; greedy, from a prompt of
-the test text. The base model and the attached one take turns.
+the test text. The base model and the attached one take turns, and medians are of single tokens.
 
     python benchmarks/attach.py
 """
 
 import shutil
-from itertools import islice
+import statistics
+import time
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 
 from common import (
     arguments,
-    interleaved,
     is_built,
     machine,
-    medians,
     memory_of_tokens,
     model_and_tokenizer,
     report,
-    timed,
 )
 from nearest import Memory, attach, read_documents
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.writer import rebuild_index
+
+
+class Clock:
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        """The prompt, then each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def token_times(model: Any, prompt: dict[str, Any]) -> list[float]:
+    """Milliseconds from each new token to the next."""
+    clock = Clock()
+    model.generate(**prompt, streamer=clock)
+    return [1000 * (b - a) for a, b in pairwise(clock.times[1:])]
 
 
 def main() -> None:
@@ -54,24 +74,24 @@ def main() -> None:
                 rebuild_index(path, IndexChoice(spec))
         memory = Memory.open(path)
 
-        def base() -> float:
-            return timed(lambda: model.generate(**prompt))[0]
-
-        def attached(memory: Memory = memory) -> float:
+        def attached(memory: Memory = memory) -> list[float]:
             with attach(model, memory, "knn"):
-                return timed(lambda: model.generate(**prompt))[0]
+                return token_times(model, prompt)
 
-        base()
         attached()
-        middle = medians(interleaved(options.rounds, base=base, attached=attached))
+        base_ms, attached_ms = [], []
+        for _ in range(options.rounds):
+            base_ms += token_times(model, prompt)
+            attached_ms += attached()
+        middle = statistics.median(base_ms)
         record = memory.segments[0].record.index
         report(
             benchmark="attach",
             index=record.spec,
             nprobe=record.nprobe,
             recall=record.recall,
-            base_ms=1000 * middle["base"] / options.new,
-            added_ms=1000 * (middle["attached"] - middle["base"]) / options.new,
+            base_ms=middle,
+            added_ms=statistics.median(attached_ms) - middle,
         )
 
 

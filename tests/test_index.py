@@ -311,6 +311,36 @@ def test_an_unreachable_target_records_the_best_recall(keys: np.ndarray, ids: np
     assert parameters.recall > 0.5
 
 
+@given(
+    rows=st.lists(
+        st.lists(
+            st.tuples(st.floats(width=32), st.integers(-1, 5) | st.integers(-1, 2**32 - 2)),
+            min_size=7,
+            max_size=7,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    k=st.integers(0, 9),
+    large=st.booleans(),
+)
+def test_sorted_by_distance_and_then_by_id(
+    rows: list[list[tuple[float, int]]], k: int, large: bool
+) -> None:
+    """Whatever is measured: negative products, infinities, zeros of both signs, NaN last."""
+    distances = np.array([[far for far, _ in row] for row in rows], np.float32)
+    ids = np.array([[one for _, one in row] for row in rows])
+    if large:  # beyond what can be sorted as one number with a distance
+        ids[0, 0] = 2**40
+    found = sort_nearest_first(Neighbours(ids, distances), k)
+    order = np.lexsort((ids, distances + np.float32(0)), axis=1)[:, :k]
+    np.testing.assert_array_equal(found.distances, np.take_along_axis(distances, order, 1))
+    np.testing.assert_array_equal(
+        found.ids[~np.isnan(found.distances)],
+        np.take_along_axis(ids, order, 1)[~np.isnan(found.distances)],
+    )
+
+
 @pytest.mark.parametrize("columns", [6, 400])
 def test_of_a_tie_for_the_last_place_the_first_ids_are_taken(columns: int) -> None:
     rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ from nearest.retrieval.fast_exp import fast_exp
 
 # Sums may be reordered, so that they are made of vectors; infinities and NaN stay what they are.
 _FAST = {"reassoc", "contract", "nsz"}
+_LOG_LENGTHS = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
 
 
 class Component(NamedTuple):
@@ -199,11 +200,10 @@ def _prepared(
     candidates: Candidates, component: Component
 ) -> tuple[slice, Float[np.ndarray, " lengths"]]:
     """The component's columns, and b·log(1 + m) for every length m."""
-    lengths = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
     columns = candidates.of(*component.sources)
     if component.first is not None:
         columns = slice(columns.start, min(columns.stop, columns.start + component.first))
-    return columns, np.float32(component.length_power) * lengths
+    return columns, np.float32(component.length_power) * _LOG_LENGTHS
 
 
 def _part_of(

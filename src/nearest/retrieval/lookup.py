@@ -105,9 +105,10 @@ class Lookup:
         if "suffix" in self.sources:
             matched = self._matched(queries)
         searched = self._to_search(queries, left, pointed, matched)
-        if wanted := np.count_nonzero(searched):
-            some = queries if wanted == len(searched) else queries.rows(searched)
-            dense = scattered(self._dense(some), searched)
+        if searched.all():
+            dense = self._dense(queries)
+        elif searched.any():
+            dense = scattered(self._dense(queries.rows(searched)), searched)
         if self.settings.dedup:
             pointed = self._without_repeated(pointed, dense)
         return self._joined(dense, pointed, matched, searched)
