@@ -1,6 +1,7 @@
 """Encoder–decoders with a memory attached, against the oracles on untouched copies."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
-from nearest import Memory, attach, evaluate
+from nearest import Memory, attach, evaluate, tune
 from nearest.encode.identity import token_rules
 from nearest.errors import CorpusError, ModelError, NearestError, SettingError
+from nearest.memory.clustering import KMeans, cluster_memory
+from nearest.memory.compress import Compression, compress_memory
 from nearest.verbs.generate import generate as generate_text
 from oracle import keys_and_logits, knn_lm_log_probs, stored_pairs
 from pairs import CONFIGS, EOS, PAD, make_pair_model, make_pair_tokenizer, pair_documents
@@ -112,6 +115,15 @@ METHODS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "retomaton": lambda knn: {**knn, "min_knns": 3},
     "suffix": lambda knn: {"lam": 0.6, "temperature": knn["temperature"]},
 }
+
+
+GATED = ["retomaton", "knn+mixture", "knn+adaptret", "hybrid"]
+ADDED = [replace(d, id=f"added-{d.id}") for d in pair_documents(4, seed=8)]
+# Of what it is tuned on, a memory knows a part.
+TUNED_ON = [
+    replace(d, id=f"text-{i}")
+    for i, d in enumerate([*DOCUMENTS[:2], *pair_documents(6, seed=6, longest=40)])
+]
 
 
 def settings_of(world: Any, method: str) -> dict[str, Any]:
@@ -294,6 +306,41 @@ def test_a_plain_call_predicts_as_evaluate_does(world: Any, method: str) -> None
             torch.testing.assert_close(one, losses.mean())
         torch.testing.assert_close(masked, losses[3:].mean())
         torch.testing.assert_close(shifted.logits, logits)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A memory of pairs that was clustered, compressed and tuned with gates, and then grew."""
+    path = tmp_path_factory.mktemp("everything") / "m"
+    made = world_of("t5", path)
+    cluster_memory(path, KMeans(20))
+    compress_memory(path, Compression(pca=24, keys="int8"))
+    memory = Memory.open(path)
+    for method in GATED:
+        tuned = tune(made.model, memory, TUNED_ON, method=method, tokenizer=TOKENIZER)
+        assert tuned.nll < tuned.base_nll
+        memory = Memory.open(path)
+    made.memory = memory.add(made.model, TOKENIZER, ADDED).remove(["pair-3"])
+    return made
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_whatever_a_memory_has_an_attached_model_predicts_as_evaluate_does(
+    everything: Any, method: str
+) -> None:
+    memory = everything.memory
+    assert memory.clusters is not None
+    result = evaluate(everything.model, memory, TEXT, method, tokenizer=TOKENIZER)
+    losses = []
+    for number in range(len(TEXT)):
+        source, tokens = text_of(everything, number)
+        labels = tokens[:, 1:]
+        with attach(everything.model, memory, method, replay="full"), torch.no_grad():
+            found = everything.model(input_ids=source, labels=labels)
+        losses.append(float(found.loss) * labels.shape[1])
+    np.testing.assert_allclose(result.document_nll, losses, rtol=1e-3)
+    base = evaluate(everything.model, None, TEXT, "base", tokenizer=TOKENIZER)
+    assert abs(base.nll - result.nll) > 1e-3
 
 
 def test_calls_that_do_not_show_the_text(world: Any) -> None:
