@@ -1,11 +1,11 @@
 """Domain adaptation on law: memory train-2m, tuned on valid, the whole of test.
 
-python benchmarks/domain_adaptation.py
+The memory is that of methods.py.
+
+    python benchmarks/domain_adaptation.py
 """
 
-import shutil
-
-from common import arguments, machine, model_and_tokenizer, report, timed
+from common import arguments, machine, memory_of, model_and_tokenizer, report, timed
 from nearest import Memory, evaluate, read_documents, tune
 
 
@@ -13,11 +13,8 @@ def main() -> None:
     options = arguments(__doc__)
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
-    path = options.work / "domain.memory"
-    shutil.rmtree(path, ignore_errors=True)
-    build_seconds, memory = timed(
-        lambda: Memory.build(model, tokenizer, read_documents([law / "train-2m.jsonl"]), path)
-    )
+    path = memory_of(options, "dclaw")
+    memory = Memory.open(path)
     tune_seconds, tuned = timed(
         lambda: tune(model, memory, read_documents([law / "valid.jsonl"]), tokenizer=tokenizer)
     )
@@ -26,7 +23,6 @@ def main() -> None:
         entries=memory.entries,
         index=memory.segments[0].record.index.spec,
         recall=memory.segments[0].record.index.recall,
-        build_seconds=build_seconds,
         tune_seconds=tune_seconds,
         **tuned.as_json(),
         **machine(),
