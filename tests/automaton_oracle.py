@@ -21,6 +21,13 @@ MOST = 10**9
 LONGEST_MATCH = 512
 
 
+def random_place(entry: int) -> int:
+    """Where an entry stands in the order by which too many equally long matches are sampled."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        entry = (entry ^ entry >> shift) * factor % 2**64
+    return entry
+
+
 class Corpus:
     """The text of a memory, the value of each entry, and its key and cluster where it has them."""
 
@@ -168,7 +175,8 @@ class Oracle:
             want = min(matches - len(candidates), len(levels[length]))
             if length and want:
                 level = levels[length]
-                candidates += [level[n * len(level) // want] for n in range(want)]
+                first = sorted(level, key=random_place)[:want]
+                candidates += [entry for entry in level if entry in first]
         return [i for i in candidates if i != left_out][: self.matches]
 
     def _weights(

@@ -323,17 +323,18 @@ def test_an_unreachable_target_records_the_best_recall(keys: np.ndarray, ids: np
     ),
     k=st.integers(0, 9),
     large=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float64]),
 )
 def test_sorted_by_distance_and_then_by_id(
-    rows: list[list[tuple[float, int]]], k: int, large: bool
+    rows: list[list[tuple[float, int]]], k: int, large: bool, dtype: type
 ) -> None:
     """Whatever is measured: negative products, infinities, zeros of both signs, NaN last."""
-    distances = np.array([[far for far, _ in row] for row in rows], np.float32)
+    distances = np.array([[far for far, _ in row] for row in rows], dtype)
     ids = np.array([[one for _, one in row] for row in rows])
     if large:  # beyond what can be sorted as one number with a distance
         ids[0, 0] = 2**40
     found = sort_nearest_first(Neighbours(ids, distances), k)
-    order = np.lexsort((ids, distances + np.float32(0)), axis=1)[:, :k]
+    order = np.lexsort((ids, distances + dtype(0)), axis=1)[:, :k]
     np.testing.assert_array_equal(found.distances, np.take_along_axis(distances, order, 1))
     np.testing.assert_array_equal(
         found.ids[~np.isnan(found.distances)],

@@ -77,10 +77,11 @@ class MeasuringIndex(VectorIndex, Protocol):
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """The k nearest of each row, in ascending distance; those equally far by their ids.
 
-    So it does not depend on the batch which of equal entries are taken.
+    So it does not depend on the batch which of equal entries are taken. Distances may be float64.
     """
     k = min(k, found.ids.shape[1])
-    if found.ids.max(initial=NO_ENTRY) > _LARGEST_PACKED:
+    wide = found.distances.dtype != np.float32
+    if wide or found.ids.max(initial=NO_ENTRY) > _LARGEST_PACKED:
         order = np.lexsort((found.ids, found.distances), axis=1)[:, :k]
         return Neighbours(*(np.take_along_axis(array, order, axis=1) for array in found))
     nearest = Neighbours(
