@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import typechecker
 from nearest import Memory
 from nearest.corpus.documents import Document
 from nearest.retrieval.gates import training
@@ -42,6 +43,12 @@ POSITIONS = 64
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 WORDS = ["court", "shall", "the", "of", "law", "section", "person", "district", "mayor", "council"]
+
+
+@pytest.fixture(autouse=True)
+def annotations_are_checked_in_each_test() -> None:
+    """The first calls of every function, whatever was called before."""
+    typechecker.calls.clear()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
