@@ -40,7 +40,7 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
 
 
 def model_and_tokenizer() -> tuple[Any, Any]:
-    return load_model_and_tokenizer(str(MODEL), "float32")
+    return load_model_and_tokenizer(str(MODEL), "float32", "cpu")
 
 
 def first_documents(path: Path, tokenizer: Any, tokens: int) -> Iterator[Document]:

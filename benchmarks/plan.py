@@ -60,7 +60,7 @@ def child(what: str, corpus: str, settings: dict[str, Any], work: Path) -> None:
     from nearest.encode.identity import load_model_and_tokenizer
     from nearest.memory.writer import BuildOptions, planned_memory
 
-    model, tokenizer = load_model_and_tokenizer(str(MODEL))
+    model, tokenizer = load_model_and_tokenizer(str(MODEL), device="cpu")
     path = work / "planned.memory"
     shutil.rmtree(path, ignore_errors=True)
     documents, before, started = read_documents([corpus]), held(), time.perf_counter()

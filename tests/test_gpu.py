@@ -12,6 +12,8 @@ from conftest import random_documents
 from folders import Build
 from nearest import Memory
 from nearest.errors import SettingError
+from nearest.index import approximate
+from nearest.memory import search
 
 DOCUMENTS = list(random_documents())[:4]
 QUERIES = np.random.default_rng(0).normal(scale=3, size=(5, 32)).astype(np.float32)
@@ -44,6 +46,51 @@ def test_the_same_is_found_there(
     assert len(gpu) == 1
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", ["IVF4,PQ8x4fs", "HNSW8"])
+@pytest.mark.parametrize("remove", [[], ["doc-1"]])
+def test_what_has_no_form_there_is_scanned_there(
+    build_memory: Build, tiny_model: PreTrainedModel, gpu: list[Any], index: str, remove: list[str]
+) -> None:
+    path = build_memory(tiny_model, DOCUMENTS, index=index).path
+    exact = build_memory(tiny_model, DOCUMENTS).path
+    memory, reference = Memory.open(path, search_on="gpu"), Memory.open(exact)
+    if remove:
+        memory, reference = memory.remove(remove), reference.remove(remove)
+    found, expected = memory.search(QUERIES, 9), reference.search(QUERIES, 9)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
+    assert [type(one) for one in gpu] == [faiss.IndexFlat]
+    by_index = memory.index_distances(QUERIES, found.ids)
+    np.testing.assert_allclose(by_index, found.distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", ["exact", "IVF4,SQ8"])
+def test_there_are_at_most_so_many_neighbours(
+    build_memory: Build,
+    tiny_model: PreTrainedModel,
+    gpu: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    index: str,
+) -> None:
+    """The margin is cut to what can be found, and removed entries do not ask for more."""
+    monkeypatch.setattr(approximate, "MOST_ON_GPU", 20)
+    monkeypatch.setattr(search, "MOST_ON_GPU", 20)
+    path = build_memory(tiny_model, DOCUMENTS, index=index, nprobe=4 if index != "exact" else None)
+    memory = Memory.open(path.path, search_on="gpu").remove([DOCUMENTS[3].id])
+    reference = Memory.open(path.path)
+    for k in (5, 12):
+        found = memory.search(QUERIES, k, candidates=100)
+        assert found.ids.shape == (5, k)
+        clear = found.ids >= 0
+        assert clear[:, :5].all()
+        expected = reference.search(QUERIES, k, candidates=100)
+        np.testing.assert_array_equal(found.ids[clear], expected.ids[clear])
+    with pytest.raises(
+        SettingError, match="30 neighbours were asked for, and on a GPU FAISS finds"
+    ):
+        memory.search(QUERIES, 30)
 
 
 def test_a_refreshed_memory_stays_there(

@@ -37,6 +37,8 @@ from retro_models import (
 
 PROMPTS = range(1, 3 * CHUNK + 1)
 NEW = 2 * CHUNK + 1
+# Scores that are not scaled ("norlund") enlarge float32's rounding, by how much depends on the CPU.
+PRECISIONS = [(torch.float64, 1e-8), (torch.float32, 1e-3)]
 
 
 @pytest.fixture(params=sorted(VARIANTS))
@@ -69,7 +71,7 @@ def generated_logits(model: RetroForCausalLM, prompt: Tensor, **options) -> tupl
     return sequences, torch.stack(passes, dim=1)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "atol"), PRECISIONS)
 def test_every_prompt_length(model, dtype, atol):
     model = model.to(dtype)
     for length in PROMPTS:
@@ -95,7 +97,7 @@ def test_neighbours_with_several_continuation_chunks(model):
         assert not torch.allclose(cut[length - 1 :], expected)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "atol"), PRECISIONS)
 def test_batches_of_mixed_lengths(model, dtype, atol):
     """Rows end their chunks in different steps, some before and some in the prompt."""
     model = model.to(dtype)
@@ -133,7 +135,7 @@ def test_beams_equal_beams_without_cache(model):
         torch.testing.assert_close(score.double(), mean, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "atol"), PRECISIONS)
 def test_logits_of_beams_of_mixed_lengths(model, dtype, atol):
     """Step by step, with rows whose chunks end at different times."""
     model = model.to(dtype)

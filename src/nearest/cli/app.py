@@ -105,7 +105,8 @@ def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrained
     from nearest.verbs.change import name_of_model
 
     opened = Memory.open(memory, opening.search_on)
-    return opened, *load_model_and_tokenizer(opening.model or name_of_model(opened), opening.dtype)
+    name = opening.model or name_of_model(opened)
+    return opened, *load_model_and_tokenizer(name, opening.dtype, opening.device)
 
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":

@@ -14,6 +14,7 @@ from nearest.cli.options import (
     AsJson,
     BatchSize,
     CorpusPaths,
+    Device,
     Dtype,
     Encoding,
     Keying,
@@ -41,6 +42,7 @@ def build(
     nprobe: Nprobe = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     encoding_errors: Encoding = "strict",
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
@@ -54,6 +56,7 @@ def build(
     options: dict[str, Any] = {
         "encoding_errors": encoding_errors,
         "dtype": dtype,
+        "device": device,
         "keys": keys,
         **vars(keying),
         "nprobe": nprobe,
@@ -110,6 +113,7 @@ def _add(memory: Path, corpus: list[str], adding: Adding, as_json: bool, *, repl
             corpus,
             model_name=adding.model,
             dtype=adding.dtype,
+            device=adding.device,
             replace=replace,
             encoding_errors=adding.encoding_errors,
             batch_size=adding.batch_size,
@@ -185,6 +189,7 @@ def verify(
     ] = False,
     model: ModelName = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Read everything and find what is damaged."""
@@ -196,7 +201,7 @@ def verify(
         from nearest.memory.reproduce import reproduction_problems
 
         quiet_libraries()
-        problems = reproduction_problems(*open_with_model(memory, Opening(model, dtype)))
+        problems = reproduction_problems(*open_with_model(memory, Opening(model, dtype, device)))
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

@@ -32,6 +32,9 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="What the model computes in; auto: as saved, on CPUs only where it is fast."),
 ]
+Device = Annotated[
+    str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1 …; auto: on a GPU, if any.")
+]
 ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
 Force = Annotated[
     bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
@@ -75,6 +78,7 @@ class Opening:
 
     model: ModelName = None
     dtype: Dtype = "auto"
+    device: Device = "auto"
     search_on: Annotated[
         Literal["cpu", "gpu"], typer.Option(help="Where neighbours are searched.")
     ] = "cpu"
@@ -86,6 +90,7 @@ class Adding:
 
     model: ModelName = None
     dtype: Dtype = "auto"
+    device: Device = "auto"
     batch_size: BatchSize = None
     encoding_errors: Encoding = "strict"
     force: Force = False

@@ -1,10 +1,13 @@
-"""What a model computes in."""
+"""What a model computes in, and on which device."""
 
 from typing import Literal
 
 import torch
 
+from nearest.errors import SettingError
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_KINDS = ("cpu", "cuda", "mps", "xpu")
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,6 +25,27 @@ def chosen_dtype(name: DtypeName, saved: torch.dtype, device: str) -> torch.dtyp
         return _NAMED[name]
     halved = saved in (torch.bfloat16, torch.float16)
     return torch.float32 if halved and device == "cpu" and not fast_on_cpu(saved) else saved
+
+
+def chosen_device(name: str) -> torch.device:
+    """A device by its name, such as "cpu" or "cuda:1"; "auto" is the GPU, where torch has one.
+
+    Raises:
+        SettingError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in _KINDS:
+            raise SettingError(f"device {name!r} runs no model: choose auto, {', '.join(_KINDS)}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).strip().split("\n")[0]
+        raise SettingError(
+            f"device {name!r} cannot be used here ({reason}): choose auto, or cpu"
+        ) from error
+    return device
 
 
 def fast_on_cpu(dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from nearest.corpus.tokens import TokenRules
-from nearest.encode.dtype import DtypeName, chosen_dtype
+from nearest.encode.dtype import DtypeName, chosen_device, chosen_dtype
 from nearest.errors import ModelError
 
 AnyModel = nn.Module  # a Hugging Face model, or what PEFT or torch.compile has made of one
@@ -162,16 +162,21 @@ def model_name(model: PreTrainedModel) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model_and_tokenizer(
+    name: str, dtype: DtypeName = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
     """Load a language model, causal or encoder–decoder, and its tokenizer: a folder or hub name.
 
     Args:
         name: of the folder, or on the hub.
         dtype: what it is to compute in (`chosen_dtype`).
+        device: where (`chosen_device`).
 
     Raises:
         ModelError: it cannot be found or read, with the library's own reason.
+        SettingError: there is no such device.
     """
+    place = chosen_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         loaded: Any = _class_of(name).from_pretrained(name, dtype="auto", output_loading_info=True)
@@ -192,10 +197,10 @@ def load_model_and_tokenizer(name: str, dtype: DtypeName = "auto") -> tuple[PreT
         raise ModelError(
             f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
         )
-    wanted = chosen_dtype(dtype, model.dtype, model.device.type)
+    wanted = chosen_dtype(dtype, model.dtype, place.type)
     if wanted != model.dtype and wanted != torch.float32:  # weights are rounded
         setattr(model, _AS_SAVED, model_fingerprint(model))
-    return model.to(wanted).eval(), tokenizer
+    return model.to(place, wanted).eval(), tokenizer
 
 
 def _class_of(name: str) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from nearest.errors import FolderError, SettingError
 from nearest.index.choice import AUTO, EXACT, resolve_spec
 from nearest.index.faiss_module import load_faiss
-from nearest.index.gpu import on_gpu
+from nearest.index.gpu import MOST_ON_GPU, has_gpu_form, on_gpu
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
@@ -29,11 +29,14 @@ _FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 
 
 class ApproximateIndex:
-    """A FAISS index whose ids are entry ids."""
+    """A FAISS index whose ids are entry ids; `most` neighbours can be searched for at once."""
 
-    def __init__(self, index: Any, metric: Metric, nprobe: int | None = None) -> None:
+    def __init__(
+        self, index: Any, metric: Metric, nprobe: int | None = None, most: int | None = None
+    ) -> None:
         self._index = index
         self._metric = metric
+        self.most = self.entries if most is None else min(most, self.entries)
         self._graph = _graph_of(index)
         ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
@@ -41,9 +44,14 @@ class ApproximateIndex:
             if (lists := _graph_of(ivf.quantizer)) is not None:
                 lists.hnsw.efSearch = max(lists.hnsw.efSearch, 2 * nprobe)
 
+    @property
+    def has_gpu_form(self) -> bool:
+        """Whether FAISS searches such an index on GPUs."""
+        return has_gpu_form(self._index)
+
     def on_gpu(self) -> "ApproximateIndex":
         """The same, on the GPUs there are (SettingError: none, or none for this kind of index)."""
-        return ApproximateIndex(on_gpu(self._index), self._metric)
+        return ApproximateIndex(on_gpu(self._index), self._metric, most=MOST_ON_GPU)
 
     @property
     def entries(self) -> int:
@@ -260,6 +268,24 @@ def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) ->
             index.add_with_ids(keys.rows(block), block)
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
+
+
+def scanned_on_gpu(keys: Keys, ids: Int[np.ndarray, " m"]) -> ApproximateIndex:
+    """The keys of `ids` themselves, copied to the GPUs there are as float32 and scanned there.
+
+    Raises:
+        SettingError: there is no GPU, or not enough memory in it.
+    """
+    flat = load_faiss().IndexIDMap(on_gpu(_make_index("Flat", keys.dim, keys.metric)))
+    try:
+        for block in _blocks(keys, ids):
+            flat.add_with_ids(keys.rows(block), block)
+    except RuntimeError as error:
+        raise SettingError(
+            f"{len(ids):,} keys of {keys.dim} dims do not fit in the GPU as float32: search on the "
+            "CPU, or build lists of smaller codes (`nearest index --spec IVF4096,PQ64`)"
+        ) from error
+    return ApproximateIndex(flat, keys.metric, most=MOST_ON_GPU)
 
 
 def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:

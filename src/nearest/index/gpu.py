@@ -6,6 +6,7 @@ from nearest.errors import SettingError
 from nearest.index.faiss_module import load_faiss
 
 SearchOn = Literal["cpu", "gpu"]
+MOST_ON_GPU = 2048  # neighbours that FAISS finds there at once
 
 
 def checked_search_on(name: str) -> SearchOn:
@@ -29,11 +30,22 @@ def checked_search_on(name: str) -> SearchOn:
     return "gpu"
 
 
+def has_gpu_form(index: Any) -> bool:
+    """Whether FAISS searches this kind of index on GPUs: no graphs, no codes of 4 bits."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
+        return has_gpu_form(index.index)
+    if isinstance(index, faiss.IndexIVFPQ):
+        return bool(index.pq.nbits == 8)
+    return isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer)
+
+
 def on_gpu(index: Any) -> Any:
     """A copy of a FAISS index on the GPUs there are; how it is searched stays as it is set.
 
     Raises:
-        SettingError: there is no GPU, or this kind of index has no form for it.
+        SettingError: there is no GPU, it has no room, or this kind of index has no form for it.
     """
     checked_search_on("gpu")
     faiss = load_faiss()
@@ -42,6 +54,6 @@ def on_gpu(index: Any) -> Any:
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[-1].split(": ")[-1]
         raise SettingError(
-            f"this kind of index cannot be searched on a GPU ({reason}): build another one "
+            f"this index cannot be searched on a GPU ({reason}): build another one "
             "(`nearest index --spec IVF1024,SQ8`), or search on the CPU"
         ) from error

@@ -254,7 +254,7 @@ class Memory:
         parts = []
         for joint in self._indexes:
             wanted = k if distances == "index" else max(k + joint.margin, candidates)
-            parts.append(joint.index.search(queries, min(wanted, joint.entries)))
+            parts.append(joint.index.search(queries, joint.fetched(k, wanted)))
         if not parts:
             return Neighbours.none(len(queries))
         if len(parts) == 1:

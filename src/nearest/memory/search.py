@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from nearest.index.approximate import ApproximateIndex, build_index, joined
+from nearest.errors import SettingError
+from nearest.index.approximate import ApproximateIndex, joined, scanned_on_gpu
 from nearest.index.exact import ExactIndex
-from nearest.index.gpu import SearchOn
+from nearest.index.gpu import MOST_ON_GPU, SearchOn
 from nearest.index.keys import Keys
 from nearest.index.live import LiveIndex
 from nearest.index.neighbours import MeasuringIndex
@@ -25,12 +26,27 @@ class JointIndex:
         owned: entries [first, stop) of each of its segments.
         entries: how many it can find.
         margin: so many more are to be fetched before they are re-ranked by their keys.
+        most: how many can be fetched at once, where they are searched.
     """
 
     index: MeasuringIndex
     owned: tuple[tuple[int, int], ...]
     entries: int
     margin: int
+    most: int
+
+    def fetched(self, k: int, wanted: int) -> int:
+        """How many to fetch for k neighbours: as many as are wanted, where they can be.
+
+        Raises:
+            SettingError: k are too many for a GPU.
+        """
+        if self.most < min(k, self.entries):
+            raise SettingError(
+                f"{k:,} neighbours were asked for, and on a GPU FAISS finds {self.most:,}: ask for "
+                "fewer, or search on the CPU"
+            )
+        return min(wanted, self.most, self.entries)
 
 
 def joint_indexes(
@@ -44,7 +60,8 @@ def joint_indexes(
     Args:
         segments: all of a memory.
         keys: of all of them.
-        search_on: where; on a GPU, what is scanned is copied there, too.
+        search_on: where. Indexes without a form for GPUs (graphs, the codes of 4 bits that `auto`
+            takes) are not searched there: all keys are scanned there instead, which is exact.
 
     Raises:
         SettingError: an index has no form for GPUs.
@@ -68,32 +85,40 @@ def _joint(
 ) -> JointIndex:
     some = [segments[number] for number in numbers]
     first = [bounds[number] for number in numbers]
+    entries = sum(segment.searched_count for segment in some)
+    read = _read(some, first, keys, search_on)
     index: MeasuringIndex
-    if some[0].has_index:
-        read = joined([(one.read_index(), begin) for one, begin in zip(some, first, strict=True)])
-        index = _placed(ApproximateIndex(read, keys.metric, _records(some)[0].nprobe), search_on)
-        if any(len(one.removed) for one in some):
-            gone = np.concatenate([segment.gone for segment in segments])
-            index = LiveIndex(index, index.entries, gone)
-    else:
+    if read is None:
         searched: Int[np.ndarray, " s"] = np.concatenate(
             [one.searched + begin for one, begin in zip(some, first, strict=True)]
         )
-        if search_on == "cpu":
-            index = ExactIndex(keys, searched)
-        else:
-            flat = build_index(keys, searched, "Flat", np.random.default_rng(0))
-            index = _placed(ApproximateIndex(flat, keys.metric), search_on)
+        scan = ExactIndex if search_on == "cpu" else scanned_on_gpu
+        index = scan(keys, searched)
+    elif any(len(one.removed) for one in some):
+        gone = np.concatenate([segment.gone for segment in segments])
+        index = LiveIndex(read, read.most, gone)
+    else:
+        index = read
     return JointIndex(
         index,
         tuple((bounds[number], bounds[number + 1]) for number in numbers),
-        sum(segment.searched_count for segment in some),
+        entries,
         max(record.margin for record in _records(some)),
+        MOST_ON_GPU if search_on == "gpu" else entries,
     )
 
 
-def _placed(index: ApproximateIndex, search_on: SearchOn) -> ApproximateIndex:
-    return index.on_gpu() if search_on == "gpu" else index
+def _read(
+    some: Sequence[Segment], first: Sequence[int], keys: Keys, search_on: SearchOn
+) -> ApproximateIndex | None:
+    """The indexes of some segments as one, where it is searched; None: their keys are scanned."""
+    if not some[0].has_index:
+        return None
+    whole = joined([(one.read_index(), begin) for one, begin in zip(some, first, strict=True)])
+    index = ApproximateIndex(whole, keys.metric, _records(some)[0].nprobe)
+    if search_on == "cpu":
+        return index
+    return index.on_gpu() if index.has_gpu_form else None
 
 
 def _records(segments: Iterable[Segment]) -> list[IndexRecord]:

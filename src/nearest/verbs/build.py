@@ -22,6 +22,7 @@ def build(
     *,
     encoding_errors: EncodingErrors = "strict",
     dtype: DtypeName = "auto",
+    device: str = "auto",
     **options: Any,
 ) -> Memory:
     """Read documents, encode them with a Hugging Face model, and write the memory `out`.
@@ -32,13 +33,14 @@ def build(
         out: the memory's folder; it must not exist, or be empty.
         encoding_errors: what to do with text that is not UTF-8.
         dtype: what the model is to compute in.
+        device: where ("auto": on a GPU, if there is one).
         **options: as in `memory.writer.BuildOptions`.
 
     Raises:
         NearestError: the model, corpus, settings or folder cannot be used; nothing is left behind.
     """
     documents = _documents(corpus, out, encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name, dtype)
+    model, tokenizer = load_model_and_tokenizer(model_name, dtype, device)
     return Memory.build(model, tokenizer, documents, out, **options)
 
 
@@ -49,6 +51,7 @@ def plan(
     *,
     encoding_errors: EncodingErrors = "strict",
     dtype: DtypeName = "auto",
+    device: str = "auto",
     **options: Any,
 ) -> BuildPlan:
     """Say what `build` would make and take, from a sample of the work, and write nothing.
@@ -56,7 +59,7 @@ def plan(
     The arguments, and what is raised, are those of `build`.
     """
     documents = _documents(corpus, out, encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name, dtype)
+    model, tokenizer = load_model_and_tokenizer(model_name, dtype, device)
     return planned_memory(Path(out), documents, model, tokenizer, BuildOptions(**options))
 
 

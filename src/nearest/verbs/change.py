@@ -18,6 +18,7 @@ def add(
     *,
     model_name: str | None = None,
     dtype: DtypeName = "auto",
+    device: str = "auto",
     replace: bool = False,
     encoding_errors: EncodingErrors = "strict",
     **options: Any,
@@ -29,6 +30,7 @@ def add(
         corpus: as in `read_documents`.
         model_name: the model that built it, where it is not where it was then.
         dtype: what the model is to compute in.
+        device: where ("auto": on a GPU, if there is one).
         replace: each document takes the place of the one with its id.
         encoding_errors: what to do with text that is not UTF-8.
         **options: as in `Memory.add`.
@@ -38,7 +40,8 @@ def add(
     """
     memory = Memory.open(path)
     documents = read_documents(corpus, encoding_errors=encoding_errors)
-    model, tokenizer = load_model_and_tokenizer(model_name or name_of_model(memory), dtype)
+    name = model_name or name_of_model(memory)
+    model, tokenizer = load_model_and_tokenizer(name, dtype, device)
     return memory.add(model, tokenizer, documents, replace=replace, **options)
 
 
