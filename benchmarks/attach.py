@@ -1,11 +1,13 @@
 """What an attached memory adds to a token that is generated alone (batch 1), by kind of index.
 
 One memory of law with each index in turn, kNN-LM with default settings; greedy, from a prompt of
-the test text. The base model and the attached one take turns, and medians are of single tokens.
+the test text. While one text is written the memory is put off and on again every few tokens, so
+that a slow spell of the machine hits both sides; medians are of single tokens.
 
     python benchmarks/attach.py
 """
 
+import contextlib
 import shutil
 import statistics
 import time
@@ -25,32 +27,42 @@ from common import (
 from nearest import Memory, attach, read_documents
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.writer import rebuild_index
+from nearest.models.attach import Session
 
 
-class Clock:
-    """A streamer that notes when each token comes."""
+class Turns:
+    """A streamer that notes when each token comes, and puts the memory off and on in turns."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, session: Session, tokens: int) -> None:
+        self._session, self._tokens = session, tokens
+        self._off = contextlib.ExitStack()
+        self._times: list[float] = []
 
     def put(self, _: torch.Tensor) -> None:
         """The prompt, then each token."""
-        self.times.append(time.perf_counter())
+        self._times.append(time.perf_counter())
+        if (len(self._times) - 1) % (2 * self._tokens) == 0:
+            self._off.enter_context(self._session.disabled())
+        elif (len(self._times) - 1) % self._tokens == 0:
+            self._off.close()
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """The text is written."""
+        self._off.close()
 
-
-def token_times(model: Any, prompt: dict[str, Any]) -> list[float]:
-    """Milliseconds from each new token to the next."""
-    clock = Clock()
-    model.generate(**prompt, streamer=clock)
-    return [1000 * (b - a) for a, b in pairwise(clock.times[1:])]
+    def milliseconds(self) -> tuple[list[float], list[float]]:
+        """From each token to the next, without and with the memory, but for each turn's first."""
+        sides: tuple[list[float], list[float]] = [], []
+        for number, (before, after) in enumerate(pairwise(self._times)):
+            turn, place = divmod(number, self._tokens)
+            if place and turn:
+                sides[turn % 2].append(1000 * (after - before))
+        return sides
 
 
 def main() -> None:
     options = arguments(
-        __doc__, memory_tokens=1_000_000, new=100, rounds=5, indexes="auto,exact,HNSW32"
+        __doc__, memory_tokens=1_000_000, new=401, turn=10, rounds=5, indexes="auto,exact,HNSW32"
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
@@ -74,15 +86,16 @@ def main() -> None:
                 rebuild_index(path, IndexChoice(spec))
         memory = Memory.open(path)
 
-        def attached(memory: Memory = memory) -> list[float]:
-            with attach(model, memory, "knn"):
-                return token_times(model, prompt)
-
-        attached()
         base_ms, attached_ms = [], []
-        for _ in range(options.rounds):
-            base_ms += token_times(model, prompt)
-            attached_ms += attached()
+        with attach(model, memory, "knn") as session:
+            for number in range(options.rounds + 1):
+                turns = Turns(session, options.turn)
+                model.generate(**prompt, streamer=turns)
+                if number:  # the first round opens files and compiles kernels
+                    for times, more in zip(
+                        (base_ms, attached_ms), turns.milliseconds(), strict=True
+                    ):
+                        times += more
         middle = statistics.median(base_ms)
         record = memory.segments[0].record.index
         report(

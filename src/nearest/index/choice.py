@@ -1,7 +1,8 @@
 """Which index fits: by the number of entries, the dimension, and the memory of the machine."""
 
 import math
-import os
+
+from nearest.folder import machine_memory
 
 EXACT = "exact"
 AUTO = "auto"
@@ -29,7 +30,7 @@ def resolve_spec(spec: str, entries: int, dim: int, memory_bytes: int | None = N
         return spec
     if entries < EXACT_BELOW:
         return EXACT
-    room = _SHARE * (_machine_memory() if memory_bytes is None else memory_bytes)
+    room = _SHARE * (machine_memory() if memory_bytes is None else memory_bytes)
     parts = [dim // n for n in _dims_a_code(dim)]
     fitting = [n for n in parts if entries * (n / 2 + _ID_BYTES) <= room]
     codes = f"PQ{(fitting or parts[-1:])[0]}x4fs" if parts else "SQ8"
@@ -70,7 +71,3 @@ def explained(asked: str, spec: str, entries: int, dim: int) -> str:
 def _dims_a_code(dim: int) -> list[int]:
     """How many dims may share a code, the fewest first."""
     return [n for n in range(2 if dim <= _FEW_DIMS else 4, 17) if dim % n == 0]
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

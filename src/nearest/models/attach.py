@@ -209,7 +209,7 @@ class Session:
         return token_sources(self.ensemble, queries, targets, lm_log_probs, skipped)
 
     def _wrap_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
+        parameters = tuple(inspect.signature(original).parameters)
 
         @functools.wraps(original)  # generate() reads the signature to decide what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -217,9 +217,8 @@ class Session:
             ensemble = self.ensemble
             if here.base_only or not ensemble.used:
                 return original(*args, **kwargs)
-            named = signature.bind_partial(*args, **kwargs).arguments
-            rest = named.pop("kwargs", {})
             as_tuple = kwargs.pop("return_dict", None) is False
+            named = dict(zip(parameters, args, strict=False)) | kwargs
             shape, keep = self._text.shape(named), named.get("logits_to_keep", 0)
             sequences, here.sequences = here.sequences, None
             # A call between the steps of generate(), as for guidance, has a state of its own.
@@ -228,7 +227,7 @@ class Session:
             if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(self._text, named)
                 this = Pass(sequences, shape[1], keep, ensemble.keeps_state)
-                if "logits_to_keep" in signature.parameters:
+                if "logits_to_keep" in parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
             output, hidden = here.seen_in(original, *args, return_dict=True, **kwargs)
             if this is None:
@@ -238,6 +237,7 @@ class Session:
                 prefixes = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
                 output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
+                rest = {name: value for name, value in kwargs.items() if name not in parameters}
                 output.loss = self._text.loss(output.logits, named["labels"], rest)
             return output.to_tuple() if as_tuple else output
 

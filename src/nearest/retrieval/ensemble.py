@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import log
 from typing import Any
 
@@ -80,28 +81,28 @@ class Ensemble:
         equal = (1 / len(lookups),) * len(lookups)
         return cls(lookups, equal if weights is None else tuple(weights))
 
-    @property
+    @cached_property
     def used(self) -> list[tuple[Lookup, float]]:
         """Those with a weight."""
         pairs = zip(self.lookups, self.weights, strict=True)
         return [(lookup, weight) for lookup, weight in pairs if weight]
 
-    @property
+    @cached_property
     def needs_lm(self) -> bool:
         """Whether queries must say what the language model predicts."""
         return any(lookup.needs_lm for lookup, _ in self.used)
 
-    @property
+    @cached_property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
         return any(lookup.needs_context for lookup, _ in self.used)
 
-    @property
+    @cached_property
     def keeps_state(self) -> bool:
         """Whether a prediction depends on those before it, and not on its context alone."""
         return any(lookup.keeps_state or lookup.settings.guard for lookup, _ in self.used)
 
-    @property
+    @cached_property
     def guards(self) -> bool:
         """Whether what was predicted before is weighed."""
         return any(lookup.settings.guard for lookup, _ in self.used)
