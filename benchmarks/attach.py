@@ -60,22 +60,42 @@ class Turns:
         return sides
 
 
+def prompt_of(tokens: Any, model: Any, new: int = 401) -> dict[str, Any]:
+    """The beginning of a text, of which so many tokens are to be written on."""
+    ids = torch.tensor(tokens[:64], device=model.device)[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "pad_token_id": 0,
+    }
+
+
+def token_times(
+    model: Any, session: Session, prompt: dict[str, Any], rounds: int, turn: int = 10
+) -> tuple[float, float]:
+    """Median milliseconds of a token without and with the memory."""
+    sides: tuple[list[float], list[float]] = [], []
+    for number in range(rounds + 1):
+        turns = Turns(session, turn)
+        model.generate(**prompt, streamer=turns)
+        if number:  # the first round opens files and compiles kernels
+            for times, more in zip(sides, turns.milliseconds(), strict=True):
+                times += more
+    return statistics.median(sides[0]), statistics.median(sides[1])
+
+
 def main() -> None:
     options = arguments(
-        __doc__, memory_tokens=1_000_000, new=401, turn=10, rounds=5, indexes="auto,exact,HNSW32"
+        __doc__, memory_tokens=1_000_000, new=401, rounds=5, indexes="auto,exact,HNSW32"
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
     original = memory_of_tokens(options, "law")
     (document,) = islice(read_documents([law / "test.jsonl"]), 1)
-    ids = [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]][:64]
-    prompt: dict[str, Any] = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-        "max_new_tokens": options.new,
-        "min_new_tokens": options.new,
-        "pad_token_id": tokenizer.bos_token_id,
-    }
+    tokens = [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
+    prompt = prompt_of(tokens, model, options.new)
     report(**machine(), entries=Memory.open(original).entries)
     for spec in options.indexes.split(","):
         path = original
@@ -85,26 +105,16 @@ def main() -> None:
                 shutil.copytree(original, path)
                 rebuild_index(path, IndexChoice(spec))
         memory = Memory.open(path)
-
-        base_ms, attached_ms = [], []
         with attach(model, memory, "knn") as session:
-            for number in range(options.rounds + 1):
-                turns = Turns(session, options.turn)
-                model.generate(**prompt, streamer=turns)
-                if number:  # the first round opens files and compiles kernels
-                    for times, more in zip(
-                        (base_ms, attached_ms), turns.milliseconds(), strict=True
-                    ):
-                        times += more
-        middle = statistics.median(base_ms)
+            base_ms, attached_ms = token_times(model, session, prompt, options.rounds)
         record = memory.segments[0].record.index
         report(
             benchmark="attach",
             index=record.spec,
             nprobe=record.nprobe,
             recall=record.recall,
-            base_ms=middle,
-            added_ms=statistics.median(attached_ms) - middle,
+            base_ms=base_ms,
+            added_ms=attached_ms - base_ms,
         )
 
 
