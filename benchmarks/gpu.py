@@ -1,8 +1,8 @@
 """A GPU beside the CPU: building, searching, scoring and writing, with the same memory.
 
-Needs a GPU that torch and FAISS find (`nearest[gpu]`). The memory is of law's first documents, built
-on the GPU in float32, with the index that `auto` chooses. That one, of 4-bit codes, has no form for
-GPUs: there all keys are scanned. Beside it stand lists of 8-bit codes.
+Needs a GPU that torch finds; and for inverted lists there, a FAISS that finds it, too. The memory is
+of law's first documents, built on the GPU in float32, with the index that `auto` chooses: on a GPU
+all its keys are scanned.
 
     python benchmarks/gpu.py
 """
@@ -38,7 +38,7 @@ SETTINGS = {"lam": 0.8, "temperature": 10.0, "k": 1024}
 
 
 def main() -> None:
-    options = arguments(__doc__, memory_tokens=1_000_000, documents=60, indexes="IVF1024,SQ8")
+    options = arguments(__doc__, memory_tokens=1_000_000, documents=60, indexes="IVF1024,Flat")
     report(**machine(), gpu=torch.cuda.get_device_name(), faiss=faiss.__version__)
     law = options.corpora / "dclaw"
     models = {}
@@ -84,7 +84,7 @@ def main() -> None:
         added: dict[str, Any] = {}
         for name, model in (("cuda", there), ("cpu", here)):
             with attach(model, memory, "knn") as session:
-                base, attached = token_times(model, session, prompt_of(tokens[0], model), 2)
+                base, attached = token_times(model, session, prompt_of(tokens[0], model, 201), 2)
             added |= {f"base_ms_{name}": base, f"added_ms_{name}": attached - base}
         report(
             index=spec,

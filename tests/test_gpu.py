@@ -1,4 +1,4 @@
-"""Searches on a GPU, with FAISS's part of it played by copies on the CPU."""
+"""Searches on a GPU, whose part is played by the CPU; on a real one: test_cuda.py."""
 
 from pathlib import Path
 from typing import Any
@@ -6,86 +6,114 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
-from conftest import random_documents
+from conftest import make_documents, random_documents
 from folders import Build
 from nearest import Memory
 from nearest.errors import SettingError
-from nearest.index import approximate
-from nearest.memory import search
+from nearest.index import approximate, gpu
+from nearest.index.gpu import GpuScan
+from nearest.index.keys import Float32Keys
+from nearest.index.neighbours import Metric
 
 DOCUMENTS = list(random_documents())[:4]
 QUERIES = np.random.default_rng(0).normal(scale=3, size=(5, 32)).astype(np.float32)
+SCANNED = ["exact", "IVF4,SQ8", "IVF4,PQ8x4fs", "HNSW8"]
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A FAISS that has a GPU; collects the indexes that are copied there."""
-    copied: list[Any] = []
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A torch and a FAISS that have a GPU; collects the indexes that FAISS copies there."""
+    indexes: list[Any] = []
 
-    def to_all_gpus(index: Any) -> Any:
-        copied.append(index)
+    def to_all_gpus(index: Any, co: Any) -> Any:
+        assert co.useFloat16
+        indexes.append(index)
         return faiss.clone_index(index)
 
+    class Options:
+        useFloat16 = False  # noqa: N815
+
+    monkeypatch.setattr(gpu, "gpu_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", Options, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_all_gpus)
-    return copied
+    return indexes
 
 
-@pytest.mark.parametrize("index", ["exact", "IVF4,SQ8"])
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_the_same_is_found_there(
-    build_memory: Build, tiny_model: PreTrainedModel, gpu: list[Any], index: str, metric: str
+def test_a_scan_equals_brute_force(
+    metric: Metric, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_SCORES", 700)  # three queries at once
+    monkeypatch.setattr(gpu, "_READ", 33)
+    keys, queries = (rng.normal(size=(n, 16)).astype(np.float32) for n in (300, 20))
+    ids = np.sort(rng.choice(300, 200, replace=False))
+    scan = GpuScan(Float32Keys(keys, metric), ids, torch.device("cpu"))
+    wide, asked = keys[ids].astype(float), queries[:, None].astype(float)
+    exact = ((asked - wide) ** 2).sum(-1) if metric == "l2" else -(asked * wide).sum(-1)
+    for k in (1, 7, 200):
+        found = scan.search(queries, k)
+        np.testing.assert_array_equal(found.ids, ids[exact.argsort(1)[:, :k]])
+        np.testing.assert_allclose(found.distances, np.sort(exact, 1)[:, :k], rtol=1e-4, atol=1e-4)
+    found = scan.search(queries, 210)
+    assert (found.ids[:, 200:] == -1).all()
+    assert np.isposinf(found.distances[:, 200:]).all()
+    np.testing.assert_allclose(
+        scan.distances(queries, ids[None, :9].repeat(20, 0)), exact[:, :9], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("index", SCANNED)
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_what_has_no_form_there_is_scanned(
+    build_memory: Build, tiny_model: PreTrainedModel, copied: list[Any], index: str, metric: str
 ) -> None:
     path = build_memory(tiny_model, DOCUMENTS, index=index, metric=metric).path
-    found = Memory.open(path, search_on="gpu").search(QUERIES, 9)
-    assert len(gpu) == 1
-    expected = Memory.open(path).search(QUERIES, 9)
-    assert len(gpu) == 1
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
-
-
-@pytest.mark.parametrize("index", ["IVF4,PQ8x4fs", "HNSW8"])
-@pytest.mark.parametrize("remove", [[], ["doc-1"]])
-def test_what_has_no_form_there_is_scanned_there(
-    build_memory: Build, tiny_model: PreTrainedModel, gpu: list[Any], index: str, remove: list[str]
-) -> None:
-    path = build_memory(tiny_model, DOCUMENTS, index=index).path
-    exact = build_memory(tiny_model, DOCUMENTS).path
+    exact = build_memory(tiny_model, DOCUMENTS, metric=metric).path
     memory, reference = Memory.open(path, search_on="gpu"), Memory.open(exact)
-    if remove:
-        memory, reference = memory.remove(remove), reference.remove(remove)
-    found, expected = memory.search(QUERIES, 9), reference.search(QUERIES, 9)
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
-    assert [type(one) for one in gpu] == [faiss.IndexFlat]
-    by_index = memory.index_distances(QUERIES, found.ids)
-    np.testing.assert_allclose(by_index, found.distances, rtol=1e-5)
+    for gone in ([], ["doc-1"]):
+        if gone:
+            memory, reference = memory.remove(gone), reference.remove(gone)
+        found, expected = memory.search(QUERIES, 9), reference.search(QUERIES, 9)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
+        by_index = memory.index_distances(QUERIES, found.ids)
+        np.testing.assert_allclose(by_index, found.distances, rtol=1e-5)
+    assert not copied
 
 
-@pytest.mark.parametrize("index", ["exact", "IVF4,SQ8"])
-def test_there_are_at_most_so_many_neighbours(
+@pytest.mark.parametrize("index", ["IVF4,Flat", "IVF4,PQ8", "PCA16,IVF4,Flat"])
+def test_lists_with_a_form_there_are_copied(
+    build_memory: Build, tiny_model: PreTrainedModel, copied: list[Any], index: str
+) -> None:
+    documents = make_documents(40, 30)
+    path = build_memory(tiny_model, documents, index=index, nprobe=3).path
+    memory, reference = Memory.open(path, search_on="gpu"), Memory.open(path)
+    assert memory.search(QUERIES, 9).ids.tolist() == reference.search(QUERIES, 9).ids.tolist()
+    assert len(copied) == 1
+
+
+def test_in_lists_there_are_at_most_so_many_neighbours(
     build_memory: Build,
     tiny_model: PreTrainedModel,
-    gpu: list[Any],
+    copied: list[Any],
     monkeypatch: pytest.MonkeyPatch,
-    index: str,
 ) -> None:
     """The margin is cut to what can be found, and removed entries do not ask for more."""
-    monkeypatch.setattr(approximate, "MOST_ON_GPU", 20)
-    monkeypatch.setattr(search, "MOST_ON_GPU", 20)
-    path = build_memory(tiny_model, DOCUMENTS, index=index, nprobe=4 if index != "exact" else None)
-    memory = Memory.open(path.path, search_on="gpu").remove([DOCUMENTS[3].id])
-    reference = Memory.open(path.path)
+    monkeypatch.setattr(approximate, "MOST_IN_LISTS", 20)
+    path = build_memory(tiny_model, DOCUMENTS, index="IVF4,Flat", nprobe=4).path
+    memory = Memory.open(path, search_on="gpu").remove([DOCUMENTS[3].id])
+    reference = Memory.open(path)
     for k in (5, 12):
         found = memory.search(QUERIES, k, candidates=100)
         assert found.ids.shape == (5, k)
         clear = found.ids >= 0
         assert clear[:, :5].all()
-        expected = reference.search(QUERIES, k, candidates=100)
+        expected = reference.search(QUERIES, k)
         np.testing.assert_array_equal(found.ids[clear], expected.ids[clear])
     with pytest.raises(
         SettingError, match="30 neighbours were asked for, and on a GPU FAISS finds"
@@ -94,41 +122,45 @@ def test_there_are_at_most_so_many_neighbours(
 
 
 def test_a_refreshed_memory_stays_there(
-    build_memory: Build, tiny_model: PreTrainedModel, gpu: list[Any]
+    build_memory: Build, tiny_model: PreTrainedModel, copied: list[Any]
 ) -> None:
     path = build_memory(tiny_model, DOCUMENTS).path
     memory = Memory.open(path, search_on="gpu").remove([DOCUMENTS[1].id])
     assert memory.search_on == "gpu"
-    left = Memory.open(path).search(QUERIES, 5).ids
-    np.testing.assert_array_equal(memory.search(QUERIES, 5).ids, left)
-    assert len(gpu) == 1
 
 
 def test_what_cannot_be_is_said(
     build_memory: Build,
     tiny_model: PreTrainedModel,
-    gpu: list[Any],
+    copied: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = build_memory(tiny_model, DOCUMENTS, index="IVF4,SQ8").path
+    path: Path = build_memory(tiny_model, DOCUMENTS, index="IVF4,Flat").path
 
-    def refused(_: Any) -> Any:
-        raise RuntimeError("Error in cloner: 'false' failed: This index type is not implemented")
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Error in cloner: 'false' failed: out of memory")
 
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refused)
-    with pytest.raises(SettingError, match=r"not implemented\): build another one \(`nearest ind"):
+    with pytest.raises(SettingError, match=r"on a GPU \(out of memory\): build the default one"):
         Memory.open(path, search_on="gpu").search(QUERIES, 5)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    with pytest.raises(SettingError, match="finds no GPU here"):
-        Memory.open(path, search_on="gpu")
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)  # then lists are scanned, too
+    memory = Memory.open(path, search_on="gpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        with pytest.raises(SettingError, match="keys of 32 dims"):
+            memory.search(QUERIES, 5)
     with pytest.raises(SettingError, match="'tpu' is unknown: choose cpu or gpu"):
         Memory.open(path, search_on="tpu")
 
 
-def test_a_faiss_for_cpus_says_what_to_install(
-    build_memory: Build, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a GPU here")
+def test_without_a_gpu_there_is_none_to_search_on(
+    build_memory: Build, tiny_model: PreTrainedModel
 ) -> None:
     path: Path = build_memory(tiny_model, DOCUMENTS).path
-    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
-    with pytest.raises(SettingError, match=r"pip install 'nearest\[gpu\]'"):
+    with pytest.raises(SettingError, match="torch finds no GPU to search on"):
         Memory.open(path, search_on="gpu")

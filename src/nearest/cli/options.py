@@ -80,7 +80,8 @@ class Opening:
     dtype: Dtype = "auto"
     device: Device = "auto"
     search_on: Annotated[
-        Literal["cpu", "gpu"], typer.Option(help="Where neighbours are searched.")
+        Literal["cpu", "gpu"],
+        typer.Option(help="Where to search; on a GPU all keys are scanned."),
     ] = "cpu"
 
 

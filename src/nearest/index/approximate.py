@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from nearest.errors import FolderError, SettingError
 from nearest.index.choice import AUTO, EXACT, resolve_spec
 from nearest.index.faiss_module import load_faiss
-from nearest.index.gpu import MOST_ON_GPU, has_gpu_form, on_gpu
+from nearest.index.gpu import MOST_IN_LISTS, has_form_in_lists, lists_on_gpu
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric, Neighbours
 
@@ -44,14 +44,15 @@ class ApproximateIndex:
             if (lists := _graph_of(ivf.quantizer)) is not None:
                 lists.hnsw.efSearch = max(lists.hnsw.efSearch, 2 * nprobe)
 
-    @property
-    def has_gpu_form(self) -> bool:
-        """Whether FAISS searches such an index on GPUs."""
-        return has_gpu_form(self._index)
+    def on_gpu(self) -> "ApproximateIndex | None":
+        """The same on the GPUs there are; None where FAISS has no form for it there.
 
-    def on_gpu(self) -> "ApproximateIndex":
-        """The same, on the GPUs there are (SettingError: none, or none for this kind of index)."""
-        return ApproximateIndex(on_gpu(self._index), self._metric, most=MOST_ON_GPU)
+        Raises:
+            SettingError: they have no room for it.
+        """
+        if not has_form_in_lists(self._index):
+            return None
+        return ApproximateIndex(lists_on_gpu(self._index), self._metric, most=MOST_IN_LISTS)
 
     @property
     def entries(self) -> int:
@@ -268,24 +269,6 @@ def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) ->
             index.add_with_ids(keys.rows(block), block)
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
-
-
-def scanned_on_gpu(keys: Keys, ids: Int[np.ndarray, " m"]) -> ApproximateIndex:
-    """The keys of `ids` themselves, copied to the GPUs there are as float32 and scanned there.
-
-    Raises:
-        SettingError: there is no GPU, or not enough memory in it.
-    """
-    flat = load_faiss().IndexIDMap(on_gpu(_make_index("Flat", keys.dim, keys.metric)))
-    try:
-        for block in _blocks(keys, ids):
-            flat.add_with_ids(keys.rows(block), block)
-    except RuntimeError as error:
-        raise SettingError(
-            f"{len(ids):,} keys of {keys.dim} dims do not fit in the GPU as float32: search on the "
-            "CPU, or build lists of smaller codes (`nearest index --spec IVF4096,PQ64`)"
-        ) from error
-    return ApproximateIndex(flat, keys.metric, most=MOST_ON_GPU)
 
 
 def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:

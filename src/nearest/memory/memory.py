@@ -68,7 +68,7 @@ class Memory:
 
         Args:
             path: the folder.
-            search_on: "cpu", or "gpu", where indexes are copied at the first search.
+            search_on: "cpu", or "gpu": keys or indexes are copied there at the first search.
 
         Raises:
             FolderError: it is no memory, damaged, or of a newer format.

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.errors import SettingError
-from nearest.index.approximate import ApproximateIndex, joined, scanned_on_gpu
+from nearest.index.approximate import ApproximateIndex, joined
 from nearest.index.exact import ExactIndex
-from nearest.index.gpu import MOST_ON_GPU, SearchOn
+from nearest.index.gpu import GpuScan, SearchOn
 from nearest.index.keys import Keys
 from nearest.index.live import LiveIndex
 from nearest.index.neighbours import MeasuringIndex
@@ -39,12 +39,12 @@ class JointIndex:
         """How many to fetch for k neighbours: as many as are wanted, where they can be.
 
         Raises:
-            SettingError: k are too many for a GPU.
+            SettingError: k are too many for FAISS on a GPU.
         """
         if self.most < min(k, self.entries):
             raise SettingError(
-                f"{k:,} neighbours were asked for, and on a GPU FAISS finds {self.most:,}: ask for "
-                "fewer, or search on the CPU"
+                f"{k:,} neighbours were asked for, and on a GPU FAISS finds {self.most:,} in "
+                "lists: ask for fewer, or search on the CPU"
             )
         return min(wanted, self.most, self.entries)
 
@@ -60,8 +60,8 @@ def joint_indexes(
     Args:
         segments: all of a memory.
         keys: of all of them.
-        search_on: where. Indexes without a form for GPUs (graphs, the codes of 4 bits that `auto`
-            takes) are not searched there: all keys are scanned there instead, which is exact.
+        search_on: where. Of indexes that FAISS does not search on GPUs, as of those that `auto`
+            builds, all keys are scanned there instead, which is exact.
 
     Raises:
         SettingError: an index has no form for GPUs.
@@ -92,8 +92,7 @@ def _joint(
         searched: Int[np.ndarray, " s"] = np.concatenate(
             [one.searched + begin for one, begin in zip(some, first, strict=True)]
         )
-        scan = ExactIndex if search_on == "cpu" else scanned_on_gpu
-        index = scan(keys, searched)
+        index = (ExactIndex if search_on == "cpu" else GpuScan)(keys, searched)
     elif any(len(one.removed) for one in some):
         gone = np.concatenate([segment.gone for segment in segments])
         index = LiveIndex(read, read.most, gone)
@@ -104,7 +103,7 @@ def _joint(
         tuple((bounds[number], bounds[number + 1]) for number in numbers),
         entries,
         max(record.margin for record in _records(some)),
-        MOST_ON_GPU if search_on == "gpu" else entries,
+        entries if read is None else read.most,
     )
 
 
@@ -116,9 +115,7 @@ def _read(
         return None
     whole = joined([(one.read_index(), begin) for one, begin in zip(some, first, strict=True)])
     index = ApproximateIndex(whole, keys.metric, _records(some)[0].nprobe)
-    if search_on == "cpu":
-        return index
-    return index.on_gpu() if index.has_gpu_form else None
+    return index if search_on == "cpu" else index.on_gpu()
 
 
 def _records(segments: Iterable[Segment]) -> list[IndexRecord]:

@@ -116,9 +116,8 @@ class Pass:
         self._sequences = sequences
         self._width = width
         self._offset = columns - width
-        kept: Tensor = slice_logits_to_keep(
-            torch.arange(width).expand(rows, width)[:, :, None], keep
-        )
+        columns_of = torch.arange(width, device=keep.device if isinstance(keep, Tensor) else None)
+        kept: Tensor = slice_logits_to_keep(columns_of.expand(rows, width)[:, :, None], keep)
         begin, end = int(kept.min()), int(kept.max()) + 1
         if sequences.first is not None:
             first = max(0, sequences.first - self._offset)
