@@ -20,7 +20,7 @@ from nearest.index.neighbours import Metric
 
 DOCUMENTS = list(random_documents())[:4]
 QUERIES = np.random.default_rng(0).normal(scale=3, size=(5, 32)).astype(np.float32)
-SCANNED = ["exact", "IVF4,SQ8", "IVF4,PQ8x4fs", "HNSW8"]
+SCANNED = ["exact", "IVF4,SQ8", "IVF4,PQ8x4fs", "HNSW8"]  # which FAISS does not search there
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_what_has_no_form_there_is_scanned(
     assert not copied
 
 
-@pytest.mark.parametrize("index", ["IVF4,Flat", "IVF4,PQ8", "PCA16,IVF4,Flat"])
+@pytest.mark.parametrize("index", ["IVF4,Flat", "PCA16,IVF4,Flat"])
 def test_lists_with_a_form_there_are_copied(
     build_memory: Build, tiny_model: PreTrainedModel, copied: list[Any], index: str
 ) -> None:

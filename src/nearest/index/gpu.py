@@ -109,10 +109,10 @@ class GpuScan:
 
 
 def has_form_in_lists(index: Any) -> bool:
-    """Whether this FAISS searches such an index on a GPU that it finds.
+    """Whether this FAISS searches such an index on a GPU that it finds: lists of whole vectors.
 
-    Lists of whole vectors and of 8-bit product codes: there are none of 4 bits there, and those of
-    scalar codes end the process when a thousand neighbours are asked for (1.15).
+    It has no codes of 4 bits there, no room for many 8-bit ones, and its lists of scalar codes end
+    the process when a thousand neighbours are asked for (1.15.1 on an H100).
     """
     faiss = load_faiss()
     index = faiss.downcast_index(index)
@@ -120,18 +120,16 @@ def has_form_in_lists(index: Any) -> bool:
         return has_form_in_lists(index.index)
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
         return False
-    if isinstance(index, faiss.IndexIVFPQ):
-        return bool(index.pq.nbits == 8)
     return isinstance(index, faiss.IndexIVFFlat)
 
 
 def lists_on_gpu(index: Any) -> Any:
     """A copy of a FAISS index on the GPUs there are; how it is searched stays as it is set.
 
-    Vectors and tables of distances are float16 there.
+    Vectors are float16 there.
 
     Raises:
-        SettingError: they have no room, or no form for so many parts.
+        SettingError: they have no room for it.
     """
     faiss = load_faiss()
     options = faiss.GpuMultipleClonerOptions()
