@@ -411,6 +411,20 @@ def test_little_memory_gives_smaller_codes() -> None:
     assert resolve_spec("auto", 10**9, dim, 1 << 30) == "IVF32768,PQ48x4fs"
 
 
+def test_the_recall_that_is_wanted_decides() -> None:
+    wanted = {
+        0.9: "IVF1024,PQ128x4fs",
+        0.97: "IVF1024,PQ128x4fs",
+        0.99: "IVF1024,SQ8",
+        1.0: "exact",
+    }
+    for target, spec in wanted.items():
+        assert resolve_spec("auto", 10**6, 256, recall=target) == spec
+    assert resolve_spec("auto", 10**7, 256, 1 << 32, recall=0.99) == "IVF4096,PQ128x4fs"
+    assert "do not find 99.0% of" in explained("auto", "IVF1024,SQ8", 10**6, 256, 0.99)
+    assert "a recall of 1 is" in explained("auto", "exact", 10**6, 256, 1.0)
+
+
 @pytest.mark.parametrize(
     ("asked", "spec", "entries", "dim", "why"),
     [

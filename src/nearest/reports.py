@@ -246,7 +246,11 @@ def memory_info(memory: "Memory") -> dict[str, Any]:
                 "recall@1024": segment.index.recall,
                 "recall_target": segment.index.recall_target,
                 "why": explained(
-                    keys.index, segment.index.spec, segment.index.entries, keys.stored_dim
+                    keys.index,
+                    segment.index.spec,
+                    segment.index.entries,
+                    keys.stored_dim,
+                    segment.index.recall_target,
                 ),
             }
             for segment in manifest.segments

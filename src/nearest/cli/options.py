@@ -53,7 +53,9 @@ Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_facto
 Nprobe = Annotated[
     int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
 ]
-Recall = Annotated[float, typer.Option(help="Recall@1024 after re-ranking to tune the index to.")]
+Recall = Annotated[
+    float, typer.Option(help="Recall@1024 after re-ranking, to choose and tune the index by.")
+]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which index fits: by the number of entries, the dimension, and the memory of the machine."""
+"""Which index fits: by entries, dimension, the machine's memory, and the recall that is wanted."""
 
 import math
 
@@ -7,33 +7,41 @@ from nearest.folder import machine_memory
 EXACT = "exact"
 AUTO = "auto"
 EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
+RECALL = 0.95  # of the 1,024 nearest, after re-ranking, that an index is tuned to find
 _SHARE = 0.5  # of the machine's memory, for the codes of one index
 _ID_BYTES = 8
 _FEW_DIMS = 256
+_ROUGH = 0.97  # recall; what 4-bit codes reach with a margin that is still quick to re-rank
+_BYTES = "SQ8"
 
 
-def resolve_spec(spec: str, entries: int, dim: int, memory_bytes: int | None = None) -> str:
+def resolve_spec(
+    spec: str, entries: int, dim: int, memory_bytes: int | None = None, *, recall: float = RECALL
+) -> str:
     """Turn "auto" into exact search for small memories, else into inverted lists.
 
     Their codes are products of 4 bits for two dims, or four of more than 256 dims, which FAISS
     compares in registers ("fast scan"): far quicker than 8-bit codes, at a fraction of their size.
     They order candidates roughly, so that more are fetched; by the stored keys they are then in
     order. Where such codes take more than half of the machine's memory, up to sixteen dims share
-    one. Dims that cannot be cut so get 8-bit codes.
+    one. Dims that cannot be cut so get 8-bit codes, and so do all where a recall is wanted that
+    rough codes do not reach, if there is room. A recall of 1 is what exact search has alone.
 
     Args:
         spec: what was asked for; all but "auto" stays.
         entries, dim: number and dimension of keys.
         memory_bytes: of the machine; looked up when not given.
+        recall: that the index is to be tuned to.
     """
     if spec != AUTO:
         return spec
-    if entries < EXACT_BELOW:
+    if entries < EXACT_BELOW or recall == 1:
         return EXACT
     room = _SHARE * (machine_memory() if memory_bytes is None else memory_bytes)
     parts = [dim // n for n in _dims_a_code(dim)]
     fitting = [n for n in parts if entries * (n / 2 + _ID_BYTES) <= room]
-    codes = f"PQ{(fitting or parts[-1:])[0]}x4fs" if parts else "SQ8"
+    fine = recall > _ROUGH and entries * (dim + _ID_BYTES) <= room
+    codes = _BYTES if fine or not parts else f"PQ{(fitting or parts[-1:])[0]}x4fs"
     return f"IVF{fitting_lists(entries)},{codes}"
 
 
@@ -48,14 +56,18 @@ def bytes_an_entry(dim: int) -> int:
     return _ID_BYTES + (dim // dims[0] // 2 if dims else dim)
 
 
-def explained(asked: str, spec: str, entries: int, dim: int) -> str:
-    """Why an index over so many keys is of this kind, as one sentence."""
+def explained(asked: str, spec: str, entries: int, dim: int, recall: float = RECALL) -> str:
+    """Why an index over so many keys, tuned to a recall, is of this kind, as one sentence."""
     if asked != AUTO:
         if spec == EXACT != asked:
             return f"{asked} was asked for; so few entries, beside others, are scanned"
         return "asked for"
+    if spec == EXACT and recall == 1:
+        return "a recall of 1 is what exact search has alone"
     if spec == EXACT:
         return f"fewer than {EXACT_BELOW:,} entries are scanned as quickly as an index is searched"
+    if not spec.endswith("fs") and _dims_a_code(dim):
+        return f"a byte a dim: codes of 4 bits do not find {recall:.1%} of the nearest"
     if not spec.endswith("fs"):
         return f"{dim} dims cannot be cut into parts of up to 16, so each is a byte"
     dims = dim // int(spec.partition("PQ")[2].removesuffix("x4fs"))

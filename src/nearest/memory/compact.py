@@ -65,7 +65,9 @@ def plan_compaction(path: Path) -> CompactionPlan:
     if tokens:
         seconds += sorting(memory.segments[0].tokens[:_SAMPLE], largest) * tokens / largest
         if keys is not None:
-            seconds += indexing(largest, keys.stored_dim, keys.index).seconds * tokens / largest
+            recall = IndexChoice.of(memory.manifest).recall
+            cost = indexing(largest, keys.stored_dim, keys.index, recall)
+            seconds += cost.seconds * tokens / largest
     return CompactionPlan(
         len(memory.segments),
         len(groups),

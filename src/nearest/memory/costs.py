@@ -65,12 +65,12 @@ def sorting(tokens: Tokens, wanted: int) -> float:
     return loading + float(whole * (wanted / len(tokens)) ** power)
 
 
-def indexing(entries: int, dim: int, spec: str) -> IndexCost:
+def indexing(entries: int, dim: int, spec: str, recall: float) -> IndexCost:
     """Build a small index of random keys, and scale what that takes.
 
     Training and filling compare keys with all centroids; tuning scans all keys.
     """
-    spec = resolve_spec(spec, entries, dim)
+    spec = resolve_spec(spec, entries, dim, recall=recall)
     if spec == EXACT:
         return IndexCost(0.0, 0, 0)
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from nearest.encode.identity import reads_sources
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.approximate import check_spec
-from nearest.index.choice import AUTO, EXACT
+from nearest.index.choice import AUTO, EXACT, RECALL
 from nearest.index.clusters import Clusters
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
@@ -56,7 +56,7 @@ class ImportOptions:
     stride: int | None = None
     index: str = AUTO
     metric: str = "l2"
-    recall: float = 0.95
+    recall: float = RECALL
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:

@@ -21,7 +21,14 @@ from nearest.index.approximate import (
     train_index,
     training_rows,
 )
-from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists, resolve_spec
+from nearest.index.choice import (
+    AUTO,
+    EXACT,
+    EXACT_BELOW,
+    RECALL,
+    fitting_lists,
+    resolve_spec,
+)
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search
@@ -45,7 +52,7 @@ class IndexChoice:
     """
 
     spec: str = AUTO
-    recall: float = 0.95
+    recall: float = RECALL
     nprobe: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,8 +89,8 @@ def write_index(
 
     Where other segments' could be joined to it, the trained index without entries is kept too.
     """
-    check_spec(choice.spec, keys.dim, choice.nprobe, len(entries))
-    spec = resolve_spec(choice.spec, len(entries), keys.dim)
+    spec = resolve_spec(choice.spec, len(entries), keys.dim, recall=choice.recall)
+    check_spec(spec, keys.dim, choice.nprobe, len(entries))
     if spec == EXACT:
         return _record(
             EXACT, len(entries), SearchParameters(margin=_ROUNDED, recall=1.0), choice.recall

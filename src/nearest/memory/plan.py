@@ -106,10 +106,12 @@ def plan_build(
     manifest: Manifest,
     encoder: Encoder | None,
     identifying: float,
+    recall: float,
 ) -> BuildPlan:
     """Read a corpus once, try every stage on a sample, and write nothing.
 
-    `manifest` describes the memory that is to be, and took `identifying` seconds to make.
+    `manifest` describes the memory that is to be, and took `identifying` seconds to make; its index
+    is to be tuned to `recall`.
 
     Raises:
         CorpusError: the corpus cannot be used.
@@ -162,7 +164,7 @@ def plan_build(
             dtype.itemsize * int(np.prod(shape)) for dtype, shape in form.layout(dim).values()
         )
         size += row * total
-        index = indexing(largest, dim, keys.index)
+        index = indexing(largest, dim, keys.index, recall)
         stages["index"] = index.seconds * total / largest
         size += int(index.bytes_needed * total / largest)
         memory.append(int(_HOLES * passes[0]) + index.memory_bytes + 8 * largest)

@@ -23,7 +23,7 @@ from nearest.encode.identity import (
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import SettingError
 from nearest.index.approximate import check_spec
-from nearest.index.choice import AUTO
+from nearest.index.choice import AUTO, RECALL
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
 from nearest.memory.corpus_segments import write_segments
@@ -59,7 +59,7 @@ class BuildOptions:
     stride: int | None = None  # half the window
     index: str = AUTO
     metric: str = "l2"
-    recall: float = 0.95
+    recall: float = RECALL
     nprobe: int | None = None
     batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
     progress: Progress = no_progress
@@ -152,7 +152,9 @@ def planned_memory(
     rules, started = token_rules(model, tokenizer), time.perf_counter()
     manifest = new_manifest(model, tokenizer, keys)
     identifying = time.perf_counter() - started
-    return plan_build(path, documents, tokenizer, rules, manifest, encoder, identifying)
+    return plan_build(
+        path, documents, tokenizer, rules, manifest, encoder, identifying, options.recall
+    )
 
 
 def _arguments(
