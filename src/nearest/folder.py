@@ -19,13 +19,9 @@ from typing import Any
 import numpy as np
 
 from nearest.errors import FolderError
+from nearest.machine import machine_memory
 
 _SHARE_IN_LARGE_PAGES = 0.25  # of the machine's memory
-
-
-def machine_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def sha256_of(path: Path) -> str:

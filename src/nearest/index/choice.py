@@ -2,7 +2,7 @@
 
 import math
 
-from nearest.folder import machine_memory
+from nearest.machine import machine_memory
 
 EXACT = "exact"
 AUTO = "auto"
