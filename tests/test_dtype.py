@@ -12,8 +12,9 @@ from conftest import make_documents
 from nearest import Memory
 from nearest.cli import app
 from nearest.encode import dtype as dtype_module
-from nearest.encode.dtype import chosen_dtype, fast_on_cpu
+from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu
 from nearest.encode.identity import load_model_and_tokenizer, model_fingerprint
+from nearest.errors import SettingError
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -36,6 +37,29 @@ def test_auto_is_as_saved_where_that_is_fast(
 def test_a_cpu_that_says_nothing_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert not fast_on_cpu(torch.bfloat16)
+
+
+def test_a_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen_device("cpu") == torch.device("cpu")
+    for found, kind in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert chosen_device("auto").type == kind
+    for name in ("cuda:99", "gpu", ""):
+        with pytest.raises(SettingError, match=f"device '{name}' cannot be used here"):
+            chosen_device(name)
+    with pytest.raises(SettingError, match="device 'meta' runs no model: choose auto, cpu, cuda"):
+        chosen_device("meta")
+
+
+def test_the_commands_take_a_device(model_folder: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the court shall be")
+    arguments = ["build", model_folder, str(corpus), "--out", str(tmp_path / "m"), "--device"]
+    refused = CliRunner().invoke(app, [*arguments, "gpu"])
+    assert refused.exit_code == 2
+    assert "device 'gpu' cannot be used here" in refused.output
+    assert not (tmp_path / "m").exists()
+    assert CliRunner().invoke(app, [*arguments, "cpu"]).exit_code == 0
 
 
 def test_weights_that_are_rounded_are_still_the_same_model(model_folder: str) -> None:

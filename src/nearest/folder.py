@@ -205,7 +205,7 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.n
     """Memory-map a `.npy` file read-only after checking that it is what the manifest says.
 
     Its pages are asked to be large ones, as long as the file is small beside the machine's memory:
-    scattered rows are then read up to twice as fast, and each first touch reads two megabytes.
+    scattered rows are then found sooner, and each first touch reads two megabytes.
 
     Raises FolderError when the file is missing, truncated, or of another dtype or shape.
     """

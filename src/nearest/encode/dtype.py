@@ -28,7 +28,7 @@ def chosen_dtype(name: DtypeName, saved: torch.dtype, device: str) -> torch.dtyp
 
 
 def chosen_device(name: str) -> torch.device:
-    """A device by its name, such as "cpu" or "cuda:1"; "auto" is the GPU, where torch has one.
+    """A device by its name, such as "cpu" or "cuda:1"; "auto" is CUDA's, where there is one.
 
     Raises:
         SettingError: there is no such device here.
