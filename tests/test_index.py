@@ -271,6 +271,17 @@ def test_distances_to_codes_are_those_of_a_search(
     np.testing.assert_allclose(index.distances(queries, wanted), expected, rtol=2e-3, atol=1e-2)
 
 
+def test_what_gives_no_vectors_back_measures_no_entries(keys: np.ndarray) -> None:
+    """As lists on a GPU; here: shards."""
+    flat, shards = faiss.IndexFlatL2(16), faiss.IndexShards(16)
+    flat.add(keys.astype(np.float32))
+    shards.add_shard(flat)
+    index, queries = ApproximateIndex(shards, "l2"), keys[:3].astype(np.float32)
+    found = index.search(queries, 4)
+    with pytest.raises(SettingError, match="cannot measure chosen entries: measure by keys, or"):
+        index.distances(queries, found.ids)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_index_distances_are_of_one_sign(
     keys: np.ndarray, ids: np.ndarray, queries: np.ndarray, metric: Metric

@@ -114,7 +114,13 @@ class ApproximateIndex:
             )
         if ivf is not None and ivf.direct_map.no():  # lists find no code by its id without a table
             ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
-        decoded: np.ndarray = index.reconstruct_batch(ids)
+        try:
+            decoded: np.ndarray = index.reconstruct_batch(ids)
+        except RuntimeError as error:  # as of what is on a GPU
+            raise SettingError(
+                "this kind of index cannot measure chosen entries: measure by keys, or search on "
+                "the CPU"
+            ) from error
         return decoded
 
     @cached_property
