@@ -35,10 +35,13 @@ def chosen_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in _KINDS:
+        raise SettingError(
+            f"device {name!r} is unknown: choose auto, {', '.join(_KINDS)}, or one of several, "
+            "such as cuda:1"
+        )
     try:
         device = torch.device(name)
-        if device.type not in _KINDS:
-            raise SettingError(f"device {name!r} runs no model: choose auto, {', '.join(_KINDS)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
         reason = str(error).strip().split("\n")[0]
