@@ -33,7 +33,7 @@ Dtype = Annotated[
     typer.Option(help="What the model computes in; auto: as saved, on CPUs only where it is fast."),
 ]
 Device = Annotated[
-    str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1 …; auto: on a GPU, if any.")
+    str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1 …; auto: CUDA, if any.")
 ]
 ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
 Force = Annotated[

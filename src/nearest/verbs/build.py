@@ -33,7 +33,7 @@ def build(
         out: the memory's folder; it must not exist, or be empty.
         encoding_errors: what to do with text that is not UTF-8.
         dtype: what the model is to compute in.
-        device: where ("auto": on a GPU, if there is one).
+        device: where ("auto": on CUDA's GPU, if there is one).
         **options: as in `memory.writer.BuildOptions`.
 
     Raises:

@@ -30,7 +30,7 @@ def add(
         corpus: as in `read_documents`.
         model_name: the model that built it, where it is not where it was then.
         dtype: what the model is to compute in.
-        device: where ("auto": on a GPU, if there is one).
+        device: where ("auto": on CUDA's GPU, if there is one).
         replace: each document takes the place of the one with its id.
         encoding_errors: what to do with text that is not UTF-8.
         **options: as in `Memory.add`.
