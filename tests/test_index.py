@@ -29,7 +29,7 @@ from nearest.index.choice import explained, resolve_spec
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys
-from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
+from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.tuning import recall, tune_search
 
 METRICS = ["l2", "ip"]
@@ -359,6 +359,22 @@ def test_sorted_by_distance_and_then_by_id(
         found.ids[~np.isnan(found.distances)],
         np.take_along_axis(ids, order, 1)[~np.isnan(found.distances)],
     )
+    if dtype is np.float32:
+        taken = take_nearest(Neighbours(ids, distances), k)
+        again = sort_nearest_first(taken, k)
+        np.testing.assert_array_equal(again.distances, found.distances)
+        np.testing.assert_array_equal(again.ids, found.ids)
+
+
+def test_what_is_taken_stays_in_its_order() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(400) for _ in range(80)])
+    distances = rng.normal(size=ids.shape).astype(np.float32)
+    taken = take_nearest(Neighbours(ids, distances), 100)
+    for row in range(80):
+        places = np.sort(np.argsort(distances[row])[:100])
+        np.testing.assert_array_equal(taken.ids[row], ids[row, places])
+        np.testing.assert_array_equal(taken.distances[row], distances[row, places])
 
 
 @pytest.mark.parametrize("columns", [6, 400])
@@ -366,6 +382,8 @@ def test_of_a_tie_for_the_last_place_the_first_ids_are_taken(columns: int) -> No
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(columns) for _ in range(80)])
     distances = (ids // 4).astype(np.float32)  # ids 0 to 3 are equally near, and so on
+    taken = take_nearest(Neighbours(ids, distances), 5)
+    assert {*map(tuple, np.sort(taken.ids))} == {(0, 1, 2, 3, 4)}
     found = sort_nearest_first(Neighbours(ids, distances), 5)
     assert {*map(tuple, np.sort(found.ids))} == {(0, 1, 2, 3, 4)}
     np.testing.assert_array_equal(found.distances, [[0, 0, 0, 0, 1]] * 80)

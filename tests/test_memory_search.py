@@ -12,12 +12,16 @@ from conftest import random_documents
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
 from nearest.index import choice
+from nearest.index.neighbours import sort_nearest_first
 from nearest.memory import index_files, lifecycle
 from nearest.memory.index_files import IndexChoice, to_fill_like
 from nearest.memory.manifest import FileRecord, IndexRecord, SegmentRecord
 from nearest.memory.search import joint_indexes
 from nearest.memory.verify import verify
 from nearest.memory.writer import rebuild_index
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.queries import Queries
+from nearest.retrieval.settings import Settings
 
 DOCUMENTS = list(random_documents())
 
@@ -104,3 +108,36 @@ def test_which_trained_index_new_entries_go_into() -> None:
     assert to_fill_like([small], IndexChoice("IVF256,SQ8"), 32, 10**6) == small.index
     assert to_fill_like([small], IndexChoice("IVF256,Flat"), 32, 10) is None
     assert to_fill_like([small], IndexChoice(nprobe=3), 32, 10) is None
+
+
+@pytest.mark.parametrize("distances", ["keys", "index"])
+@pytest.mark.parametrize("removed", [[], ["doc-2", "doc-6"]])
+def test_without_an_order_the_same_is_found(
+    lists: Path, tmp_path: Path, add: Any, distances: str, removed: list[str]
+) -> None:
+    memory = add(Memory.open(copied(lists, tmp_path)), DOCUMENTS[5:])
+    if removed:
+        memory = memory.remove(removed)
+    queries = np.random.default_rng(2).normal(scale=3, size=(40, 32)).astype(np.float32)
+    for k in (1, 7, memory.entries + 5):
+        nearest = memory.search(queries, k, distances)
+        found = memory.search(queries, k, distances, ordered=False)
+        again = sort_nearest_first(found, k)
+        np.testing.assert_array_equal(again.distances, sort_nearest_first(nearest, k).distances)
+        np.testing.assert_array_equal(again.ids, sort_nearest_first(nearest, k).ids)
+
+
+def test_a_lookup_asks_for_an_order_where_it_matters(lists: Path) -> None:
+    memory, asked = Memory.open(lists), []
+
+    def search(*args: Any, ordered: bool) -> Any:
+        asked.append(ordered)
+        return memory.search(*args, ordered=ordered)
+
+    keys = np.zeros((1, 32), np.float32)
+    queries = Queries(keys, np.array([0]), np.zeros(1, np.int64))
+    for lookup in (Lookup.of(memory, m, Settings()) for m in ("knn", "retomaton")):
+        lookup._search = search
+        lookup.candidates(queries)
+        lookup.candidates(queries._replace(own=np.array([3])))
+    assert asked == [False, True, True, True]

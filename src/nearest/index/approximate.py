@@ -71,9 +71,15 @@ class ApproximateIndex:
         if self._graph is not None:  # which gives back no more entries than it keeps in view
             seen = max(k, self._graph.hnsw.efSearch)
             view = {"params": load_faiss().SearchParametersHNSW(efSearch=seen)}
-        distances, ids = self._index.search(queries, k, **view)
+        distances = np.empty((len(queries), k), dtype=np.float32)
+        ids = np.empty((len(queries), k), dtype=np.int64)
+        # What FAISS's own `search` calls when it has checked and allocated, which takes a twelfth
+        # of the time of a single query.
+        pointers = (load_faiss().swig_ptr(array) for array in (queries, distances, ids))
+        asked, near, found = pointers
+        self._index.search_c(len(queries), asked, k, near, found, **view)
         if self._metric == "ip":
-            distances = -distances
+            np.negative(distances, out=distances)
         distances[ids < 0] = np.inf
         return Neighbours(ids, distances)
 

@@ -21,6 +21,7 @@ from nearest.index.threads import in_threads
 Metric = Literal["l2", "ip"]
 NO_ENTRY = -1
 _LARGEST_PACKED = 2**32 - 2
+_LARGEST_ID = np.iinfo(np.int64).max
 _SIGN = np.uint32(1 << 31)
 _MINUS_INFINITY = np.uint32(0xFF800000)
 
@@ -99,20 +100,42 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     return nearest
 
 
+def take_nearest(found: Neighbours, k: int) -> Neighbours:
+    """As `sort_nearest_first`, of float32 distances, left in the order in which they stand.
+
+    That is quicker, and all it takes where nothing but a sum is made of them.
+    """
+    if not 0 < k < found.ids.shape[1]:
+        return Neighbours(found.ids[:, :k], found.distances[:, :k])
+    shape = len(found.ids), k
+    nearest = Neighbours(np.empty(shape, np.int64), np.empty(shape, np.float32))
+    bits = np.ascontiguousarray(found.distances).view(np.uint32)
+    into = nearest.distances.view(np.uint32)
+
+    def take(rows: slice) -> None:
+        _take_nearest(found.ids[rows], bits[rows], nearest.ids[rows], into[rows])
+
+    in_threads(take, len(bits))
+    return nearest
+
+
 # Distances and ids are sorted as one number each, far quicker than an order of theirs is found:
 # the distance's bits, which rise with it once the sign is seen to, and below them the id, from -1.
 # fmt: off
 @no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, inline="always")
+def _rising(bits: Any) -> Any:
+    """Bits that rise with the distance: -0 is 0, and NaN comes last, whatever its sign."""
+    return ~bits if _SIGN < bits <= _MINUS_INFINITY else bits | _SIGN
+
+
+@no_type_check
 @numba.njit(nogil=True, cache=True)
 def _pack(ids: Any, distances: Any, packed: Any) -> None:
     for i in range(len(ids)):
         for j in range(ids.shape[1]):
-            bits = distances[i, j]
-            if _SIGN < bits <= _MINUS_INFINITY:
-                bits = ~bits
-            else:
-                bits |= _SIGN  # -0 is 0, and NaN comes last, whatever its sign
-            packed[i, j] = np.uint64(bits) << np.uint64(32) | np.uint64(ids[i, j] + 1)
+            bits = np.uint64(_rising(distances[i, j]))
+            packed[i, j] = bits << np.uint64(32) | np.uint64(ids[i, j] + 1)
 
 
 @no_type_check
@@ -123,6 +146,48 @@ def _unpack(packed: Any, ids: Any, distances: Any) -> None:
             bits = np.uint32(packed[i, j] >> np.uint64(32))
             distances[i, j] = bits & ~_SIGN if bits & _SIGN else ~bits
             ids[i, j] = np.int64(packed[i, j] & np.uint64(0xFFFFFFFF)) - 1
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _take_nearest(ids: Any, distances: Any, nearest_ids: Any, nearest_distances: Any) -> None:
+    size, k = ids.shape[1], nearest_ids.shape[1]
+    rising = np.empty(size, dtype=np.uint32)
+    for i in range(len(ids)):
+        for j in range(size):
+            rising[j] = _rising(distances[i, j])
+        farthest = _kth(rising, k)
+        left, last = k - np.sum(rising < farthest), _LARGEST_ID
+        if left < np.sum(rising == farthest):  # of those equally far, the lowest ids
+            last = np.sort(ids[i][rising == farthest])[left - 1]
+        taken = 0
+        for j in range(size):
+            nearest_ids[i, taken], nearest_distances[i, taken] = ids[i, j], distances[i, j]
+            if rising[j] == farthest:
+                take = left > 0 and ids[i, j] <= last
+                left -= take
+            else:
+                take = rising[j] < farthest
+            taken += take
+            if taken == k:
+                break
+
+
+@no_type_check
+@numba.njit(nogil=True)
+def _kth(numbers: Any, k: Any) -> Any:
+    """The k-th smallest, by bisection: to count is quicker than to move."""
+    low, high = numbers.min(), numbers.max()
+    while low < high:
+        middle = np.uint32(low + (high - low) // 2)
+        reached = np.uint32(0)
+        for j in range(len(numbers)):
+            reached += np.uint32(numbers[j] <= middle)
+        if reached >= k:
+            high = middle
+        else:
+            low = np.uint32(middle + 1)
+    return low
 # fmt: on
 
 

@@ -19,7 +19,7 @@ from nearest.errors import FolderError, SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.index.keys import JoinedKeys, Keys
-from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.ngrams import Ngrams, ngrams
 from nearest.index.sample import SuffixArray
 from nearest.index.spans import equal_documents, spans_stand
@@ -222,6 +222,8 @@ class Memory:
         k: int,
         distances: str = "keys",
         candidates: int = 0,
+        *,
+        ordered: bool = True,
     ) -> Neighbours:
         """The k nearest entries of each query (fewer columns if the memory holds fewer).
 
@@ -232,6 +234,7 @@ class Memory:
                 index's own order and distances, as earlier implementations do.
             candidates: re-rank at least so many; k and the margin that the index was tuned to
                 when these are more.
+            ordered: nearest first. Otherwise as they come, which is quicker.
 
         Raises:
             SettingError: k, the distances or the queries' dimension make no sense, or there are no
@@ -241,14 +244,20 @@ class Memory:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        return self._search(self._stored(queries), k, distances, candidates)
+        return self._search(self._stored(queries), k, distances, candidates, ordered=ordered)
 
     def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
         """The k entries nearest to each of some entries by the stored keys, itself among them."""
-        return self._search(self.keys.rows(ids), k, "keys", 0)
+        return self._search(self.keys.rows(ids), k, "keys", 0, ordered=True)
 
     def _search(
-        self, queries: Float[np.ndarray, "q stored_dim"], k: int, distances: str, candidates: int
+        self,
+        queries: Float[np.ndarray, "q stored_dim"],
+        k: int,
+        distances: str,
+        candidates: int,
+        *,
+        ordered: bool,
     ) -> Neighbours:
         """Search with queries as keys are stored."""
         parts = []
@@ -265,7 +274,8 @@ class Memory:
             ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
         if distances == "keys":
             found = self.keys.distances(queries, ids)
-        return sort_nearest_first(Neighbours(ids, found), k)
+        nearest = sort_nearest_first if ordered else take_nearest
+        return nearest(Neighbours(ids, found), k)
 
     @cached_property
     def _indexes(self) -> list[JointIndex]:

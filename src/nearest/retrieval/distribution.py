@@ -43,7 +43,7 @@ def component_probs(
     """Probability (float64) that each component gives to one token a query; 0 where it is empty."""
     probs = np.zeros((len(tokens), len(components)))
     for n, component in enumerate(components):
-        columns, log_lengths = _prepared(candidates, component)
+        columns = _columns(candidates, component)
 
         def work(part: slice) -> None:
             _token_probs(
@@ -53,7 +53,7 @@ def component_probs(
                 _part_of(candidates.log_counts, part, columns),  # noqa: B023
                 tokens[part],
                 np.float32(1 / component.temperature),  # noqa: B023
-                log_lengths,  # noqa: B023
+                np.float32(component.length_power),  # noqa: B023
                 probs[part, n],  # noqa: B023
             )
 
@@ -80,7 +80,7 @@ def candidate_weights(
     weights = np.zeros(candidates.ids.shape, dtype=np.float32)
     lm = np.ones(len(weights))
     for n, component in enumerate(components):
-        columns, log_lengths = _prepared(candidates, component)
+        columns = _columns(candidates, component)
 
         def work(part: slice) -> None:
             _add_weights(
@@ -88,7 +88,7 @@ def candidate_weights(
                 candidates.lengths[part, columns],  # noqa: B023
                 _part_of(candidates.log_counts, part, columns),  # noqa: B023
                 np.float32(1 / component.temperature),  # noqa: B023
-                log_lengths,  # noqa: B023
+                np.float32(component.length_power),  # noqa: B023
                 shares[part, n],  # noqa: B023
                 weights[part, columns],  # noqa: B023
                 lm[part],
@@ -146,24 +146,30 @@ def vocabulary_log_probs(
     Raises:
         ModelError: a candidate stands for a token that the model does not have.
     """
-    largest, vocabulary = values.max(initial=NO_ENTRY), lm_log_probs.shape[-1]
+    if not lm_log_probs.is_cpu or lm_log_probs.requires_grad:
+        _refuse_unknown(values, lm_log_probs.shape[-1])
+        return vocabulary_log_probs_in_torch(lm_log_probs, weights, values)
+    log_probs = lm_log_probs.float().contiguous().numpy()
+    mixed = np.empty_like(log_probs)
+
+    def work(part: slice) -> None:
+        _mix(log_probs[part], weights.candidates[part], values[part], weights.lm[part], mixed[part])
+
+    try:
+        in_threads(work, len(values))
+    except IndexError:
+        _refuse_unknown(values, lm_log_probs.shape[-1])
+        raise
+    return torch.from_numpy(mixed)
+
+
+def _refuse_unknown(values: Int[np.ndarray, "q c"], vocabulary: int) -> None:
+    largest = values.max(initial=NO_ENTRY)
     if largest >= vocabulary:
         raise ModelError(
             f"the memory holds token {largest} and the model predicts {vocabulary:,}: it is not "
             "the model that built the memory, or the memory is damaged (`nearest verify`)"
         )
-    if lm_log_probs.is_cpu and not lm_log_probs.requires_grad:
-        mixed = torch.empty(lm_log_probs.shape)
-        log_probs, out = lm_log_probs.float().contiguous().numpy(), mixed.numpy()
-
-        def work(part: slice) -> None:
-            _mix(
-                log_probs[part], weights.candidates[part], values[part], weights.lm[part], out[part]
-            )
-
-        in_threads(work, len(values))
-        return mixed
-    return vocabulary_log_probs_in_torch(lm_log_probs, weights, values)
 
 
 def vocabulary_log_probs_in_torch(
@@ -196,14 +202,11 @@ def nll_over_lams(
     return torch.stack([-(lm_probs + lam * gain).log().mean() for lam in lams])
 
 
-def _prepared(
-    candidates: Candidates, component: Component
-) -> tuple[slice, Float[np.ndarray, " lengths"]]:
-    """The component's columns, and b·log(1 + m) for every length m."""
+def _columns(candidates: Candidates, component: Component) -> slice:
     columns = candidates.of(*component.sources)
     if component.first is not None:
         columns = slice(columns.start, min(columns.stop, columns.start + component.first))
-    return columns, np.float32(component.length_power) * _LOG_LENGTHS
+    return columns
 
 
 def _part_of(
@@ -216,7 +219,7 @@ def _part_of(
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
 def _weigh(
-    distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, log_lengths: Any,
+    distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, length_power: Any,
     weights: Any,
 ) -> Any:
     """Fill in row i's weights, the largest 1; returns their sum, 0 without candidates."""
@@ -229,9 +232,9 @@ def _weigh(
     # Large distances lose digits when divided, small differences of them do not.
     for j in range(size):
         weights[j] = (nearest - distances[i, j]) * per_distance
-    if log_lengths[1] > 0:
+    if length_power > 0:
         for j in range(size):
-            weights[j] += log_lengths[lengths[i, j]]
+            weights[j] += length_power * _LOG_LENGTHS[lengths[i, j]]
     if log_counts is not None:
         for j in range(size):
             weights[j] += log_counts[i, j]
@@ -250,12 +253,12 @@ def _weigh(
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _token_probs(
     distances: Any, lengths: Any, values: Any, log_counts: Any, tokens: Any, per_distance: Any,
-    log_lengths: Any, probs: Any,
+    length_power: Any, probs: Any,
 ) -> None:
     weights = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(tokens)):
         total = _weigh(
-            distances, lengths, log_counts, i, per_distance, log_lengths, weights
+            distances, lengths, log_counts, i, per_distance, length_power, weights
         )
         if total > 0:
             right = np.float32(0)
@@ -268,14 +271,14 @@ def _token_probs(
 @no_type_check
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _add_weights(
-    distances: Any, lengths: Any, log_counts: Any, per_distance: Any, log_lengths: Any,
+    distances: Any, lengths: Any, log_counts: Any, per_distance: Any, length_power: Any,
     shares: Any, weights: Any, lm: Any,
 ) -> None:
     row = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(distances)):
         if shares[i] == 0:
             continue
-        total = _weigh(distances, lengths, log_counts, i, per_distance, log_lengths, row)
+        total = _weigh(distances, lengths, log_counts, i, per_distance, length_power, row)
         if total > 0:
             lm[i] -= shares[i]
             for j in range(len(row)):
@@ -291,6 +294,8 @@ def _mix(log_probs: Any, weights: Any, values: Any, lm: Any, mixed: Any) -> None
         for token in range(len(votes)):
             mixed[i, token] = log_probs[i, token] + log_share
         for j in range(weights.shape[1]):
+            if values[i, j] >= len(votes):
+                raise IndexError
             if values[i, j] >= 0:
                 votes[values[i, j]] += weights[i, j]
         for j in range(weights.shape[1]):

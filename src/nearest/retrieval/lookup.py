@@ -37,7 +37,8 @@ class Lookup:
     """A memory, a method, its settings, and the gate that weighs what is found.
 
     A method with a trained gate needs one (`gates.stored`); else λ is fixed. Dense searches are the
-    memory's own, unless several lookups share them (`search_cache`).
+    memory's own, unless several lookups share them (`search_cache`). Their candidates come nearest
+    first if `ordered`, else as they are found.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Lookup:
         settings: Settings,
         gate: Gate | None = None,
         search: Search | None = None,
+        *,
+        ordered: bool = True,
     ) -> None:
         self.memory = memory
         self.method = method
@@ -56,18 +59,23 @@ class Lookup:
             _ = memory.keys_record  # refuses a memory without keys before anything is computed
         self._asks = method_named(method).asks
         self._search = search or memory.search
+        self._ordered = ordered
         self.gate = gate or FixedGate(
             Component(self.sources, settings.temperature, settings.length_power), settings.lam
         )
 
     @classmethod
     def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
-        """With the gate that the memory has for the method.
+        """With the gate that the memory has for the method, and in order where it matters.
+
+        It does to gates that look at the nearest, and to pointers, which go on from them.
 
         Raises:
             SettingError: the method needs a gate that the memory does not have.
         """
-        return cls(memory, method, settings, load_gate(memory, method))
+        gate = load_gate(memory, method)
+        ordered = gate is not None or "pointers" in method_named(method).sources
+        return cls(memory, method, settings, gate, ordered=ordered)
 
     @property
     def keeps_state(self) -> bool:
@@ -96,9 +104,12 @@ class Lookup:
 
         `pointers` are what `follow` gave for the queries' sequences, None at their beginnings.
         """
-        none = no_part(len(queries.keys))
+        count = len(queries.keys)
+        none = no_part(count)
+        if self.sources == ("dense",) and not self._asks:
+            return self._joined(self._dense(queries), none, none, np.ones(count, dtype=bool))
         dense = pointed = matched = none
-        left = np.zeros(len(queries.keys), dtype=np.int64)
+        left = np.zeros(count, dtype=np.int64)
         if pointers is not None and "pointers" in self.sources:
             pointed = self._pointed(queries, pointers)
             left = (pointers >= 0).sum(axis=1)
@@ -174,9 +185,12 @@ class Lookup:
 
     def _dense(self, queries: Queries) -> Part:
         settings = self.settings
+        ordered = self._ordered or queries.own is not None  # then the farthest may be left out
 
         def search(k: int) -> Part:
-            found = self._search(queries.keys, k, settings.distances, settings.candidates)
+            found = self._search(
+                queries.keys, k, settings.distances, settings.candidates, ordered=ordered
+            )
             return Part(found.ids, found.distances, self._lengths(queries, found.ids))
 
         return self._others(queries, search, settings.k)

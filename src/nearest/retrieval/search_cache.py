@@ -1,8 +1,8 @@
 """Dense searches that several methods share: each is made once, timed, and remembered."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -10,8 +10,21 @@ from jaxtyping import Float
 from nearest.index.neighbours import Neighbours
 from nearest.memory.memory import Memory
 
-# What `Memory.search` is: (queries, k, distances, candidates) → neighbours.
-Search = Callable[[Float[np.ndarray, "q dim"], int, str, int], Neighbours]
+
+@runtime_checkable
+class Search(Protocol):
+    """What `Memory.search` is."""
+
+    def __call__(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int,
+        distances: str,
+        candidates: int,
+        *,
+        ordered: bool,
+    ) -> Neighbours:
+        """The k nearest entries of each query."""
 
 
 @dataclass
@@ -40,9 +53,15 @@ class SearchCache:
         self._answers: dict[tuple[str, int], _Answers] = {}
 
     def __call__(
-        self, queries: Float[np.ndarray, "q dim"], k: int, distances: str, candidates: int
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int,
+        distances: str,
+        candidates: int,
+        *,
+        ordered: bool = True,
     ) -> Neighbours:
-        """As `Memory.search`."""
+        """As `Memory.search`, always in order: fewer neighbours are the first of more."""
         started = time.perf_counter()
         wide = _fetched(k, distances, candidates)
         answers = self._answers.setdefault((distances, wide), _Answers())
