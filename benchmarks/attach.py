@@ -1,8 +1,8 @@
 """What an attached memory adds to a token that is generated alone (batch 1), by kind of index.
 
-One memory of law with each index in turn, kNN-LM with default settings; greedy, from a prompt of
-the test text. While one text is written the memory is put off and on again every few tokens, so
-that a slow spell of the machine hits both sides; medians are of single tokens.
+One memory of law with each index in turn, and with int8 keys, kNN-LM with default settings;
+greedy, from a prompt of the test text. While one text is written the memory is put off and on again
+every few tokens, so that a slow spell of the machine hits both sides; medians are of single tokens.
 
     python benchmarks/attach.py
 """
@@ -25,6 +25,7 @@ from common import (
     report,
 )
 from nearest import Memory, attach, read_documents
+from nearest.memory.compress import Compression, compress_memory
 from nearest.memory.index_files import IndexChoice
 from nearest.memory.writer import rebuild_index
 from nearest.models.attach import Session
@@ -88,7 +89,7 @@ def token_times(
 
 def main() -> None:
     options = arguments(
-        __doc__, memory_tokens=1_000_000, new=401, rounds=5, indexes="auto,exact,HNSW32"
+        __doc__, memory_tokens=1_000_000, new=401, rounds=5, variants="auto,auto int8,exact,HNSW32"
     )
     model, tokenizer = model_and_tokenizer()
     law = options.corpora / "dclaw"
@@ -97,12 +98,16 @@ def main() -> None:
     tokens = [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
     prompt = prompt_of(tokens, model, options.new)
     report(**machine(), entries=Memory.open(original).entries)
-    for spec in options.indexes.split(","):
-        path = original
-        if spec != "auto":
-            path = original.with_name(f"{original.stem}-{spec}.memory")
-            if not is_built(path):
-                shutil.copytree(original, path)
+    for variant in options.variants.split(","):
+        path = original.with_name(f"{original.stem}-{variant.replace(' ', '-')}.memory")
+        spec, _, keys = variant.partition(" ")
+        if variant == "auto":
+            path = original
+        elif not is_built(path):
+            shutil.copytree(original, path)
+            if keys:
+                compress_memory(path, Compression(keys=keys))
+            if spec != "auto":
                 rebuild_index(path, IndexChoice(spec))
         memory = Memory.open(path)
         with attach(model, memory, "knn") as session:
@@ -111,6 +116,7 @@ def main() -> None:
         report(
             benchmark="attach",
             index=record.spec,
+            keys=memory.keys_record.format,
             nprobe=record.nprobe,
             recall=record.recall,
             base_ms=base_ms,
