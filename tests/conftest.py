@@ -31,7 +31,7 @@ from transformers import (
 import typechecker
 from nearest import Memory
 from nearest.corpus.documents import Document
-from nearest.retrieval.gates import training
+from nearest.retrieval.gates import fit_mixture, training
 
 # A busy machine must not decide a test.
 settings.register_profile("patient", deadline=None)
@@ -136,9 +136,13 @@ def in_two_segments(parts: list[Memory], path: Path) -> Memory:
 
 @contextmanager
 def gates_trained_at_once() -> Iterator[None]:
-    """Without cross-fitting, which takes seconds and is not what most tests are about."""
+    """Without cross-fitting, and briefly: to learn takes seconds, and few tests are about it."""
+
+    def briefly(inputs: Any, loss: Any, outputs: int, _folds: Any) -> Any:
+        return training.train_network(inputs, loss, outputs, steps=160)
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "_FEW", 0)
+        patched.setattr(fit_mixture, "cross_fitted", briefly)
         yield
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
+from conftest import gates_trained_at_once
 from nearest import Memory, attach, evaluate, tune
 from nearest.encode.identity import token_rules
 from nearest.errors import CorpusError, ModelError, NearestError, SettingError
@@ -317,7 +318,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compress_memory(path, Compression(pca=24, keys="int8"))
     memory = Memory.open(path)
     for method in GATED:
-        tuned = tune(made.model, memory, TUNED_ON, method=method, tokenizer=TOKENIZER)
+        with gates_trained_at_once():
+            tuned = tune(made.model, memory, TUNED_ON, method=method, tokenizer=TOKENIZER)
         assert tuned.nll < tuned.base_nll
         memory = Memory.open(path)
     made.memory = memory.add(made.model, TOKENIZER, ADDED).remove(["pair-3"])

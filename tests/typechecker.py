@@ -47,12 +47,12 @@ def _sparing(**options: Any) -> Any:
         code = made.__code__
         if "<locals>" in made.__qualname__ and calls[code] >= ENOUGH:
             return made
-        checking = decorate(made)
+        checking = functools.cache(lambda: decorate(made))  # of many no call ever comes
 
         @functools.wraps(made)
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[code] += 1
-            return (checking if calls[code] <= ENOUGH else made)(*args, **kwargs)
+            return (checking() if calls[code] <= ENOUGH else made)(*args, **kwargs)
 
         return call
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from conftest import make_documents, make_model, make_tokenizer, random_documents
+from conftest import (
+    gates_trained_at_once,
+    make_documents,
+    make_model,
+    make_tokenizer,
+    random_documents,
+)
 from nearest import Document, Memory, tune
 from nearest.memory.clustering import KMeans, cluster_memory
 from nearest.memory.compress import Compression, compress_memory
@@ -30,7 +36,8 @@ def furnish(path: Path) -> None:
     compress_memory(path, Compression(keys="pq8", pca=16, merge=True))
     cluster_memory(path, KMeans(10))
     memory = Memory.open(path).add(*MODEL, DOCUMENTS[6:]).remove(["doc-2", "doc-7"])
-    tune(MODEL[0], memory, make_documents(5, 40), method="suffix+mixture", tokenizer=MODEL[1])
+    with gates_trained_at_once():
+        tune(MODEL[0], memory, make_documents(5, 40), method="suffix+mixture", tokenizer=MODEL[1])
 
 
 CHANGES: dict[str, Callable[[Path], Any]] = {
