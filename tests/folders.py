@@ -1,12 +1,12 @@
 """What tests of memory folders share: copies, damage, and writers killed in the middle of work."""
 
-import json
+import functools
+import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,62 +83,50 @@ def replaced(folder: Path, path: str, content: bytes | np.ndarray) -> None:
     edit_manifest(folder, describe)
 
 
-# Forks before each change: the imports take longer than all changes. A child kills itself just
-# before the n-th call of a function; the parent prints how each child ended.
-_KILLED = """
-import functools, itertools, json, os, signal, sys
-from pathlib import Path
-
-tests, folder, moments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-sys.path.insert(0, tests)
-{changes}
-
-def kill_before(owner, name, count):
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(original)
-    def call(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call)
-
-children = []
-for verb, name, count in moments:
-    child = os.fork()
-    if not child:
-        kill_before(Path if name in ("replace", "unlink") else os, name, count)
-        changes[verb](folder / f"{{verb}}-{{name}}-{{count}}")
-        os._exit(0)
-    children.append(child)
-print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
-"""
-
-
 def place_of(folder: Path, moment: Moment) -> Path:
     """The memory of one moment."""
     return folder / "-".join(map(str, moment))
 
 
-def kill_writers(changes: str, folder: Path, moments: Sequence[Moment]) -> None:
-    """Let a process change `place_of` each moment, and kill it then.
+def kill_writers(
+    changes: Mapping[str, Callable[[Path], Any]], folder: Path, moments: Sequence[Moment]
+) -> None:
+    """Let forks of this process change `place_of` each moment, and kill themselves then.
 
-    A moment is a change's name, a function's, and before which of its calls the process dies.
+    A moment is a change's name, a function's, and before which of its calls the fork dies.
 
     Args:
-        changes: Python source of a dictionary `changes`: functions of a path, by name.
+        changes: functions of a path, by name.
         folder: where the memories are.
         moments: all of them must come.
     """
-    source = _KILLED.format(changes=changes)
-    done = subprocess.run(
-        [sys.executable, "-c", source, str(Path(__file__).parent), folder, json.dumps(moments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    statuses = json.loads(done.stdout.splitlines()[-1])
+    children = []
+    for moment in moments:
+        verb, name, count = moment
+        child = os.fork()
+        if not child:
+            try:
+                signal.alarm(120)
+                _kill_before(Path if name in ("replace", "unlink") else os, name, count)
+                changes[verb](place_of(folder, moment))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
     ended = [os.WIFSIGNALED(status) and os.WTERMSIG(status) for status in statuses]
-    assert ended == [signal.SIGKILL] * len(moments), done.stderr
+    assert ended == [signal.SIGKILL] * len(moments)
+
+
+def _kill_before(owner: Any, name: str, count: int) -> None:
+    """Die just before the count-th call of a function."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)

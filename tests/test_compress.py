@@ -604,14 +604,6 @@ def test_a_failed_compression_leaves_everything_as_it_was(
     assert snapshot(path) == before
 
 
-CHANGES_KILLED = """
-from nearest.memory.compress import Compression, compress_memory
-
-how = Compression(keys="pq8", pca=16, merge=True)
-changes = {"compress": lambda path: compress_memory(path, how)}
-"""
-
-
 def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_path: Path) -> None:
     moments = [
         *(("compress", "fsync", count) for count in (1, 3, 6, 7, 8, 9)),
@@ -622,7 +614,8 @@ def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_pat
     ]
     for moment in moments:
         shutil.copytree(indexed.path, place_of(tmp_path, moment))
-    kill_writers(CHANGES_KILLED, tmp_path, moments)
+    how = Compression(keys="pq8", pca=16, merge=True)
+    kill_writers({"compress": lambda path: compress_memory(path, how)}, tmp_path, moments)
     for moment in moments:
         path = place_of(tmp_path, moment)
         assert verify(path) == []

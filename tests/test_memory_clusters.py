@@ -500,13 +500,6 @@ def test_keys_that_int8_cannot_hold_stop_the_build(
     assert snapshot(tmp_path) == {}
 
 
-CHANGES_KILLED = """
-from nearest.memory.clustering import KMeans, cluster_memory
-
-changes = {"cluster": lambda path: cluster_memory(path, KMeans(5))}
-"""
-
-
 def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path: Path) -> None:
     moments = [
         *(("cluster", "fsync", count) for count in range(1, 6)),
@@ -517,7 +510,7 @@ def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path
     ]
     for moment in moments:
         shutil.copytree(clustered, place_of(tmp_path, moment))
-    kill_writers(CHANGES_KILLED, tmp_path, moments)
+    kill_writers({"cluster": lambda path: cluster_memory(path, KMeans(5))}, tmp_path, moments)
     for moment in moments:
         path = place_of(tmp_path, moment)
         assert verify(path) == []

@@ -822,17 +822,6 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 
 # --- interruptions --------------------------------------------------------------------------------
 
-CHANGES_KILLED = """
-from conftest import make_documents, make_model, make_tokenizer
-from nearest import Memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.writer import rebuild_index
-
-def build(path):
-    Memory.build(make_model(), make_tokenizer(), make_documents(12, 30), path, index="IVF4,SQ8")
-
-changes = {"build": build, "index": lambda path: rebuild_index(path, IndexChoice("IVF8,Flat"))}
-"""
 BUILD_KILLS = [
     *(("build", "fsync", count) for count in range(1, 12)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),
@@ -847,12 +836,22 @@ INDEX_KILLS = [
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, approximate: Memory) -> Path:
+def killed(
+    tmp_path_factory: pytest.TempPathFactory,
+    approximate: Memory,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
     """Folders that processes killed in the middle of their work have left, named by the moment."""
     folder = tmp_path_factory.mktemp("killed")
+    model, documents = (tiny_model, tiny_tokenizer), make_documents(12, 30)
+    changes = {
+        "build": lambda path: Memory.build(*model, documents, path, index="IVF4,SQ8"),
+        "index": lambda path: rebuild_index(path, IndexChoice("IVF8,Flat")),
+    }
     for moment in INDEX_KILLS:
         shutil.copytree(approximate.path, place_of(folder, moment))
-    kill_writers(CHANGES_KILLED, folder, [*BUILD_KILLS, *INDEX_KILLS])
+    kill_writers(changes, folder, [*BUILD_KILLS, *INDEX_KILLS])
     return folder
 
 

@@ -27,16 +27,6 @@ OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "keys": "int8"}
 SEGMENT = 350  # tokens: three segments
 Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
-_CHANGES = f"""
-from conftest import make_model, make_tokenizer, random_documents
-from nearest import Memory
-from nearest.memory import new_segment, unfinished
-
-unfinished._SECONDS, new_segment.SEGMENT_TOKENS = 0, {SEGMENT}
-model = make_model(), make_tokenizer()
-changes = {{"build": lambda path: Memory.build(*model, random_documents(), path, **{OPTIONS})}}
-"""
-
 
 @pytest.fixture(scope="module")
 def model(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Model:
@@ -120,7 +110,8 @@ def test_killed_builds_go_on(
         count = operations.count(name)
         assert count > 20
         moments += [("build", name, n) for n in range(2, count, count // 2)]
-    kill_writers(_CHANGES, tmp_path, moments)
+    changes = {"build": lambda path: Memory.build(*model, DOCUMENTS, path, **OPTIONS)}
+    kill_writers(changes, tmp_path, moments)
     expected, went_on = snapshot(whole[0]), 0
     for moment in moments:
         path = place_of(tmp_path, moment)
