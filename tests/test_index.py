@@ -516,6 +516,12 @@ def test_a_full_disk_while_writing_is_an_os_error(keys: np.ndarray, ids: np.ndar
         index.write(Path("/dev/full"))
 
 
+def test_queries_of_another_dimension_are_refused(keys: np.ndarray, ids: np.ndarray) -> None:
+    index = ApproximateIndex(build_index(stored(keys), ids, "Flat", np.random.default_rng(0)), "l2")
+    with pytest.raises(ValueError, match=f"queries have 3 dims, the index {keys.shape[1]}"):
+        index.search(np.zeros((2, 3), np.float32), 1)
+
+
 def test_sorting_keeps_pairs_together() -> None:
     found = Neighbours(np.array([[5, 6, -1, 7]]), np.array([[3.0, 1.0, np.inf, 2.0]], np.float32))
     ranked = sort_nearest_first(found, 3)
