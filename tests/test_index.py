@@ -377,6 +377,12 @@ def test_what_is_taken_stays_in_its_order() -> None:
         np.testing.assert_array_equal(taken.distances[row], distances[row, places])
 
 
+def test_an_id_may_stand_twice() -> None:
+    found = Neighbours(np.array([[0, 1, 1, 1, 0]]), np.zeros((1, 5), np.float32))
+    assert take_nearest(found, 3).ids.tolist() == [[0, 1, 0]]
+    assert sort_nearest_first(found, 3).ids.tolist() == [[0, 0, 1]]
+
+
 @pytest.mark.parametrize("columns", [6, 400])
 def test_of_a_tie_for_the_last_place_the_first_ids_are_taken(columns: int) -> None:
     rng = np.random.default_rng(0)

@@ -157,17 +157,20 @@ def _take_nearest(ids: Any, distances: Any, nearest_ids: Any, nearest_distances:
         for j in range(size):
             rising[j] = _rising(distances[i, j])
         farthest = _kth(rising, k)
-        left, last = k - np.sum(rising < farthest), _LARGEST_ID
+        left, last, of_last = k - np.sum(rising < farthest), _LARGEST_ID, 0
         if left < np.sum(rising == farthest):  # of those equally far, the lowest ids
-            last = np.sort(ids[i][rising == farthest])[left - 1]
+            equal = np.sort(ids[i][rising == farthest])
+            last = equal[left - 1]
+            of_last = left - np.searchsorted(equal, last)
         taken = 0
         for j in range(size):
             nearest_ids[i, taken], nearest_distances[i, taken] = ids[i, j], distances[i, j]
+            take = rising[j] < farthest
             if rising[j] == farthest:
-                take = left > 0 and ids[i, j] <= last
-                left -= take
-            else:
-                take = rising[j] < farthest
+                take = ids[i, j] < last
+                if ids[i, j] == last and of_last > 0:
+                    take = True
+                    of_last -= 1
             taken += take
             if taken == k:
                 break
