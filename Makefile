@@ -22,8 +22,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# With CHECK_ALL=1 every call is checked against its annotations (shapes included), as CI does.
+CHECKED := $(if $(CHECK_ALL),--jaxtyping-packages=nearest,typechecker.check)
+
 test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(CHECKED)
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import typechecker
 from nearest import Memory
 from nearest.corpus.documents import Document
 from nearest.retrieval.gates import fit_mixture, training
@@ -43,12 +42,6 @@ POSITIONS = 64
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 WORDS = ["court", "shall", "the", "of", "law", "section", "person", "district", "mayor", "council"]
-
-
-@pytest.fixture(autouse=True)
-def annotations_are_checked_in_each_test() -> None:
-    """The first calls of every function, whatever was called before."""
-    typechecker.calls.clear()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
