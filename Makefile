@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal $(CHECKED)
 
 test-slow: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture

@@ -9,6 +9,8 @@ from fuzz import fuzz
 from kills import kills
 from readers import readers
 
+pytestmark = pytest.mark.slow
+
 
 def test_killed_writers_leave_the_old_generation_or_the_new(tmp_path: Path) -> None:
     counts = kills(tmp_path, 0.01)
@@ -20,7 +22,6 @@ def test_damage_is_found_and_never_crashes(tmp_path: Path) -> None:
     assert figures["cases"] == 4 * figures["files"] > 100
 
 
-@pytest.mark.slow
 def test_made_up_bytes_are_read_or_refused(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="the fuzzer is for Linux")
     figures = fuzz(tmp_path, 0.002)
