@@ -112,7 +112,7 @@ def main() -> None:
         report(best_retomaton_on_valid=best)
         rows["best_retomaton"] = rows[best]
     row("suffix", "suffix", tuned={})
-    row("suffix 1024 matches", "suffix", tuned={"matches": 1024})
+    row("suffix 1024 matches", "suffix", tuned={"suffix_k": 1024})
     row("suffix counts", "suffix", bare, tuned={})
     row("suffix+mixture", "suffix+mixture", tuned={})
     for method in filter(None, options.gated.split(",")):

@@ -18,8 +18,8 @@ from nearest import Memory, evaluate, read_documents, read_text, tune
 from nearest.memory.compress import Compression, compress_memory
 
 METHODS = {
-    "suffix, 256 matches": ("suffix", {"matches": 256}),
-    "suffix, 1024 matches": ("suffix", {"matches": 1024}),
+    "suffix, 256 matches": ("suffix", {"suffix_k": 256}),
+    "suffix, 1024 matches": ("suffix", {"suffix_k": 1024}),
     "suffix+mixture": ("suffix+mixture", {}),
     "hybrid, skip 1": ("hybrid", {"skip": 1.0}),
 }

@@ -109,7 +109,7 @@ class Oracle:
     max_knns: int = 1024
     dedup: bool = False
     length_power: float = 0.0
-    matches: int = 256
+    suffix_k: int = 256
     own: int | None = None
 
     def predict(
@@ -167,7 +167,7 @@ class Oracle:
 
     def _longest_matches(self, context: list[int], left_out: int | None) -> list[int]:
         levels: dict[int, list[int]] = {}
-        matches = self.matches + (left_out is not None)
+        matches = self.suffix_k + (left_out is not None)
         for entry in self.corpus.sorted_entries():
             levels.setdefault(self.corpus.match_length(entry, context), []).append(entry)
         candidates: list[int] = []
@@ -177,7 +177,7 @@ class Oracle:
                 level = levels[length]
                 first = sorted(level, key=random_place)[:want]
                 candidates += [entry for entry in level if entry in first]
-        return [i for i in candidates if i != left_out][: self.matches]
+        return [i for i in candidates if i != left_out][: self.suffix_k]
 
     def _weights(
         self, candidates: list[int], distances: np.ndarray, context: list[int]

@@ -47,7 +47,7 @@ class GateOracle:
             shares = lookup.gate.shares(View(query, candidates, self.memory))[0]
             weights: list[tuple[int, float]] = []
             for component, share in zip(lookup.gate.components, shares.tolist(), strict=True):
-                columns = candidates.of(*component.sources)
+                columns = candidates.of(*component.kinds)
                 of_component = component_weights_reference(
                     candidates.distances[:, columns],
                     candidates.lengths[:, columns],

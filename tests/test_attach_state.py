@@ -38,9 +38,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "retomaton",
         {**WEIGHING, "k": 12, "min_knns": float("inf"), "dedup": True, "length_power": 2.0},
     ),
-    "suffix": ("suffix", {**WEIGHING, "matches": 20, "length_power": 3.0}),
+    "suffix": ("suffix", {**WEIGHING, "suffix_k": 20, "length_power": 3.0}),
     "knn that measures matches": ("knn", {**WEIGHING, "k": 12, "length_power": 2.0}),
-    "hybrid": ("hybrid", {"k": 12, "max_knns": 40, "matches": 20, "skip": 0.4, "guard": True}),
+    "hybrid": ("hybrid", {"k": 12, "max_knns": 40, "suffix_k": 20, "skip": 0.4, "guard": True}),
     "adaptret": ("knn+adaptret", {"k": 12, "skip": 0.0}),
 }
 DOCUMENTS = documents_apart(9, 20, seed=3)

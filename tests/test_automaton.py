@@ -320,12 +320,12 @@ def test_every_token_equals_the_simulation(
     ("kind", "method", "given"),
     [
         ("documents", "knn", {"k": 24, "length_power": 3.0}),
-        ("documents", "suffix", {"matches": 5, "length_power": 0.0}),
-        ("documents", "suffix", {"matches": 40, "length_power": 4.0}),
-        ("segments", "suffix", {"matches": 10_000, "length_power": 2.0}),
+        ("documents", "suffix", {"suffix_k": 5, "length_power": 0.0}),
+        ("documents", "suffix", {"suffix_k": 40, "length_power": 4.0}),
+        ("segments", "suffix", {"suffix_k": 10_000, "length_power": 2.0}),
         ("segments", "knn", {"k": 24, "length_power": 1.0}),
-        ("no keys", "suffix", {"matches": 5, "length_power": 1.0}),
-        ("no keys", "suffix", {"matches": 64, "length_power": 4.0}),
+        ("no keys", "suffix", {"suffix_k": 5, "length_power": 1.0}),
+        ("no keys", "suffix", {"suffix_k": 64, "length_power": 4.0}),
     ],
     ids=str,
 )
@@ -342,8 +342,8 @@ def test_match_lengths_weigh_as_a_scan_says(
         ("documents", "knn", {"k": 10_000}),
         ("documents", "retomaton", {"k": 24, "min_knns": 3}),
         ("documents, k-means", "retomaton", {"k": 24, "min_knns": 20, "max_knns": 5}),
-        ("documents", "suffix", {"matches": 5, "length_power": 4.0}),
-        ("segments", "suffix", {"matches": 10_000, "length_power": 4.0}),
+        ("documents", "suffix", {"suffix_k": 5, "length_power": 4.0}),
+        ("segments", "suffix", {"suffix_k": 10_000, "length_power": 4.0}),
     ],
     ids=str,
 )
@@ -358,7 +358,7 @@ def test_a_text_that_stands_in_the_memory_is_predicted_without_itself(
         memory,
         tiny_model,
         [memory.document_tokens(i).astype(int) for i in (5, 2)],
-        exclude_own=True,
+        leave_one_out=True,
     )
     check_against_the_simulation(world, method, given, [int(starts[i]) for i in (5, 2)])
 
@@ -369,9 +369,9 @@ def test_a_text_costs_more_without_itself_and_a_new_one_the_same(
 ) -> None:
     memory = worlds["segments"].memory
     texts = [memory.document_tokens(6).astype(int), TEXTS[0]]
-    given = {"matches": 10_000} if method == "suffix" else {"k": 24}
+    given = {"suffix_k": 10_000} if method == "suffix" else {"k": 24}
     kept, left_out = (
-        evaluate(tiny_model, memory, texts, method, **WEIGHING, **given, exclude_own=exclude)
+        evaluate(tiny_model, memory, texts, method, **WEIGHING, **given, leave_one_out=exclude)
         for exclude in (False, True)
     )
     dearer = left_out.document_nll - kept.document_nll
@@ -458,3 +458,14 @@ def test_neighbours_and_pointers_are_measured_alike(
     errors = np.abs(found.distances - np.take_along_axis(stored, found.ids, 1))
     errors = errors[found.ids >= 0]
     assert (errors.max() > 1) == (distances == "index")  # codes are not the keys
+
+
+def test_settings_that_older_memories_name_otherwise_are_read(
+    worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {"matches": 7, "lam": 0.3}
+    monkeypatch.setattr(Memory, "settings", lambda *_: stored)
+    settings = resolve_settings("suffix", worlds["documents"].memory)
+    assert (settings.suffix_k, settings.lam) == (7, 0.3)
+    stored |= {"candidates": 99, "k": 5}
+    assert resolve_settings("knn", worlds["documents"].memory).rerank == 99

@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Simple
 
 
 RETOMATON = {"lam": 0.6, "temperature": 40.0, "k": 12, "min_knns": 3, "max_knns": 50}
-SUFFIX = {"lam": 0.6, "temperature": 40.0, "matches": 9, "length_power": 2.5}
+SUFFIX = {"lam": 0.6, "temperature": 40.0, "suffix_k": 9, "length_power": 2.5}
 
 
 def as_options(settings: dict[str, Any]) -> list[Any]:
@@ -73,7 +73,7 @@ def test_eval_takes_every_setting(
     [
         ("retomaton", ["--min-knns", "inf", "--k", 20, "--dedup"], {"min_knns": "inf", "k": 20}),
         ("retomaton", ["--max-knns", 7], {"max_knns": 7, "dedup": False}),
-        ("suffix", ["--matches", 30], {"matches": 30}),
+        ("suffix", ["--suffix-k", 30], {"suffix_k": 30}),
         ("suffix", ["--length-power", 1.5], {"length_power": 1.5}),
     ],
 )
@@ -93,7 +93,7 @@ def test_what_was_tuned_is_used(
 
 
 def test_several_methods_each_take_their_own_settings(world: SimpleNamespace) -> None:
-    options = ["--method", "base,retomaton,suffix", "--min-knns", 5, "--matches", 9, "--lam", 0.3]
+    options = ["--method", "base,retomaton,suffix", "--min-knns", 5, "--suffix-k", 9, "--lam", 0.3]
     base, retomaton, suffix = works("eval", world.memory, "--text", world.text, *options)
     assert (base["lam"], retomaton["lam"], suffix["lam"]) == (None, 0.3, 0.3)
     assert (base["foss"], suffix["foss"], suffix["k"]) == (None, 1.0, None)
@@ -123,8 +123,8 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("retomaton", ["--min-knns", "nan"], "min_knns must be at least 0, got nan"),
     ("retomaton", ["--max-knns", 0], "max_knns must be at least 1, got 0"),
     ("retomaton", ["--length-power", "inf"], "length_power must be at least 0 and finite"),
-    ("retomaton", ["--matches", 5], "'matches' is no setting of retomaton: choose among"),
-    ("suffix", ["--matches", 0], "matches must be at least 1, got 0"),
+    ("retomaton", ["--suffix-k", 5], "'suffix_k' is no setting of retomaton: choose among"),
+    ("suffix", ["--suffix-k", 0], "suffix_k must be at least 1, got 0"),
     ("suffix", ["--length-power", -1], "length_power must be at least 0 and finite, got -1"),
     ("suffix", ["--k", 5], "'k' is no setting of suffix: choose among"),
     ("suffix", ["--min-knns", 1], "'min_knns' is no setting of suffix"),
@@ -145,7 +145,7 @@ def test_settings_that_a_method_does_not_have(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--min-knns", "few"), ("--max-knns", "inf"), ("--matches", "1.5"), ("--length-power", "x")],
+    [("--min-knns", "few"), ("--max-knns", "inf"), ("--suffix-k", "1.5"), ("--length-power", "x")],
 )
 def test_numbers_that_are_none(world: SimpleNamespace, option: str, value: str) -> None:
     result = invoke("eval", world.memory, "--text", world.text, option, value)
@@ -163,7 +163,7 @@ def test_replay_that_means_nothing(world: SimpleNamespace, replay: str) -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    ("method", "option"), [("suffix", "--matches"), ("retomaton", "--max-knns")]
+    ("method", "option"), [("suffix", "--suffix-k"), ("retomaton", "--max-knns")]
 )
 def test_more_candidates_than_entries_are_all_of_them(
     world: SimpleNamespace, method: str, option: str
@@ -211,16 +211,16 @@ def test_a_texts_own_entries_are_left_out_on_request(
     corpus = world.memory.parent / "corpus.jsonl"
     given = ["--method", "knn", *as_options({"lam": 0.6, "temperature": 40.0, "k": 12})]
     (kept,) = works("eval", world.memory, "--text", corpus, *given)
-    (left_out,) = works("eval", world.memory, "--text", corpus, *given, "--exclude-own")
+    (left_out,) = works("eval", world.memory, "--text", corpus, *given, "--leave-one-out")
     memory, text = Memory.open(world.memory), list(read_documents([corpus]))
     expected = evaluate(
-        tiny_model, memory, text, "knn", tokenizer=tiny_tokenizer, exclude_own=True,
+        tiny_model, memory, text, "knn", tokenizer=tiny_tokenizer, leave_one_out=True,
         lam=0.6, temperature=40.0, k=12,
     )  # fmt: skip
     assert left_out["nll"] == pytest.approx(expected.nll, rel=1e-6)
     assert left_out["nll"] > kept["nll"] + 0.5
     (tuned,) = works("tune", world.memory, "--text", corpus, "--k", 12)
-    (without,) = works("tune", world.memory, "--text", corpus, "--k", 12, "--exclude-own")
+    (without,) = works("tune", world.memory, "--text", corpus, "--k", 12, "--leave-one-out")
     assert without["tuned_nll"] > tuned["tuned_nll"] + 0.5
 
 

@@ -39,8 +39,8 @@ WEIGHING = {"lam": 0.6, "temperature": 40.0}
 METHODS: dict[str, dict[str, Any]] = {
     "knn": {**WEIGHING, "k": 8},
     "retomaton": {**WEIGHING, "k": 12, "min_knns": 2, "max_knns": 40},
-    "suffix": {**WEIGHING, "matches": 20, "length_power": 3.0},
-    "hybrid": {"k": 12, "max_knns": 40, "matches": 20, "skip": 0.4, "guard": True},
+    "suffix": {**WEIGHING, "suffix_k": 20, "length_power": 3.0},
+    "hybrid": {"k": 12, "max_knns": 40, "suffix_k": 20, "skip": 0.4, "guard": True},
 }
 DOCUMENTS = documents_apart(9, 20, seed=3)
 

@@ -107,7 +107,7 @@ def test_kernels_equal_the_reference(seed: int) -> None:
     expected, left = np.zeros(found.ids.shape), np.ones(6)
     probs = np.zeros((6, len(COMPONENTS)))
     for n, component in enumerate(COMPONENTS):
-        columns = found.of(*component.sources)
+        columns = found.of(*component.kinds)
         own = component_weights_reference(
             found.distances[:, columns].astype(float),
             found.lengths[:, columns],

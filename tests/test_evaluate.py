@@ -192,7 +192,7 @@ def test_a_coarse_index_is_tuned_as_it_is_evaluated(
             "lam": 0.5,
             "temperature": TEMPERATURES[10],
             "k": k,
-            "candidates": tuned.variants[-1],
+            "rerank": tuned.variants[-1],
         }
         result = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **settings)
         expected = tuned.grid[10, tuned.variants.index(k), LAMS.index(0.5)]
@@ -359,7 +359,7 @@ def test_a_stream_leaves_out_its_own_entries(
     documents = random_documents()
     memory = build_memory(model, documents[:6])
     text = [documents[4], documents[7], documents[1]]
-    read = read_text(model, memory, text, tokenizer=TOKENIZER, stream=True, exclude_own=True)
+    read = read_text(model, memory, text, tokenizer=TOKENIZER, stream=True, leave_one_out=True)
     (block,) = read.blocks(no_progress, "")
     own = block.queries.own
     starts = memory.segments[0].offsets[:-1]

@@ -113,10 +113,10 @@ def test_what_stands_in_the_memory_is_found(
 def test_what_is_left_out_is_no_leak(tiny_model: PreTrainedModel, memory: Memory) -> None:
     text = mixed_text()
     expected = brute_force(CORPUS, text[2:])
-    given = {"method": "base", "exclude_own": True}
+    given = {"method": "base", "leave_one_out": True}
     assert scored(tiny_model, memory, text, **given).checks.leak == expected
     assert scored(tiny_model, memory, text[:2], **given).checks.leak == Leak((), (), 0)
-    read = read_text(tiny_model, memory, text, tokenizer=TOKENIZER, exclude_own=True)
+    read = read_text(tiny_model, memory, text, tokenizer=TOKENIZER, leave_one_out=True)
     assert scored(tiny_model, memory, read, method="base").checks.leak == expected
 
 
@@ -428,4 +428,4 @@ def test_the_report_says_it_all(memory: Memory, model_folder: str, tmp_path: Pat
         assert f"{worst['id']} ({worst['nll']:+.3f} a token)" in shown
     share = leak["tokens"] / base["tokens"]
     assert f"2 of 17 documents stand in the memory whole, and {share:.1%} of the tokens" in shown
-    assert "(t0, t1, t2, t3, t4, …); --exclude-own leaves out" in shown
+    assert "(t0, t1, t2, t3, t4, …); --leave-one-out leaves out" in shown

@@ -109,7 +109,7 @@ def test_in_lists_there_are_at_most_so_many_neighbours(
     memory = Memory.open(path, search_on="gpu").remove([DOCUMENTS[3].id])
     reference = Memory.open(path)
     for k in (5, 12):
-        found = memory.search(QUERIES, k, candidates=100)
+        found = memory.search(QUERIES, k, rerank=100)
         assert found.ids.shape == (5, k)
         clear = found.ids >= 0
         assert clear[:, :5].all()

@@ -169,7 +169,7 @@ def test_candidates_and_perplexity_are_those_of_one_memory(
         )
         assert one == other
     options = {"lam": 0.6, "tokenizer": tiny_tokenizer}
-    methods = {"suffix": {"matches": 10**6}}
+    methods = {"suffix": {"suffix_k": 10**6}}
     if expected.manifest.keys is not None:
         queries = expected.keys.rows(expected.valued_entries()[::7]) + 0.25
         found, best = memory.search(queries, 9), expected.search(queries, 9)
@@ -214,7 +214,7 @@ def test_samples_are_those_of_one_memory(
         np.testing.assert_array_equal(np.sort(one.ids), np.sort(other.ids))
         nll = [
             evaluate(
-                tiny_model, m, TEXT, "suffix", lam=0.6, matches=most, tokenizer=tiny_tokenizer
+                tiny_model, m, TEXT, "suffix", lam=0.6, suffix_k=most, tokenizer=tiny_tokenizer
             ).nll
             for m in (memory, expected)
         ]
@@ -231,7 +231,7 @@ def test_search_over_segments_finds_the_nearest_that_are_left(
     queries = np.random.default_rng(0).normal(scale=3, size=(6, 32)).astype(np.float32)
     ids = np.tile(entries, (6, 1))
     truth = memory.key_distances(queries, ids)
-    found = memory.search(queries, 12, candidates=10**6)
+    found = memory.search(queries, 12, rerank=10**6)
     if kind != "graph":  # which is not made to find everything
         np.testing.assert_allclose(found.distances, np.sort(truth, axis=1)[:, :12], rtol=1e-5)
     for distances in ("keys", "index"):

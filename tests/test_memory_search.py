@@ -85,7 +85,7 @@ def test_segments_that_are_scanned_become_one_with_an_index_when_there_are_many(
     assert filled_from(memory) == [trained, trained]
     assert verify(folder) == []
     queries = np.random.default_rng(1).normal(scale=3, size=(5, 32)).astype(np.float32)
-    found = memory.search(queries, 5, candidates=10**6).distances
+    found = memory.search(queries, 5, rerank=10**6).distances
     entries = np.tile(memory.valued_entries(), (5, 1))
     truth = np.sort(memory.key_distances(queries, entries), axis=1)[:, :5]
     assert np.isclose(found, truth, rtol=1e-4).mean() > 0.8

@@ -40,12 +40,12 @@ ALL = ("dense", "pointers", "suffix")
 
 
 def view_of(rows: int, rng: np.random.Generator, none: tuple[str, ...] = ()) -> View:
-    """Random candidates, some missing; sources in `none` have found nothing at all."""
+    """Random candidates, some missing; kinds in `none` have found nothing at all."""
     columns = (4, 3, 5)
     distances = rng.random((rows, 12)).astype(np.float32) * 20
     distances[rng.random((rows, 12)) < 0.3] = np.inf
-    for source, part in zip(ALL, (slice(0, 4), slice(4, 7), slice(7, 12)), strict=True):
-        if source in none:
+    for kind, part in zip(ALL, (slice(0, 4), slice(4, 7), slice(7, 12)), strict=True):
+        if kind in none:
             distances[:, part] = np.inf
     missing = np.isinf(distances)
     ids = np.where(missing, -1, rng.integers(0, 100, (rows, 12)))
@@ -96,7 +96,7 @@ def test_the_network_computes_what_was_trained() -> None:
     assert float(((network(inputs) - targets.numpy()) ** 2).mean()) < 0.5 * float(targets.var())
 
 
-def fitted(asks: bool = True, sources: tuple[str, ...] = ALL) -> MixtureGate:
+def fitted(asks: bool = True, kinds: tuple[str, ...] = ALL) -> MixtureGate:
     """A gate of random text, seen with every search and with none."""
 
     def seen(none: tuple[str, ...]) -> Iterator[Seen]:
@@ -113,7 +113,7 @@ def fitted(asks: bool = True, sources: tuple[str, ...] = ALL) -> MixtureGate:
 
     unit = distance_unit(seen(()))
     with gates_trained_at_once():
-        return fit_mixture(sources, [seen(()), seen(("dense", "pointers"))], unit, asks)
+        return fit_mixture(kinds, [seen(()), seen(("dense", "pointers"))], unit, asks)
 
 
 def test_shares_are_of_what_there_is_and_leave_some_to_the_model(rng: np.random.Generator) -> None:
@@ -122,7 +122,7 @@ def test_shares_are_of_what_there_is_and_leave_some_to_the_model(rng: np.random.
     shares = gate.shares(view)
     has = available(view, gate.components)
     for number, component in enumerate(gate.components):
-        own = view.candidates.distances[:, view.candidates.of(*component.sources)]
+        own = view.candidates.distances[:, view.candidates.of(*component.kinds)]
         assert has[:, number].tolist() == np.isfinite(own).any(axis=1).tolist()
     assert (shares[~has] == 0).all()
     assert (shares[has] > 0).all()
@@ -201,10 +201,10 @@ def test_the_unit_is_the_gap_to_the_middle_candidate() -> None:
     assert distance_unit([]) == 1.0
 
 
-def test_components_are_of_the_methods_sources_alone() -> None:
-    for sources in (("dense",), ("dense", "pointers"), ("suffix",), ALL):
-        components = components_for(sources, 2.0)
-        assert {source for one in components for source in one.sources} == set(sources)
+def test_components_are_of_the_methods_kinds_alone() -> None:
+    for kinds in (("dense",), ("dense", "pointers"), ("suffix",), ALL):
+        components = components_for(kinds, 2.0)
+        assert {kind for one in components for kind in one.kinds} == set(kinds)
     assert Component(("dense",), 0.6, 0.0) in components_for(("dense",), 2.0)
 
 

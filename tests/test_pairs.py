@@ -138,7 +138,7 @@ def test_a_text_is_predicted_without_the_entries_of_its_own_source(tmp_path: Pat
     memory = memory.add(model, TOKENIZER, DOCUMENTS[4:]).remove(["one"])
     memory = memory.add(model, TOKENIZER, pairs[:1])
     settings = {"lam": 0.6, "temperature": temperature_of(memory), "k": 12}
-    given = {"tokenizer": TOKENIZER, "exclude_own": True, **settings}
+    given = {"tokenizer": TOKENIZER, "leave_one_out": True, **settings}
     result = evaluate(model, memory, pairs, "knn", **given)
     begins = {}
     for number in range(memory.documents):

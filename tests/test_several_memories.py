@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "knn": ("knn", {"lam": 0.6, "temperature": 40.0, "k": 20}),
     "guarded": ("knn", {"lam": 0.6, "temperature": 40.0, "k": 20, "guard": True}),
     "retomaton": ("retomaton", {"lam": 0.7, "temperature": 60.0, "k": 12, "min_knns": 3}),
-    "suffix": ("suffix", {"lam": 0.5, "matches": 20}),
+    "suffix": ("suffix", {"lam": 0.5, "suffix_k": 20}),
 }
 WEIGHTS = [(0.5, 0.5), (0.7, 0.1), (1.0, 0.0), (0.0, 0.4)]
 
@@ -284,7 +284,7 @@ def test_one_memory_of_weight_one_is_that_memory(
     base = evaluate(tiny_model, None, TEXT, "base", tokenizer=tiny_tokenizer)
     assert none.nll == pytest.approx(base.nll)
     with pytest.raises(SettingError, match="are left out of one memory only"):
-        evaluate(tiny_model, memories, TEXT, tokenizer=tiny_tokenizer, exclude_own=True)
+        evaluate(tiny_model, memories, TEXT, tokenizer=tiny_tokenizer, leave_one_out=True)
 
 
 def test_the_likeliest_weights_are_found(

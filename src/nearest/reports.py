@@ -153,7 +153,7 @@ def _leak(result: "Result") -> Iterator[str]:
     ids = [*leak.whole, *leak.partly]
     text += f" ({', '.join(ids[:_NAMED])}{', …' if len(ids) > _NAMED else ''})"
     if leak.whole:
-        text += "; --exclude-own leaves out the entries of documents that stand there whole"
+        text += "; --leave-one-out leaves out the entries of documents that stand there whole"
     yield text
 
 

@@ -15,7 +15,7 @@ PROCESSES, SECONDS = 8, 300
 def measured(memory: Memory) -> str:
     """The nll of a text by two methods, to every digit."""
     results = evaluate(
-        MODEL[0], memory, TEXT, ["retomaton", "suffix"], tokenizer=MODEL[1], k=8, matches=20
+        MODEL[0], memory, TEXT, ["retomaton", "suffix"], tokenizer=MODEL[1], k=8, suffix_k=20
     )
     return json.dumps([result.nll for result in results])
 

@@ -14,8 +14,8 @@ from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libr
 from nearest.cli.options import (
     AsJson,
     Encoding,
-    ExcludeOwn,
     FixedSettings,
+    LeaveOneOut,
     MemoryPath,
     MethodSettings,
     MoreMemories,
@@ -56,7 +56,7 @@ def tune(
         ),
     ] = None,
     reading: Reading,
-    exclude_own: ExcludeOwn = False,
+    leave_one_out: LeaveOneOut = False,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -72,10 +72,10 @@ def tune(
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
     opened, loaded, tokenizer = open_with_model(memory, opening)
     if more:
-        if gate != "none" or exclude_own:
+        if gate != "none" or leave_one_out:
             raise NearestError(
                 "weights of memories are found with each used as it was tuned: tune gates first, "
-                "and leave --gate and --exclude-own out"
+                "and leave --gate and --leave-one-out out"
             )
         memories = opened_beside(opened, MoreMemories(more))
         texts = read_documents(text, encoding_errors=encoding_errors)
@@ -89,7 +89,7 @@ def tune(
             read_documents(text, encoding_errors=encoding_errors),
             method=name,
             tokenizer=tokenizer,
-            exclude_own=exclude_own,
+            leave_one_out=leave_one_out,
             progress=progress,
             **vars(reading),
             **vars(settings),
@@ -145,7 +145,7 @@ def evaluate(
     beside: MoreMemories,
     reading: Reading,
     score_eos: ScoreEos = False,
-    exclude_own: ExcludeOwn = False,
+    leave_one_out: LeaveOneOut = False,
     stream: Stream = False,
     records: Annotated[
         Path | None, typer.Option(help="Parquet file for what each token was predicted with.")
@@ -168,7 +168,7 @@ def evaluate(
             weights=numbers(beside.weights, "weights", "0.7,0.3"),
             tokenizer=tokenizer,
             score_eos=score_eos,
-            exclude_own=exclude_own,
+            leave_one_out=leave_one_out,
             stream=stream,
             records=records,
             progress=progress,

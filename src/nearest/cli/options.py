@@ -39,7 +39,7 @@ ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")
 Force = Annotated[
     bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
 ]
-ExcludeOwn = Annotated[
+LeaveOneOut = Annotated[
     bool,
     typer.Option(help="Predict a document that the memory holds too without its own entries."),
 ]
@@ -146,8 +146,8 @@ class FixedSettings:
         bool | None,
         typer.Option("--dedup/--no-dedup", help="Count no entry twice in one prediction."),
     ] = None
-    matches: Annotated[
-        int | None, typer.Option("--matches", help="Entries with the longest matches, at most.")
+    suffix_k: Annotated[
+        int | None, typer.Option("--suffix-k", help="Entries with the longest matches, at most.")
     ] = None
     skip: Annotated[
         float | None, typer.Option(help="Fraction of dense searches that the gate is to save.")

@@ -221,7 +221,7 @@ class Memory:
         queries: Float[np.ndarray, "q dim"],
         k: int,
         distances: str = "keys",
-        candidates: int = 0,
+        rerank: int = 0,
         *,
         ordered: bool = True,
     ) -> Neighbours:
@@ -232,7 +232,7 @@ class Memory:
             k: number of neighbours, at least 1.
             distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
                 index's own order and distances, as earlier implementations do.
-            candidates: re-rank at least so many; k and the margin that the index was tuned to
+            rerank: re-rank at least so many; k and the margin that the index was tuned to
                 when these are more.
             ordered: nearest first. Otherwise as they come, which is quicker.
 
@@ -244,7 +244,7 @@ class Memory:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        return self._search(self._stored(queries), k, distances, candidates, ordered=ordered)
+        return self._search(self._stored(queries), k, distances, rerank, ordered=ordered)
 
     def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
         """The k entries nearest to each of some entries by the stored keys, itself among them."""
@@ -255,14 +255,14 @@ class Memory:
         queries: Float[np.ndarray, "q stored_dim"],
         k: int,
         distances: str,
-        candidates: int,
+        rerank: int,
         *,
         ordered: bool,
     ) -> Neighbours:
         """Search with queries as keys are stored."""
         parts = []
         for joint in self._indexes:
-            wanted = k if distances == "index" else max(k + joint.margin, candidates)
+            wanted = k if distances == "index" else max(k + joint.margin, rerank)
             parts.append(joint.index.search(queries, joint.fetched(k, wanted)))
         if not parts:
             return Neighbours.none(len(queries))

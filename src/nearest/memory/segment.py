@@ -343,11 +343,11 @@ class Segment:
         return ExactIndex(self.keys, self.searched)
 
     def search_by_keys(
-        self, queries: Float[np.ndarray, "q dim"], k: int, candidates: int
+        self, queries: Float[np.ndarray, "q dim"], k: int, rerank: int
     ) -> Neighbours:
         """The k nearest by the stored keys, among at least so many that the index finds."""
         margin = self.record.index.margin if self.record.index else 0
-        found = self.search_by_index(queries, max(k + margin, candidates))
+        found = self.search_by_index(queries, max(k + margin, rerank))
         distances = self.keys.distances(queries, found.ids)
         return sort_nearest_first(Neighbours(found.ids, distances), k)
 

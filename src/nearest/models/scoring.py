@@ -88,14 +88,14 @@ class Scorer:
         score_eos: bool = False,
         force: bool = False,
         batch_size: int | None = None,
-        exclude_own: bool = False,
+        leave_one_out: bool = False,
         stream: bool = False,
     ) -> "Scorer | ReadText":
         """Check that model, memory, tokenizer and text fit together.
 
         Windows not given are the memory's, so that queries are made as keys were. A tokenizer not
         given is loaded from where the model came from, when there is text to tokenise. With
-        `exclude_own`, a document that stands in the memory too is predicted without the entries
+        `leave_one_out`, a document that stands in the memory too is predicted without the entries
         that are itself. With `stream`, all documents are one sequence.
 
         Raises:
@@ -145,11 +145,11 @@ class Scorer:
             keyed = [one.manifest.keys for one in memories if one.manifest.keys is not None]
             if keyed and window is None and stride is None:
                 window, stride = keyed[0].window, keyed[0].stride
-        if exclude_own and memories:
+        if leave_one_out and memories:
             if len(memories) > 1:
                 raise SettingError(
                     "a text's own entries are left out of one memory only: give one, or leave "
-                    "exclude_own out"
+                    "leave_one_out out"
                 )
             own = memories[0].first_entries(text.own_tokens, text.sources)
         if stream:
@@ -250,7 +250,7 @@ def read_text(
     Args:
         model, memory, documents: as in `evaluate`; the memory decides about key layer and windows.
         progress: told (stage, done, total).
-        **options: tokenizer, window, stride, score_eos, batch_size, force, exclude_own, stream,
+        **options: tokenizer, window, stride, score_eos, batch_size, force, leave_one_out, stream,
             as in `evaluate`.
 
     Raises:

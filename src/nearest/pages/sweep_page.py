@@ -189,4 +189,4 @@ def _facts(swept: Sweep, memory: Memory) -> Iterator[str]:
 
 def _follows_pointers(point: Point) -> bool:
     method = point.result.method
-    return method in MEMORY_METHODS and "pointers" in method_named(method).sources
+    return method in MEMORY_METHODS and "pointers" in method_named(method).kinds

@@ -1,4 +1,4 @@
-"""The entries that are weighed for a prediction, whichever source they came from."""
+"""The entries that are weighed for a prediction, of whichever kind."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float, Int
 
 from nearest.index.neighbours import NO_ENTRY
 
-SOURCES = ("dense", "pointers", "suffix")
+KINDS = ("dense", "pointers", "suffix")
 
 
 class Candidates(NamedTuple):
-    """Entries of each query, a column each; a source's columns stand together, in SOURCES' order.
+    """Entries of each query, a column each; a kind's columns stand together, in KINDS' order.
 
-    Where a source gave a query fewer entries than columns, the id and value are -1, the distance
+    Where a kind has fewer entries than columns for a query, the id and value are -1, the distance
     +inf and the length 0.
     """
 
@@ -22,7 +22,7 @@ class Candidates(NamedTuple):
     values: Int[np.ndarray, "q c"]  # int64, the token that follows each entry
     distances: Float[np.ndarray, "q c"]  # float32; all 0 in a memory without keys
     lengths: Int[np.ndarray, "q c"]  # int16, tokens of left context shared with the query
-    columns: tuple[int, int, int]  # how many columns each source has
+    columns: tuple[int, int, int]  # how many columns each kind has
     searched: Bool[np.ndarray, " q"]  # whether the dense search was made
     # float32: of how many entries each stands for; None where each stands for itself
     log_counts: Float[np.ndarray, "q c"] | None = None
@@ -39,19 +39,19 @@ class Candidates(NamedTuple):
             None if self.log_counts is None else self.log_counts[rows],
         )
 
-    def of(self, *sources: str) -> slice:
-        """The columns of neighbouring sources, such as "dense" and "pointers"."""
-        first, last = SOURCES.index(sources[0]), SOURCES.index(sources[-1])
+    def of(self, *kinds: str) -> slice:
+        """The columns of neighbouring kinds, such as "dense" and "pointers"."""
+        first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
         return slice(sum(self.columns[:first]), sum(self.columns[: last + 1]))
 
-    def has(self, source: str) -> Bool[np.ndarray, " q"]:
-        """Whether a source found anything."""
-        found: Bool[np.ndarray, " q"] = (self.ids[:, self.of(source)] != NO_ENTRY).any(axis=1)
+    def has(self, kind: str) -> Bool[np.ndarray, " q"]:
+        """Whether anything of a kind was found."""
+        found: Bool[np.ndarray, " q"] = (self.ids[:, self.of(kind)] != NO_ENTRY).any(axis=1)
         return found
 
 
 class Part(NamedTuple):
-    """What one source found; see Candidates."""
+    """The candidates of one kind; see Candidates."""
 
     ids: Int[np.ndarray, "q c"]
     distances: Float[np.ndarray, "q c"]
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 def no_part(queries: int) -> Part:
-    """What a source that was not asked has found."""
+    """No candidates, as of a kind that was not looked up."""
     shape = queries, 0
     return Part(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int16))
 

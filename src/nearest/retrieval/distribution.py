@@ -29,9 +29,9 @@ _LOG_LENGTHS = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
 
 
 class Component(NamedTuple):
-    """A distribution made of some sources' candidates, in one way of weighing them."""
+    """A distribution made of some kinds' candidates, in one way of weighing them."""
 
-    sources: tuple[str, ...]  # that stand side by side in SOURCES
+    kinds: tuple[str, ...]  # that stand side by side in KINDS
     temperature: float
     length_power: float = 0.0
     first: int | None = None  # only so many columns: of a dense search, the nearest
@@ -203,7 +203,7 @@ def nll_over_lams(
 
 
 def _columns(candidates: Candidates, component: Component) -> slice:
-    columns = candidates.of(*component.sources)
+    columns = candidates.of(*component.kinds)
     if component.first is not None:
         columns = slice(columns.start, min(columns.stop, columns.start + component.first))
     return columns

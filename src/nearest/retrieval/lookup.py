@@ -1,6 +1,6 @@
 """One method over a memory: queries and pointers in, candidates and their weights out.
 
-Every method is this pipeline with its own sources and settings; it keeps no state between calls.
+Each method has its own kinds of candidates and settings; nothing is kept between calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,14 +54,14 @@ class Lookup:
         self.memory = memory
         self.method = method
         self.settings = settings
-        self.sources = method_named(method).sources
-        if self.sources != ("suffix",):
+        self.kinds = method_named(method).kinds
+        if self.kinds != ("suffix",):
             _ = memory.keys_record  # refuses a memory without keys before anything is computed
         self._asks = method_named(method).asks
         self._search = search or memory.search
         self._ordered = ordered
         self.gate = gate or FixedGate(
-            Component(self.sources, settings.temperature, settings.length_power), settings.lam
+            Component(self.kinds, settings.temperature, settings.length_power), settings.lam
         )
 
     @classmethod
@@ -74,13 +74,13 @@ class Lookup:
             SettingError: the method needs a gate that the memory does not have.
         """
         gate = load_gate(memory, method)
-        ordered = gate is not None or "pointers" in method_named(method).sources
+        ordered = gate is not None or "pointers" in method_named(method).kinds
         return cls(memory, method, settings, gate, ordered=ordered)
 
     @property
     def keeps_state(self) -> bool:
         """Whether a prediction depends on those before it, and not on its context alone."""
-        return "pointers" in self.sources
+        return "pointers" in self.kinds
 
     @property
     def needs_lm(self) -> bool:
@@ -94,26 +94,26 @@ class Lookup:
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        only_keys = self.sources == ("dense",) and not (self._measures_matches or self._asks)
+        only_keys = self.kinds == ("dense",) and not (self._measures_matches or self._asks)
         return not only_keys or self.settings.guard
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
     ) -> Candidates:
-        """What every source of the method finds.
+        """The candidates of every kind that the method has.
 
         `pointers` are what `follow` gave for the queries' sequences, None at their beginnings.
         """
         count = len(queries.keys)
         none = no_part(count)
-        if self.sources == ("dense",) and not self._asks:
+        if self.kinds == ("dense",) and not self._asks:
             return self._joined(self._dense(queries), none, none, np.ones(count, dtype=bool))
         dense = pointed = matched = none
         left = np.zeros(count, dtype=np.int64)
-        if pointers is not None and "pointers" in self.sources:
+        if pointers is not None and "pointers" in self.kinds:
             pointed = self._pointed(queries, pointers)
             left = (pointers >= 0).sum(axis=1)
-        if "suffix" in self.sources:
+        if "suffix" in self.kinds:
             matched = self._matched(queries)
         searched = self._to_search(queries, left, pointed, matched)
         if searched.all():
@@ -171,14 +171,14 @@ class Lookup:
         `left` counts them before clusters add to them.
         """
         count = len(queries.keys)
-        if "dense" not in self.sources:
+        if "dense" not in self.kinds:
             return np.zeros(count, dtype=bool)
         if self._asks and isinstance(self.gate, SearchGate):
             nothing = no_part(count), np.zeros(count, dtype=bool)
             found = self._joined(nothing[0], pointed, matched, nothing[1])
             before = View(queries, found, self.memory)
             return self.gate.worth_searching(before, self.settings.skip)
-        if "pointers" not in self.sources:
+        if "pointers" not in self.kinds:
             return np.ones(count, dtype=bool)
         fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
@@ -189,7 +189,7 @@ class Lookup:
 
         def search(k: int) -> Part:
             found = self._search(
-                queries.keys, k, settings.distances, settings.candidates, ordered=ordered
+                queries.keys, k, settings.distances, settings.rerank, ordered=ordered
             )
             return Part(found.ids, found.distances, self._lengths(queries, found.ids))
 
@@ -218,7 +218,7 @@ class Lookup:
                 distances = self.memory.key_distances(queries.keys, found.ids)
             return Part(found.ids, distances, found.lengths)
 
-        return self._others(queries, match, self.settings.matches)
+        return self._others(queries, match, self.settings.suffix_k)
 
     @staticmethod
     def _others(queries: Queries, find: Callable[[int], Part], most: int) -> Part:

@@ -20,7 +20,7 @@ class Search(Protocol):
         queries: Float[np.ndarray, "q dim"],
         k: int,
         distances: str,
-        candidates: int,
+        rerank: int,
         *,
         ordered: bool,
     ) -> Neighbours:
@@ -57,13 +57,13 @@ class SearchCache:
         queries: Float[np.ndarray, "q dim"],
         k: int,
         distances: str,
-        candidates: int,
+        rerank: int,
         *,
         ordered: bool = True,
     ) -> Neighbours:
         """As `Memory.search`, always in order: fewer neighbours are the first of more."""
         started = time.perf_counter()
-        wide = _fetched(k, distances, candidates)
+        wide = _fetched(k, distances, rerank)
         answers = self._answers.setdefault((distances, wide), _Answers())
         names = [row.tobytes() for row in queries]
         unseen = {name: row for row, name in enumerate(names) if name not in answers.of}
@@ -76,9 +76,9 @@ class SearchCache:
         self.seconds += time.perf_counter() - started
         return found
 
-    def seconds_a_search(self, k: int, distances: str, candidates: int) -> float:
+    def seconds_a_search(self, k: int, distances: str, rerank: int) -> float:
         """Mean time of a search of this kind since the clock was started; 0 where none was made."""
-        answers = self._answers.get((distances, _fetched(k, distances, candidates)), _Answers())
+        answers = self._answers.get((distances, _fetched(k, distances, rerank)), _Answers())
         return answers.seconds / max(1, answers.searched)
 
     def restart_clock(self) -> None:
@@ -107,6 +107,6 @@ class SearchCache:
             answers.of[name] = Neighbours(*(array[row : row + 1] for array in found))
 
 
-def _fetched(k: int, distances: str, candidates: int) -> int:
+def _fetched(k: int, distances: str, rerank: int) -> int:
     """How many entries a search must look at; the index's own distances know no candidates."""
-    return max(k, candidates) if distances == "keys" else k
+    return max(k, rerank) if distances == "keys" else k

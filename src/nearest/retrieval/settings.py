@@ -9,30 +9,31 @@ from typing import Any
 
 from nearest.errors import SettingError
 from nearest.memory.memory import DISTANCES, Memory
-from nearest.retrieval.candidates import SOURCES
+from nearest.retrieval.candidates import KINDS
 
 BASE = "base"
 _INFINITE = "inf"
 _WEIGHING = ("lam", "temperature", "length_power")
-_OF_SOURCE = {
-    "dense": ("k", "distances", "candidates"),
+_RENAMED = {"candidates": "rerank", "matches": "suffix_k"}  # as memories of before 0.1 name them
+_OF_KIND = {
+    "dense": ("k", "distances", "rerank"),
     "pointers": ("min_knns", "max_knns", "dedup"),
-    "suffix": ("matches",),
+    "suffix": ("suffix_k",),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which sources give a method its candidates, and what weighs them.
+    """Which kinds give a method its candidates, and what weighs them.
 
     Attributes:
-        sources: among "dense", "pointers" and "suffix", in this order.
+        kinds: among "dense", "pointers" and "suffix", in this order.
         gate: the kind of trained gate that weighs them; None for a fixed λ.
         asks: whether the gate decides about dense searches.
         defaults: settings whose defaults are not those of `Settings`.
     """
 
-    sources: tuple[str, ...]
+    kinds: tuple[str, ...]
     gate: str | None = None
     asks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class Method:
     def settings(self) -> tuple[str, ...]:
         """The names of the settings it has."""
         names = list(() if self.gate else _WEIGHING)
-        for source in self.sources:
-            names += _OF_SOURCE[source]
+        for kind in self.kinds:
+            names += _OF_KIND[kind]
         if self.asks:
             names = [*(name for name in names if name != "min_knns"), "skip"]
         return (*names, "guard")
@@ -61,7 +62,7 @@ _METHODS = {
     "retomaton+mixture": Method(_RETOMATON, "mixture"),
     "suffix": Method(_SUFFIX, defaults={"lam": 0.5, "temperature": 64.0, "length_power": 4.0}),
     "suffix+mixture": Method(_SUFFIX, "mixture"),
-    "hybrid": Method(SOURCES, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
+    "hybrid": Method(KINDS, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
 }
 MEMORY_METHODS = tuple(_METHODS)
 METHODS = (BASE, *MEMORY_METHODS)
@@ -89,11 +90,11 @@ class Settings:
         length_power: b in (1 + match length)^b, by which candidates are weighed too.
         k: neighbours of a dense search.
         distances: "keys" measures by the stored keys, "index" by the index's own codes.
-        candidates: at least so many are fetched by a dense search and re-ranked by their keys.
+        rerank: at least so many are fetched by a dense search and re-ranked by their keys.
         min_knns: search when fewer pointers are left; infinity searches always, 0 never.
         max_knns: pointers and members of their clusters, at most.
         dedup: count an entry once that is a neighbour and a pointer, or a member of a cluster too.
-        matches: candidates of a suffix match, at most.
+        suffix_k: candidates of a suffix match, at most.
         skip: fraction of dense searches that the gate is to save, by what it saw when tuned.
         guard: weigh base and memory by how well each has predicted the document so far, which
             costs at most ln 2 nats a document and repairs a gate that is wrong.
@@ -104,11 +105,11 @@ class Settings:
     length_power: float = 0.0
     k: int = 1024
     distances: str = "keys"
-    candidates: int = 0
+    rerank: int = 0
     min_knns: float = 1
     max_knns: int = 1024
     dedup: bool = False
-    matches: int = 256
+    suffix_k: int = 256
     skip: float = 0.0
     guard: bool = False
 
@@ -116,7 +117,7 @@ class Settings:
         for name in ("lam", "temperature", "length_power", "min_knns", "skip"):
             if not isinstance(getattr(self, name), Real):
                 raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("k", "candidates", "max_knns", "matches"):
+        for name in ("k", "rerank", "max_knns", "suffix_k"):
             if not isinstance(getattr(self, name), Integral):
                 raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not 0 <= self.lam <= 1:
@@ -134,7 +135,7 @@ class Settings:
             )
         if not self.min_knns >= 0:
             raise SettingError(f"min_knns must be at least 0, got {self.min_knns}")
-        for name in ("k", "max_knns", "matches"):
+        for name in ("k", "max_knns", "suffix_k"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.distances not in DISTANCES:
@@ -164,11 +165,8 @@ def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
             f"{unknown[0]!r} is no setting of {method}: choose among {', '.join(sorted(known))}"
         )
     defaults = dict(method_named(method).defaults)
-    tuned = {
-        name: float("inf") if value == _INFINITE else value
-        for name, value in memory.settings(method).items()
-        if name in known
-    }
+    stored = {_RENAMED.get(name, name): v for name, v in memory.settings(method).items()}
+    tuned = {n: float("inf") if v == _INFINITE else v for n, v in stored.items() if n in known}
     chosen = {name: v for name, v in given.items() if v is not None}
     try:
         Settings(**{**defaults, **tuned})
@@ -178,7 +176,7 @@ def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
             "(`nearest tune`)"
         ) from error
     settings = Settings(**{**defaults, **tuned, **chosen})
-    if "dense" in method_named(method).sources and settings.k > memory.entries:
+    if "dense" in method_named(method).kinds and settings.k > memory.entries:
         if "k" in chosen:
             warnings.warn(
                 f"k = {settings.k:,} is more than the memory's {memory.entries:,} entries: "

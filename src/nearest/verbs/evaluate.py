@@ -56,7 +56,7 @@ def evaluate(
     score_eos: bool = False,
     batch_size: int | None = None,
     force: bool = False,
-    exclude_own: bool = False,
+    leave_one_out: bool = False,
     stream: bool = False,
     records: str | Path | Records | None = None,
     progress: Progress = no_progress,
@@ -76,7 +76,7 @@ def evaluate(
         score_eos: predict the end of each document too.
         batch_size: windows a forward pass.
         force: accept another model than the one that built the memory.
-        exclude_own: predict a document that stands in the memory too without the entries that are
+        leave_one_out: predict a document that stands in the memory too without the entries that are
             itself; its equals under other ids stay.
         stream: read all documents as one sequence, as older tools do (fairseq's sample-break-mode
             none): it begins with one context token and holds the documents one after another, with
@@ -109,7 +109,7 @@ def evaluate(
         score_eos=score_eos,
         batch_size=batch_size,
         force=force,
-        exclude_own=exclude_own,
+        leave_one_out=leave_one_out,
         stream=stream,
     )
     scored = [_Scored(name, ensembles.get(name), memories, scorer.text) for name in methods]

@@ -181,7 +181,7 @@ class _Run:
     def seconds_a_search(self, cache: SearchCache) -> float:
         """What a search of its kind takes, on average."""
         settings = self.variation.lookup.settings
-        return cache.seconds_a_search(settings.k, settings.distances, settings.candidates)
+        return cache.seconds_a_search(settings.k, settings.distances, settings.rerank)
 
     def cost(self, base_seconds: float, cache: SearchCache) -> Cost:
         """As if it had made its searches itself."""

@@ -105,7 +105,7 @@ def tune(
     stride: int | None = None,
     batch_size: int | None = None,
     force: bool = False,
-    exclude_own: bool = False,
+    leave_one_out: bool = False,
     store: bool = True,
     progress: Progress = no_progress,
     **fixed: Any,
@@ -118,12 +118,13 @@ def tune(
     in memory.
 
     Args:
-        model, memory, documents, tokenizer, window, stride, batch_size, force, exclude_own,
+        model, memory, documents, tokenizer, window, stride, batch_size, force, leave_one_out,
             progress: as in `evaluate`.
         method: one that uses the memory.
         store: write the result into the memory, where `attach` and `evaluate` find it; a memory
             opened before must be opened again to see it.
-        **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup, matches.
+        **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup,
+            suffix_k.
 
     Raises:
         NearestError: model, memory, text or settings cannot be used.
@@ -142,7 +143,7 @@ def tune(
         stride=stride,
         batch_size=batch_size,
         force=force,
-        exclude_own=exclude_own,
+        leave_one_out=leave_one_out,
     )
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:
@@ -176,7 +177,7 @@ def _sweep(
                     first = int(value)
                 elif variant == "length_power":
                     power = value
-                components = [Component(lookup.sources, t, power, first) for t in TEMPERATURES]
+                components = [Component(lookup.kinds, t, power, first) for t in TEMPERATURES]
                 probs[rows, i] = component_probs(candidates, components, block.targets[rows])
         memory_probs.append(torch.from_numpy(probs))
         lm_probs.append(block.lm_log_probs.double().exp())
@@ -186,7 +187,7 @@ def _sweep(
     settings = replace(lookup.settings, temperature=TEMPERATURES[best[0]], lam=LAMS[best[2]])
     if variant == "k":
         # The best k was chosen among the widest's candidates, and is to be fetched among them.
-        settings = replace(settings, k=int(variants[best[1]]), candidates=int(variants[-1]))
+        settings = replace(settings, k=int(variants[best[1]]), rerank=int(variants[-1]))
     elif variant == "length_power":
         settings = replace(settings, length_power=variants[best[1]])
     return Tuned(
@@ -210,23 +211,23 @@ def _train(
 ) -> TunedGate:
     """Train the method's gate on the text, looked up as the method does."""
     chosen = method_named(method)
-    sources, kind, asks = chosen.sources, str(chosen.gate), chosen.asks
+    kinds, trained, asks = chosen.kinds, str(chosen.gate), chosen.asks
     settings = replace(Settings(**method_named(method).defaults), **given)
-    if "dense" in sources:
+    if "dense" in kinds:
         settings = replace(settings, k=min(settings.k, memory.entries))
     blocks = list(scorer.blocks(progress, f"read for {method}", with_view=True))
 
     def seen(searched: float) -> Iterator[Seen]:
-        return _looked_up(Lookup(memory, method, settings, Trial(sources, searched)), blocks)
+        return _looked_up(Lookup(memory, method, settings, Trial(kinds, searched)), blocks)
 
     gate: StoredGate
-    if kind in _PUBLISHED:
-        gate = _PUBLISHED[kind](seen(1.0))
+    if trained in _PUBLISHED:
+        gate = _PUBLISHED[trained](seen(1.0))
     else:
         # With every search, with none, and with half of them, for states that a gate leads to.
         shares = (1.0, 0.0, 0.5) if asks else (1.0,)
         unit = distance_unit(seen(1.0))
-        gate = fit_mixture(sources, [seen(share) for share in shares], unit, asks)
+        gate = fit_mixture(kinds, [seen(share) for share in shares], unit, asks)
     run = MethodRun(Lookup(memory, method, settings, gate))
     nll = -torch.cat([run.log_probs(block) for block in blocks]).double()
     base = -torch.cat([block.lm_log_probs for block in blocks]).double()
@@ -259,7 +260,7 @@ def _sweep_of(
         widest = replace(widest, k=min(widest.k, memory.entries))
     if method == "knn" and "k" not in given:
         ks = tuple(sorted({min(k, memory.entries) for k in KS}))
-        widest = replace(widest, k=ks[-1], candidates=max(widest.candidates, ks[-1]))
+        widest = replace(widest, k=ks[-1], rerank=max(widest.rerank, ks[-1]))
         return Lookup(memory, method, widest), "k", ks
     if defaults.length_power > 0 and "length_power" not in given:
         return Lookup(memory, method, widest), "length_power", LENGTH_POWERS

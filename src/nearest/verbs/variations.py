@@ -112,4 +112,4 @@ def varied_setting(method: str) -> str | None:
 
 
 def _searches(method: str) -> bool:
-    return "dense" in method_named(method).sources
+    return "dense" in method_named(method).kinds

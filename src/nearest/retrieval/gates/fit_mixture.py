@@ -32,14 +32,14 @@ _FLOOR = 1e-20  # of a probability, so that its logarithm is finite
 class Trial:
     """Stands in for the gate while its training text is looked up: searches so many at random."""
 
-    sources: tuple[str, ...]
+    kinds: tuple[str, ...]
     searched: float
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     @property
     def components(self) -> tuple[Component, ...]:
         """Such that everything the gate will look at is measured."""
-        return components_for(self.sources, 1.0)
+        return components_for(self.kinds, 1.0)
 
     @property
     def needs_lm(self) -> bool:
@@ -70,12 +70,12 @@ class _Data(NamedTuple):
 
 
 def fit_mixture(
-    sources: Sequence[str], views: Sequence[Iterable[Seen]], unit: float, asks: bool
+    kinds: Sequence[str], views: Sequence[Iterable[Seen]], unit: float, asks: bool
 ) -> MixtureGate:
-    """Fit a mixture over sources.
+    """Fit a mixture over kinds.
 
     Args:
-        sources: of the method.
+        kinds: of the method.
         views: the same text, seen in one way or several. For a method that asks whether to search,
             the first with every search made and the second with none.
         unit: see `components_for`.
@@ -84,9 +84,9 @@ def fit_mixture(
     Raises:
         SettingError: the text is too short.
     """
-    components = components_for(sources, unit)
+    components = components_for(kinds, unit)
     voted = voted_among(components, unit)
-    untrained = MixtureGate(tuple(sources), components, voted, _NOTHING)
+    untrained = MixtureGate(tuple(kinds), components, voted, _NOTHING)
     seen = [_collect(untrained, view) for view in views]
     check_enough(len(seen[0].rows))
     data = _Data(*(np.concatenate(parts) for parts in zip(*seen, strict=True)))
@@ -98,7 +98,7 @@ def fit_mixture(
         return -((shares * probs[rows]).sum(-1) + _FLOOR).log().mean()
 
     mix = cross_fitted(data.features, loss, len(components) + 1, np.tile(folds, len(seen)))
-    gate = MixtureGate(tuple(sources), components, voted, mix)
+    gate = MixtureGate(tuple(kinds), components, voted, mix)
     if not asks:
         return gate
     every, none = (_log_probs(mix, one) for one in seen[:2])
@@ -110,7 +110,7 @@ def fit_mixture(
     network = cross_fitted(seen[0].before, error, 1, folds)
     guesses = network(seen[0].before)[:, 0]
     search = SearchGuess(network, quantiles_of(guesses))
-    return MixtureGate(tuple(sources), components, voted, mix, search)
+    return MixtureGate(tuple(kinds), components, voted, mix, search)
 
 
 _NOTHING = Network(np.zeros(0, np.float32), np.zeros(0, np.float32), (), ())

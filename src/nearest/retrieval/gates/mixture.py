@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nearest.retrieval.candidates import SOURCES
+from nearest.retrieval.candidates import KINDS
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.features import features
 from nearest.retrieval.gates.gate import LEFT_TO_LM, View
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.gates.quantiles import worth_searching
 
-# One source's candidates, or neighbouring ones' together, in some ways of weighing them:
+# One kind's candidates, or neighbouring ones' together, in some ways of weighing them:
 # (multiple of the distances' unit as temperature, length power).
 _GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
     ("dense",): ((0.3, 0.0), (1.2, 5.0)),
@@ -30,15 +30,15 @@ _GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
 _VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
 
 
-def components_for(sources: Sequence[str], unit: float) -> tuple[Component, ...]:
-    """The components that a mixture over these sources weighs.
+def components_for(kinds: Sequence[str], unit: float) -> tuple[Component, ...]:
+    """The components that a mixture over these kinds weighs.
 
     `unit`: how much farther an ordinary candidate is than the nearest, on average.
     """
     return tuple(
         Component(group, multiple * unit, power)
         for group, ways in _GROUPS.items()
-        if set(group) <= set(sources)
+        if set(group) <= set(kinds)
         for multiple, power in ways
     )
 
@@ -48,7 +48,7 @@ def voted_among(components: Sequence[Component], unit: float) -> tuple[int, ...]
     return tuple(
         number
         for number, one in enumerate(components)
-        if one.temperature == _VOTED * unit and len(one.sources) < len(SOURCES)
+        if one.temperature == _VOTED * unit and len(one.kinds) < len(KINDS)
     )
 
 
@@ -65,14 +65,14 @@ class MixtureGate:
     """Networks with what they look at and what they weigh.
 
     Attributes:
-        sources: of the method it was trained for.
+        kinds: of the method it was trained for.
         components: that are weighed.
         voted: the numbers of those whose votes it looks at.
         mix: features → logits of the language model and of each component.
         search: None for a method that does not ask whether to search.
     """
 
-    sources: tuple[str, ...]
+    kinds: tuple[str, ...]
     components: tuple[Component, ...]
     voted: tuple[int, ...]
     mix: Network
@@ -85,13 +85,13 @@ class MixtureGate:
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
         """What the mixing network looks at."""
-        return features(view, self.sources, [self.components[i] for i in self.voted])
+        return features(view, self.kinds, [self.components[i] for i in self.voted])
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
         """What the searching network looks at: nothing that depends on earlier searches."""
-        free = [source for source in self.sources if source == "suffix"]
+        free = [kind for kind in self.kinds if kind == "suffix"]
         voted = [self.components[i] for i in self.voted]
-        return features(view, free, [one for one in voted if set(one.sources) <= set(free)])
+        return features(view, free, [one for one in voted if set(one.kinds) <= set(free)])
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates, a rest for the model."""
@@ -115,11 +115,11 @@ class MixtureGate:
         )
 
     def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Components and sources as JSON, the networks as arrays."""
+        """Components and kinds as JSON, the networks as arrays."""
         config: dict[str, Any] = {
-            "sources": list(self.sources),
+            "sources": list(self.kinds),
             "components": [
-                [list(one.sources), one.temperature, one.length_power] for one in self.components
+                [list(one.kinds), one.temperature, one.length_power] for one in self.components
             ],
             "voted": list(self.voted),
         }
@@ -133,8 +133,8 @@ class MixtureGate:
     def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "MixtureGate":
         """The gate that was stored."""
         components = tuple(
-            Component(tuple(sources), float(temperature), float(power))
-            for sources, temperature, power in config["components"]
+            Component(tuple(kinds), float(temperature), float(power))
+            for kinds, temperature, power in config["components"]
         )
         search = None
         if "quantiles" in arrays:
@@ -153,7 +153,7 @@ class MixtureGate:
 
 def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
     """Whether each component has a candidate."""
-    has = {source: view.candidates.has(source) for source in SOURCES}
-    found = [np.any([has[source] for source in one.sources], axis=0) for one in components]
+    has = {kind: view.candidates.has(kind) for kind in KINDS}
+    found = [np.any([has[kind] for kind in one.kinds], axis=0) for one in components]
     stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
     return stacked
