@@ -25,10 +25,10 @@ from common import (
     report,
 )
 from nearest import Memory, attach, read_documents
-from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.writer import rebuild_index
+from nearest.build.build import rebuild_index
+from nearest.build.compress import Compression, compress_memory
 from nearest.models.attach import Session
+from nearest.store.parts.index import IndexChoice
 
 
 class Turns:

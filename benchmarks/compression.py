@@ -15,7 +15,7 @@ import numpy as np
 
 from common import arguments, machine, memory_of, memory_of_tokens, model_and_tokenizer, report
 from nearest import Memory, evaluate, read_documents, read_text, tune
-from nearest.memory.compress import Compression, compress_memory
+from nearest.build.compress import Compression, compress_memory
 
 COMPRESSIONS = {
     "fp16": None,

@@ -27,12 +27,12 @@ from common import (
     timed,
 )
 from nearest import Memory, attach, evaluate, read_documents, read_text
+from nearest.build.build import rebuild_index
 from nearest.encode.encoder import Encoder
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.encode.layers import find_key_layer
 from nearest.index.tuning import recall
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.writer import rebuild_index
+from nearest.store.parts.index import IndexChoice
 
 SETTINGS = {"lam": 0.8, "temperature": 10.0, "k": 1024}
 

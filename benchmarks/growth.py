@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from common import arguments, machine, memory_of, model_and_tokenizer, query_keys, report, timed
 from nearest import Memory
+from nearest.build.importing import ImportOptions, import_store
 from nearest.index.tuning import recall
-from nearest.memory.importing import ImportOptions, import_store
 from nearest.pages.figures import RULE, STYLE, TEAL
 
 BLOCK = 65_536

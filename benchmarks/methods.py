@@ -17,7 +17,7 @@ import numpy as np
 
 from common import arguments, compared, machine, memory_of, model_and_tokenizer, report, timed
 from nearest import Memory, evaluate, read_documents, read_text, tune
-from nearest.memory.clustering import KMeans, cluster_memory
+from nearest.build.cluster import KMeans, cluster_memory
 from nearest.verbs.results import Result
 
 MIN_KNNS = "1,2,5,20,100,inf"

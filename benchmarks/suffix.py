@@ -15,7 +15,7 @@ import torch
 
 from common import arguments, is_built, machine, memory_of, model_and_tokenizer, report
 from nearest import Memory, evaluate, read_documents, read_text, tune
-from nearest.memory.compress import Compression, compress_memory
+from nearest.build.compress import Compression, compress_memory
 
 METHODS = {
     "suffix, 256 matches": ("suffix", {"suffix_k": 256}),

@@ -16,7 +16,7 @@ from conftest import edit_manifest, snapshot
 from nearest import Memory
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
-from nearest.memory.verify import verify
+from nearest.store.verify import verify
 
 Build = Callable[..., Memory]
 Moment = tuple[str, str, int]

@@ -17,10 +17,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from automaton_oracle import Corpus, Oracle, Prediction, states_of
 from conftest import gates_trained_at_once
 from nearest import Memory, attach, evaluate, tune
+from nearest.build.cluster import KMeans, cluster_memory
+from nearest.build.compress import Compression, compress_memory
 from nearest.encode.identity import token_rules
 from nearest.errors import CorpusError, ModelError, NearestError, SettingError
-from nearest.memory.clustering import KMeans, cluster_memory
-from nearest.memory.compress import Compression, compress_memory
 from nearest.verbs.generate import generate as generate_text
 from oracle import keys_and_logits, knn_lm_log_probs, stored_pairs
 from pairs import CONFIGS, EOS, PAD, make_pair_model, make_pair_tokenizer, pair_documents

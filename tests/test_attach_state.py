@@ -24,8 +24,8 @@ from conftest import (
 )
 from gate_oracle import GateOracle
 from nearest import Memory, attach, evaluate, tune
+from nearest.build.cluster import KMeans, cluster_memory
 from nearest.errors import ModelError, SettingError
-from nearest.memory.clustering import KMeans, cluster_memory
 from nearest.models.attach import Session
 from nearest.models.prefixes import Prefixes
 from nearest.retrieval.settings import method_named

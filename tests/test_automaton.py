@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from automaton_oracle import Corpus, Oracle, log_softmax
 from conftest import documents_apart, in_two_segments, make_documents, make_tokenizer
 from nearest import Document, Memory, evaluate
+from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
 from nearest.corpus.windows import windows
 from nearest.encode import encoder
 from nearest.index.clusters import Clusters
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
 from nearest.models.scoring import ScoredBlock, Scorer
 from nearest.progress import no_progress
 from nearest.retrieval import automaton, walk

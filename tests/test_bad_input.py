@@ -32,8 +32,8 @@ from conftest import edit_manifest, make_documents, make_model, make_tokenizer
 from nearest import Memory
 from nearest.cli import app
 from nearest.folder import writer_lock
-from nearest.memory.manifest import FORMAT
-from nearest.memory.verify import verify
+from nearest.store.manifest import FORMAT
+from nearest.store.verify import verify
 
 NEAREST = Path(sys.executable).with_name("nearest")
 BOM = b"\xef\xbb\xbf"

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from conftest import make_documents
 from nearest import Document, Memory, evaluate, read_documents
 from nearest.cli import app
-from nearest.memory.manifest import FORMAT
-from nearest.memory.verify import verify
+from nearest.store.manifest import FORMAT
+from nearest.store.verify import verify
 
 NEAREST = Path(sys.executable).with_name("nearest")
 EVAL_KEYS = [

@@ -23,6 +23,9 @@ from conftest import (
 )
 from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory, evaluate
+from nearest.build.build import rebuild_index
+from nearest.build.cluster import GreedyMerge, cluster_memory
+from nearest.build.compress import Compression, compress_memory
 from nearest.errors import FolderError, SettingError
 from nearest.folder import ArrayFile
 from nearest.index.approximate import ApproximateIndex
@@ -31,12 +34,9 @@ from nearest.index.keys import Float16Keys, MergedKeys
 from nearest.index.neighbours import Metric
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
-from nearest.memory.clustering import GreedyMerge, cluster_memory
-from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.verify import verify
-from nearest.memory.writer import rebuild_index
 from nearest.retrieval.automaton import extend, extend_reference
+from nearest.store.parts.index import IndexChoice
+from nearest.store.verify import verify
 
 DIM = 32
 METRICS = ["l2", "ip"]

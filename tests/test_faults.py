@@ -13,12 +13,12 @@ from conftest import random_documents
 from faults import ERRORS, disk
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
+from nearest.build.build import rebuild_index, store_settings
+from nearest.build.cluster import KMeans, cluster_memory
+from nearest.build.compress import Compression, compress_memory
 from nearest.errors import FolderError
-from nearest.memory.clustering import KMeans, cluster_memory
-from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.verify import verify
-from nearest.memory.writer import rebuild_index, store_settings
+from nearest.store.parts.index import IndexChoice
+from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()[:4]
 NEW = [Document("new", "a text that was not there", {"a": "b"})]

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from conftest import make_documents, snapshot
 from nearest import Memory, attach, evaluate
+from nearest.build.importing import ImportOptions, import_store
+from nearest.build.knn_store import find_store, open_store
+from nearest.build.pickled_members import read_members
+from nearest.build.reproduce import reproduction_problems
 from nearest.cli import app
 from nearest.errors import CorpusError, NearestError
-from nearest.memory.importing import ImportOptions, import_store
-from nearest.memory.knn_store import find_store, open_store
-from nearest.memory.pickled_members import read_members
-from nearest.memory.reproduce import reproduction_problems
-from nearest.memory.verify import verify
+from nearest.store.verify import verify
 
 EOS = 1
 VOCABULARY = 258

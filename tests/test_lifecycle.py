@@ -16,15 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_documents, make_model, random_documents, snapshot
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
+from nearest.build import new_segment
+from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
+from nearest.build.compact import plan_compaction
+from nearest.build.compress import Compression, compress_memory
+from nearest.build.lifecycle import tail_to_merge
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.index import ngrams
-from nearest.memory import index_files, new_segment
-from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
-from nearest.memory.compact import plan_compaction
-from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.lifecycle import tail_to_merge
-from nearest.memory.verify import verify
+from nearest.store.parts import index as index_files
+from nearest.store.verify import verify
 
 DOCUMENTS = [
     Document(d.id, d.text, {"secret": f"only in {d.id}", "number": i, "half": i % 2})

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 from conftest import make_model, make_tokenizer
 from folders import files, live_files
 from nearest import Document, Memory
+from nearest.build.cluster import KMeans, cluster_memory
 from nearest.errors import CorpusError
-from nearest.memory.clustering import KMeans, cluster_memory
-from nearest.memory.verify import verify
+from nearest.store.verify import verify
 
 MODEL, TOKENIZER = make_model(), make_tokenizer()
 TEXTS = st.text("abc ", min_size=2, max_size=12)

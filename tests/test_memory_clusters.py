@@ -23,13 +23,13 @@ from conftest import (
 )
 from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory
+from nearest.build.build import rebuild_index, store_settings
+from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import ArrayFile, writer_lock
 from nearest.index.clusters import kmeans_clusters
-from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.verify import verify
-from nearest.memory.writer import rebuild_index, store_settings
+from nearest.store.parts.index import IndexChoice
+from nearest.store.verify import verify
 
 DIM = 32
 DOCUMENTS = make_documents(14, 30)

@@ -18,23 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import nearest.memory.documents
-import nearest.memory.manifest
-import nearest.memory.memory
+import nearest.memory
+import nearest.store.documents
+import nearest.store.manifest
 from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_documents, snapshot
 from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
+from nearest.build.build import rebuild_index, store_settings
 from nearest.corpus.windows import windows
 from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import ArrayFile, open_array, sha256_of, writer_lock
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.faiss_module import load_faiss
-from nearest.memory.documents import DocumentReader, DocumentWriter
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.manifest import FORMAT, Manifest, read_manifest
-from nearest.memory.verify import verify
-from nearest.memory.writer import rebuild_index, store_settings
+from nearest.store.documents import DocumentReader, DocumentWriter
+from nearest.store.manifest import FORMAT, Manifest, read_manifest
+from nearest.store.parts.index import IndexChoice
+from nearest.store.verify import verify
 from oracle import keys_and_logits
 
 DIM = 32
@@ -378,7 +378,7 @@ def test_documents_are_read_in_any_order(
     folder = tmp_path_factory.getbasetemp()
     documents = [Document(f"{i}\n{t}", t, {t: [i, t, None]}) for i, t in enumerate(texts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest.memory.documents, "_FRAME_BYTES", frame_bytes)
+        patch.setattr(nearest.store.documents, "_FRAME_BYTES", frame_bytes)
         reader = store(folder, documents)
     assert len(reader) == len(documents)
     for number in order.choices(range(len(documents)), k=3 * len(documents)):
@@ -411,7 +411,7 @@ def test_large_documents_lie_in_frames_of_their_own(tmp_path: Path) -> None:
 
 
 def test_only_the_frame_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest.memory.documents, "_FRAME_BYTES", 500)
+    monkeypatch.setattr(nearest.store.documents, "_FRAME_BYTES", 500)
     documents = [Document(str(i), f"{i} " * 40) for i in range(40)]
     reader = store(tmp_path, documents)
     frames = len(np.load(tmp_path / "frames.npy"))
@@ -432,7 +432,7 @@ def test_only_the_frame_needed_is_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_damaged_store_gives_a_document_or_a_folder_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, file: str
 ) -> None:
-    monkeypatch.setattr(nearest.memory.documents, "_FRAME_BYTES", 2000)
+    monkeypatch.setattr(nearest.store.documents, "_FRAME_BYTES", 2000)
     store(tmp_path, make_documents(40, 60))
     frames = len(np.load(tmp_path / "frames.npy"))
     data = (tmp_path / file).read_bytes()
@@ -461,7 +461,7 @@ def test_a_memory_may_have_many_frames(
     tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    monkeypatch.setattr(nearest.memory.documents, "_FRAME_BYTES", 300)
+    monkeypatch.setattr(nearest.store.documents, "_FRAME_BYTES", 300)
     memory = Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS, tmp_path / "m")
     assert memory.segments[0].record.frames == len(np.load(tmp_path / "m" / FILES["frames"])) > 4
     for number in [14, 0, 7, 13, 3, 3, 12]:
@@ -1305,7 +1305,7 @@ def test_a_reader_that_has_read_an_old_manifest_reads_the_new_one(
             rebuild_index(folder, IndexChoice("IVF2,Flat"))
         return manifest
 
-    monkeypatch.setattr(nearest.memory.memory, "read_manifest", published_after_reading)
+    monkeypatch.setattr(nearest.memory, "read_manifest", published_after_reading)
     memory = Memory.open(folder)
     assert memory.manifest.generation == 2
     assert memory.search(queries_of(memory), 3).ids.min() >= 0
@@ -1316,14 +1316,14 @@ def test_a_writer_may_publish_while_a_manifest_is_being_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], Any]
 ) -> None:
     calls = itertools.count()
-    original = nearest.memory.manifest.check_file
+    original = nearest.store.manifest.check_file
 
     def publish_first(*args: Any) -> None:
         if next(calls) == 0:
             rebuild_index(folder, IndexChoice("IVF2,Flat"))
         original(*args)
 
-    monkeypatch.setattr(nearest.memory.manifest, "check_file", publish_first)
+    monkeypatch.setattr(nearest.store.manifest, "check_file", publish_first)
     result = call(folder)
     assert result == [] if call is verify else result.manifest.generation == 2
 

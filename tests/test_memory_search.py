@@ -11,17 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import random_documents
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
+from nearest.build import lifecycle
+from nearest.build.build import rebuild_index
 from nearest.index import choice
 from nearest.index.neighbours import sort_nearest_first
-from nearest.memory import index_files, lifecycle
-from nearest.memory.index_files import IndexChoice, to_fill_like
-from nearest.memory.manifest import FileRecord, IndexRecord, SegmentRecord
-from nearest.memory.search import joint_indexes
-from nearest.memory.verify import verify
-from nearest.memory.writer import rebuild_index
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings
+from nearest.store.manifest import FileRecord, IndexRecord, SegmentRecord
+from nearest.store.parts import index as index_files
+from nearest.store.parts.index import IndexChoice, to_fill_like
+from nearest.store.search import joint_indexes
+from nearest.store.verify import verify
 
 DOCUMENTS = list(random_documents())
 

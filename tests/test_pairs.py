@@ -15,17 +15,17 @@ from automaton_oracle import Corpus, Oracle, states_of
 from conftest import edit_manifest, make_tokenizer, snapshot
 from folders import copied, found_by_verify, replaced
 from nearest import Document, Memory, evaluate, read_documents, sweep, tune
+from nearest.build.build import BuildOptions, planned_memory
+from nearest.build.compact import compact_memory
+from nearest.build.importing import ImportOptions, import_store
+from nearest.build.reproduce import reproduction_problems
 from nearest.corpus.batches import batch_windows
 from nearest.encode import encoder
 from nearest.encode.identity import load_model_and_tokenizer, token_rules
 from nearest.encode.layers import find_key_layer
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
-from nearest.memory import unfinished
-from nearest.memory.compact import compact_memory
-from nearest.memory.importing import ImportOptions, import_store
-from nearest.memory.reproduce import reproduction_problems
-from nearest.memory.verify import verify
-from nearest.memory.writer import BuildOptions, planned_memory
+from nearest.store import journal as unfinished
+from nearest.store.verify import verify
 from oracle import keys_and_logits
 from pairs import CONFIGS, EOS, PairTokenizer, make_pair_model, make_pair_tokenizer, pair_documents
 

@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from conftest import make_documents, snapshot
 from nearest import Memory
+from nearest.build import plan as plan_module
+from nearest.build.build import BuildOptions, planned_memory
+from nearest.build.new_segment import segment_tokens
 from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError, FolderError
 from nearest.index.approximate import code_bytes
 from nearest.index.choice import resolve_spec
-from nearest.memory import plan as plan_module
-from nearest.memory.manifest import KeysRecord
-from nearest.memory.new_segment import segment_tokens
-from nearest.memory.writer import BuildOptions, planned_memory
+from nearest.store.manifest import KeysRecord
 
 CORPORA = {
     "short": make_documents(200, 40),

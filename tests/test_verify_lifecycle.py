@@ -8,16 +8,16 @@ import pytest
 import zstandard
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import nearest.memory.access_paths
-import nearest.memory.documents
+import nearest.build.access_paths
+import nearest.store.documents
 from conftest import random_documents
 from folders import Build, copied, replaced
 from nearest import Document, Memory
+from nearest.build.access_paths import ACCESS_PATHS, AccessPath
+from nearest.build.cluster import KMeans, cluster_memory
 from nearest.errors import CorpusError, FolderError
-from nearest.memory.access_paths import ACCESS_PATHS, AccessPath
-from nearest.memory.clustering import KMeans, cluster_memory
-from nearest.memory.documents import DocumentWriter
-from nearest.memory.verify import verify
+from nearest.store.documents import DocumentWriter
+from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()
 SEGMENT = "segments/000001"
@@ -83,7 +83,7 @@ def test_a_registered_path_that_forgets_nothing_is_found(
         lambda segment: segment.stored_entries,
         lambda segment: [],
     )
-    monkeypatch.setattr(nearest.memory.access_paths, "ACCESS_PATHS", (*ACCESS_PATHS, careless))
+    monkeypatch.setattr(nearest.build.access_paths, "ACCESS_PATHS", (*ACCESS_PATHS, careless))
     message = "segment 000001: the new path leads to a document that was removed"
     assert verify(folder) == [message]
 
@@ -104,7 +104,7 @@ def test_a_frame_that_says_no_size_is_refused(folder: Path) -> None:
 def test_a_frame_that_is_too_large_is_refused_and_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearest.memory.documents, "_LARGEST_FRAME", 200)
+    monkeypatch.setattr(nearest.store.documents, "_LARGEST_FRAME", 200)
     with pytest.raises(FolderError, match="or says one that no writer makes"):
         Memory.open(folder).document(0)
     with (

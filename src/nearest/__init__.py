@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nearest.corpus.reading import read_documents
     from nearest.episodic import EpisodicMemory, EpisodicSettings
     from nearest.errors import NearestError
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
     from nearest.models.attach import attach
     from nearest.models.memorizing.attention import MemorizingAttention
     from nearest.models.memorizing.layers import memorize
@@ -30,7 +30,7 @@ _HOMES = {
     "EpisodicMemory": "nearest.episodic",
     "EpisodicSettings": "nearest.episodic",
     "MemorizingAttention": "nearest.models.memorizing.attention",
-    "Memory": "nearest.memory.memory",
+    "Memory": "nearest.memory",
     "NearestError": "nearest.errors",
     "attach": "nearest.models.attach",
     "evaluate": "nearest.verbs.evaluate",

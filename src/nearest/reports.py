@@ -25,9 +25,9 @@ from nearest.index.choice import explained
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
-    from nearest.memory.manifest import KeysRecord
-    from nearest.memory.memory import Memory
-    from nearest.memory.plan import BuildPlan
+    from nearest.build.plan import BuildPlan
+    from nearest.memory import Memory
+    from nearest.store.manifest import KeysRecord
     from nearest.verbs.generate import DocumentShare, Generation
     from nearest.verbs.results import Result
     from nearest.verbs.sweep import Point

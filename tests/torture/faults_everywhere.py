@@ -7,7 +7,7 @@ from typing import Any
 from faults import ERRORS, disk
 from memories import CHANGES, answers, furnish
 from nearest.errors import FolderError
-from nearest.memory.verify import verify
+from nearest.store.verify import verify
 
 
 def faults(folder: Path, share: float) -> dict[str, Any]:

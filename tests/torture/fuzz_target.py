@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["nearest"]):
     from nearest.corpus.text_files import parse_line
     from nearest.errors import NearestError
     from nearest.folder import open_array
-    from nearest.memory.manifest import _decode
+    from nearest.store.manifest import _decode
 
 
 def _read_array(data: bytes, folder: Path) -> None:

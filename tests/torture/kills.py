@@ -16,7 +16,7 @@ import numpy as np
 from memories import CHANGES, DOCUMENTS, LATER, MODEL, answers, build, furnish
 from nearest import Memory
 from nearest.errors import FolderError
-from nearest.memory.verify import verify
+from nearest.store.verify import verify
 
 MOMENTS, COMMANDS = 450, 24
 

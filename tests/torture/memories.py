@@ -14,10 +14,10 @@ from conftest import (
     random_documents,
 )
 from nearest import Document, Memory, tune
-from nearest.memory.clustering import KMeans, cluster_memory
-from nearest.memory.compress import Compression, compress_memory
-from nearest.memory.index_files import IndexChoice
-from nearest.memory.writer import rebuild_index
+from nearest.build.build import rebuild_index
+from nearest.build.cluster import KMeans, cluster_memory
+from nearest.build.compress import Compression, compress_memory
+from nearest.store.parts.index import IndexChoice
 
 MODEL = make_model(), make_tokenizer()
 DOCUMENTS = random_documents()

@@ -18,7 +18,7 @@ from nearest.errors import NearestError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
 
 Command = Callable[..., None]
 
@@ -101,7 +101,7 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
     """Open a memory and load the model that built it, or the one named instead."""
     from nearest.encode.identity import load_model_and_tokenizer
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
     from nearest.verbs.change import name_of_model
 
     opened = Memory.open(memory, opening.search_on)
@@ -111,7 +111,7 @@ def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrained
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
     """The first memory, and those that were named beside it."""
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
 
     return [first, *(Memory.open(path, first.search_on) for path in beside.more or ())]
 

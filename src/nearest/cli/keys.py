@@ -19,9 +19,9 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Give a memory another index, as a new generation."""
-    from nearest.memory.index_files import IndexChoice
-    from nearest.memory.memory import Memory
-    from nearest.memory.writer import rebuild_index
+    from nearest.build.build import rebuild_index
+    from nearest.memory import Memory
+    from nearest.store.parts.index import IndexChoice
 
     with reports.live_progress(err) as progress:
         rebuild_index(memory, IndexChoice(spec, recall, nprobe), progress)
@@ -44,8 +44,8 @@ def cluster(
     as_json: AsJson = False,
 ) -> None:
     """Find which entries share a state, for RetoMaton to follow; a new generation."""
-    from nearest.memory.clustering import GreedyMerge, KMeans, cluster_memory
-    from nearest.memory.memory import Memory
+    from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
+    from nearest.memory import Memory
 
     kmeans = given(clusters=clusters, sample=sample, iterations=iterations)
     merge = given(neighbours=neighbours)
@@ -82,8 +82,8 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Make a memory's keys smaller, as a new generation; tune it again afterwards."""
-    from nearest.memory.compress import Compression, compress_memory
-    from nearest.memory.memory import Memory
+    from nearest.build.compress import Compression, compress_memory
+    from nearest.memory import Memory
 
     how = Compression(keys, pca, merge, neighbours, index, recall)
     with reports.live_progress(err) as progress:

@@ -26,7 +26,7 @@ from nearest.cli.options import (
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
 
 
 def build(
@@ -76,7 +76,7 @@ def build(
 
 def info(memory: MemoryPath, as_json: AsJson = False) -> None:
     """Say what a memory holds, how it is searched and what was tuned."""
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
 
     show_info(Memory.open(memory), as_json)
 
@@ -135,7 +135,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take documents back: nothing leads to them any more. `compact` then erases their bytes."""
-    from nearest.memory.lifecycle import remove_documents
+    from nearest.build.lifecycle import remove_documents
 
     wanted = {}
     for condition in where or []:
@@ -161,8 +161,8 @@ def compact(
     as_json: AsJson = False,
 ) -> None:
     """Make one segment, or a few large ones, of all, and erase what was removed from the disk."""
-    from nearest.memory.compact import compact_memory, plan_compaction
-    from nearest.memory.memory import Memory
+    from nearest.build.compact import compact_memory, plan_compaction
+    from nearest.memory import Memory
 
     needs = plan_compaction(memory)
     if plan and as_json:
@@ -193,12 +193,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read everything and find what is damaged."""
-    from nearest.memory.verify import verify as problems_of
+    from nearest.store.verify import verify as problems_of
 
     with reports.live_progress(err) as progress:
         problems = problems_of(memory, progress)
     if keys and not problems:
-        from nearest.memory.reproduce import reproduction_problems
+        from nearest.build.reproduce import reproduction_problems
 
         quiet_libraries()
         problems = reproduction_problems(*open_with_model(memory, Opening(model, dtype, device)))

@@ -31,7 +31,7 @@ from nearest.cli.options import (
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
-    from nearest.memory.memory import Memory
+    from nearest.memory import Memory
 
 
 def tune(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from nearest.corpus.documents import Document
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import Scorer
 from nearest.progress import no_progress

@@ -25,8 +25,8 @@ from nearest.demo.report import Story, Writing, render
 from nearest.encode.identity import load_model_and_tokenizer, model_fingerprint
 from nearest.errors import FolderError, require
 from nearest.folder import disk_errors_explained, write_atomically
-from nearest.memory.manifest import MANIFEST, read_manifest
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
+from nearest.store.manifest import MANIFEST, read_manifest
 from nearest.verbs.evaluate import evaluate
 from nearest.verbs.generate import generate
 from nearest.verbs.results import Result

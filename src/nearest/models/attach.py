@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
+from nearest.build.match import common_key_layer, refuse_attached
 from nearest.encode.forward import encode_and_score
 from nearest.encode.identity import AnyModel, bare_model
 from nearest.encode.layers import input_hook
 from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
-from nearest.memory.match import common_key_layer, refuse_attached
 from nearest.models.arguments import TextArguments
 from nearest.models.generated import Generated, Prompt
 from nearest.models.prefixes import Pass, Prefixes, Sequences, row_hashes

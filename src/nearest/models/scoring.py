@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from nearest.build.match import common_key_layer, refuse_attached
 from nearest.corpus.documents import Document
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
@@ -26,7 +27,6 @@ from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.match import common_key_layer, refuse_attached
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.queries import Queries

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearest.memory.memory import Memory, Place
+from nearest.memory import Memory, Place
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.guard import gained, gained_before
 from nearest.retrieval.lookup import Lookup

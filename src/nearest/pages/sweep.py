@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nearest.errors import FolderError, require
 from nearest.folder import disk_errors_explained, write_atomically
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.pages.published import Published
 from nearest.pages.sweep_page import MARK, render
 from nearest.verbs.sweep import Point, Sweep

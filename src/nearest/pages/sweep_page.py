@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from nearest import __version__
 from nearest.errors import require
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.pages.page import filled, interval, number, percent
 from nearest.pages.published import Published
 from nearest.retrieval.settings import MEMORY_METHODS, method_named

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import resolve_settings
 

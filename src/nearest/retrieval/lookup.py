@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.retrieval import automaton
 from nearest.retrieval.candidates import (
     Candidates,

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nearest.index.neighbours import Neighbours
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 
 
 @runtime_checkable

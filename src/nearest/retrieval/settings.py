@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from nearest.errors import SettingError
-from nearest.memory.memory import DISTANCES, Memory
+from nearest.memory import DISTANCES, Memory
 from nearest.retrieval.candidates import KINDS
 
 BASE = "base"

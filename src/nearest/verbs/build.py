@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nearest.build.build import BuildOptions, planned_memory
+from nearest.build.plan import BuildPlan
 from nearest.corpus.documents import Document
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
 from nearest.encode.identity import load_model_and_tokenizer
-from nearest.memory.generation import check_new
-from nearest.memory.memory import Memory
-from nearest.memory.plan import BuildPlan
-from nearest.memory.writer import BuildOptions, planned_memory
+from nearest.memory import Memory
+from nearest.store.change import check_new
 
 
 def build(
@@ -34,7 +34,7 @@ def build(
         encoding_errors: what to do with text that is not UTF-8.
         dtype: what the model is to compute in.
         device: where ("auto": on CUDA's GPU, if there is one).
-        **options: as in `memory.writer.BuildOptions`.
+        **options: as in `build.build.BuildOptions`.
 
     Raises:
         NearestError: the model, corpus, settings or folder cannot be used; nothing is left behind.

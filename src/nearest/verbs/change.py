@@ -9,7 +9,7 @@ from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
 from nearest.encode.identity import load_model_and_tokenizer
 from nearest.errors import ModelError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 
 
 def add(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress

@@ -11,7 +11,7 @@ from nearest.corpus.documents import Document
 from nearest.corpus.tokens import tokenise_sources
 from nearest.encode.identity import max_positions, reads_sources, start_token, token_rules
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.attach import attach
 from nearest.models.sources import Source, TokenSources
 from nearest.retrieval.ensemble import Memories, memories_of

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from nearest.build.importing import ImportOptions
+from nearest.build.importing import import_store as write_import
 from nearest.encode.identity import load_model_and_tokenizer
-from nearest.memory.generation import check_new
-from nearest.memory.importing import ImportOptions
-from nearest.memory.importing import import_store as write_import
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
+from nearest.store.change import check_new
 
 
 def import_store(store: str | Path, model_name: str, out: str | Path, **options: Any) -> Memory:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 
 SPAN = 50  # tokens; what is shorter may stand anywhere by chance
 _NAMED = 20

@@ -18,7 +18,7 @@ from nearest.corpus.text import Text
 from nearest.errors import FolderError, require
 from nearest.folder import disk_errors_explained, fsync_file
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.method_run import Details
 from nearest.models.scoring import ScoredBlock
 

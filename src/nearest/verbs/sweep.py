@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from nearest.build.build import store_settings
 from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
-from nearest.memory.writer import store_settings
+from nearest.memory import Memory
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.search_cache import Search

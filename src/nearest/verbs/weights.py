@@ -8,7 +8,7 @@ import torch
 
 from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.models.method_run import EnsembleRun
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.queries import Queries

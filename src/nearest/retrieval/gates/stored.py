@@ -1,14 +1,14 @@
 """Gates as a memory keeps them: which kinds there are, and the one of a method."""
 
 from nearest.errors import SettingError
-from nearest.memory.gate_files import NewGate
-from nearest.memory.memory import Memory
+from nearest.memory import Memory
 from nearest.retrieval.gates.adaptret import AdaptRetGate
 from nearest.retrieval.gates.buckets import BucketsGate
 from nearest.retrieval.gates.gate import StoredGate
 from nearest.retrieval.gates.meta_k import MetaKGate
 from nearest.retrieval.gates.mixture import MixtureGate
 from nearest.retrieval.settings import method_named
+from nearest.store.parts.gates import NewGate
 
 KINDS: dict[str, type[StoredGate]] = {
     "buckets": BucketsGate,

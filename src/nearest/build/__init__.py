@@ -1,0 +1,1 @@
+"""From documents to a memory: build one, and change it."""

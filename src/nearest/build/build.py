@@ -1,0 +1,235 @@
+"""Write generations of a memory: build one, give it another index or clusters, store settings."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from nearest import __version__
+from nearest.build.corpus_segments import write_segments
+from nearest.build.index_path import index_segments
+from nearest.build.new_segment import SegmentPlan, segment_tokens
+from nearest.build.plan import BuildPlan, plan_build
+from nearest.corpus.batches import check_batch_size
+from nearest.corpus.documents import Document, as_documents
+from nearest.corpus.tokens import tokenise
+from nearest.corpus.unique import with_unique_ids
+from nearest.encode.encoder import Encoder
+from nearest.encode.identity import (
+    model_fingerprint,
+    model_name,
+    token_rules,
+    tokenizer_fingerprint,
+)
+from nearest.encode.layers import LanguageModel, find_key_layer
+from nearest.errors import SettingError
+from nearest.index.approximate import check_spec
+from nearest.index.choice import AUTO, RECALL
+from nearest.index.keys import key_format
+from nearest.index.neighbours import checked_metric
+from nearest.progress import Progress, no_progress
+from nearest.store.change import changing, check_new, new_folder
+from nearest.store.journal import Journal
+from nearest.store.manifest import (
+    FORMAT,
+    ComputedIn,
+    KeysRecord,
+    Manifest,
+    ModelRecord,
+    publish_next,
+    write_manifest,
+)
+from nearest.store.parts.gates import NewGate, write_gate
+from nearest.store.parts.index import IndexChoice
+from nearest.store.segment import Segment, no_keys
+
+NO_KEYS = "none"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a memory is built; every default is what the command line uses."""
+
+    keys: str = "fp16"  # fp16, int8 or none
+    key_layer: str = "last_ffn_input"
+    window: int | None = None  # 512, or the model's positions where those are fewer
+    stride: int | None = None  # half the window
+    index: str = AUTO
+    metric: str = "l2"
+    recall: float = RECALL
+    nprobe: int | None = None
+    batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        checked_metric(self.metric)
+        check_batch_size(self.batch_size)
+        _ = self.index_choice
+        if self.keys != NO_KEYS:
+            key_format(self.keys)
+            return
+        for field in fields(self):
+            if field.name in ("keys", "progress") or getattr(self, field.name) == field.default:
+                continue
+            raise SettingError(
+                f"{field.name} says how keys are made or searched, and with keys none there are "
+                "none: leave it out"
+            )
+
+    @property
+    def index_choice(self) -> IndexChoice:
+        """The index and how it is searched."""
+        return IndexChoice(self.index, self.recall, self.nprobe)
+
+
+def build_memory(
+    path: Path,
+    documents: Iterable[Document | str],
+    model: LanguageModel,
+    tokenizer: Any,
+    options: BuildOptions,
+) -> None:
+    """Make a memory of documents in a new folder.
+
+    Raises:
+        NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
+            away, unless it took more than half a minute: the same build then goes on from there.
+    """
+    encoder, keys = _keys_of(model, options)
+    manifest = new_manifest(model, tokenizer, keys)
+    unique = with_unique_ids(as_documents(documents))
+    with new_folder(path):
+        journal = Journal.of(path, _arguments(manifest, model, encoder, options))
+        rest = tokenise(journal.rest(unique), tokenizer, token_rules(model, tokenizer))
+        plan = SegmentPlan(
+            path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
+        )
+        segments = write_segments(plan, journal, rest)
+        write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
+        journal.close()
+
+
+def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
+    """A first generation that has no segment yet."""
+    rules = token_rules(model, tokenizer)
+    return Manifest(
+        format=FORMAT,
+        generation=1,
+        created_by=f"nearest {__version__}",
+        model=ModelRecord(
+            name=model_name(model),
+            fingerprint=model_fingerprint(model),
+            tokenizer_fingerprint=tokenizer_fingerprint(
+                tokenizer, rules.source_vocab_size is not None
+            ),
+            vocab_size=rules.vocab_size,
+            start_token=rules.start_token,
+            source_vocab_size=rules.source_vocab_size,
+        ),
+        keys=keys,
+        segments=[],
+        clusters=None,
+        settings={},
+        gates={},
+        documents_of=1,
+        tuned_at={},
+    )
+
+
+def planned_memory(
+    path: Path,
+    documents: Iterable[Document | str],
+    model: LanguageModel,
+    tokenizer: Any,
+    options: BuildOptions,
+) -> BuildPlan:
+    """Say what `build_memory` would take, and write nothing; raises as it does."""
+    check_new(path)
+    encoder, keys = _keys_of(model, options)
+    rules, started = token_rules(model, tokenizer), time.perf_counter()
+    manifest = new_manifest(model, tokenizer, keys)
+    identifying = time.perf_counter() - started
+    return plan_build(
+        path, documents, tokenizer, rules, manifest, encoder, identifying, options.recall
+    )
+
+
+def _arguments(
+    manifest: Manifest, model: LanguageModel, encoder: Encoder | None, options: BuildOptions
+) -> dict[str, Any]:
+    """All that decides what a build writes, but for the corpus."""
+    record, choice = manifest.model, options.index_choice
+    keys = {"format": "none"} if manifest.keys is None else msgspec.to_builtins(manifest.keys)
+    return {
+        "model": record.fingerprint,
+        "tokenizer": record.tokenizer_fingerprint,
+        "keys": keys.pop("format"),
+        **{f"key {name}": value for name, value in keys.items()},
+        "device": model.device.type,
+        "batch_size": None if encoder is None else encoder.batch_size,
+        "recall": choice.recall,
+        "nprobe": choice.nprobe,
+        "segment_tokens": segment_tokens(manifest.keys),
+    }
+
+
+def _keys_of(
+    model: LanguageModel, options: BuildOptions
+) -> tuple[Encoder, KeysRecord] | tuple[None, None]:
+    """What reads the documents, and what its keys are; None of both without keys."""
+    if options.keys == NO_KEYS:
+        return None, None
+    layer = find_key_layer(model, options.key_layer)
+    check_spec(options.index, layer.dim, options.nprobe)
+    encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)
+    return encoder, keys_record(encoder, options.keys, options.metric, options.index)
+
+
+def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRecord:
+    """What keys are that an encoder makes, stored in this format."""
+    return KeysRecord(
+        layer=encoder.layer.name,
+        module=encoder.layer.path,
+        dim=encoder.layer.dim,
+        format=key_format(keys).name,
+        metric=checked_metric(metric),
+        window=encoder.window,
+        stride=encoder.stride,
+        projection=None,
+        codebooks=None,
+        index=index,
+        dtype=cast(ComputedIn, str(encoder.model.dtype).removeprefix("torch.")),
+    )
+
+
+def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
+    """Give every segment another index, as a new generation; others are filled like the largest."""
+    with changing(path) as manifest:
+        if manifest.keys is None:
+            raise no_keys(path)
+        check_spec(choice.spec, manifest.keys.stored_dim, choice.nprobe)
+        opened = [Segment(path, manifest, record) for record in manifest.segments]
+        segments = index_segments(path, manifest.generation + 1, opened, choice, progress)
+        keys = msgspec.structs.replace(manifest.keys, index=choice.spec)
+        publish_next(path, manifest, keys=keys, segments=segments)
+
+
+def store_settings(
+    path: Path, method: str, settings: Mapping[str, Any], gate: NewGate | None = None
+) -> None:
+    """Remember what was tuned for a method, its gate included, as a new generation."""
+    with changing(path) as manifest:
+        generation = manifest.generation + 1
+        gates = dict(manifest.gates)
+        if gate is not None:
+            gates[method] = write_gate(path, generation, method, gate)
+        publish_next(
+            path,
+            manifest,
+            settings={**manifest.settings, method: dict(settings)},
+            gates=gates,
+            tuned_at={**manifest.tuned_at, method: generation},
+        )

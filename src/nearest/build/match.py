@@ -1,0 +1,107 @@
+"""Whether a model is the one whose hidden states a memory holds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nearest.corpus.tokens import TokenRules
+from nearest.encode.identity import (
+    model_fingerprint,
+    reads_sources,
+    source_positions,
+    tokenizer_fingerprint,
+)
+from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
+from nearest.errors import ModelError, SettingError
+from nearest.memory import Memory
+from nearest.store.manifest import Manifest
+
+
+def refuse_attached(model: LanguageModel) -> None:
+    """Refuse a model that predicts with a memory already (SettingError)."""
+    if hasattr(model.forward, "nearest_session"):
+        raise SettingError("this model has a memory attached already: detach that one first")
+
+
+def rules_of(manifest: Manifest, model: LanguageModel) -> TokenRules:
+    """How documents are tokenised for a memory, to be read by the model."""
+    record = manifest.model
+    return TokenRules(
+        record.start_token, record.vocab_size, record.source_vocab_size, source_positions(model)
+    )
+
+
+def common_key_layer(
+    memories: Sequence[Memory], model: LanguageModel, tokenizer: Any = None, *, force: bool = False
+) -> KeyLayer:
+    """The layer of `model` whose hidden states can be looked up in all of the memories.
+
+    Raises:
+        ModelError: the model does not fit one of them, or their keys are of different layers.
+    """
+    layers = [matching_key_layer(memory, model, tokenizer, force=force) for memory in memories]
+    keyed = [
+        (memory, layer)
+        for memory, layer in zip(memories, layers, strict=True)
+        if memory.manifest.keys is not None
+    ]
+    for memory, layer in keyed[1:]:
+        first, needed = keyed[0]
+        if layer.path != needed.path:
+            raise ModelError(
+                f"the keys of {first.path} are of {needed.path!r}, those of {memory.path} of "
+                f"{layer.path!r}: build one of them anew with the other's --key-layer"
+            )
+    return keyed[0][1] if keyed else layers[0]
+
+
+def matching_key_layer(
+    memory: Memory, model: LanguageModel, tokenizer: Any = None, *, force: bool = False
+) -> KeyLayer:
+    """The layer of `model` whose hidden states can be looked up in `memory`.
+
+    A memory without keys fits any model that has its tokenizer; the layer is then the last.
+
+    Args:
+        memory: the memory to look up.
+        model: the model that built it.
+        tokenizer: checked too where given.
+        force: accept other weights or another tokenizer of the same dimensions, at the risk of
+            neighbours that mean nothing.
+
+    Raises:
+        ModelError: weights, tokenizer or key layer differ from those that built the memory.
+    """
+    record, keys = memory.manifest.model, memory.manifest.keys
+    kinds = {True: "an encoder–decoder", False: "a causal language model"}
+    if reads_sources(model) != record.reads_sources:
+        raise ModelError(
+            f"this model is {kinds[reads_sources(model)]} and {memory.path} is a memory of "
+            f"{kinds[record.reads_sources]}. Load {record.name!r}, or build a memory with this one"
+        )
+    layer = find_key_layer(model, "last_hidden" if keys is None else keys.layer)
+    if keys is not None and layer.dim != keys.dim:
+        raise ModelError(
+            f"the keys have {keys.dim} dims but this model gives {layer.dim}: the memory was built "
+            f"with {record.name!r}. Load that model, or build a memory with this one"
+        )
+    if force:
+        return layer
+    cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
+    if keys is not None and model_fingerprint(model) != record.fingerprint:
+        raise ModelError(
+            f"this model's weights (or their precision) are not those that built {memory.path}, "
+            f"so its states and the stored keys cannot be compared. {cure} meaningless neighbours"
+        )
+    if tokenizer is not None and record.tokenizer_fingerprint != tokenizer_fingerprint(
+        tokenizer, record.reads_sources
+    ):
+        raise ModelError(
+            f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
+            f"mean the same text. {cure} wrong words"
+        )
+    if keys is not None and layer.path != keys.module:
+        raise ModelError(
+            f"the key layer {keys.layer} is {layer.path!r} in this model but was {keys.module!r} "
+            f"when {memory.path} was built. {cure} meaningless neighbours"
+        )
+    return layer

@@ -1,0 +1,527 @@
+"""A memory, opened for reading: search its entries, and say where each comes from.
+
+An entry is a position of the corpus. Its key is the model's hidden state there, its value the next
+token of the same document, so values and provenance need no arrays of their own. Entry ids are
+int64 and count through all segments.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from nearest.corpus.documents import Document
+from nearest.corpus.tokens import Tokens
+from nearest.errors import FolderError, SettingError
+from nearest.index.clusters import Clusters
+from nearest.index.gpu import SearchOn, checked_search_on
+from nearest.index.keys import JoinedKeys, Keys
+from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
+from nearest.index.ngrams import Ngrams, ngrams
+from nearest.index.sample import SuffixArray
+from nearest.index.spans import equal_documents, spans_stand
+from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
+from nearest.progress import Progress, no_progress
+from nearest.store.manifest import KeysRecord, Manifest, read_manifest
+from nearest.store.parts.corpus import pair_bytes
+from nearest.store.parts.gates import GateFile, open_gates
+from nearest.store.parts.keys import open_projection
+from nearest.store.search import JointIndex, joint_indexes
+from nearest.store.segment import Segment, no_keys
+
+DISTANCES = ("keys", "index")
+
+
+class Place(NamedTuple):
+    """Where an entry stands: its document's number in the memory, and the position in it."""
+
+    document: int
+    position: int
+
+
+class Memory:
+    """A corpus with its access paths, as of one generation."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        segments: list[Segment],
+        search_on: SearchOn = "cpu",
+    ) -> None:
+        self.path = path
+        self.search_on = search_on
+        self.manifest = manifest
+        self.segments = segments
+        self._gates = open_gates(path, manifest)
+        self._projection = open_projection(path, manifest.keys)
+        self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
+        documents = [segment.record.documents - segment.record.removed for segment in segments]
+        self._first_document = np.cumsum([0, *documents])
+
+    @classmethod
+    def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
+        """Open the present generation of a memory folder; the files are checked, not read.
+
+        Args:
+            path: the folder.
+            search_on: "cpu", or "gpu": keys or indexes are copied there at the first search.
+
+        Raises:
+            FolderError: it is no memory, damaged, or of a newer format.
+            SettingError: there is no GPU to search on.
+        """
+        folder, place = Path(path), checked_search_on(search_on)
+        while True:
+            manifest = read_manifest(folder)
+            try:
+                segments = [Segment(folder, manifest, record) for record in manifest.segments]
+                return cls(folder, manifest, segments, place)
+            except (FolderError, FileNotFoundError):
+                if read_manifest(folder).generation == manifest.generation:
+                    raise  # else a writer has published meanwhile, and removed the files of before
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        documents: Iterable[Document | str],
+        path: str | Path,
+        **options: Any,
+    ) -> "Memory":
+        """Make a memory of documents in a new folder, and open it.
+
+        Args:
+            model: a Hugging Face language model, causal or encoder–decoder, in evaluation mode.
+            tokenizer: its tokenizer.
+            documents: documents or plain strings; they are read once, as a stream. An
+                encoder–decoder needs documents whose metadata has a `source`.
+            path: the folder, which must not exist or be empty.
+            **options: as in `build.build.BuildOptions`.
+
+        Raises:
+            NearestError: something cannot be used. Nothing is left behind, but of a build that took
+                more than half a minute: the same one then goes on from there.
+        """
+        # Building needs torch and transformers; opening and looking up do not wait for them.
+        from nearest.build.build import BuildOptions, build_memory
+        from nearest.encode.identity import bare_model
+
+        build_memory(Path(path), documents, bare_model(model), tokenizer, BuildOptions(**options))
+        return cls.open(path)
+
+    def refresh(self) -> "Memory":
+        """The present generation: this memory itself, unless a writer has published another.
+
+        This one stays what it was, for those who still use it; entry ids of one mean nothing in the
+        other.
+
+        Raises:
+            FolderError: as `open`.
+        """
+        moved = read_manifest(self.path).generation != self.manifest.generation
+        return Memory.open(self.path, self.search_on) if moved else self
+
+    def add(
+        self,
+        model: Any,
+        tokenizer: Any,
+        documents: Iterable[Document | str],
+        *,
+        replace: bool = False,
+        **options: Any,
+    ) -> "Memory":
+        """Add documents as a new generation, and open it; this one stays what it was.
+
+        Args:
+            model, tokenizer: those that built the memory.
+            documents: as in `build`; what is done costs time for these, not for those there are.
+            replace: each takes the place of the document with its id, which must be there.
+            **options: batch_size, force, progress, as in `build.lifecycle.AddOptions`.
+
+        Raises:
+            NearestError: something cannot be used, or an id is there (or, to replace, is not); the
+                memory stays as it was.
+        """
+        from nearest.build.lifecycle import AddOptions, add_documents
+        from nearest.encode.identity import bare_model
+
+        add_documents(
+            self.path,
+            documents,
+            bare_model(model),
+            tokenizer,
+            AddOptions(**options),
+            replace=replace,
+        )
+        return self.refresh()
+
+    def update(
+        self, model: Any, tokenizer: Any, documents: Iterable[Document | str], **options: Any
+    ) -> "Memory":
+        """Replace documents under their ids, in one generation; otherwise as `add`."""
+        return self.add(model, tokenizer, documents, replace=True, **options)
+
+    def remove(
+        self, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None
+    ) -> "Memory":
+        """Take documents back as a new generation, and open it.
+
+        No access path leads to them any more; `compact` then erases them from the disk.
+
+        Args:
+            ids: of documents, all of which must be there.
+            where: metadata that documents must have, all of it; other values than text as JSON.
+
+        Raises:
+            NearestError: nothing fits, or nothing would be left; the memory stays as it was.
+        """
+        from nearest.build.lifecycle import remove_documents
+
+        remove_documents(self.path, ids, where or {})
+        return self.refresh()
+
+    def compact(self, progress: Progress = no_progress) -> "Memory":
+        """Make one segment, or a few large ones, of all that was not removed, and open it.
+
+        Raises:
+            FolderError: the folder cannot be written, or the disk has no room for a second copy.
+        """
+        from nearest.build.compact import compact_memory
+
+        compact_memory(self.path, progress)
+        return self.refresh()
+
+    @property
+    def entries(self) -> int:
+        """Number of entries: tokens that have a successor in their document."""
+        return sum(segment.entry_count for segment in self.segments)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, each document's context token included."""
+        return self.entries + self.documents
+
+    @property
+    def positions(self) -> int:
+        """Entry ids are below this; positions of removed documents are counted too."""
+        return int(self._first_entry[-1])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self._first_document[-1])
+
+    def search(
+        self,
+        queries: Float[np.ndarray, "q dim"],
+        k: int,
+        distances: str = "keys",
+        rerank: int = 0,
+        *,
+        ordered: bool = True,
+    ) -> Neighbours:
+        """The k nearest entries of each query (fewer columns if the memory holds fewer).
+
+        Args:
+            queries: float32 hidden states of the memory's key layer.
+            k: number of neighbours, at least 1.
+            distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
+                index's own order and distances, as earlier implementations do.
+            rerank: re-rank at least so many; k and the margin that the index was tuned to
+                when these are more.
+            ordered: nearest first. Otherwise as they come, which is quicker.
+
+        Raises:
+            SettingError: k, the distances or the queries' dimension make no sense, or there are no
+                keys.
+        """
+        if distances not in DISTANCES:
+            raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
+        if k < 1:
+            raise SettingError(f"k must be at least 1, got {k}")
+        return self._search(self._stored(queries), k, distances, rerank, ordered=ordered)
+
+    def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
+        """The k entries nearest to each of some entries by the stored keys, itself among them."""
+        return self._search(self.keys.rows(ids), k, "keys", 0, ordered=True)
+
+    def _search(
+        self,
+        queries: Float[np.ndarray, "q stored_dim"],
+        k: int,
+        distances: str,
+        rerank: int,
+        *,
+        ordered: bool,
+    ) -> Neighbours:
+        """Search with queries as keys are stored."""
+        parts = []
+        for joint in self._indexes:
+            wanted = k if distances == "index" else max(k + joint.margin, rerank)
+            parts.append(joint.index.search(queries, joint.fetched(k, wanted)))
+        if not parts:
+            return Neighbours.none(len(queries))
+        if len(parts) == 1:
+            ids, found = parts[0]
+            if distances == "index":
+                return parts[0]
+        else:
+            ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        if distances == "keys":
+            found = self.keys.distances(queries, ids)
+        nearest = sort_nearest_first if ordered else take_nearest
+        return nearest(Neighbours(ids, found), k)
+
+    @cached_property
+    def _indexes(self) -> list[JointIndex]:
+        return joint_indexes(self.segments, self.keys, self.search_on)
+
+    def key_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distance of query i to the stored key of entry ids[i, j] (float32); id -1 gives +inf.
+
+        Raises:
+            SettingError: the memory has no keys, or the queries another dimension.
+        """
+        return self.keys.distances(self._stored(queries), ids)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether some entries stand for others that were merged into them."""
+        return any(segment.weights is not None for segment in self.segments)
+
+    def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """Log of the number of entries that each stands for (float32), to be added to −d/T.
+
+        0 unless entries have been merged (`nearest compress --merge`); also for entries that were
+        merged into another, which a search does not find, and for id -1.
+        """
+        weights = np.zeros(ids.shape, np.float32)
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            if segment.weights is None:
+                continue
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
+        return weights
+
+    def index_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """As `key_distances`, but to the index's own codes, as its searches measure them."""
+        queries = self._stored(queries)
+        if self.has_weights:
+            ids = self._heads(ids)
+        distances = np.full(ids.shape, np.inf, np.float32)
+        for joint in self._indexes:
+            own = np.zeros(ids.shape, dtype=bool)
+            for first, stop in joint.owned:
+                own |= (ids >= first) & (ids < stop)
+            measured = joint.index.distances(queries, np.where(own, ids, NO_ENTRY))
+            np.minimum(distances, measured, out=distances)
+        return distances
+
+    def _heads(self, ids: Int[np.ndarray, "q k"]) -> Int[np.ndarray, "q k"]:
+        """The entries whose keys some have or share."""
+        heads = ids.copy()
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            local = segment.heads(ids[inside] - first)
+            heads[inside] = np.where(local < 0, NO_ENTRY, local + first)
+        return heads
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The stored keys of all segments (SettingError when the memory has none)."""
+        parts = [segment.keys for segment in self.segments]
+        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self._first_entry.tolist())
+
+    @property
+    def keys_record(self) -> KeysRecord:
+        """What the keys are (SettingError when the memory has none)."""
+        if self.manifest.keys is None:
+            raise no_keys(self.path)
+        return self.manifest.keys
+
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """Which entries share a state; None where `nearest cluster` has not been run.
+
+        Those of several segments, or without removed documents, are put together in memory once.
+        """
+        record = self.manifest.clusters
+        if record is None:
+            return None
+        if len(self.segments) == 1:
+            return self.segments[0].clusters
+        labels = np.concatenate([segment.labels for segment in self.segments])
+        return Clusters.from_labels(labels, record.clusters)
+
+    def _stored(self, queries: Float[np.ndarray, "q dim"]) -> Float[np.ndarray, "q stored_dim"]:
+        """Queries as keys are stored."""
+        if queries.shape[1] != self.keys_record.dim:
+            raise SettingError(
+                f"queries have {queries.shape[1]} dims, the keys {self.keys_record.dim}: make "
+                "them with the model and key layer that built the memory"
+            )
+        return queries if self._projection is None else self._projection.apply(queries)
+
+    def valued_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a value, ascending."""
+        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
+        return np.concatenate([segment.entries + first for segment, first in parts])
+
+    def keyed_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a key, ascending.
+
+        All have, but for those that were merged into one whose document was removed since.
+        """
+        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
+        return np.concatenate([segment.keyed + first for segment, first in parts])
+
+    def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
+        """Up to `most` entries whose left context shares the longest suffix with each query's.
+
+        There are fewer columns if the memory holds fewer entries.
+
+        Args:
+            context: int64 token ids; a match never reaches back beyond a start token.
+            ends: query i is context[: ends[i] + 1].
+            most: number of entries wanted.
+        """
+        start_token, most = self.manifest.model.start_token, min(most, max(1, self.entries))
+        return longest_matches(self._suffix_arrays, start_token, context, ends, most)
+
+    @cached_property
+    def _suffix_arrays(self) -> list[SuffixArray]:
+        return [
+            SuffixArray(segment.tokens, segment.suffixes, first)
+            for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False)
+        ]
+
+    def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
+        """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
+
+        `context` and `ends` as in `longest_matches`.
+        """
+        start_token = self.manifest.model.start_token
+        return ngrams(self._suffix_arrays, start_token, context, ends, longest)
+
+    def match_lengths(
+        self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]
+    ) -> Int[np.ndarray, "q k"]:
+        """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
+        start_token = self.manifest.model.start_token
+        return match_lengths(self._suffix_arrays, start_token, ids, context, ends)
+
+    def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The entry after each one; -1 for id -1 and where the next position has no value."""
+        after = np.where(ids < 0, NO_ENTRY, ids + 1)
+        for segment, first in zip(self.segments, self._first_entry, strict=False):
+            own = (after >= first) & (after < first + segment.record.tokens)
+            local = after[own] - first
+            ends = segment.offsets[np.searchsorted(segment.offsets, local, side="right")] - 1
+            after[own] = np.where(local == ends, NO_ENTRY, after[own])
+        return after
+
+    def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The token that follows each entry (int64); -1 for id -1."""
+        return values_of(self._suffix_arrays, ids)
+
+    def place(self, entry: int) -> Place:
+        """The document and position of an entry."""
+        documents, positions = self.places(np.array([entry]))
+        return Place(int(documents[0]), int(positions[0]))
+
+    def places(
+        self, entries: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The document and the position in it of each entry."""
+        documents, positions = np.empty_like(entries), np.empty_like(entries)
+        numbers = np.searchsorted(self._first_entry, entries, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            own, segment = numbers == number, self.segments[number]
+            local = entries[own] - self._first_entry[number]
+            stored = np.searchsorted(segment.offsets, local, side="right") - 1
+            live = np.searchsorted(segment.numbers, stored)
+            documents[own] = self._first_document[number] + live
+            positions[own] = local - segment.offsets[stored]
+        return documents, positions
+
+    def document(self, number: int) -> Document:
+        """A document's id, text and metadata."""
+        segment, stored = self._stored_document(number)
+        return segment.stored_documents[stored]
+
+    def document_tokens(self, number: int) -> Tokens:
+        """A document's token ids, its context token first."""
+        segment, stored = self._stored_document(number)
+        return segment.tokens_of(stored)
+
+    def first_entries(
+        self, documents: Sequence[Tokens], sources: Sequence[Tokens] | None = None
+    ) -> Int[np.ndarray, " documents"]:
+        """The first entry of the document that has exactly these tokens; -1 where there is none.
+
+        Where sources are given, it has exactly the same source, too.
+
+        Raises:
+            SettingError: entries have been merged, so that they cannot be told apart.
+        """
+        if self.has_weights:
+            raise SettingError(
+                f"entries of {self.path} were merged into others, so that a text's own cannot be "
+                "left out: use the memory from before `nearest compress --merge`"
+            )
+        if sources is None:
+            return self.equal_documents(documents)
+        wanted = [pair_bytes(*pair) for pair in zip(documents, sources, strict=True)]
+        found = dict.fromkeys(wanted, NO_ENTRY)
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            for number in segment.numbers.tolist():
+                pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
+                if found.get(pair) == NO_ENTRY:
+                    found[pair] = first + int(segment.offsets[number])
+        return np.array([found[pair] for pair in wanted], dtype=np.int64)
+
+    def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
+        """As `first_entries`, of any memory."""
+        arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
+        found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
+        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
+            at = equal_documents(segment.tokens, segment.suffixes, segment.offsets, arrays)
+            found = np.where((found < 0) & (at >= 0), at + first, found)
+        return found
+
+    def spans_stand(
+        self, context: Tokens, ends: Int[np.ndarray, " q"], length: int
+    ) -> Bool[np.ndarray, " q"]:
+        """Whether the `length` tokens that end at each of `ends` stand in a document.
+
+        They stand so in `context`, int64 token ids, and none of them is the start token.
+        """
+        found = np.zeros(len(ends), dtype=bool)
+        for segment in self.segments:
+            found |= spans_stand(segment.tokens, segment.suffixes, context, ends, length)
+        return found
+
+    def _stored_document(self, number: int) -> tuple[Segment, int]:
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
+        segment = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        local = number - int(self._first_document[segment])
+        return self.segments[segment], int(self.segments[segment].numbers[local])
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """What `tune` found for a method; empty when it was not tuned."""
+        return dict(self.manifest.settings.get(method, {}))
+
+    def gate(self, method: str) -> GateFile | None:
+        """The gate that was trained for a method; None when none was."""
+        return self._gates.get(method)

@@ -1,0 +1,227 @@
+"""The index of a segment: which kind, built over its keys, tuned, written and described."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.errors import CorpusError, FolderError, SettingError
+from nearest.folder import fsync_file, sha256_of
+from nearest.index.approximate import (
+    ApproximateIndex,
+    can_be_joined,
+    check_spec,
+    fill_index,
+    number_of_lists,
+    read_index,
+    spec_of,
+    train_index,
+    training_rows,
+)
+from nearest.index.choice import (
+    AUTO,
+    EXACT,
+    EXACT_BELOW,
+    RECALL,
+    fitting_lists,
+    resolve_spec,
+)
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Keys
+from nearest.index.tuning import SearchParameters, measured_recall, tune_search
+from nearest.progress import Progress
+from nearest.store.manifest import FileRecord, IndexRecord, Manifest, SegmentRecord
+
+INDEX, TRAINED = "index.faiss", "trained.faiss"
+_SEED = 0
+# Scanned, large batches are rounded otherwise than few queries: the stored keys are to decide.
+_ROUNDED = 16
+_METRIC = {"l2": 1, "ip": 0}  # as FAISS numbers them
+_FEWER_LISTS = 2  # than fit so many entries: with more, searches are noticeably slower
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """A FAISS factory string, "exact" or "auto", and how it is searched.
+
+    `recall` is the recall@1024 to tune for; with `nprobe` given there is nothing to tune, and the
+    recall is measured only.
+    """
+
+    spec: str = AUTO
+    recall: float = RECALL
+    nprobe: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise SettingError(f"the recall target must lie in (0, 1], got {self.recall}")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise SettingError(f"nprobe must be at least 1, got {self.nprobe}")
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "IndexChoice":
+        """What was asked for when the memory's indexes were last built."""
+        targets = [s.index.recall_target for s in manifest.segments if s.index is not None]
+        if manifest.keys is None or not targets:
+            return cls()
+        return cls(manifest.keys.index, max(targets))
+
+    def among_others(self, dim: int, entries: int) -> "IndexChoice":
+        """For one of several segments: a small one, or one too small to train on, is scanned."""
+        trained = self.spec not in (AUTO, EXACT)
+        if entries >= EXACT_BELOW and not (trained and entries < training_rows(self.spec, dim)):
+            return self
+        return replace(self, spec=EXACT, nprobe=None)
+
+
+def write_index(
+    root: Path,
+    path: Path,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    choice: IndexChoice,
+    progress: Progress,
+) -> IndexRecord:
+    """Train, fill, tune and write the index over the keys of entries; an exact one needs no file.
+
+    Where other segments' could be joined to it, the trained index without entries is kept too.
+    """
+    spec = resolve_spec(choice.spec, len(entries), keys.dim, recall=choice.recall)
+    check_spec(spec, keys.dim, choice.nprobe, len(entries))
+    if spec == EXACT:
+        return _record(
+            EXACT, len(entries), SearchParameters(margin=_ROUNDED, recall=1.0), choice.recall
+        )
+    rng = np.random.default_rng(_SEED)
+    progress(f"index {spec}", 0, len(entries))
+    index = train_index(keys, entries, spec, rng)
+    trained = _trained_file(root, path, index, keys) if can_be_joined(index) else None
+    fill_index(index, keys, entries, spec)
+    exact = ExactIndex(keys, entries)
+    parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
+    file = _file(root, path, index, keys)
+    progress(f"index {spec}", len(entries), len(entries))
+    source = None if trained is None else trained.sha256
+    return _record(spec, len(entries), parameters, choice.recall, file, trained, source)
+
+
+def fill_like(
+    root: Path,
+    path: Path,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    like: IndexRecord,
+    progress: Progress,
+    *,
+    keep: bool,
+) -> IndexRecord:
+    """Write the index over the keys of entries, filled from the one that `like` was filled from.
+
+    It is searched as `like` is. `keep` keeps a copy of the trained index for segments to come.
+    """
+    if like.trained is None:
+        raise ValueError("the trained index is not kept")
+    progress(f"index {like.spec}", 0, len(entries))
+    with (root / like.trained.path).open("rb") as file:
+        index = read_index(file, like.trained.sha256)
+    trained = _trained_file(root, path, index, keys) if keep else None
+    fill_index(index, keys, entries, like.spec)
+    found = measured_recall(
+        ApproximateIndex(index, keys.metric, like.nprobe),
+        keys,
+        entries,
+        ExactIndex(keys, entries),
+        like.margin,
+        np.random.default_rng(_SEED),
+    )
+    parameters = SearchParameters(like.nprobe, like.margin, found)
+    written = _file(root, path, index, keys)
+    progress(f"index {like.spec}", len(entries), len(entries))
+    source, target = like.filled_from, like.recall_target
+    return _record(like.spec, len(entries), parameters, target, written, trained, source)
+
+
+def take_over_index(
+    root: Path,
+    folder: str,
+    file: Path,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    recall: float,
+) -> IndexRecord:
+    """Write an index of other tools, whose ids are entries, and tune how it is searched.
+
+    The user trusts the file: FAISS is not made to read hostile ones.
+
+    Raises:
+        CorpusError: it is no FAISS index, or not one of these entries.
+    """
+    try:
+        with file.open("rb") as opened:
+            index = read_index(opened, sha256_of(file))
+    except FolderError as error:
+        raise CorpusError(f"{file} is no FAISS index: leave out --trust") from error
+    if (index.d, index.ntotal) != (keys.dim, len(entries)) or index.metric_type != _METRIC[
+        keys.metric
+    ]:
+        raise CorpusError(
+            f"{file} holds {index.ntotal:,} vectors of {index.d} dims, and the datastore "
+            f"{len(entries):,} of {keys.dim}, or it measures otherwise: leave out --trust"
+        )
+    rng = np.random.default_rng(_SEED)
+    parameters = tune_search(index, keys, entries, ExactIndex(keys, entries), recall, rng)
+    written = _file(root, root / folder / INDEX, index, keys)
+    return _record(spec_of(index), len(entries), parameters, recall, written)
+
+
+def to_fill_like(
+    records: Iterable[SegmentRecord], choice: IndexChoice, dim: int, entries: int
+) -> IndexRecord | None:
+    """The index of which one of so many entries may be filled: that of the largest segment.
+
+    None where no trained one is kept, another is asked for, or too few lists would hold too many.
+    """
+    kept = [record.index for record in records if record.index and record.index.trained]
+    like = max(kept, key=lambda index: index.entries, default=None)
+    if like is None or choice.nprobe is not None:
+        return None
+    if choice.spec == AUTO:
+        few = _FEWER_LISTS * number_of_lists(like.spec, dim)
+        return like if fitting_lists(entries) <= few else None
+    return like if choice.spec == like.spec else None
+
+
+def _record(
+    spec: str,
+    entries: int,
+    parameters: SearchParameters,
+    recall_target: float,
+    file: FileRecord | None = None,
+    trained: FileRecord | None = None,
+    filled_from: str | None = None,
+) -> IndexRecord:
+    return IndexRecord(
+        spec=spec,
+        file=file,
+        trained=trained,
+        filled_from=filled_from,
+        entries=entries,
+        nprobe=parameters.nprobe,
+        margin=parameters.margin,
+        recall=parameters.recall,
+        recall_target=recall_target,
+    )
+
+
+def _file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
+    ApproximateIndex(index, keys.metric).write(path)
+    fsync_file(path)
+    return FileRecord.of(root, path.relative_to(root).as_posix())
+
+
+def _trained_file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
+    """Keep a trained index without entries beside the one that is filled from it."""
+    return _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)

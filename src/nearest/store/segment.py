@@ -1,0 +1,398 @@
+"""One part of a memory's corpus with its access paths, opened for reading."""
+
+import weakref
+from functools import cached_property
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer, UInt8, UInt64
+
+from nearest.corpus.tokens import Tokens, token_dtype
+from nearest.corpus.unique import id_hash
+from nearest.errors import FolderError, SettingError
+from nearest.folder import open_array
+from nearest.index.approximate import ApproximateIndex, read_index
+from nearest.index.clusters import NO_CLUSTER, Clusters
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import Keys, MergedKeys
+from nearest.index.live import LiveIndex
+from nearest.index.neighbours import (
+    NO_ENTRY,
+    MeasuringIndex,
+    Neighbours,
+    position_dtype,
+    sort_nearest_first,
+)
+from nearest.store.documents import FRAME_DTYPE, DocumentReader
+from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
+from nearest.store.parts.clusters import open_clusters
+from nearest.store.parts.corpus import StoredSources, open_sources
+from nearest.store.parts.keys import open_keys, stored_format
+
+OFFSET_DTYPE = np.dtype(np.int64)
+ID_DTYPE = np.dtype(np.uint64)
+
+
+class Segment:
+    """Tokens, documents, keys, index and clusters of one segment; ids here count from 0.
+
+    Queries and keys are as stored: after the projection, where the memory has one. Where entries
+    were merged (`nearest compress`), `weights` counts what each stands for, 0 for those merged into
+    another, and `rows` is the row of the key that each has or shares, -1 where there is none.
+
+    Documents that were removed still stand in the files until `nearest compact`. Everything here
+    but what is called `stored` leaves them out, so that no access path leads to them: each is
+    filtered in one place, where it is opened. An entry that was merged into one of a removed
+    document has no key any more.
+
+    Every file is opened at once, so that a reader keeps its generation even when a writer replaces
+    it; the index is read on the first search.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, record: SegmentRecord) -> None:
+        self.record = record
+        self._folder = folder
+        self._vocab_size = manifest.model.vocab_size
+        self._source_vocab_size = manifest.model.source_vocab_size
+        self._keys: Keys | None = None
+        self._weights: UInt8[np.ndarray, " n"] | None = None
+        self._rows: Int[np.ndarray, " n"] | None = None
+        self.paths = {name: folder / file.path for name, file in record.files.items()}
+        paths = self.paths
+        try:
+            self._tokens: Integer[np.ndarray, " n"] = open_array(
+                paths["tokens"], token_dtype(manifest.model.vocab_size), (record.tokens,)
+            )
+            self._offsets: Int[np.ndarray, " documents_plus_1"] = open_array(
+                paths["offsets"], OFFSET_DTYPE, (record.documents + 1,)
+            )
+            self.id_hashes: UInt64[np.ndarray, " documents"] = open_array(
+                paths["ids"], ID_DTYPE, (record.documents,)
+            )
+            self._sources = open_sources(paths, record, self._source_vocab_size)
+            self._removed: Int[np.ndarray, " removed"] = np.empty(0, np.int64)
+            if record.removed:
+                self._removed = open_array(paths["removed"], OFFSET_DTYPE, (record.removed,))
+            if manifest.keys is not None:
+                self._keys = self._open_keys(manifest.keys)
+            self._suffixes: Int[np.ndarray, " stored_entries"] = open_array(
+                paths["suffixes"], position_dtype(record.tokens), (record.entries,)
+            )
+            self._clusters: Clusters | None = None
+            if manifest.clusters is not None and record.members is not None:
+                self._clusters = open_clusters(
+                    paths, record.tokens, manifest.clusters.clusters, record.members
+                )
+            frames = open_array(paths["frames"], FRAME_DTYPE, (record.frames, 2))
+            self.stored_documents = DocumentReader(
+                self._held_open(paths["documents"]), frames, record.documents
+            )
+        except KeyError as error:
+            raise FolderError(
+                f"the manifest of {folder} names no {error} file for segment {record.name}: "
+                "restore it from a copy, or rebuild"
+            ) from error
+        file = None if record.index is None else record.index.file
+        self._index_file = None if file is None else self._held_open(folder / file.path)
+
+    def _open_keys(self, keys: KeysRecord) -> Keys:
+        record, form = self.record, stored_format(self._folder, keys)
+        if record.kept is None:
+            return open_keys(self.paths, form, keys.stored_dim, record.tokens, keys.metric)
+        self._weights = open_array(self.paths["weights"], np.dtype(np.uint8), (record.tokens,))
+        self._rows = open_array(self.paths["rows"], position_dtype(record.tokens), (record.tokens,))
+        return open_keys(self.paths, form, keys.stored_dim, record.kept, keys.metric)
+
+    def _held_open(self, path: Path) -> BufferedReader:
+        """Open a file for as long as this segment lives."""
+        file = path.open("rb")
+        weakref.finalize(self, file.close)
+        return file
+
+    # --- what is stored: looked at once, at its first use, for compiled kernels check no index ----
+
+    @cached_property
+    def tokens(self) -> Integer[np.ndarray, " n"]:
+        """Token ids of all documents, one after another."""
+        return self._within("tokens", self._tokens, 0, self._vocab_size)
+
+    @cached_property
+    def offsets(self) -> Int[np.ndarray, " documents_plus_1"]:
+        """Where each document starts, and where the last ends."""
+        return self._rising("offsets", self._offsets, self.record.tokens)
+
+    @cached_property
+    def stored_sources(self) -> StoredSources | None:
+        """What the encoder read for each document; None for a model without one."""
+        found = self._sources
+        if found is not None:
+            self._within("sources", found.tokens, 0, self._source_vocab_size or 0)
+            self._rising("source_offsets", found.offsets, len(found.tokens))
+        return found
+
+    @cached_property
+    def removed(self) -> Int[np.ndarray, " removed"]:
+        """The stored numbers of documents that were removed, ascending."""
+        if (np.diff(self._removed) < 1).any():
+            raise self._damaged("removed", "do not rise")
+        return self._within("removed", self._removed, 0, self.record.documents)
+
+    @cached_property
+    def stored_suffixes(self) -> Int[np.ndarray, " stored_entries"]:
+        """All entries by their reversed left context."""
+        return self._within("suffixes", self._suffixes, 0, self.record.tokens - 1)
+
+    @cached_property
+    def stored_rows(self) -> Int[np.ndarray, " n"] | None:
+        """The row of each position's key; None where each has its own."""
+        if self._rows is None:
+            return None
+        return self._within("rows", self._rows, NO_ENTRY, self.record.kept or 0)
+
+    @cached_property
+    def stored_weights(self) -> UInt8[np.ndarray, " n"] | None:
+        """How many entries each stood for when they were merged; None where each is for itself."""
+        if self._weights is not None and self.stored_rows is not None:
+            heads = np.flatnonzero(self._weights)
+            if not np.array_equal(self.stored_rows[heads], np.arange(self.record.kept or 0)):
+                raise self._damaged("weights", "do not count the entries that share a key")
+        return self._weights
+
+    @cached_property
+    def stored_clusters(self) -> Clusters | None:
+        """Clusters of all entries; None where the memory has none."""
+        found = self._clusters
+        if found is not None:
+            count = len(found.offsets) - 1
+            self._within("cluster_of", found.of, NO_CLUSTER, count)
+            self._within("cluster_members", found.members, 0, self.record.tokens - 1)
+            ends = found.offsets[0], found.offsets[-1]
+            if ends != (0, len(found.members)) or (np.diff(found.offsets) < 0).any():
+                raise self._damaged("cluster_offsets", "do not rise from 0 to the members")
+        return found
+
+    def _within(
+        self, kind: str, array: Integer[np.ndarray, "_"], low: int, high: int
+    ) -> Integer[np.ndarray, "_"]:
+        """The array, all of whose values must lie in [low, high)."""
+        if len(array) and not (low <= int(array.min()) and int(array.max()) < high):
+            raise self._damaged(kind, f"lie outside {low} to {high - 1}")
+        return array
+
+    def _rising(
+        self, kind: str, offsets: Int[np.ndarray, " n"], stop: int
+    ) -> Int[np.ndarray, " n"]:
+        """The offsets, which must rise from 0 to the number of tokens."""
+        if offsets[0] != 0 or offsets[-1] != stop or (np.diff(offsets) < 1).any():
+            raise self._damaged(kind, "do not rise from 0 to the number of tokens")
+        return offsets
+
+    def _damaged(self, kind: str, what: str) -> FolderError:
+        return FolderError(
+            f"{self.paths[kind]} is damaged (its values {what}): restore it from a copy, or rebuild"
+        )
+
+    # --- what is left of the corpus ---------------------------------------------------------------
+
+    @cached_property
+    def gone(self) -> Bool[np.ndarray, " n"]:
+        """Which positions are of documents that were removed."""
+        gone = np.zeros(self.record.tokens, dtype=bool)
+        for number in self.removed.tolist():
+            gone[self.offsets[number] : self.offsets[number + 1]] = True
+        return gone
+
+    @cached_property
+    def numbers(self) -> Int[np.ndarray, " documents"]:
+        """The stored number of each document that is left."""
+        return np.delete(np.arange(self.record.documents), self.removed)
+
+    @cached_property
+    def stored_entries(self) -> Int[np.ndarray, " stored_entries"]:
+        """Positions that have a value, those of removed documents too."""
+        return valued_entries(self.offsets)
+
+    @cached_property
+    def entries(self) -> Int[np.ndarray, " m"]:
+        """Positions that have a value: all but the last of each document."""
+        return self._left(self.stored_entries)
+
+    @cached_property
+    def entry_count(self) -> int:
+        """Number of entries, without counting them one by one."""
+        lengths = self.offsets[self.removed + 1] - self.offsets[self.removed]
+        return self.record.entries - int(lengths.sum()) + len(lengths)
+
+    def find(self, document_id: str) -> int | None:
+        """The stored number of the document with this id; None where there is none (any more)."""
+        for number in np.flatnonzero(self.id_hashes == id_hash(document_id)).tolist():
+            if number not in self.removed and self.stored_documents[number].id == document_id:
+                return int(number)
+        return None
+
+    def _left(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+        """Those of some entries that are not of removed documents."""
+        return ids[~self.gone[ids]] if len(self.removed) else ids
+
+    # --- access paths -----------------------------------------------------------------------------
+
+    @cached_property
+    def suffixes(self) -> Int[np.ndarray, " m"]:
+        """Entries by their reversed left context."""
+        return self._left(self.stored_suffixes)
+
+    @cached_property
+    def rows(self) -> Int[np.ndarray, " n"] | None:
+        """The row of the key that each position has or shares; None where each has its own."""
+        if self.stored_rows is None or self.stored_weights is None or not len(self.removed):
+            return self.stored_rows
+        rows = np.where(self.gone, NO_ENTRY, self.stored_rows)
+        heads = np.flatnonzero(self.stored_weights)
+        lost = np.zeros(len(heads) + 1, dtype=bool)  # the last is that of row -1
+        lost[self.stored_rows[heads[self.gone[heads]]]] = True
+        return np.where(lost[rows], NO_ENTRY, rows).astype(self.stored_rows.dtype)
+
+    @cached_property
+    def weights(self) -> UInt8[np.ndarray, " n"] | None:
+        """How many entries each stands for; None where each stands for itself."""
+        if self.stored_weights is None or self.rows is None or not len(self.removed):
+            return self.stored_weights
+        heads = self.searched
+        counts = np.bincount(self.rows[self.rows >= 0], minlength=self.record.kept or 0)
+        weights = np.zeros_like(self.stored_weights)
+        weights[heads] = counts[self.rows[heads]]
+        return weights
+
+    @cached_property
+    def searched(self) -> Int[np.ndarray, " s"]:
+        """Entries that a search finds: all, or those that others have been merged into."""
+        if self.stored_weights is None:
+            return self.entries
+        return self._left(np.flatnonzero(self.stored_weights))
+
+    @cached_property
+    def keyed(self) -> Int[np.ndarray, " m"]:
+        """Entries that have a key, be it shared."""
+        return self.entries if self.rows is None else self.entries[self.rows[self.entries] >= 0]
+
+    @cached_property
+    def searched_count(self) -> int:
+        """Number of entries that a search can find."""
+        return self.entry_count if self.stored_weights is None else len(self.searched)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The stored keys (SettingError when the memory has none)."""
+        keys = self.stored_keys
+        return keys if self.rows is None else MergedKeys(keys, self.rows)
+
+    @property
+    def stored_keys(self) -> Keys:
+        """The keys by row (SettingError when the memory has none)."""
+        if self._keys is None:
+            raise no_keys(self._folder)
+        return self._keys
+
+    @cached_property
+    def labels(self) -> Int[np.ndarray, " n"]:
+        """The cluster of each position (int32), -1 where it is in none."""
+        if self.stored_clusters is None:
+            return np.full(self.record.tokens, NO_CLUSTER, np.int32)
+        of = self.stored_clusters.of
+        return np.where(self.gone, np.int32(NO_CLUSTER), of) if len(self.removed) else of
+
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """Clusters of the entries that are left; None where the memory has none."""
+        stored = self.stored_clusters
+        if stored is None or not len(self.removed):
+            return stored
+        return Clusters.from_labels(self.labels, len(stored.offsets) - 1)
+
+    @cached_property
+    def index(self) -> MeasuringIndex:
+        """What searches this segment alone."""
+        if not self.has_index or self.record.index is None:
+            return self.exact_index()
+        read = ApproximateIndex(self.read_index(), self.keys.metric, self.record.index.nprobe)
+        return LiveIndex(read, read.entries, self.gone) if len(self.removed) else read
+
+    @property
+    def has_index(self) -> bool:
+        """Whether a file of its own is searched; else keys are scanned, or there are none."""
+        return self._index_file is not None
+
+    def read_index(self) -> Any:
+        """The FAISS index that the manifest names, read anew after its checksum has matched."""
+        keys, record = self.keys, self.record.index
+        if record is None or record.file is None or self._index_file is None:
+            raise ValueError(f"segment {self.record.name} has no index of its own")
+        index = read_index(self._index_file, record.file.sha256)
+        if index.d != keys.dim or index.ntotal != record.entries:
+            raise FolderError(
+                f"{record.file.path} holds {index.ntotal:,} vectors of {index.d} dims, the "
+                f"manifest says {record.entries:,} of {keys.dim}: "
+                "rebuild it with `nearest index`"
+            )
+        return index
+
+    def exact_index(self) -> ExactIndex:
+        """Exhaustive search over this segment's keys."""
+        return ExactIndex(self.keys, self.searched)
+
+    def search_by_keys(
+        self, queries: Float[np.ndarray, "q dim"], k: int, rerank: int
+    ) -> Neighbours:
+        """The k nearest by the stored keys, among at least so many that the index finds."""
+        margin = self.record.index.margin if self.record.index else 0
+        found = self.search_by_index(queries, max(k + margin, rerank))
+        distances = self.keys.distances(queries, found.ids)
+        return sort_nearest_first(Neighbours(found.ids, distances), k)
+
+    def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest by the index's own codes, with its own distances."""
+        k = min(k, self.searched_count)
+        if k == 0:
+            return Neighbours.none(len(queries))
+        return self.index.search(queries, k)
+
+    def heads(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The entries into which some were merged, themselves where they stand for themselves."""
+        if self.rows is None or self.stored_weights is None:
+            return ids
+        rows = np.where(ids < 0, NO_ENTRY, self.rows[ids])
+        return np.where(rows < 0, NO_ENTRY, np.flatnonzero(self.stored_weights)[rows])
+
+    def tokens_of(self, number: int) -> Tokens:
+        """The token ids of a document by its stored number."""
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def source_of(self, number: int) -> Tokens | None:
+        """What the encoder read for a document, by its stored number; None where there is none."""
+        return None if self.stored_sources is None else self.stored_sources[number]
+
+
+def no_keys(folder: Path) -> SettingError:
+    """What to say where keys are needed and the memory was built without."""
+    return SettingError(
+        f"{folder} has no keys (it was built with --keys none), and this needs them: build it with "
+        "--keys fp16 or int8, or use the method suffix, which goes by the text alone"
+    )
+
+
+def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:
+    """Positions in a run of documents that are followed by a token of the same document.
+
+    >>> valued_entries(np.array([0, 3, 5]))
+    array([0, 1, 3])
+    """
+    return np.flatnonzero(valued_mask(offsets))
+
+
+def valued_mask(offsets: Int[np.ndarray, " documents_plus_1"]) -> Bool[np.ndarray, " n"]:
+    """Which positions those are, at an eighth of the memory."""
+    valued: Bool[np.ndarray, " n"] = np.ones(int(offsets[-1]), dtype=bool)
+    valued[offsets[1:] - 1] = False
+    return valued
