@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
+from nearest.retro import loss as loss_module
 from nearest.retro.loss import next_token_loss
 
 
@@ -48,3 +49,17 @@ def test_an_impossible_token_costs_infinity() -> None:
     labels = torch.tensor([[0, 3]])
     assert next_token_loss(logits, labels) == torch.inf
     assert next_token_loss(logits, torch.tensor([[0, -100]])) == pytest.approx(1.3862944)
+
+
+def test_a_gpu_gets_a_few_large_blocks_and_every_block_size_gives_the_same(monkeypatch) -> None:
+    batch = torch.empty(8 * 1024, 32_128, device="meta", dtype=torch.bfloat16)
+    assert len(batch) / loss_module._block_rows(batch) < 5
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 20, 30), generator=random).requires_grad_()
+    labels = torch.randint(0, 30, (2, 20), generator=random)
+    gradients = []
+    for rows in (1, 7, 40, 1000):
+        monkeypatch.setattr(loss_module, "_CPU_ROWS", rows)
+        gradients += torch.autograd.grad(next_token_loss(logits, labels), logits)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])

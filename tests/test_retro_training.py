@@ -143,3 +143,14 @@ def test_retrieval_is_on_or_off_for_each_call():
     assert not torch.allclose(on[:, CHUNK:], off[:, CHUNK:])
     assert torch.equal(model(input_ids).logits, off)
     assert off.shape == (1, 9, VOCAB)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_a_training_step_never_waits_for_a_device(name):
+    """Tensors of the meta device refuse to tell their values, as every wait for a GPU would."""
+    model = variant(name).to("meta").train()
+    input_ids, ids = (t.to("meta") for t in (tokens(2, 14), neighbours(model, 2, 14)))
+    with torch.device("meta"):
+        loss = model(input_ids, neighbour_ids=ids, labels=input_ids).loss
+        loss.backward()
+    assert loss.is_meta

@@ -1,5 +1,6 @@
 """Multi-head attention: within a sequence, and from a neighbour to its chunk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,19 +16,25 @@ from nearest.retro.dropout import Dropout, drop
 from nearest.retro.positions import BucketBias, Rotation, rotate, rotation
 
 
+def holds(mask: Bool[Tensor, "*shape"], question: Callable[[Tensor], Tensor]) -> bool | None:
+    """`mask.all()` or `mask.any()` on CPUs; None elsewhere, where the host would have to wait."""
+    return bool(question(mask)) if mask.device.type == "cpu" else None
+
+
 def hidden_keys(
     config: RetroConfig, seen: Bool[Tensor, "batch keys"], x: Tensor
 ) -> Float[Tensor, "batch 1 1 keys"] | None:
-    """What is added to the scores of keys: 0 where seen; None where all are. In x's dtype.
+    """Additive attention mask in x's dtype: 0 where a key is seen, a large negative number if not.
 
-    Never −∞: a row whose keys are all hidden, as of padding itself, has some mean and not a NaN.
+    Never −∞: a row whose keys are all hidden, as padding's own may be, must give no NaN. None where
+    all keys are seen, which is only looked for on CPUs.
     """
-    if bool(seen.all()):
+    if holds(seen, Tensor.all):
         return None
     score = config.masked_score
     if score is None:
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         score = torch.finfo(torch.get_autocast_dtype(kind) if autocast else x.dtype).min / 2
     zeros = torch.zeros(seen.shape, dtype=x.dtype, device=seen.device)
     return zeros.masked_fill(~seen, score)[:, None, None]

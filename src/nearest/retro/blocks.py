@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,39 +29,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Each position for itself."""
         if self.gated:
-            inner: Tensor = _GatedGelu.apply(self.up(x), self.approximate)  # type: ignore[no-untyped-call]
+            gate, linear = self.up(x).chunk(2, dim=-1)
+            inner = F.gelu(gate, approximate=self.approximate) * linear
         else:
             inner = F.gelu(self.up(x), approximate=self.approximate)
         return self.dropout(self.down(self.inner_dropout(inner)))
-
-
-class _GatedGelu(torch.autograd.Function):
-    """GELU of the first half of the last dim, times the second half.
-
-    Both halves' gradients are written into one array, where torch would make each and then join
-    them, and GELU is computed again instead of kept: these are the largest arrays but the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor, approximate: str) -> Tensor:
-        """[…, 2 inner] → […, inner]."""
-        ctx.save_for_backward(joined)
-        ctx.approximate = approximate
-        gate, linear = joined.chunk(2, dim=-1)
-        return F.gelu(gate, approximate=approximate).mul_(linear)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Of the joined halves."""
-        (joined,) = ctx.saved_tensors
-        gate, linear = joined.chunk(2, dim=-1)
-        found = torch.empty_like(joined)
-        of_gate, of_linear = found.chunk(2, dim=-1)
-        torch.mul(F.gelu(gate, approximate=ctx.approximate), gradient, out=of_linear)
-        by_gelu = torch.ops.aten.gelu_backward.grad_input
-        by_gelu(gradient * linear, gate, approximate=ctx.approximate, grad_input=of_gate)
-        return found, None
 
 
 class Residual(GradientCheckpointingLayer):

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from nearest.errors import SettingError
-from nearest.retro.chunks import Segment
+from nearest.retro.layout import ChunkLayout
 
 
 @dataclass
 class LastPass:
     """What a pass was made of, so that its last tokens can be taken back."""
 
-    segment: Segment
+    layout: ChunkLayout
     states: Tensor  # (batch, columns, dim), where the encoder reads
     carry: Tensor | None  # of the unfinished chunk before
     stacks: dict[str, Tensor] = field(default_factory=dict)  # of all its blocks
@@ -35,11 +35,11 @@ class ChunkState:
     recording: bool = False  # keep the last pass
     last: LastPass | None = None
 
-    def begin(self, segment: Segment, states: Tensor) -> None:
+    def begin(self, layout: ChunkLayout, states: Tensor) -> None:
         """Note a pass that starts."""
-        self.columns += segment.columns
+        self.columns += layout.columns
         carry = self.tensors.get("carry")
-        self.last = LastPass(segment, states, carry) if self.recording else None
+        self.last = LastPass(layout, states, carry) if self.recording else None
 
     def keep_current(self, name: str, stack: Tensor, current: Tensor) -> None:
         """Store what stays of what the blocks of a pass attended to."""
@@ -53,20 +53,20 @@ class ChunkState:
             self.tensors["input"] = self.tensors["input"][:, :-tokens]
         if self.columns == 0:  # retrieval is off
             return
-        if self.last is None or tokens >= self.last.segment.columns:
+        if self.last is None or tokens >= self.last.layout.columns:
             raise SettingError(
                 f"{tokens} tokens cannot be taken back: only some of the last pass can, after "
                 "activate_past_recording()"
             )
         last = self.last
-        segment = replace(last.segment, columns=last.segment.columns - tokens)
+        layout = replace(last.layout, columns=last.layout.columns - tokens)
         self.columns -= tokens
-        self.keep("carry", segment.chunk_states(last.states[:, : segment.columns], last.carry)[1])
+        self.keep("carry", layout.chunk_states(last.states[:, : layout.columns], last.carry)[1])
         for name, stack in last.stacks.items():
-            if segment.first_block == 1 and segment.chunks == 0:
+            if layout.first_block == 1 and layout.chunks == 0:
                 del self.tensors[name]  # no chunk has ended
             else:
-                self.keep(name, segment.current(stack))
+                self.keep(name, layout.current(stack))
         self.last = None
 
     def keep(self, name: str, tensor: Tensor) -> None:

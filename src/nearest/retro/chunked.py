@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from nearest.retro.attention import Attention
 from nearest.retro.cache import ChunkState
-from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
+from nearest.retro.layout import ChunkLayout
 from nearest.retro.positions import Rotation, rotate, rotation
 
 
@@ -18,7 +18,7 @@ from nearest.retro.positions import Rotation, rotate, rotation
 class Retrieved:
     """What the neighbours of one forward pass give to every layer that attends to them."""
 
-    segment: Segment
+    layout: ChunkLayout
     length: int  # tokens of a neighbour
     encoded: Float[Tensor, "batch chunks tokens dim"] | None  # None: no chunk ends in this pass
     hidden: Float[Tensor, "sequences 1 1 keys"] | None  # added to scores; None: all are seen
@@ -39,20 +39,20 @@ class ChunkedCrossAttention(Attention):
         self, x: Float[Tensor, "batch n dim"], retrieved: Retrieved
     ) -> Float[Tensor, "batch n dim"]:
         """Zeros before the first chunk ends and where all neighbours are padding."""
-        segment = retrieved.segment
-        if segment.blocks == 0:
+        layout = retrieved.layout
+        if layout.blocks == 0:
             return torch.zeros_like(x)
         k, v = self._keys_values(retrieved)
-        q = self.split(segment.into_blocks(self.q(x)))
+        q = self.split(layout.into_blocks(self.q(x)))
         if self.bias is None:
-            q = rotate(q, self._query_rotation(segment, q))
+            q = rotate(q, self._query_rotation(layout, q))
         found = self.attended(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *self._scores(retrieved, k)
         )
         answers = self.joined(found).unflatten(0, q.shape[:2])
         if retrieved.silent is not None:
             answers = answers.masked_fill(retrieved.silent, 0)
-        return segment.from_blocks(answers)
+        return layout.from_blocks(answers)
 
     def _keys_values(self, retrieved: Retrieved) -> tuple[Tensor, Tensor]:
         """Of what each block attends to, (batch, blocks, heads, keys, dim); updates the state."""
@@ -66,7 +66,7 @@ class ChunkedCrossAttention(Attention):
         old = retrieved.state.tensors if retrieved.state else {}
         stacks = []
         for name, tensor in zip((f"keys.{self.layer}", f"values.{self.layer}"), new, strict=True):
-            stack, current = retrieved.segment.merge(old.get(name), tensor)
+            stack, current = retrieved.layout.merge(old.get(name), tensor)
             stacks.append(stack)
             if retrieved.state:
                 retrieved.state.keep_current(name, stack, current)
@@ -78,12 +78,12 @@ class ChunkedCrossAttention(Attention):
         null = self.null.chunk(2)[which].reshape(self.heads, 1, -1)
         return torch.cat([null.expand(*x.shape[:2], -1, -1, -1), x], dim=-2)
 
-    def _query_rotation(self, segment: Segment, q: Tensor) -> Rotation:
+    def _query_rotation(self, layout: ChunkLayout, q: Tensor) -> Rotation:
         m = self.config.chunk_size
         if self.config.cca_rotary == "aligned":
-            places = segment.rows + m - 1
+            places = layout.rows + m - 1
         else:
-            places = (segment.rows == 0) * (2 * m - 2)
+            places = (layout.rows == 0) * (2 * m - 2)
         cos, sin = rotation(places, self.config.rotary_dim, q)
         return cos[:, None, None], sin[:, None, None]
 
@@ -91,19 +91,19 @@ class ChunkedCrossAttention(Attention):
         """What is added to scores: for all sequences alike, and for each."""
         if self.bias is None:
             return None, retrieved.hidden
-        segment, m = retrieved.segment, self.config.chunk_size
+        layout, m = retrieved.layout, self.config.chunk_size
         nulls = 0 if self.null is None else 1
         keys, ahead = k.shape[-2] - nulls, 0
         if self.config.cca_buckets == "shared":
             keys, ahead = retrieved.length, m - 1
-        if segment.single and segment.uniform:
-            bias = self.bias(1, keys, ahead + int(segment.rows))
+        if layout.single and layout.uniform:
+            bias = self.bias(1, keys, ahead + int(layout.rows))
         else:
             bias = self.bias(m, keys, ahead)
         if self.config.cca_buckets == "shared":
             bias = bias.repeat(1, 1, k.shape[-2] // keys)
         bias = F.pad(bias, (nulls, 0))
-        if segment.uniform or not segment.single:
+        if layout.uniform or not layout.single:
             return bias, retrieved.hidden
-        mine = bias[:, segment.rows[:, 0]].transpose(0, 1)[:, :, None]
+        mine = bias[:, layout.rows[:, 0]].transpose(0, 1)[:, :, None]
         return None, mine if retrieved.hidden is None else mine + retrieved.hidden

@@ -10,9 +10,9 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 
 from nearest.errors import SettingError
 from nearest.retro.cache import RetroCache
-from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
-from nearest.retro.reading import check_dtype, neighbour_chunks, segment_of
+from nearest.retro.layout import ChunkLayout
+from nearest.retro.reading import check_dtype, layout_of, neighbour_chunks
 
 Retrieve = Callable[[Tensor], Tensor]
 """(chunks, m) token ids → (chunks, neighbours, length) token ids, padded."""
@@ -105,9 +105,9 @@ class RetroGenerationMixin(GenerationMixin):
                 "chunks up: pass the whole sequence, and no prefill_chunk_size"
             )
         config = self.retro_config
-        segment = segment_of(config, inputs["input_ids"], attention_mask, past_key_values)
-        needed = neighbour_chunks(config, segment)
-        inputs["neighbour_ids"] = _gather(input_ids, segment, needed, neighbour_ids, neighbours)
+        layout = layout_of(config, inputs["input_ids"], attention_mask, past_key_values)
+        needed = neighbour_chunks(config, layout)
+        inputs["neighbour_ids"] = _gather(input_ids, layout, needed, neighbour_ids, neighbours)
         return inputs
 
 
@@ -127,7 +127,7 @@ def _checked(given: Tensor, rows: int) -> Tensor:
 
 def _gather(
     input_ids: Int[Tensor, "batch n"],
-    segment: Segment,
+    layout: ChunkLayout,
     needed: int,
     given: Tensor | None,
     retrieve: Retrieve | None,
@@ -136,8 +136,8 @@ def _gather(
     known = 0 if given is None else _checked(given, len(input_ids)).shape[1]
     found: dict[tuple[int, int], Tensor] = {}
     wanted: list[tuple[int, int]] = []
-    m = segment.chunk_size
-    for row, (past, finished) in enumerate(zip(segment.past, segment.finished, strict=True)):
+    m = layout.chunk_size
+    for row, (past, finished) in enumerate(zip(layout.past, layout.finished, strict=True)):
         for i in range(finished):
             number = past // m + i
             if given is not None and number < known:
@@ -145,7 +145,7 @@ def _gather(
             else:
                 wanted.append((row, i))
     if wanted and retrieve is not None:
-        first = [segment.starts[row] + (segment.past[row] // m + i) * m for row, i in wanted]
+        first = [layout.starts[row] + (layout.past[row] // m + i) * m for row, i in wanted]
         chunks = torch.stack(
             [input_ids[row, f : f + m] for (row, _), f in zip(wanted, first, strict=True)]
         )

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-_ROWS = 16  # at once: their logits stay in the caches
+_CPU_ROWS = 16  # their logits stay in the caches
+_GPU_NUMBERS = 1 << 26  # 256 MB of float32: a few kernel launches for any batch
 
 
 def next_token_loss(
@@ -33,7 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Negative log-likelihood of each row, 0 where it is ignored.
 
     Torch's own keeps log-probabilities for the gradient, as large as the logits; here the gradient
-    is made of the logits themselves, softmax − one-hot, some rows at a time.
+    is made of the logits themselves, softmax − one-hot, a block of rows at a time.
     """
 
     @staticmethod
@@ -41,8 +42,9 @@ class _CrossEntropy(torch.autograd.Function):
         """Of [rows, vocab] logits and [rows] labels; summed in float32 or better."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         tops = logits.amax(1, keepdim=True).to(wide)
-        parts = zip(logits.split(_ROWS), tops.split(_ROWS), strict=True)
-        sums = torch.cat([(part.to(wide) - top).exp_().sum(1) for part, top in parts])
+        rows = _block_rows(logits)
+        blocks = zip(logits.split(rows), tops.split(rows), strict=True)
+        sums = torch.cat([(block.to(wide) - top).exp_().sum(1) for block, top in blocks])
         seen = labels != IGNORED
         right = logits.gather(1, labels.where(seen, 0)[:, None]).to(wide)
         ctx.save_for_backward(logits, labels, tops[:, 0] + sums.log())
@@ -58,9 +60,17 @@ class _CrossEntropy(torch.autograd.Function):
         targets = labels.where(seen, 0)[:, None]
         minus_one = totals.new_full((1, 1), -1.0)
         found = torch.empty_like(logits)
-        for begin in range(0, len(logits), _ROWS):
-            rows = slice(begin, begin + _ROWS)
+        step = _block_rows(logits)
+        for begin in range(0, len(logits), step):
+            rows = slice(begin, begin + step)
             probs = (logits[rows].to(totals.dtype) - totals[rows, None]).exp_()
             probs.scatter_add_(1, targets[rows], minus_one.expand(len(probs), 1))
             found[rows] = probs.mul_(of_rows[rows])
         return found, None
+
+
+def _block_rows(logits: Tensor) -> int:
+    """Rows of [rows, vocab] logits to work on at once: few on CPUs, nearly all on GPUs."""
+    if logits.device.type == "cpu":
+        return _CPU_ROWS
+    return max(1, _GPU_NUMBERS // logits.shape[1])

@@ -22,10 +22,17 @@ from nearest.retro.decoder import DecoderLayer
 from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
 from nearest.retro.initial import RetroPreTrainedModel
+from nearest.retro.layout import ChunkLayout
 from nearest.retro.loss import IGNORED, next_token_loss
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import rotation
-from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
+from nearest.retro.reading import (
+    NeighbourReader,
+    check_call,
+    check_ids,
+    chunks_seen,
+    layout_of,
+)
 
 
 @dataclass
@@ -176,12 +183,12 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
 
         `states` gathers the states before each layer, and the normed ones.
         """
-        segment = segment_of(self.config, input_ids, attention_mask, cache)
+        layout = layout_of(self.config, input_ids, attention_mask, cache)
         if neighbour_ids is not None:
-            check_call(self.config, segment, neighbour_ids, cache)
+            check_call(self.config, layout, neighbour_ids, cache)
         mask = self._input_mask(input_ids, attention_mask, cache)
-        places = segment.positions.to(input_ids.device)
-        x = self._embed(input_ids, places)
+        places = layout.positions.to(input_ids.device)
+        x = self._embed(input_ids, layout, places)
         hidden = None if mask is None else hidden_keys(self.config, mask, x)
         turns = None
         if self.config.positions == "rotary":
@@ -193,9 +200,9 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
                 self.config,
                 self.encoder,
                 self.embed_neighbours or self.embed_tokens,
-                segment,
+                layout,
                 neighbour_ids,
-                chunks_seen(mask, segment),
+                chunks_seen(mask, layout),
                 cache.chunk if cache is not None else None,
             )
         recall = self._recall(memory)
@@ -206,7 +213,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         x = self.norm(x)
         if states is not None:
             states.append(x)
-        if recall is None or segment.seen:
+        if recall is None or layout.seen:
             return x, None
         return x, recall.remembered(mask)
 
@@ -223,18 +230,15 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         return Recall(memory)
 
     def _embed(
-        self, input_ids: Int[Tensor, "batch n"], places: Int[Tensor, "_ n"]
+        self, input_ids: Int[Tensor, "batch n"], layout: ChunkLayout, places: Int[Tensor, "_ n"]
     ) -> Float[Tensor, "batch n dim"]:
-        if not (int(input_ids.min()) >= 0 and int(input_ids.max()) < self.config.vocab_size):
-            raise SettingError(
-                f"input_ids lie in {int(input_ids.min())} … {int(input_ids.max())}, but the "
-                f"vocabulary has {self.config.vocab_size} tokens: use the model's own tokenizer"
-            )
+        check_ids("input_ids", input_ids, 0, self.config.vocab_size)
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
-            if int(places.max()) >= self.config.max_position_embeddings:
+            longest = layout.seen + layout.columns - min(layout.starts)
+            if longest > self.config.max_position_embeddings:
                 raise SettingError(
-                    f"the input is {int(places.max()) + 1} tokens long, but the model has "
+                    f"the input is {longest} tokens long, but the model has "
                     f"{self.config.max_position_embeddings} positions: shorten it"
                 )
             x = x + self.embed_positions(places)

@@ -19,28 +19,28 @@ class NeighbourCache:
     Args:
         retrieve: (chunks, m) token ids → (chunks, neighbours, length) token ids.
         size: chunks remembered.
-        generation: a number of what is searched; when it changes, everything is forgotten.
+        version: a number of what is searched; when it changes, everything is forgotten.
     """
 
     def __init__(
         self,
         retrieve: Retrieve,
         size: int = 4096,
-        generation: Callable[[], int] = lambda: 0,
+        version: Callable[[], int] = lambda: 0,
     ) -> None:
         if size < 1:
             raise SettingError(f"size must be at least 1, got {size}")
         self.retrieve = retrieve
         self.size = size
-        self.generation = generation
+        self.version = version
         self._known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._of = generation()
+        self._version = version()
 
     def __call__(self, chunks: Int[Tensor, "n m"]) -> Int[Tensor, "n neighbours length"]:
         """Neighbours of these chunks; only new chunks are asked for."""
-        if self._of != self.generation():
+        if self._version != self.version():
             self._known.clear()
-            self._of = self.generation()
+            self._version = self.version()
         keys = [tuple(chunk) for chunk in chunks.tolist()]
         found = {key: self._known[key] for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in found]

@@ -8,37 +8,37 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nearest.errors import SettingError
-from nearest.retro.attention import hidden_keys
+from nearest.retro.attention import hidden_keys, holds
 from nearest.retro.cache import ChunkState, RetroCache
 from nearest.retro.chunked import Retrieved
-from nearest.retro.chunks import Segment
 from nearest.retro.config import RetroConfig
 from nearest.retro.encoder import Encoder
+from nearest.retro.layout import ChunkLayout
 
 
-def segment_of(
+def layout_of(
     config: RetroConfig,
     input_ids: Int[Tensor, "batch columns"],
     attention_mask: Tensor | None,
     cache: Cache | None,
-) -> Segment:
+) -> ChunkLayout:
     """Where the tokens of a call stand: after a cache, and after padding on the left."""
     batch, columns = input_ids.shape
     seen = cache.get_seq_length() if cache is not None else 0
     if attention_mask is None:
-        return Segment(config.chunk_size, columns, seen, (0,) * batch)
+        return ChunkLayout(config.chunk_size, columns, seen, (0,) * batch)
     if tuple(attention_mask.shape) != (batch, seen + columns):
         raise SettingError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, but must be (batch, "
             f"tokens so far) = ({batch}, {seen + columns})"
         )
     starts = (attention_mask.cumsum(1) == 0).sum(1)
-    return Segment(config.chunk_size, columns, seen, tuple(starts.tolist()))
+    return ChunkLayout(config.chunk_size, columns, seen, tuple(starts.tolist()))
 
 
-def neighbour_chunks(config: RetroConfig, segment: Segment) -> int:
+def neighbour_chunks(config: RetroConfig, layout: ChunkLayout) -> int:
     """How many chunks' neighbours a call comes with."""
-    return segment.chunks if segment.seen else config.chunks(segment.columns)
+    return layout.chunks if layout.seen else config.chunks(layout.columns)
 
 
 def check_dtype(ids: Tensor) -> None:
@@ -47,25 +47,37 @@ def check_dtype(ids: Tensor) -> None:
         raise SettingError(f"neighbour_ids must be token ids, int64, got {ids.dtype}: convert them")
 
 
-def check_call(config: RetroConfig, segment: Segment, ids: Tensor, cache: Cache | None) -> None:
+def check_ids(name: str, ids: Tensor, least: int, vocab_size: int) -> None:
+    """Refuse ids outside `least` … vocab_size − 1 (SettingError).
+
+    On CPUs alone: elsewhere it would cost every pass a wait for the device, whose embedding asserts
+    the upper end by itself.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < least or high >= vocab_size:
+        raise SettingError(
+            f"{name} lie in {low} … {high}, but the vocabulary has {vocab_size} tokens: use the "
+            "model's own tokenizer" + ("; −1 or the padding token is padding" if least < 0 else "")
+        )
+
+
+def check_call(config: RetroConfig, layout: ChunkLayout, ids: Tensor, cache: Cache | None) -> None:
     """Refuse neighbours of a wrong shape, dtype or range, or that came too late (SettingError)."""
     if not config.cca_layers:
         raise SettingError("neighbour_ids are given, but cca_layers is empty: no layer reads them")
     check_dtype(ids)
-    seen, batch = segment.seen, len(segment.starts)
-    chunks = neighbour_chunks(config, segment)
+    seen, batch = layout.seen, len(layout.starts)
+    chunks = neighbour_chunks(config, layout)
     if ids.ndim != 4 or tuple(ids.shape[:2]) != (batch, chunks):
         raise SettingError(
             f"neighbour_ids have the shape {tuple(ids.shape)}, but must be (batch, chunks, "
-            f"neighbours, length) = ({batch}, {chunks}, …): {segment.columns} tokens after {seen} "
+            f"neighbours, length) = ({batch}, {chunks}, …): {layout.columns} tokens after {seen} "
             f"in chunks of {config.chunk_size}, chunk_count {config.chunk_count!r}"
         )
-    if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < config.vocab_size):
-        raise SettingError(
-            f"neighbour_ids lie in {int(ids.min())} … {int(ids.max())}, but the vocabulary has "
-            f"{config.vocab_size} tokens: give token ids, and −1 or the padding token for none"
-        )
-    if segment.chunks and not ids.numel():
+    check_ids("neighbour_ids", ids, -1, config.vocab_size)
+    if layout.chunks and not ids.numel():
         raise SettingError(
             f"neighbour_ids have the shape {tuple(ids.shape)} and so no tokens: give padding where "
             "there are no neighbours, or None to switch retrieval off"
@@ -77,12 +89,12 @@ def check_call(config: RetroConfig, segment: Segment, ids: Tensor, cache: Cache 
 
 
 def chunks_seen(
-    mask: Bool[Tensor, "batch columns"] | None, segment: Segment
+    mask: Bool[Tensor, "batch columns"] | None, layout: ChunkLayout
 ) -> Bool[Tensor, "batch chunks m"] | None:
     """Which tokens of the chunks that end in a pass are no padding; None where all are."""
-    if mask is None or bool(mask.all()):
+    if mask is None or holds(mask, Tensor.all):
         return None
-    columns = segment.chunk_columns().to(mask.device).clamp(max=mask.shape[1] - 1)
+    columns = layout.chunk_columns().to(mask.device).clamp(max=mask.shape[1] - 1)
     return mask.gather(1, columns.flatten(1)).reshape(columns.shape)
 
 
@@ -94,7 +106,7 @@ class NeighbourReader:
         config: RetroConfig,
         encoder: Encoder,
         embed: Callable[[Tensor], Tensor],
-        segment: Segment,
+        layout: ChunkLayout,
         ids: Int[Tensor, "batch _ neighbours length"],
         context_seen: Bool[Tensor, "batch chunks m"] | None,
         state: ChunkState | None,
@@ -103,7 +115,7 @@ class NeighbourReader:
 
         Args:
             config: the model's. encoder: reads neighbours. embed: makes ids vectors.
-            segment: the pass.
+            layout: the pass.
             ids: neighbours of at least the finished chunks; −1 and pad_token_id are padding.
             context_seen: which tokens of the finished chunks are no padding; None where all are.
             state: what generation keeps between passes, updated; None without a cache.
@@ -111,8 +123,8 @@ class NeighbourReader:
         self.config = config
         self.encoder = encoder
         self.embed = embed
-        self.segment = segment
-        self.ids = ids[:, : segment.chunks]
+        self.layout = layout
+        self.ids = ids[:, : layout.chunks]
         self.context_seen = context_seen
         self.state = state
         self._retrieved: Retrieved | None = None
@@ -124,15 +136,15 @@ class NeighbourReader:
         return self._retrieved
 
     def _read(self, x: Float[Tensor, "batch columns dim"]) -> Retrieved:
-        segment, state = self.segment, self.state
-        chunks, carry = segment.chunk_states(x, state.tensors.get("carry") if state else None)
+        layout, state = self.layout, self.state
+        chunks, carry = layout.chunk_states(x, state.tensors.get("carry") if state else None)
         if state:
-            state.begin(segment, x)
+            state.begin(layout, x)
             state.keep("carry", carry)
         seen = (self.ids != self.config.pad_token_id) & (self.ids >= 0)
         shape = (seen.shape[2], seen.shape[3])
         encoded = new = None
-        if segment.chunks:
+        if layout.chunks:
             embedded = self.embed(self.ids.clamp(min=0))
             encoded = self.encoder(embedded, seen, chunks, self.context_seen)
             nulls = int(self.config.null_neighbour)
@@ -141,17 +153,17 @@ class NeighbourReader:
                 state.set_shape(shape)
         elif state and state.shape:
             shape = state.shape
-        if segment.blocks == 0:
-            return Retrieved(segment, shape[1], None, None, None, None)
-        stack, current = segment.merge(state.tensors.get("seen") if state else None, new)
+        if layout.blocks == 0:
+            return Retrieved(layout, shape[1], None, None, None, None)
+        stack, current = layout.merge(state.tensors.get("seen") if state else None, new)
         if state:
             state.keep_current("seen", stack, current)
-        silent = torch.tensor(segment.absent, device=x.device) | ~stack.any(-1)
+        silent = torch.tensor(layout.absent, device=x.device) | ~stack.any(-1)
         return Retrieved(
-            segment,
+            layout,
             shape[1],
             encoded,
             hidden_keys(self.config, stack.flatten(0, 1), x),
-            silent[..., None, None] if bool(silent.any()) else None,
+            None if holds(silent, Tensor.any) is False else silent[..., None, None],
             state,
         )

@@ -26,7 +26,7 @@ from nearest.retro.chunked import ChunkedCrossAttention
 from nearest.retro.config import RetroConfig
 from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
-from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, segment_of
+from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, layout_of
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -129,16 +129,16 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         if neighbour_ids is None:
             return self.base(input_ids, **inputs)
         config = self.retro_config
-        segment = segment_of(config, input_ids, attention_mask, past_key_values)
-        check_call(config, segment, neighbour_ids, past_key_values)
+        layout = layout_of(config, input_ids, attention_mask, past_key_values)
+        check_call(config, layout, neighbour_ids, past_key_values)
         mask = None if attention_mask is None else attention_mask.bool()
         read = NeighbourReader(
             config,
             self.adapter.encoder,
             self._embed,
-            segment,
+            layout,
             neighbour_ids,
-            chunks_seen(mask, segment),
+            chunks_seen(mask, layout),
             past_key_values.chunk if isinstance(past_key_values, RetroCache) else None,
         )
         with self._attending(read):

@@ -3,6 +3,9 @@
 A PyTorch checkpoint is a pickle, and a pickle is a program. Here its names never import anything:
 tensors and plain containers are rebuilt by the code below, any other class becomes an inert stub
 (training frameworks store their own settings so), and names that could run code are refused.
+
+`torch.load(weights_only=True)` with stubs in `safe_globals` would not do: it refuses to fill
+subclasses of dict, among them the `defaultdict` and `AttributeDict` of every Lightning checkpoint.
 """
 
 import pickle

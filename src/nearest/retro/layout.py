@@ -1,4 +1,4 @@
-"""Where the tokens of one forward pass stand in their sequences' chunks of m tokens.
+"""The layout of one forward pass: where its tokens stand in their sequences' chunks of m tokens.
 
 The neighbours of chunk u act on the m positions from (u+1)m − 1 on: position p belongs to block
 (p+1) // m, in row (p+1) mod m, and block b attends to the neighbours of chunk b − 1. Sequences of a
@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 
 @dataclass(frozen=True)
-class Segment:
+class ChunkLayout:
     """The columns of one forward pass; all counts in tokens, one number a row."""
 
     chunk_size: int
