@@ -94,7 +94,8 @@ def pair_documents(count: int = 8, seed: int = 0, longest: int = 60) -> list[Doc
         Document(
             f"pair-{i}",
             text(int(rng.integers(20, longest))),
-            {"source": text(int(rng.integers(3, 40))), "title": f"Title {i}"},
+            {"title": f"Title {i}"},
+            encoder_text=text(int(rng.integers(3, 40))),
         )
         for i in range(count)
     ]

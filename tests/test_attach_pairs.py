@@ -279,7 +279,7 @@ def test_outputs_of_the_encoder_stand_for_the_source(t5: Any) -> None:
 
 def text_of(world: Any, number: int) -> tuple[Tensor, Tensor]:
     """A document's source and its decoder's tokens."""
-    source = TOKENIZER(TEXT[number].metadata["source"])["input_ids"]
+    source = TOKENIZER(TEXT[number].encoder_text)["input_ids"]
     tokens = [world.start, *TOKENIZER(TEXT[number].text)["input_ids"]]
     return torch.tensor([source]), torch.tensor([tokens])
 
@@ -411,7 +411,7 @@ def test_a_memory_brings_a_text_to_its_end(world: Any) -> None:
         world.model,
         TOKENIZER,
         world.memory,
-        document.metadata["source"],
+        document.encoder_text,
         settings={"lam": 1 - 1e-9, "temperature": 1e-3, "k": 1},
         max_new_tokens=62,
     )

@@ -67,7 +67,13 @@ def json_lines(*arguments: Any) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, documents: list[Document]) -> Path:
-    lines = [json.dumps({"id": d.id, "text": d.text, **d.metadata}) for d in documents]
+    lines = [
+        json.dumps(
+            {"id": d.id, "text": d.text, **d.metadata}
+            | ({} if d.encoder_text is None else {"source": d.encoder_text})
+        )
+        for d in documents
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -54,16 +54,15 @@ def test_a_text_of_pairs_is_tuned_on_and_scored(world: Any) -> None:
 def test_a_source_is_answered_with_its_documents(world: Any) -> None:
     document = DOCUMENTS[2]
     options = ["--lam", "1", "--temperature", "0.001", "--k", "1", "--sources"]
-    prompt = ["--prompt", document.metadata["source"], "--max-new-tokens", "70"]
+    prompt = ["--prompt", document.encoder_text, "--max-new-tokens", "70"]
     (answer,) = json_lines("generate", world.memory, *prompt, *options)
     assert answer["text"] == document.text
     assert answer["documents"][0]["id"] == document.id
-    assert answer["documents"][0]["metadata"]["source"] == document.metadata["source"]
     shown = invoke("generate", world.memory, *prompt, *options).out
-    assert shown.startswith(f"{document.metadata['source']}\n")
+    assert shown.startswith(f"{document.encoder_text}\n")
     for nothing in ("base", "knn"):
         empty = invoke("generate", world.memory, "--prompt", "", "--method", nothing)
-        assert (empty.code, "an empty 'source'" in empty.err) == (2, True)
+        assert (empty.code, "no text for the encoder" in empty.err) == (2, True)
 
 
 def test_pairs_come_and_go(world: Any, tmp_path: Path) -> None:

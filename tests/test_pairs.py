@@ -36,7 +36,7 @@ SEGMENT = "segments/000001"
 
 
 def source_ids(document: Document) -> torch.Tensor:
-    return torch.tensor(TOKENIZER(document.metadata["source"])["input_ids"])
+    return torch.tensor(TOKENIZER(document.encoder_text)["input_ids"])
 
 
 def text_ids(document: Document, start: int) -> list[int]:
@@ -115,7 +115,7 @@ def test_scores_are_those_of_training_labels_and_of_the_oracle(world: Any) -> No
     for result in results:
         np.testing.assert_allclose(result.document_nll, losses[result.method], rtol=2e-3)
     # The source matters, or else nothing here was tested.
-    other = [Document(d.id, d.text, {"source": "other"}) for d in TEXT]
+    other = [Document(d.id, d.text, encoder_text="other") for d in TEXT]
     changed = evaluate(world.model, None, other, "base", tokenizer=TOKENIZER)
     assert abs(changed.nll - results[0].nll) > 1e-3
 
@@ -133,7 +133,7 @@ def test_a_text_is_predicted_without_the_entries_of_its_own_source(tmp_path: Pat
     """
     model, text = make_pair_model(), pair_documents(1)[0].text
     sources = ["one", "two", "three"]
-    pairs = [Document(source, text, {"source": source}) for source in sources]
+    pairs = [Document(source, text, encoder_text=source) for source in sources]
     memory = Memory.build(model, TOKENIZER, [*DOCUMENTS[1:4], *pairs[:2]], tmp_path / "m")
     memory = memory.add(model, TOKENIZER, DOCUMENTS[4:]).remove(["one"])
     memory = memory.add(model, TOKENIZER, pairs[:1])
@@ -162,22 +162,22 @@ def test_sources_are_read_with_their_rows() -> None:
     sources = [rng.integers(2, 99, size=n) for n in (100, 4, 1, 30, 64, 7)]
     rows = 0
     for batch in batch_windows(documents, 16, 8, 4, sources):
-        assert batch.sources is not None
-        size = len(batch.inputs) * max(batch.inputs.shape[1], batch.sources.tokens.shape[1])
+        assert batch.encoder_inputs is not None
+        size = len(batch.inputs) * max(batch.inputs.shape[1], batch.encoder_inputs.tokens.shape[1])
         assert size <= 64 or len(batch.inputs) == 1
         ends = np.cumsum(batch.predicts.sum(1))
         numbers = batch.documents[ends - 1].tolist()
         for row, number in enumerate(numbers):
-            found = batch.sources.tokens[row][batch.sources.mask[row]]
+            found = batch.encoder_inputs.tokens[row][batch.encoder_inputs.mask[row]]
             np.testing.assert_array_equal(found, sources[number])
-            assert batch.sources.mask[row, : len(found)].all()
+            assert batch.encoder_inputs.mask[row, : len(found)].all()
         rows += len(numbers)
     assert rows == 12
 
 
 def test_sources_and_targets_are_tokenised_apart(tmp_path: Path) -> None:
     model, tokenizer = make_pair_model(), make_pair_tokenizer(PairTokenizer)
-    pairs = [Document("a", "Text", {"source": "Source"})]
+    pairs = [Document("a", "Text", encoder_text="Source")]
     memory = Memory.build(model, tokenizer, pairs, tmp_path / "m")
     assert TOKENIZER.decode(memory.document_tokens(0)[1:-1]) == "tEXT"
     assert TOKENIZER.decode(memory.segments[0].source_of(0)[:-1]) == "Source"
@@ -204,7 +204,7 @@ def test_a_memory_is_tuned_swept_and_planned(t5: Any, tmp_path: Path) -> None:
 def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> None:
     """What is left after all of it is what would be built of it; removed sources are erased."""
     memory = Memory.build(t5.model, TOKENIZER, DOCUMENTS[:5], tmp_path / "m")
-    secret = Document("pair-2", "new text", {"source": "the source of the new text"})
+    secret = Document("pair-2", "new text", encoder_text="the source of the new text")
     memory = memory.add(t5.model, TOKENIZER, DOCUMENTS[5:])
     memory = memory.update(t5.model, TOKENIZER, [secret]).remove(["pair-2", "pair-0"])
     assert reproduction_problems(memory, t5.model, TOKENIZER) == []
@@ -222,7 +222,7 @@ def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> No
         memory.keys.rows(memory.valued_entries()), once.keys.rows(once.valued_entries()), atol=0.02
     )
     assert memory.document(0).metadata == DOCUMENTS[1].metadata
-    ids = np.array(TOKENIZER(secret.metadata["source"])["input_ids"], np.uint16).tobytes()
+    ids = np.array(TOKENIZER(secret.encoder_text)["input_ids"], np.uint16).tobytes()
     assert [name for name, data in snapshot(memory.path).items() if data and ids in data] == []
     assert verify(memory.path) == []
 
@@ -299,10 +299,10 @@ def test_a_manifest_without_sources_is_refused(t5: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({}, "line 2 has no 'source' string, and this model is an encoder–decoder"),
-        ({"source": 7}, "has no 'source' string"),
-        ({"source": None}, "has no 'source' string"),
-        ({"source": ""}, "has an empty 'source'"),
+        ({}, "line 2 has no text for the encoder.*encoder–decoder.*encoder-field"),
+        ({"source": 7}, "field 'source' that is not text"),
+        ({"source": None}, "has no text for the encoder"),
+        ({"source": ""}, "has no text for the encoder"),
         ({"source": "a" * 64}, "line 2 has 65 tokens, and the encoder has 64 positions"),
     ],
     ids=str,
@@ -327,9 +327,9 @@ def test_documents_without_a_source_that_can_be_read(
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (["a string"], {}, "has no 'source' string"),
+        (["a string"], {}, "has no text for the encoder"),
         ([np.arange(9)], {}, "arrays of token ids have none"),
-        (TEXT, {"stream": True}, "reads a source for each document"),
+        (TEXT, {"stream": True}, "reads a text of its own for each document"),
         (TEXT, {"score_eos": True}, "their ends are always scored"),
     ],
 )
@@ -345,7 +345,7 @@ def test_models_and_memories_of_the_other_kind(
 ) -> None:
     tokenizer = make_tokenizer()
     causal = Memory.build(tiny_model, tokenizer, DOCUMENTS, tmp_path / "causal", keys="none")
-    assert causal.document(0).metadata["source"] == DOCUMENTS[0].metadata["source"]
+    assert causal.document(0).encoder_text == DOCUMENTS[0].encoder_text
     assert causal.segments[0].source_of(0) is None
     with pytest.raises(
         ModelError, match=r"is an encoder–decoder and .* of a causal language model"
@@ -379,9 +379,9 @@ def test_ids_are_made_of_source_and_text(tmp_path: Path) -> None:
     corpus = tmp_path / "pairs.jsonl"
     lines = [{"source": "Ja.", "text": "Yes."}, {"source": "Doch.", "text": "Yes."}]
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, second = read_documents([corpus])
+    first, second = read_documents([corpus], encoder_field="source")
     assert first.id != second.id
-    given = [Document("", line["text"], {"source": line["source"]}) for line in lines]
+    given = [Document("", line["text"], encoder_text=line["source"]) for line in lines]
     memory = Memory.build(make_pair_model(), TOKENIZER, given, tmp_path / "m")
     assert memory.documents == 2
 
@@ -399,3 +399,30 @@ def test_a_folder_is_loaded_as_what_it_is(tmp_path: Path) -> None:
             model(input_ids=ids, decoder_input_ids=ids).logits,
         )
         assert tokenizer("ab")["input_ids"][-1] == EOS
+
+
+def test_a_field_named_source_is_metadata_unless_an_encoder_reads_it(
+    tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Corpora for retrieval keep a path or an address in `source`."""
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text('{"text": "Hallo", "source": "a/b.html"}\n')
+    (document,) = read_documents([corpus])
+    assert (document.encoder_text, document.metadata) == (None, {"source": "a/b.html"})
+    (document,) = read_documents([corpus], encoder_field="source")
+    assert (document.encoder_text, document.metadata) == ("a/b.html", {})
+    memory = Memory.build(tiny_model, make_tokenizer(), [Document("a", "Hallo", {"source": "b"})],
+                          tmp_path / "causal", keys="none")  # fmt: skip
+    assert memory.document(0) == Document("a", "Hallo", {"source": "b"}, "a")
+    with pytest.raises(CorpusError, match="no text for the encoder"):
+        Memory.build(make_pair_model(), TOKENIZER, [Document("a", "Hallo", {"source": "b"})],
+                     tmp_path / "pairs")  # fmt: skip
+
+
+def test_rows_name_the_encoder_text_in_any_field(tmp_path: Path) -> None:
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text('{"text": "Ja", "encoder_text": "Yes"}\n{"text": "Nein", "en": "No"}\n')
+    found = list(read_documents([corpus], encoder_field="en"))
+    assert [(d.text, d.encoder_text) for d in found] == [("Ja", "Yes"), ("Nein", "No")]
+    memory = Memory.build(make_pair_model(), TOKENIZER, found, tmp_path / "m")
+    assert [memory.document(n).encoder_text for n in range(2)] == ["Yes", "No"]

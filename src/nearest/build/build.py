@@ -14,9 +14,9 @@ from nearest.build.index_path import index_segments
 from nearest.build.new_segment import SegmentPlan, segment_tokens
 from nearest.build.plan import BuildPlan, plan_build
 from nearest.corpus.batches import check_batch_size
-from nearest.corpus.documents import Document, as_documents
+from nearest.corpus.documents import Document
+from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.tokens import tokenise
-from nearest.corpus.unique import with_unique_ids
 from nearest.encode.encoder import Encoder
 from nearest.encode.identity import (
     model_fingerprint,
@@ -100,10 +100,11 @@ def build_memory(
     """
     encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys)
-    unique = with_unique_ids(as_documents(documents))
+    rules = token_rules(model, tokenizer)
+    incoming = incoming_documents(documents, rules)
     with new_folder(path):
         journal = Journal.of(path, _arguments(manifest, model, encoder, options))
-        rest = tokenise(journal.rest(unique), tokenizer, token_rules(model, tokenizer))
+        rest = tokenise(journal.rest(incoming), tokenizer, rules)
         plan = SegmentPlan(
             path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
         )
@@ -123,11 +124,11 @@ def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) 
             name=model_name(model),
             fingerprint=model_fingerprint(model),
             tokenizer_fingerprint=tokenizer_fingerprint(
-                tokenizer, rules.source_vocab_size is not None
+                tokenizer, rules.encoder_vocab_size is not None
             ),
             vocab_size=rules.vocab_size,
             start_token=rules.start_token,
-            source_vocab_size=rules.source_vocab_size,
+            source_vocab_size=rules.encoder_vocab_size,
         ),
         keys=keys,
         segments=[],

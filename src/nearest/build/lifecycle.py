@@ -14,9 +14,10 @@ from nearest.build.access_paths import merge_segments
 from nearest.build.corpus_segments import write_added
 from nearest.build.match import matching_key_layer, refuse_attached, rules_of
 from nearest.build.new_segment import SegmentPlan, segment_tokens
-from nearest.corpus.documents import Document, as_documents
+from nearest.corpus.documents import Document
+from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.tokens import tokenise
-from nearest.corpus.unique import id_hash, with_unique_ids
+from nearest.corpus.unique import id_hash
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
@@ -72,9 +73,10 @@ def add_documents(
             among_others=True,
         )
         replaced: Removed = {}
-        checked = with_unique_ids(as_documents(documents))
+        rules = rules_of(manifest, model)
+        checked = incoming_documents(documents, rules)
         checked = _replacing(memory, checked, replaced) if replace else _new(memory, checked)
-        added = write_added(plan, tokenise(checked, tokenizer, rules_of(manifest, model)))
+        added = write_added(plan, tokenise(checked, tokenizer, rules))
         segments = [*_without(path, manifest, memory.segments, replaced), *added]
         segments = _with_tail_merged(path, manifest, segments, options.progress)
         _publish(path, manifest, segments)

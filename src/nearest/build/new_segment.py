@@ -134,8 +134,8 @@ def write_corpus(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> N
         for item in documents:
             file.append(item.tokens.astype(dtype))
             store.append(item.document)
-            if sources is not None and item.source is not None:
-                sources.append(item.source)
+            if sources is not None and item.encoder_tokens is not None:
+                sources.append(item.encoder_tokens)
             hashes.append(int(id_hash(item.document.id)))
             lengths.append(len(item.tokens))
             total += len(item.tokens)

@@ -19,7 +19,8 @@ from jaxtyping import Float
 
 from nearest.build.costs import hashing, indexing, sorting, timed
 from nearest.build.new_segment import segment_tokens
-from nearest.corpus.documents import Document, as_documents
+from nearest.corpus.documents import Document
+from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.long_text import LONG
 from nearest.corpus.tokens import (
     TokenisedDocument,
@@ -29,7 +30,6 @@ from nearest.corpus.tokens import (
     token_dtype,
     tokenise,
 )
-from nearest.corpus.unique import with_unique_ids
 from nearest.corpus.windows import windows
 from nearest.encode.encoder import Encoder
 from nearest.errors import CorpusError
@@ -118,7 +118,7 @@ def plan_build(
     """
     keys = manifest.keys
     sample, started, before = _Sample(), time.perf_counter(), _held()
-    for document in with_unique_ids(as_documents(documents)):
+    for document in incoming_documents(documents, rules):
         sample.see(document)
     reading = time.perf_counter() - started
     if not sample.lengths:
@@ -126,7 +126,7 @@ def plan_build(
     made: list[TokenisedDocument] = []
     tokenising = timed(lambda: made.extend(tokenise(sample.documents, tokenizer, rules)))
     tokens = [item.tokens for item in made]
-    sources = [item.source for item in made if item.source is not None]
+    sources = [item.encoder_tokens for item in made if item.encoder_tokens is not None]
     stored, compressing = _compressed(sample.documents)
     text = _held() - before  # the documents of the sample stand for what else is held
     characters = sum(len(document.text) for document in sample.documents)
@@ -143,8 +143,8 @@ def plan_build(
     largest = min(total, limit + int(counts.max()))
     dtype, every = token_dtype(rules.vocab_size), np.concatenate(tokens)
     size = total * (dtype.itemsize + 4) + len(counts) * 16 + int(stored * share)
-    if rules.source_vocab_size is not None:
-        bytes_read = sum(map(len, sources)) * token_dtype(rules.source_vocab_size).itemsize
+    if rules.encoder_vocab_size is not None:
+        bytes_read = sum(map(len, sources)) * token_dtype(rules.encoder_vocab_size).itemsize
         size += int((bytes_read / len(sources) + 8) * len(counts))
     stages = {
         "tokens": identifying + reading + (tokenising + compressing) * share,

@@ -1,12 +1,14 @@
 """Whether a memory's tokens and keys are those that its model makes of its documents."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from nearest.build.match import matching_key_layer, rules_of
+from nearest.corpus.documents import Document
 from nearest.corpus.tokens import TokenisedDocument, Tokens, tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
@@ -36,7 +38,7 @@ def reproduction_problems(
         count = min(documents, len(segment.numbers))
         sample = np.sort(rng.choice(segment.numbers, size=count, replace=False)).tolist()
         where = f"segment {segment.record.name}: "
-        stored = (segment.stored_documents[number] for number in sample)
+        stored = (_stored_document(segment, number) for number in sample)
         for number, again in zip(sample, tokenise(stored, tokenizer, rules), strict=True):
             if part := _differing(segment, number, again):
                 problems.append(
@@ -56,12 +58,24 @@ def reproduction_problems(
     return problems
 
 
+def _stored_document(segment: Segment, number: int) -> Document:
+    """A document as it was tokenised; early memories kept the encoder text as metadata."""
+    document = segment.stored_documents[number]
+    if segment.stored_sources is None or document.encoder_text is not None:
+        return document
+    return replace(document, encoder_text=document.metadata.get("source"))
+
+
 def _differing(segment: Segment, number: int, again: TokenisedDocument) -> str | None:
     """Which part of a document has other tokens now."""
     if not np.array_equal(again.tokens, segment.tokens_of(number)):
         return "text"
     source = segment.source_of(number)
-    same = source is None or again.source is None or np.array_equal(again.source, source)
+    same = (
+        source is None
+        or again.encoder_tokens is None
+        or np.array_equal(again.encoder_tokens, source)
+    )
     return None if same else "source"
 
 

@@ -16,33 +16,33 @@ _BATCHES_SORTED_TOGETHER = 32
 
 
 class _Planned(NamedTuple):
-    """A window of a document, and what the encoder reads with it."""
+    """A window of a document, and the tokens that the encoder reads beside it."""
 
     number: int
     tokens: Tokens
     part: Window
-    source: Tokens | None
+    encoder_tokens: Tokens | None
 
     @property
     def size(self) -> int:
-        """What it takes of a batch: the longer of what decoder and encoder read."""
-        return max(self.part.length, 0 if self.source is None else len(self.source))
+        """Inputs it takes in a batch: the longer of the decoder's and the encoder's."""
+        return max(self.part.length, 0 if self.encoder_tokens is None else len(self.encoder_tokens))
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What an encoder reads for each row of a batch, right-padded; `mask` says which are tokens."""
+class EncoderInputs:
+    """Right-padded inputs of an encoder, a row for each window; `mask` is True on tokens."""
 
-    tokens: Int[np.ndarray, "rows source_width"]
-    mask: Bool[np.ndarray, "rows source_width"]
+    tokens: Int[np.ndarray, "rows encoder_width"]
+    mask: Bool[np.ndarray, "rows encoder_width"]
 
     @classmethod
-    def of(cls, rows: Sequence[Tokens]) -> "Sources":
-        """From each row's tokens."""
+    def from_rows(cls, rows: Sequence[Tokens]) -> "EncoderInputs":
+        """Pad the tokens of each row."""
         tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
         mask = np.zeros(tokens.shape, dtype=bool)
-        for row, source in enumerate(rows):
-            tokens[row, : len(source)], mask[row, : len(source)] = source, True
+        for row, found in enumerate(rows):
+            tokens[row, : len(found)], mask[row, : len(found)] = found, True
         return cls(tokens, mask)
 
 
@@ -51,8 +51,8 @@ class WindowBatch:
     """Right-padded windows and the positions in them that predict their successor.
 
     The n predictions are ordered by row, then by position. Right padding is safe without an
-    attention mask: a causal model never looks at what comes later. An encoder does, and each
-    window's row has its document's whole source, with a mask.
+    attention mask: a causal model never looks at what comes later. An encoder does, so each row
+    has the whole encoder text of its document, with a mask.
     """
 
     inputs: Int[np.ndarray, "rows width"]
@@ -60,7 +60,7 @@ class WindowBatch:
     documents: Int[np.ndarray, " n"]  # number of the document in the stream
     positions: Int[np.ndarray, " n"]  # position in that document
     targets: Int[np.ndarray, " n"]  # the token that follows
-    sources: Sources | None = None
+    encoder_inputs: EncoderInputs | None = None
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -74,13 +74,13 @@ def batch_windows(
     window: int,
     stride: int,
     batch_size: int,
-    sources: Iterable[Tokens] | None = None,
+    encoder_tokens: Iterable[Tokens] | None = None,
 ) -> Iterator[WindowBatch]:
     """Cut documents into windows and batch them, each batch at most batch_size * window inputs.
 
-    `sources` are what an encoder reads for each of the documents.
+    `encoder_tokens` are what an encoder reads for each document.
     """
-    for group in grouped_batches(documents, window, stride, batch_size, sources):
+    for group in grouped_batches(documents, window, stride, batch_size, encoder_tokens):
         yield from group
 
 
@@ -89,7 +89,7 @@ def grouped_batches(
     window: int,
     stride: int,
     batch_size: int,
-    sources: Iterable[Tokens] | None = None,
+    encoder_tokens: Iterable[Tokens] | None = None,
     together: int = _BATCHES_SORTED_TOGETHER,
 ) -> Iterator[Iterator[WindowBatch]]:
     """Batches of windows, in groups of about `together` that go through the text in order.
@@ -100,10 +100,12 @@ def grouped_batches(
     planned: list[_Planned] = []
     inputs = 0
     budget = batch_size * window
-    read: Iterable[Tokens | None] = itertools.repeat(None) if sources is None else sources
-    for number, (tokens, source) in enumerate(zip(documents, read, strict=False)):
+    read: Iterable[Tokens | None] = (
+        itertools.repeat(None) if encoder_tokens is None else encoder_tokens
+    )
+    for number, (tokens, beside) in enumerate(zip(documents, read, strict=False)):
         for part in windows(len(tokens), window, stride):
-            planned.append(_Planned(number, tokens, part, source))
+            planned.append(_Planned(number, tokens, part, beside))
             inputs += planned[-1].size
             if inputs >= budget * together:
                 yield _sorted_batches(planned, budget)
@@ -127,7 +129,7 @@ def _batch(rows: list[_Planned]) -> WindowBatch:
     for row, (_, tokens, part, _) in enumerate(rows):
         inputs[row, : part.length] = tokens[part.start : part.stop]
         predicts[row, part.first - part.start : part.length] = True
-    sources = [item.source for item in rows if item.source is not None]
+    beside = [item.encoder_tokens for item in rows if item.encoder_tokens is not None]
     return WindowBatch(
         inputs=inputs,
         predicts=predicts,
@@ -138,5 +140,5 @@ def _batch(rows: list[_Planned]) -> WindowBatch:
         targets=np.concatenate(
             [tokens[part.first + 1 : part.stop + 1] for _, tokens, part, _ in rows]
         ).astype(np.int64),
-        sources=Sources.of(sources) if sources else None,
+        encoder_inputs=EncoderInputs.from_rows(beside) if beside else None,
     )

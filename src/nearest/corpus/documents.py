@@ -1,7 +1,7 @@
 """What a document is, and what it may hold.
 
 A document's id is the one given with it, or else made of its path below the corpus and a hash of
-its text (and of its source), so that the same file gives the same id on every machine.
+its text (and of its encoder text), so that the same file gives the same id on every machine.
 """
 
 import hashlib
@@ -18,15 +18,22 @@ LARGEST_DOCUMENT = 1 << 30
 
 @dataclass(frozen=True)
 class Document:
-    """One text with its identity; `origin` is the place that messages name.
+    """One text with its identity.
 
-    What an encoder reads for it is its metadata's `source`; models without one need none.
+    Attributes:
+        id: unique in a memory; "" for one made of the text.
+        text: what is predicted.
+        metadata: anything that JSON holds; returned with search results.
+        origin: where the document was read, for messages.
+        encoder_text: what an encoder–decoder's encoder reads before `text` is predicted; other
+            models ignore it.
     """
 
     id: str
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given in memory"
+    encoder_text: str | None = None
 
 
 def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
@@ -37,52 +44,77 @@ def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
         if not document.text:
             raise CorpusError("a document is empty: leave it out, or give it text")
         check_storable(document.text, document.origin)
+        check_storable(document.encoder_text or "", document.origin)
         check_storable([document.id, dict(document.metadata)], document.origin)
         if not document.id:
-            document = replace(document, id=content_id("text", document.text, document.metadata))
+            made = content_id("text", document.text, document.encoder_text)
+            document = replace(document, id=made)
         yield document
 
 
-def document_of(record: dict[str, Any], name: str, origin: str) -> Document:
-    """A document from its fields: `text`, perhaps `id`, and metadata.
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a row become what; every other field becomes metadata.
+
+    Attributes:
+        text: the field with the text. A dotted name reaches into nested objects.
+        id: the field with the id.
+        encoder_text: the field that an encoder reads, in rows without `encoder_text`.
+    """
+
+    text: str = "text"
+    id: str = "id"
+    encoder_text: str | None = None
+
+
+DEFAULT_FIELDS = Fields()
+
+
+def document_of(
+    record: dict[str, Any], name: str, origin: str, fields: Fields = DEFAULT_FIELDS
+) -> Document:
+    """A document from the fields of a row; `record` is emptied of what is not metadata.
 
     Args:
-        record: the fields; it is taken apart.
-        name: of the file below the corpus, for an id that is not given.
+        record: the row.
+        name: path of its file below the corpus, for an id made here.
         origin: the place that messages name.
+        fields: which of them become what.
 
     Raises:
-        CorpusError: there is no text, or the id is neither text nor a whole number.
+        CorpusError: there is no text, or a field has a wrong type.
     """
-    text = record.pop("text", None)
+    text = record.pop(fields.text, None)
     if not isinstance(text, str):
-        raise CorpusError(f"{origin} has no 'text' string: every document needs one")
+        raise CorpusError(f"{origin} has no {fields.text!r} string: every document needs one")
     if not text:
-        raise CorpusError(f"{origin} has an empty 'text': remove the document, or give it text")
-    given = record.pop("id", None)
+        raise CorpusError(f"{origin} has an empty {fields.text!r}: remove it, or give it text")
+    given = record.pop(fields.id, None)
     if given is not None and not isinstance(given, str | int):
         raise CorpusError(f"{origin} has an id that is neither text nor a whole number: change it")
-    document_id = content_id(name, text, record) if given is None else str(given)
-    return Document(document_id, text, record, origin)
+    encoder_text = record.pop("encoder_text", None)
+    if encoder_text is None and fields.encoder_text is not None:
+        encoder_text = record.pop(fields.encoder_text, None)
+    if not isinstance(encoder_text, str | None):
+        field = fields.encoder_text or "encoder_text"
+        raise CorpusError(f"{origin} has a field {field!r} that is not text: change it")
+    document_id = content_id(name, text, encoder_text) if given is None else str(given)
+    return Document(document_id, text, record, origin, encoder_text)
 
 
-def source_of(document: Document) -> str:
-    """What an encoder–decoder reads before it writes the document's text.
+def encoder_text_of(document: Document) -> str:
+    """What an encoder–decoder's encoder reads for a document.
 
     Raises:
         CorpusError: there is none.
     """
-    source = document.metadata.get("source")
-    if not isinstance(source, str):
+    if not document.encoder_text:
         raise CorpusError(
-            f"{document.origin} has no 'source' string, and this model is an encoder–decoder: give "
-            "each document, beside its 'text', the 'source' that the encoder reads"
+            f"{document.origin} has no text for the encoder, and this model is an encoder–decoder: "
+            "give each document an 'encoder_text' beside its 'text', or name the field that holds "
+            "it (--encoder-field; in Python encoder_field)"
         )
-    if not source:
-        raise CorpusError(
-            f"{document.origin} has an empty 'source': remove the document, or give it one"
-        )
-    return source
+    return document.encoder_text
 
 
 def check_storable(value: Any, origin: str) -> None:
@@ -106,10 +138,9 @@ def check_storable(value: Any, origin: str) -> None:
         ) from error
 
 
-def content_id(name: str, text: str, metadata: Mapping[str, Any] | None = None) -> str:
-    """An id made of a name and of the text; also of the source, for sources may share a text."""
+def content_id(name: str, text: str, encoder_text: str | None = None) -> str:
+    """An id made of a name and a hash of the text and of the encoder text."""
     digest = hashlib.sha256(text.encode())
-    source = (metadata or {}).get("source")
-    if isinstance(source, str):
-        digest.update(b"\0" + source.encode())
+    if encoder_text is not None:
+        digest.update(b"\0" + encoder_text.encode())
     return f"{name}#{digest.hexdigest()[:16]}"

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from nearest.corpus.documents import Document
+from nearest.corpus.documents import Document, Fields
 from nearest.corpus.tables import row_document
 from nearest.errors import CorpusError, require
 
 SCHEME = "hf://"
 
 
-def read_hub(given: str) -> Iterator[Document]:
+def read_hub(given: str, fields: Fields) -> Iterator[Document]:
     """The documents of `hf://owner/name[/config][:split]`, a row each, as in Parquet files.
 
     Raises:
@@ -27,7 +27,7 @@ def read_hub(given: str) -> Iterator[Document]:
     number = 0
     for row in _rows(given, name, config, split or None):
         number += 1
-        yield row_document(row, place, f"{given}:{number}")
+        yield row_document(row, place, f"{given}:{number}", fields)
     if not number:
         raise CorpusError(f"{given} has no rows: name another dataset or split")
 

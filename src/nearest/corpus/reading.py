@@ -1,31 +1,69 @@
 """Documents from files, folders of them and datasets, one at a time."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nearest.corpus.compression import COMPRESSED
-from nearest.corpus.documents import Document
+from nearest.corpus.documents import Document, Fields
 from nearest.corpus.hub import SCHEME, read_hub
 from nearest.corpus.tables import dataset_files, read_arrow, read_parquet
 from nearest.corpus.text_files import EncodingErrors, read_jsonl, read_text
 from nearest.errors import CorpusError
 
-_TEXT: dict[str, Callable[[Path, str, EncodingErrors], Iterator[Document]]] = {
+_TEXT: dict[str, Callable[[Path, str, EncodingErrors, Fields], Iterator[Document]]] = {
     ".txt": read_text,
     ".md": read_text,
     ".jsonl": read_jsonl,
 }
-_TABLES: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_TABLES: dict[str, Callable[[Path, str, Fields], Iterator[Document]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
 _KINDS = f"{', '.join(_TEXT)} (or these with {', '.join(COMPRESSED)}), {', '.join(_TABLES)}"
 
 
+class Corpus:
+    """Documents of files, folders and datasets, read anew by every loop over them."""
+
+    def __init__(
+        self, given: Sequence[str | Path], encoding_errors: EncodingErrors, fields: Fields
+    ) -> None:
+        self._given = given
+        self._encoding_errors = encoding_errors
+        self._fields = fields
+
+    def __iter__(self) -> Iterator[Document]:
+        for given in self._given:
+            if _on_hub(given):
+                yield from read_hub(str(given), self._fields)
+                continue
+            for path, name in _files(Path(given)):
+                kind = _kind(path)
+                if kind in _TEXT:
+                    yield from _TEXT[kind](path, name, self._encoding_errors, self._fields)
+                else:
+                    yield from _TABLES[kind](path, name, self._fields)
+
+    def for_encoder(self) -> "Corpus":
+        """The same corpus for an encoder–decoder, whose encoder reads `source` where no other
+        field is named.
+        """
+        if self._fields.encoder_text is not None:
+            return self
+        fields = replace(self._fields, encoder_text="source")
+        return Corpus(self._given, self._encoding_errors, fields)
+
+
 def read_documents(
-    paths: Iterable[str | Path], *, encoding_errors: EncodingErrors = "strict"
-) -> Iterator[Document]:
+    paths: Iterable[str | Path],
+    *,
+    encoding_errors: EncodingErrors = "strict",
+    text_field: str = "text",
+    id_field: str = "id",
+    encoder_field: str | None = None,
+) -> Corpus:
     """Stream the documents of files, folders (recursive, in sorted order) and datasets.
 
     That every path exists is checked at once, what it holds when it is read.
@@ -35,6 +73,8 @@ def read_documents(
             folders of them, folders that `datasets` saved, or hf://owner/name[:split]. Hidden files
             and folders are passed over.
         encoding_errors: "strict" refuses text that is not UTF-8; "replace" puts U+FFFD there.
+        text_field, id_field: fields of rows that hold the text and the id.
+        encoder_field: the field that an encoder reads, in rows without `encoder_text`.
 
     Raises:
         CorpusError: a path is missing, a file is empty, damaged or of an unknown kind, text is not
@@ -47,24 +87,11 @@ def read_documents(
     for path in given:
         if not _on_hub(path):
             _check_exists(Path(path))
-    return _read(given, encoding_errors)
+    return Corpus(given, encoding_errors, Fields(text_field, id_field, encoder_field))
 
 
 def _on_hub(given: str | Path) -> bool:
     return isinstance(given, str) and given.startswith(SCHEME)
-
-
-def _read(paths: Iterable[str | Path], encoding_errors: EncodingErrors) -> Iterator[Document]:
-    for given in paths:
-        if _on_hub(given):
-            yield from read_hub(str(given))
-            continue
-        for path, name in _files(Path(given)):
-            kind = _kind(path)
-            if kind in _TEXT:
-                yield from _TEXT[kind](path, name, encoding_errors)
-            else:
-                yield from _TABLES[kind](path, name)
 
 
 def _kind(path: Path) -> str:

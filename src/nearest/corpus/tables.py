@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from nearest.corpus.documents import Document, check_storable, document_of
+from nearest.corpus.documents import DEFAULT_FIELDS, Document, Fields, check_storable, document_of
 from nearest.errors import CorpusError, require
 
 _ROWS = 64  # of Parquet, decoded at once
@@ -19,7 +19,7 @@ _STATE = "state.json"
 _SPLITS = "dataset_dict.json"
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Document]:
+def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document]:
     """The documents of a Parquet file, row by row.
 
     Args:
@@ -35,13 +35,13 @@ def read_parquet(path: Path, name: str) -> Iterator[Document]:
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            _check_columns(file.schema_arrow.names, path)
-            yield from _documents(file.iter_batches(_ROWS), path, name)
+            _check_columns(file.schema_arrow.names, path, fields)
+            yield from _documents(file.iter_batches(_ROWS), path, name, fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def read_arrow(path: Path, name: str) -> Iterator[Document]:
+def read_arrow(path: Path, name: str, fields: Fields) -> Iterator[Document]:
     """The documents of an Arrow file, as `datasets` saves them or as pyarrow does; see above."""
     require("pyarrow", "data")
     import pyarrow
@@ -52,13 +52,13 @@ def read_arrow(path: Path, name: str) -> Iterator[Document]:
             source.seek(0)
             if stream:
                 with pyarrow.ipc.open_stream(source) as reader:
-                    _check_columns(reader.schema.names, path)
-                    yield from _documents(_valid(reader), path, name)
+                    _check_columns(reader.schema.names, path, fields)
+                    yield from _documents(_valid(reader), path, name, fields)
             else:
                 with pyarrow.ipc.open_file(source) as reader:
-                    _check_columns(reader.schema.names, path)
+                    _check_columns(reader.schema.names, path, fields)
                     batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-                    yield from _documents(_valid(batches), path, name)
+                    yield from _documents(_valid(batches), path, name, fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -81,15 +81,17 @@ def dataset_files(folder: Path) -> list[Path] | None:
     return [folder / name for name in names]
 
 
-def row_document(row: dict[str, Any], name: str, origin: str) -> Document:
+def row_document(
+    row: dict[str, Any], name: str, origin: str, fields: Fields = DEFAULT_FIELDS
+) -> Document:
     """The document of a row, what JSON has no word for (times, exact decimals) as text."""
     plain = {key: _plain(value) for key, value in row.items()}
-    document = document_of(plain, name, origin)
+    document = document_of(plain, name, origin, fields)
     check_storable(dict(document.metadata), origin)
     return document
 
 
-def _documents(batches: Iterable[Any], path: Path, name: str) -> Iterator[Document]:
+def _documents(batches: Iterable[Any], path: Path, name: str, fields: Fields) -> Iterator[Document]:
     number = 0
     for batch in batches:
         for index in range(batch.num_rows):
@@ -99,7 +101,7 @@ def _documents(batches: Iterable[Any], path: Path, name: str) -> Iterator[Docume
                 row = batch.slice(index, 1).to_pylist()[0]
             except (UnicodeDecodeError, ValueError, OverflowError) as error:
                 raise CorpusError(f"{origin} cannot be read ({error}): mend the row") from error
-            yield row_document(row, name, origin)
+            yield row_document(row, name, origin, fields)
     if not number:
         raise CorpusError(f"{path} has no rows: remove it from the corpus, or give it documents")
 
@@ -111,11 +113,11 @@ def _valid(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _check_columns(names: list[str], path: Path) -> None:
-    if names.count("text") != 1 or len(set(names)) != len(names):
+def _check_columns(names: list[str], path: Path, fields: Fields) -> None:
+    if names.count(fields.text) != 1 or len(set(names)) != len(names):
         found = ", ".join(names) or "none"
         raise CorpusError(
-            f"{path} must have one column 'text', and every other once (it has {found}): "
+            f"{path} must have one column {fields.text!r}, and every other once (it has {found}): "
             "rename its columns"
         )
 

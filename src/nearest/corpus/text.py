@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
-from nearest.corpus.documents import Document, as_documents
+from nearest.corpus.documents import Document
+from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.tokens import (
     Tokenizer,
     TokenRules,
@@ -15,7 +16,6 @@ from nearest.corpus.tokens import (
     check_vocabulary,
     tokenise,
 )
-from nearest.corpus.unique import with_unique_ids
 from nearest.errors import CorpusError, SettingError
 
 _GIVEN = "the token arrays given"
@@ -27,7 +27,7 @@ class Text:
 
     A document is one sequence, unless the text is a stream: then all documents are one, with the
     first one's context token at its beginning and nothing between them. Bare tokens have their
-    number as id. `sources` are what an encoder reads for each document, where there is one.
+    number as id. `encoder_tokens` are what an encoder reads for each document, where there is one.
     """
 
     documents: list[Tokens]
@@ -36,7 +36,7 @@ class Text:
     utf8_bytes: int | None
     ended: bool = False  # each document ends with a token that is not its own, EOS
     stream: bool = False
-    sources: list[Tokens] | None = None
+    encoder_tokens: list[Tokens] | None = None
 
     @property
     def predictions(self) -> int:
@@ -70,11 +70,11 @@ class Text:
         """The same documents as one sequence.
 
         Raises:
-            SettingError: each has a source of its own.
+            SettingError: each has an encoder text of its own.
         """
-        if self.sources is not None:
+        if self.encoder_tokens is not None:
             raise SettingError(
-                "a stream is one sequence, and an encoder–decoder reads a source for each "
+                "a stream is one sequence, and an encoder–decoder reads a text of its own for each "
                 "document: leave stream out"
             )
         return replace(self, stream=True)
@@ -88,19 +88,18 @@ class Text:
         end_token: int | None = None,
     ) -> "Text":
         """Tokenise documents; `end_token`, where given, is predicted at the end of each."""
-        arrays, ids, sources = [], [], []
+        arrays, ids, beside = [], [], []
         words = utf8_bytes = 0
-        unique = with_unique_ids(as_documents(documents))
-        for item in tokenise(unique, tokenizer, rules):
+        for item in tokenise(incoming_documents(documents, rules), tokenizer, rules):
             end = [] if end_token is None else [end_token]
             arrays.append(np.append(item.tokens, end).astype(np.int64))
             ids.append(item.document.id)
-            if item.source is not None:
-                sources.append(item.source)
+            if item.encoder_tokens is not None:
+                beside.append(item.encoder_tokens)
             words += len(item.document.text.split())
             utf8_bytes += len(item.document.text.encode())
         ended = end_token is not None
-        return cls(arrays, ids, words, utf8_bytes, ended, sources=sources or None)._checked()
+        return cls(arrays, ids, words, utf8_bytes, ended, encoder_tokens=beside or None)._checked()
 
     @classmethod
     def from_tokens(cls, arrays: Sequence[Tokens], vocab_size: int) -> "Text":

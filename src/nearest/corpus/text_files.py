@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from nearest.corpus.compression import opened
 from nearest.corpus.documents import (
+    DEFAULT_FIELDS,
     LARGEST_DOCUMENT,
     Document,
+    Fields,
     check_storable,
     content_id,
     document_of,
@@ -20,7 +22,7 @@ EncodingErrors = Literal["strict", "replace"]
 _PIECE = 1 << 20
 
 
-def read_text(path: Path, name: str, errors: EncodingErrors) -> Iterator[Document]:
+def read_text(path: Path, name: str, errors: EncodingErrors, fields: Fields) -> Iterator[Document]:
     """The one document of a text file.
 
     Args:
@@ -45,7 +47,7 @@ def read_text(path: Path, name: str, errors: EncodingErrors) -> Iterator[Documen
     yield Document(content_id(name, text), text, {"path": name}, str(path))
 
 
-def read_jsonl(path: Path, name: str, errors: EncodingErrors) -> Iterator[Document]:
+def read_jsonl(path: Path, name: str, errors: EncodingErrors, fields: Fields) -> Iterator[Document]:
     """The documents of a JSONL file; raises as `read_text`, and where a line is no document."""
     offset = number = lines = 0
     try:
@@ -57,7 +59,7 @@ def read_jsonl(path: Path, name: str, errors: EncodingErrors) -> Iterator[Docume
                 if line.removeprefix(BOM_UTF8 if offset == 0 else b"").strip():
                     lines += 1
                     text = _decode(line, path, offset, errors)
-                    yield parse_line(text, name, f"{path}:{number}")
+                    yield parse_line(text, name, f"{path}:{number}", fields)
                 offset += len(line)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -65,7 +67,7 @@ def read_jsonl(path: Path, name: str, errors: EncodingErrors) -> Iterator[Docume
         raise CorpusError(f"{path} is empty: remove it from the corpus, or give it documents")
 
 
-def parse_line(line: str, name: str, origin: str) -> Document:
+def parse_line(line: str, name: str, origin: str, fields: Fields = DEFAULT_FIELDS) -> Document:
     """The document of one line of JSON (CorpusError where it is none)."""
     try:
         record: Any = json.loads(line, parse_constant=_refuse_constant)
@@ -75,7 +77,7 @@ def parse_line(line: str, name: str, origin: str) -> Document:
         raise CorpusError(f"{origin} is not a JSON object: write {{'text': …}} on each line")
     if "\\ud" in line.lower():
         check_storable(record, origin)
-    return document_of(record, name, origin)
+    return document_of(record, name, origin, fields)
 
 
 def _refuse_constant(name: str) -> None:

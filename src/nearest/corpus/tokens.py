@@ -1,8 +1,8 @@
 """Documents as token ids, each starting with one context token that is never predicted.
 
-A document for an encoder–decoder has a source: the encoder reads its tokens, and the decoder writes
-the text's, which are those of training, as `tokenizer(text_target=…)` gives them: with EOS at the
-end, so that the end is predicted as any other token.
+For an encoder–decoder, the encoder reads the tokens of the document's `encoder_text`, and the
+decoder predicts those of its text, tokenised as training targets are (`tokenizer(text_target=…)`),
+with EOS at the end, which is predicted as any other token.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from nearest.corpus.documents import Document, source_of
+from nearest.corpus.documents import Document, encoder_text_of
 from nearest.corpus.long_text import LONG, tokenise_long
 from nearest.errors import CorpusError
 
@@ -33,81 +33,80 @@ class TokenRules:
     Attributes:
         start_token: what each text begins with: BOS, EOS where there is none, or decoder-start.
         vocab_size: number of token ids that it predicts.
-        source_vocab_size: number of those that its encoder reads; None for a model without one,
-            which needs no sources.
-        source_positions: the longest source, where there is a limit.
+        encoder_vocab_size: number of token ids that its encoder reads; None without an encoder.
+        encoder_positions: most tokens that the encoder reads; None for no limit.
     """
 
     start_token: int
     vocab_size: int
-    source_vocab_size: int | None = None
-    source_positions: int | None = None
+    encoder_vocab_size: int | None = None
+    encoder_positions: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenisedDocument:
-    """A document and its token ids [length], the context token first; and those of its source."""
+    """A document and its token ids [length], the context token first; and its encoder's."""
 
     document: Document
     tokens: Tokens
-    source: Tokens | None = None
+    encoder_tokens: Tokens | None = None
 
 
 def tokenise(
     documents: Iterable[Document], tokenizer: Tokenizer, rules: TokenRules
 ) -> Iterator[TokenisedDocument]:
-    """Token ids of each document, the start token in front, and of its source where one is read.
+    """Token ids of each document after the start token, and of its encoder text where one is read.
 
     Documents are tokenised in batches of about a quarter of a megabyte, so a corpus streams
-    through; a long one without source is tokenised in pieces (`tokenise_long`).
+    through; a long one is tokenised in pieces (`tokenise_long`) unless there is an encoder.
 
     Raises:
-        CorpusError: the tokenizer gives an id that the model's vocabulary does not have, or a
-            source is missing or too long.
+        CorpusError: the tokenizer gives an id that the model's vocabulary does not have, or an
+            encoder text is missing or too long.
     """
     for batch in _batches(documents):
-        sources: Iterable[Tokens | None] = itertools.repeat(None, len(batch))
+        beside: Iterable[Tokens | None] = itertools.repeat(None, len(batch))
         texts = [document.text for document in batch]
-        if rules.source_vocab_size is not None:
-            sources = tokenise_sources(batch, tokenizer, rules)
+        if rules.encoder_vocab_size is not None:
+            beside = tokenise_encoder_texts(batch, tokenizer, rules)
             all_ids = tokenizer(text_target=texts, verbose=False)["input_ids"]
         elif len(batch) == 1 and len(texts[0]) > LONG:
             all_ids = [tokenise_long(texts[0], tokenizer)]
         else:
             all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         all_ids.reverse()
-        for document, source in zip(batch, sources, strict=True):
+        for document, encoder_tokens in zip(batch, beside, strict=True):
             found = np.asarray(all_ids.pop())  # those of a long text are not kept for long
             for part in (np.array([rules.start_token]), found):
                 check_vocabulary(part, rules.vocab_size, document.origin)
             tokens = np.empty(len(found) + 1, dtype=np.int32)
             tokens[0], tokens[1:] = rules.start_token, found
             del found
-            yield TokenisedDocument(document, tokens, source)
+            yield TokenisedDocument(document, tokens, encoder_tokens)
 
 
-def tokenise_sources(
+def tokenise_encoder_texts(
     documents: Sequence[Document], tokenizer: Tokenizer, rules: TokenRules
 ) -> list[Tokens]:
-    """What the encoder reads for each document, as the tokenizer gives it to a model.
+    """Token ids that the encoder reads for each document, special tokens included.
 
     Raises:
-        CorpusError: there is no source, or it does not fit the encoder.
+        CorpusError: a document has no encoder text, or it does not fit the encoder.
     """
-    texts = [source_of(document) for document in documents]
+    texts = [encoder_text_of(document) for document in documents]
     found = []
     for document, ids in zip(documents, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         tokens = np.asarray(ids, dtype=np.int32)
-        check_vocabulary(tokens, rules.source_vocab_size or 0, document.origin)
+        check_vocabulary(tokens, rules.encoder_vocab_size or 0, document.origin)
         if not len(tokens):
             raise CorpusError(
-                f"the 'source' of {document.origin} gives no tokens: remove the document, or give "
-                "it another"
+                f"the encoder text of {document.origin} has no tokens: remove the document, or "
+                "give it another"
             )
-        if rules.source_positions is not None and len(tokens) > rules.source_positions:
+        if rules.encoder_positions is not None and len(tokens) > rules.encoder_positions:
             raise CorpusError(
-                f"the 'source' of {document.origin} has {len(tokens):,} tokens, and the encoder "
-                f"has {rules.source_positions:,} positions: make shorter pairs of it"
+                f"the encoder text of {document.origin} has {len(tokens):,} tokens, and the "
+                f"encoder has {rules.encoder_positions:,} positions: make shorter pairs of it"
             )
         found.append(tokens)
     return found
@@ -124,9 +123,8 @@ def check_vocabulary(tokens: Tokens, vocab_size: int, origin: str) -> None:
 
 
 def size_of(document: Document) -> int:
-    """Characters of its text, and of its source where it has one."""
-    source = document.metadata.get("source")
-    return len(document.text) + (len(source) if isinstance(source, str) else 0)
+    """Characters of its text and of its encoder text."""
+    return len(document.text) + len(document.encoder_text or "")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -37,7 +37,8 @@ class ScoredBatch:
 class Encoder:
     """Reads documents window by window; every token but the first of each is predicted once.
 
-    `sources`, where the model is an encoder–decoder, are what its encoder reads for each document.
+    Where the model is an encoder–decoder, `encoder_tokens` are what its encoder reads for each
+    document.
     """
 
     model: LanguageModel
@@ -74,27 +75,29 @@ class Encoder:
         return vocabulary_size(self.model)
 
     def keys(
-        self, documents: Iterable[Tokens], sources: Iterable[Tokens] | None = None
+        self, documents: Iterable[Tokens], encoder_tokens: Iterable[Tokens] | None = None
     ) -> Iterator[tuple[WindowBatch, Float[Tensor, "n dim"]]]:
         """The key of every position that predicts, without what the model does above it."""
-        for batch in self.batches(documents, sources):
+        for batch in self.batches(documents, encoder_tokens):
             yield batch, self.encode(batch)
 
     def batches(
-        self, documents: Iterable[Tokens], sources: Iterable[Tokens] | None = None
+        self, documents: Iterable[Tokens], encoder_tokens: Iterable[Tokens] | None = None
     ) -> Iterator[WindowBatch]:
         """What the model reads at once: always the same for the same documents."""
-        return batch_windows(documents, self.window, self.stride, self.batch_size, sources)
+        return batch_windows(documents, self.window, self.stride, self.batch_size, encoder_tokens)
 
     def encode(self, batch: WindowBatch) -> Float[Tensor, "n dim"]:
         """The keys of one batch."""
-        return encode_keys(self.model, self.layer, batch.inputs, batch.predicts, batch.sources)
+        return encode_keys(
+            self.model, self.layer, batch.inputs, batch.predicts, batch.encoder_inputs
+        )
 
     def scores(
         self,
         documents: Iterable[Tokens],
         with_view: bool = False,
-        sources: Iterable[Tokens] | None = None,
+        encoder_tokens: Iterable[Tokens] | None = None,
     ) -> Iterator[Iterator[ScoredBatch]]:
         """The key of every prediction and the model's log-probability of it, timed.
 
@@ -102,7 +105,7 @@ class Encoder:
         """
         together = max(1, _GROUP_BYTES // (4 * self.layer.dim * self.window * self.batch_size))
         for group in grouped_batches(
-            documents, self.window, self.stride, self.batch_size, sources, together
+            documents, self.window, self.stride, self.batch_size, encoder_tokens, together
         ):
             yield (self._score(batch, with_view) for batch in group)
 
@@ -115,6 +118,6 @@ class Encoder:
             batch.predicts,
             batch.targets,
             with_view,
-            batch.sources,
+            batch.encoder_inputs,
         )
         return ScoredBatch(batch, keys, log_probs, view, time.perf_counter() - started)

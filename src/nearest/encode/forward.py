@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nearest.corpus.batches import Sources
+from nearest.corpus.batches import EncoderInputs
 from nearest.encode.layers import KeyLayer, captured_input, of_this_thread
 from nearest.encode.view import LmView, lm_view
 
@@ -32,11 +32,11 @@ def encode_keys(
     layer: KeyLayer,
     inputs: Int[np.ndarray, "rows width"],
     wanted: Bool[np.ndarray, "rows width"],
-    sources: Sources | None = None,
+    encoder_inputs: EncoderInputs | None = None,
 ) -> Float[Tensor, "n dim"]:
     """Keys (float32, CPU) at the wanted positions of right-padded windows, in row order.
 
-    `sources` are what an encoder reads for each row.
+    `encoder_inputs` are what an encoder reads for each row.
     """
 
     def stop(_module: nn.Module, _args: Any) -> None:
@@ -45,7 +45,7 @@ def encode_keys(
     with captured_input(layer.module) as seen:
         handle = layer.module.register_forward_pre_hook(of_this_thread(stop))
         try:
-            model(**_arguments(model, inputs, sources))
+            model(**_arguments(model, inputs, encoder_inputs))
         except _KeysReachedError:
             pass
         finally:
@@ -61,14 +61,14 @@ def encode_and_score(
     wanted: Bool[np.ndarray, "rows width"],
     targets: Int[np.ndarray, " n"],
     with_view: bool = False,
-    sources: Sources | None = None,
+    encoder_inputs: EncoderInputs | None = None,
 ) -> Scored:
     """Keys, and the model's log-probability of each target in nats; float32, on the CPU."""
     mask = torch.from_numpy(wanted)
     slices = "logits_to_keep" in inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": mask.to(model.device)} if slices else {}
     with captured_input(layer.module) as seen:
-        logits = model(**_arguments(model, inputs, sources), **keep).logits
+        logits = model(**_arguments(model, inputs, encoder_inputs), **keep).logits
     if not slices:
         logits = logits[mask.to(logits.device)]
     logits = logits.float()  # sums over the vocabulary in half precision lose digits
@@ -79,15 +79,17 @@ def encode_and_score(
 
 
 def _arguments(
-    model: PreTrainedModel, inputs: Int[np.ndarray, "rows width"], sources: Sources | None
+    model: PreTrainedModel,
+    inputs: Int[np.ndarray, "rows width"],
+    encoder_inputs: EncoderInputs | None,
 ) -> dict[str, Any]:
     """What a model is called with, to read windows of text and what an encoder reads with them."""
     text = torch.from_numpy(inputs).to(model.device)
-    if sources is None:
+    if encoder_inputs is None:
         return {"input_ids": text, "use_cache": False}
     return {
-        "input_ids": torch.from_numpy(sources.tokens).to(model.device),
-        "attention_mask": torch.from_numpy(sources.mask).to(model.device),
+        "input_ids": torch.from_numpy(encoder_inputs.tokens).to(model.device),
+        "attention_mask": torch.from_numpy(encoder_inputs.mask).to(model.device),
         "decoder_input_ids": text,
         "use_cache": False,
     }

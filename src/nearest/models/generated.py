@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nearest.corpus.batches import Sources
+from nearest.corpus.batches import EncoderInputs
 from nearest.encode.identity import reads_sources
 from nearest.models.arguments import TextArguments
 
@@ -20,13 +20,13 @@ class Prompt:
     Attributes:
         length: its columns, start token and padding included; 0 for embeddings.
         first: of each row, where its tokens start after left padding.
-        sources: what the encoder reads for each row, where there is one.
+        encoder_inputs: what the encoder reads for each row, where there is one.
         shown: whether tokens were given, so that all can be read again; not embeddings.
     """
 
     length: int
     first: list[int]
-    sources: Sources | None
+    encoder_inputs: EncoderInputs | None
     shown: bool
 
     @classmethod
@@ -40,8 +40,8 @@ class Prompt:
             if tokens is None:
                 return cls(length, starts, None, False)
             mask = torch.ones_like(tokens) if mask is None else mask
-            sources = Sources(tokens.cpu().numpy(), mask.bool().cpu().numpy())
-            return cls(length, starts or [0] * len(tokens), sources, True)
+            encoder_inputs = EncoderInputs(tokens.cpu().numpy(), mask.bool().cpu().numpy())
+            return cls(length, starts or [0] * len(tokens), encoder_inputs, True)
         if tokens is None:
             return cls(0, [], None, False)
         pad = _padding(text.model, named)
@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
     tokens: Tensor
     prompt: int
-    sources: Sources | None
+    encoder_inputs: EncoderInputs | None
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,17 @@ class Generated:
         if not 0 <= row < rows:
             raise IndexError(f"row {row} is outside the {rows} generated")
         number = row * given // rows
-        first, sources = self.prompt.first[number], self.prompt.sources
+        first, encoder_inputs = self.prompt.first[number], self.prompt.encoder_inputs
         new = self.sequences[row, self.prompt.length :].tolist()
         stops = [i for i, token in enumerate(new) if token in self.stops]
         length = stops[0] + 1 if stops else len(new)
         while not stops and length and new[length - 1] == self.pad:
             length -= 1  # a row ended by something else, such as a stop string, is padded too
         prompt = self.prompt.length - first
-        if sources is not None:
+        if encoder_inputs is not None:
             one = slice(number, number + 1)
-            sources = Sources(sources.tokens[one], sources.mask[one])
-        return Row(self.sequences[row, first:][: prompt + length].cpu(), prompt, sources)
+            encoder_inputs = EncoderInputs(encoder_inputs.tokens[one], encoder_inputs.mask[one])
+        return Row(self.sequences[row, first:][: prompt + length].cpu(), prompt, encoder_inputs)
 
 
 def _stops(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from nearest.build.match import common_key_layer, refuse_attached
 from nearest.corpus.documents import Document
+from nearest.corpus.reading import Corpus
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
@@ -109,7 +110,7 @@ class Scorer:
         refuse_attached(model)
         if isinstance(documents, str | Document):
             raise CorpusError("one document is given: give a list of documents")
-        items = list(documents)
+        items = [] if isinstance(documents, Corpus) else list(documents)
         arrays = [item for item in items if isinstance(item, np.ndarray)]
         texts = [item for item in items if not isinstance(item, np.ndarray)]
         vocab_size = vocabulary_size(model)
@@ -132,7 +133,7 @@ class Scorer:
             if score_eos and tokenizer.eos_token_id is None:
                 raise ModelError("the tokenizer has no EOS token to score: set tokenizer.eos_token")
             text = Text.from_documents(
-                texts,
+                documents if isinstance(documents, Corpus) else texts,
                 tokenizer,
                 token_rules(model, tokenizer),
                 tokenizer.eos_token_id if score_eos else None,
@@ -151,7 +152,7 @@ class Scorer:
                     "a text's own entries are left out of one memory only: give one, or leave "
                     "leave_one_out out"
                 )
-            own = memories[0].first_entries(text.own_tokens, text.sources)
+            own = memories[0].first_entries(text.own_tokens, text.encoder_tokens)
         if stream:
             text = text.as_stream()
         return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
@@ -165,7 +166,7 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.sequences, with_view, self.text.sources):
+        for group in self.encoder.scores(self.text.sequences, with_view, self.text.encoder_tokens):
             scored = []
             for batch in group:
                 scored.append(batch)

@@ -27,6 +27,8 @@ _LARGEST_FRAME = 1 << 30  # bytes, decompressed: what a reader is ready to hold
 def document_line(document: Document) -> bytes:
     """A document as a line of JSON."""
     record = {"id": document.id, "text": document.text, "metadata": dict(document.metadata)}
+    if document.encoder_text is not None:
+        record["encoder_text"] = document.encoder_text
     # Of a long text few copies at once: the string is gone before the line gets its end.
     return b"".join((json.dumps(record, ensure_ascii=False).encode(), b"\n"))
 
@@ -109,7 +111,13 @@ class DocumentReader:
             self._cached = (frame, lines)
         try:
             record: dict[str, Any] = json.loads(lines[number - int(self._frames[frame, 0])])
-            return Document(record["id"], record["text"], record["metadata"], record["id"])
+            return Document(
+                record["id"],
+                record["text"],
+                record["metadata"],
+                record["id"],
+                record.get("encoder_text"),
+            )
         except (IndexError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
 

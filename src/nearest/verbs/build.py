@@ -1,13 +1,12 @@
 """Build a memory from a model's name and paths of documents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nearest.build.build import BuildOptions, planned_memory
 from nearest.build.plan import BuildPlan
-from nearest.corpus.documents import Document
-from nearest.corpus.reading import read_documents
+from nearest.corpus.reading import Corpus, read_documents
 from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
 from nearest.encode.identity import load_model_and_tokenizer
@@ -65,7 +64,7 @@ def plan(
 
 def _documents(
     corpus: Sequence[str | Path], out: str | Path, encoding_errors: EncodingErrors
-) -> Iterator[Document]:
+) -> Corpus:
     """What is to be read, before a model is loaded for nothing."""
     check_new(Path(out))
     return read_documents(corpus, encoding_errors=encoding_errors)

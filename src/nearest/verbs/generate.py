@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nearest.corpus.documents import Document
-from nearest.corpus.tokens import tokenise_sources
+from nearest.corpus.tokens import tokenise_encoder_texts
 from nearest.encode.identity import max_positions, reads_sources, start_token, token_rules
 from nearest.errors import SettingError
 from nearest.memory import Memory
@@ -145,9 +145,9 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> tuple[list[i
     """What generate() is given for a prompt, and the text that it then goes on from."""
     if reads_sources(model):
         rules = token_rules(model, tokenizer)
-        document = Document("", "", {"source": prompt}, "the prompt")
-        (source,) = tokenise_sources([document], tokenizer, rules)
-        return source.tolist(), [rules.start_token]
+        document = Document("", "", origin="the prompt", encoder_text=prompt)
+        (read,) = tokenise_encoder_texts([document], tokenizer, rules)
+        return read.tolist(), [rules.start_token]
     ids = [start_token(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     return ids, ids
 
