@@ -84,7 +84,7 @@ def test_pairs_come_and_go(world: Any, tmp_path: Path) -> None:
 
 def test_what_has_no_source_is_explained(world: Any, tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "plain.jsonl", make_documents(2, 9))
-    refused = "no 'source' string, and this model is an encoder–decoder"
+    refused = "no text for the encoder, and this model is an encoder–decoder"
     for command in (
         ["build", world.model, plain, "--out", tmp_path / "m"],
         ["build", world.model, plain, "--out", tmp_path / "m", "--plan"],
