@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_documents, make_model, random_documents, snapshot
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
-from nearest.build import new_segment
 from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
 from nearest.build.compact import plan_compaction
 from nearest.build.compress import Compression, compress_memory
@@ -24,6 +23,7 @@ from nearest.build.lifecycle import tail_to_merge
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.index import ngrams
+from nearest.store import new_segment
 from nearest.store.parts import index as index_files
 from nearest.store.verify import verify
 

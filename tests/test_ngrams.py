@@ -10,7 +10,7 @@ from nearest.index import ngrams
 from nearest.index.ngrams import Ngrams
 from nearest.index.sample import SuffixArray
 from nearest.index.suffix import sort_suffixes
-from nearest.store.segment import valued_mask
+from nearest.store.parts.corpus import valued_mask
 
 START = 0
 LONGEST = 4

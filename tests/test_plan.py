@@ -13,13 +13,13 @@ from conftest import make_documents, snapshot
 from nearest import Memory
 from nearest.build import plan as plan_module
 from nearest.build.build import BuildOptions, planned_memory
-from nearest.build.new_segment import segment_tokens
 from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError, FolderError
 from nearest.index.approximate import code_bytes
 from nearest.index.choice import resolve_spec
 from nearest.store.manifest import KeysRecord
+from nearest.store.new_segment import segment_tokens
 
 CORPORA = {
     "short": make_documents(200, 40),

@@ -15,12 +15,12 @@ from conftest import random_documents, snapshot
 from faults import disk
 from folders import kill_writers, place_of
 from nearest import Document, Memory
-from nearest.build import new_segment
 from nearest.corpus import tokens
 from nearest.encode import encoder
 from nearest.encode.layers import find_key_layer
 from nearest.errors import CorpusError, FolderError
 from nearest.store import journal as unfinished
+from nearest.store import new_segment
 from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()

@@ -7,7 +7,7 @@ import pytest
 
 from nearest.index.sample import SuffixArray, random_order, sample
 from nearest.index.suffix import longest_matches, longest_matches_reference, sort_suffixes
-from nearest.store.segment import valued_mask
+from nearest.store.parts.corpus import valued_mask
 
 START = 0
 

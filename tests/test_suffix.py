@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nearest.index import suffix
 from nearest.index.sample import SuffixArray
 from nearest.index.suffix import longest_matches, longest_matches_reference, sort_suffixes
-from nearest.store.segment import valued_entries, valued_mask
+from nearest.store.parts.corpus import valued_entries, valued_mask
 
 START = 0
 

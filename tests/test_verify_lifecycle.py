@@ -8,15 +8,16 @@ import pytest
 import zstandard
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import nearest.build.access_paths
 import nearest.store.documents
 from conftest import random_documents
 from folders import Build, copied, replaced
 from nearest import Document, Memory
-from nearest.build.access_paths import ACCESS_PATHS, AccessPath
 from nearest.build.cluster import KMeans, cluster_memory
+from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError
 from nearest.store.documents import DocumentWriter
+from nearest.store.parts import PARTS
+from nearest.store.segment import Segment
 from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()
@@ -62,6 +63,8 @@ def test_verify_finds_an_id_in_two_segments(folder: Path) -> None:
         )
     )
     replaced(folder, "segments/000002/documents.jsonl.zst", store)
+    hashes = np.array([id_hash(d.id) for d in (DOCUMENTS[0], DOCUMENTS[6])], np.uint64)
+    replaced(folder, "segments/000002/ids.npy", hashes)
     assert "a document id stands twice" in "; ".join(verify(folder))
 
 
@@ -74,18 +77,30 @@ def test_verify_measures_the_recall(
     assert "of the nearest entries, 100% when it was built" in "; ".join(verify(folder))
 
 
-def test_a_registered_path_that_forgets_nothing_is_found(
+def test_a_reader_that_ignores_what_was_removed_is_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    careless = AccessPath(
-        "new path",
-        lambda new, record: record,
-        lambda segment: segment.stored_entries,
-        lambda segment: [],
-    )
-    monkeypatch.setattr(nearest.build.access_paths, "ACCESS_PATHS", (*ACCESS_PATHS, careless))
-    message = "segment 000001: the new path leads to a document that was removed"
-    assert verify(folder) == [message]
+    """The check goes by the removed documents themselves, not by the mask that readers apply."""
+    assert verify(folder) == []
+
+    def ignored(segment: Segment) -> np.ndarray:
+        return np.zeros(segment.record.tokens, dtype=bool)
+
+    monkeypatch.setattr(Segment, "gone", property(ignored))
+    found = "; ".join(verify(folder))
+    for part in PARTS:
+        assert f"segment 000001: the {part.name} leads to a document that was removed" in found
+
+
+def test_a_document_that_is_back_after_its_replacement_is_found(
+    build_memory: Build, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """`removed.npy`, its checksum forged, names another document than the one replaced."""
+    memory = build_memory(tiny_model, DOCUMENTS)
+    memory = memory.update(tiny_model, tiny_tokenizer, [Document(DOCUMENTS[0].id, "a b c")])
+    record = memory.manifest.segments[0].files["removed"]
+    replaced(memory.path, record.path, np.array([1]))
+    assert "a document id stands twice" in "; ".join(verify(memory.path))
 
 
 # --- bounded decompression ------------------------------------------------------------------------

@@ -15,22 +15,23 @@ from jaxtyping import Bool, Float, Int
 
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
-from nearest.errors import FolderError, SettingError
+from nearest.errors import SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
-from nearest.index.keys import JoinedKeys, Keys
+from nearest.index.keys import Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.ngrams import Ngrams, ngrams
 from nearest.index.sample import SuffixArray
 from nearest.index.spans import equal_documents, spans_stand
 from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.progress import Progress, no_progress
-from nearest.store.manifest import KeysRecord, Manifest, read_manifest
+from nearest.store.manifest import KeysRecord, read_manifest
 from nearest.store.parts.corpus import pair_bytes
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.keys import open_projection
 from nearest.store.search import JointIndex, joint_indexes
-from nearest.store.segment import Segment, no_keys
+from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
 DISTANCES = ("keys", "index")
 
@@ -45,26 +46,20 @@ class Place(NamedTuple):
 class Memory:
     """A corpus with its access paths, as of one generation."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        segments: list[Segment],
-        search_on: SearchOn = "cpu",
-    ) -> None:
-        self.path = path
+    def __init__(self, snapshot: Snapshot, search_on: SearchOn = "cpu") -> None:
+        self.snapshot = snapshot
         self.search_on = search_on
-        self.manifest = manifest
-        self.segments = segments
-        self._gates = open_gates(path, manifest)
-        self._projection = open_projection(path, manifest.keys)
-        self._first_entry = np.cumsum([0, *(segment.record.tokens for segment in segments)])
-        documents = [segment.record.documents - segment.record.removed for segment in segments]
+        self.path, self.manifest = snapshot.path, snapshot.manifest
+        self.segments = snapshot.segments
+        self._gates = open_gates(self.path, self.manifest)
+        self._projection = open_projection(self.path, self.manifest.keys)
+        self._first_entry = snapshot.bounds
+        documents = [s.record.documents - s.record.removed for s in self.segments]
         self._first_document = np.cumsum([0, *documents])
 
     @classmethod
     def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
-        """Open the present generation of a memory folder; the files are checked, not read.
+        """Open the present snapshot of a memory folder; files are checked as they are first used.
 
         Args:
             path: the folder.
@@ -74,15 +69,8 @@ class Memory:
             FolderError: it is no memory, damaged, or of a newer format.
             SettingError: there is no GPU to search on.
         """
-        folder, place = Path(path), checked_search_on(search_on)
-        while True:
-            manifest = read_manifest(folder)
-            try:
-                segments = [Segment(folder, manifest, record) for record in manifest.segments]
-                return cls(folder, manifest, segments, place)
-            except (FolderError, FileNotFoundError):
-                if read_manifest(folder).generation == manifest.generation:
-                    raise  # else a writer has published meanwhile, and removed the files of before
+        place = checked_search_on(search_on)
+        return cls(Snapshot.open(Path(path)), place)
 
     @classmethod
     def build(
@@ -336,18 +324,15 @@ class Memory:
             heads[inside] = np.where(local < 0, NO_ENTRY, local + first)
         return heads
 
-    @cached_property
+    @property
     def keys(self) -> Keys:
         """The stored keys of all segments (SettingError when the memory has none)."""
-        parts = [segment.keys for segment in self.segments]
-        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self._first_entry.tolist())
+        return self.snapshot.keys
 
     @property
     def keys_record(self) -> KeysRecord:
         """What the keys are (SettingError when the memory has none)."""
-        if self.manifest.keys is None:
-            raise no_keys(self.path)
-        return self.manifest.keys
+        return self.snapshot.keys_record
 
     @cached_property
     def clusters(self) -> Clusters | None:
@@ -378,12 +363,8 @@ class Memory:
         return np.concatenate([segment.entries + first for segment, first in parts])
 
     def keyed_entries(self) -> Int[np.ndarray, " m"]:
-        """The ids of all entries that have a key, ascending.
-
-        All have, but for those that were merged into one whose document was removed since.
-        """
-        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
-        return np.concatenate([segment.keyed + first for segment, first in parts])
+        """The ids of all entries that have a key, ascending."""
+        return self.snapshot.keyed_entries()
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.

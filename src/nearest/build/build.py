@@ -10,8 +10,7 @@ import msgspec
 
 from nearest import __version__
 from nearest.build.corpus_segments import write_segments
-from nearest.build.index_path import index_segments
-from nearest.build.new_segment import SegmentPlan, segment_tokens
+from nearest.build.keys import EncodedKeys
 from nearest.build.plan import BuildPlan, plan_build
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.documents import Document
@@ -39,12 +38,13 @@ from nearest.store.manifest import (
     KeysRecord,
     Manifest,
     ModelRecord,
-    publish_next,
+    NewFiles,
     write_manifest,
 )
+from nearest.store.new_segment import SegmentPlan, segment_tokens
 from nearest.store.parts.gates import NewGate, write_gate
-from nearest.store.parts.index import IndexChoice
-from nearest.store.segment import Segment, no_keys
+from nearest.store.parts.index import IndexChoice, write_all
+from nearest.store.segment import no_keys
 
 NO_KEYS = "none"
 
@@ -106,7 +106,13 @@ def build_memory(
         journal = Journal.of(path, _arguments(manifest, model, encoder, options))
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
         plan = SegmentPlan(
-            path, manifest, "", options.index_choice, options.progress, encoder, journal=journal
+            NewFiles(path),
+            "",
+            manifest,
+            options.index_choice,
+            options.progress,
+            None if encoder is None else EncodedKeys(encoder),
+            journal=journal,
         )
         segments = write_segments(plan, journal, rest)
         write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
@@ -207,30 +213,27 @@ def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRec
 
 
 def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
-    """Give every segment another index, as a new generation; others are filled like the largest."""
-    with changing(path) as manifest:
-        if manifest.keys is None:
+    """Give every segment another index; the others' are filled like the largest one's."""
+    with changing(path) as change:
+        keys = change.manifest.keys
+        if keys is None:
             raise no_keys(path)
-        check_spec(choice.spec, manifest.keys.stored_dim, choice.nprobe)
-        opened = [Segment(path, manifest, record) for record in manifest.segments]
-        segments = index_segments(path, manifest.generation + 1, opened, choice, progress)
-        keys = msgspec.structs.replace(manifest.keys, index=choice.spec)
-        publish_next(path, manifest, keys=keys, segments=segments)
+        check_spec(choice.spec, keys.stored_dim, choice.nprobe)
+        opened = [(change.files(segment.record.name), segment) for segment in change.segments]
+        segments = write_all(opened, choice, progress)
+        change.publish(keys=msgspec.structs.replace(keys, index=choice.spec), segments=segments)
 
 
 def store_settings(
     path: Path, method: str, settings: Mapping[str, Any], gate: NewGate | None = None
 ) -> None:
-    """Remember what was tuned for a method, its gate included, as a new generation."""
-    with changing(path) as manifest:
-        generation = manifest.generation + 1
-        gates = dict(manifest.gates)
+    """Remember what was tuned for a method, its gate included."""
+    with changing(path) as change:
+        gates = dict(change.manifest.gates)
         if gate is not None:
-            gates[method] = write_gate(path, generation, method, gate)
-        publish_next(
-            path,
-            manifest,
-            settings={**manifest.settings, method: dict(settings)},
+            gates[method] = write_gate(change.files(), method, gate)
+        change.publish(
+            settings={**change.manifest.settings, method: dict(settings)},
             gates=gates,
-            tuned_at={**manifest.tuned_at, method: generation},
+            tuned_at={**change.manifest.tuned_at, method: change.number},
         )

@@ -1,4 +1,4 @@
-"""Give a memory clusters of its entries, as a new generation."""
+"""Give a memory clusters of its entries, as a new snapshot."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,9 +11,9 @@ from nearest.index.clusters import Clusters, check_neighbours, greedy_merge, kme
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.store.change import changing, of_generation
-from nearest.store.manifest import ClustersRecord, publish_next
-from nearest.store.parts.clusters import write_clusters
+from nearest.store.change import changing
+from nearest.store.manifest import ClustersRecord
+from nearest.store.parts.clusters import write_arrays
 
 _SEED = 0
 _SAMPLE_A_CLUSTER = 32
@@ -45,22 +45,24 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
         SettingError: the numbers make no clusters, or the memory has no keys.
         FolderError: the folder is no memory, or cannot be written.
     """
-    with changing(path) as manifest:
+    with changing(path) as change:
         memory = Memory.open(path)
-        prefix = of_generation(manifest.generation + 1, "")
         if isinstance(how, KMeans):
-            clusters = _by_kmeans(memory, how, progress)
+            found = _by_kmeans(memory, how, progress)
         else:
-            clusters = _by_merging(memory, how, progress)
-        count = len(clusters.offsets) - 1
-        record = ClustersRecord("k-means" if isinstance(how, KMeans) else "greedy merge", count)
+            found = _by_merging(memory, how, progress)
+        count, bounds = len(found.offsets) - 1, memory.snapshot.bounds
         segments = []
-        bounds = np.cumsum([0, *(segment.tokens for segment in manifest.segments)])
-        for old, (first, stop) in zip(manifest.segments, pairwise(bounds), strict=True):
-            own = Clusters.from_labels(clusters.of[first:stop], count)
-            files = write_clusters(path, f"segments/{old.name}", prefix, own)
-            segments.append(old.with_files(files, members=len(own.members)))
-        publish_next(path, manifest, segments=segments, clusters=record)
+        for segment, (first, stop) in zip(change.segments, pairwise(bounds), strict=True):
+            own = Clusters.from_labels(found.of[first:stop], count)
+            files = write_arrays(change.files(segment.record.name), own)
+            segments.append(segment.record.with_files(files, members=len(own.members)))
+        change.publish(
+            segments=segments,
+            clusters=ClustersRecord(
+                "k-means" if isinstance(how, KMeans) else "greedy merge", count
+            ),
+        )
 
 
 def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:

@@ -9,18 +9,17 @@ from typing import Any
 
 import msgspec
 
-from nearest.build.access_paths import merge_segments
 from nearest.build.costs import hashing, indexing, sorting
-from nearest.build.new_segment import SegmentPlan, segment_tokens
 from nearest.errors import FolderError, SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.choice import AUTO
-from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.store.change import changing, free_segment_name
-from nearest.store.manifest import Manifest, SegmentRecord, publish_next
+from nearest.store.change import Change, changing
+from nearest.store.manifest import Manifest, SegmentRecord
+from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
 from nearest.store.parts.index import IndexChoice
 from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
 _SAMPLE = 65_536  # tokens by which the time is estimated
 
@@ -57,8 +56,8 @@ def plan_compaction(path: Path) -> CompactionPlan:
     Raises:
         FolderError: the folder is no memory.
     """
-    memory = Memory.open(path)
-    keys, groups = memory.manifest.keys, _groups(memory.manifest, memory.segments)
+    memory = Snapshot.open(path)
+    keys, groups = memory.manifest.keys, _groups(memory)
     size, sizes = _bytes_needed(groups), [sum(map(_tokens_left, group)) for group in groups]
     tokens = sum(count for count, group in zip(sizes, groups, strict=True) if _to_do(group))
     largest, seconds = max(sizes, default=0), hashing() * size
@@ -91,8 +90,8 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     Raises:
         FolderError: the folder is no memory, cannot be written, or its disk has too little room.
     """
-    memory = Memory.open(path)
-    groups = _groups(memory.manifest, memory.segments)
+    memory = Snapshot.open(path)
+    groups = _groups(memory)
     if len(groups) == len(memory.segments) and not any(map(_to_do, groups)):
         return False
     needed, free = _bytes_needed(groups), shutil.disk_usage(path).free
@@ -101,16 +100,16 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
             f"compacting {path} needs {needed:,} bytes until the old files are gone, "
             f"and its disk has {free:,} free: make room, then run again"
         )
-    with changing(path) as manifest:
-        groups = _groups(manifest, Memory.open(path).segments)
-        publish_next(path, manifest, segments=_written(path, manifest, groups, progress))
+    with changing(path) as change:
+        groups = _groups(change.snapshot)
+        change.publish(segments=_written(change, groups, progress))
     return True
 
 
-def _groups(manifest: Manifest, segments: Sequence[Segment]) -> list[list[Segment]]:
+def _groups(memory: Snapshot) -> list[list[Segment]]:
     """Runs of segments of which each is to be one, as long as it is none larger than a build's."""
-    largest, groups, tokens = segment_tokens(manifest.keys), list[list[Segment]](), 0
-    for segment in segments:
+    largest, groups, tokens = segment_tokens(memory.manifest.keys), list[list[Segment]](), 0
+    for segment in memory.segments:
         if not segment.entry_count:
             continue
         own = _tokens_left(segment)
@@ -139,12 +138,13 @@ def _bytes_needed(groups: Sequence[Sequence[Segment]]) -> int:
 
 
 def _written(
-    path: Path, manifest: Manifest, groups: Sequence[Sequence[Segment]], progress: Progress
+    change: Change, groups: Sequence[Sequence[Segment]], progress: Progress
 ) -> list[SegmentRecord]:
     """Each run as one segment, the largest first: the others' indexes are filled like its index.
 
     Where segments stay as they are, all are filled like theirs.
     """
+    manifest = change.manifest
     choice, sizes = IndexChoice.of(manifest), [sum(map(_tokens_left, group)) for group in groups]
     records = [None if _to_do(group) else group[0].record for group in groups]
     known = list(manifest.segments) if any(records) else []
@@ -152,11 +152,12 @@ def _written(
         if records[number] is not None:
             continue
         # Opened anew, so that what they find out about themselves goes with them.
-        merged = [Segment(path, manifest, segment.record) for segment in groups[number]]
+        merged = [Segment(change.path, manifest, segment.record) for segment in groups[number]]
+        name, files = change.new_segment()
         plan = SegmentPlan(
-            path,
+            files,
+            name,
             msgspec.structs.replace(manifest, segments=known),
-            free_segment_name(path, manifest),
             choice if known else _fitting_choice(manifest, choice, merged),
             progress,
             merged=merged,

@@ -1,4 +1,4 @@
-"""Make a memory's keys smaller, as a new generation: fewer dims, coarser codes, merged entries.
+"""Make a memory's keys smaller, as a new snapshot: fewer dims, coarser codes, merged entries.
 
 After He et al. (arXiv:2109.04212). Tokens, documents, suffix arrays and clusters stay what they
 are; the index is built anew over what is stored then.
@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from nearest.build.index_path import index_segments
 from nearest.errors import SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.clusters import check_neighbours, greedy_merge
@@ -20,22 +19,22 @@ from nearest.index.keys import KeyFormat, key_format
 from nearest.index.neighbours import NO_ENTRY, position_dtype
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
-from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.store.array_files import write_array
-from nearest.store.change import changing, of_generation
+from nearest.store.change import Change, changing
 from nearest.store.manifest import (
     FileRecord,
     KeysRecord,
     Manifest,
+    NewFiles,
     ProjectionRecord,
-    publish_next,
+    SegmentRecord,
 )
-from nearest.store.parts.index import IndexChoice
+from nearest.store.parts.index import IndexChoice, write_all
 from nearest.store.parts.keys import (
-    KEY_ARRAYS,
+    ARRAYS,
+    LAYOUT,
+    SHARED,
     KeyWriter,
-    key_paths,
     open_projection,
     stored_format,
 )
@@ -93,8 +92,8 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
         SettingError: the settings do not fit the memory, or it has no keys.
         FolderError: the folder is no memory, or cannot be written.
     """
-    with changing(path) as manifest:
-        memory = Memory.open(path)
+    with changing(path) as change:
+        memory, manifest = change.snapshot, change.manifest
         if compression.merge and all(record.kept is not None for record in manifest.segments):
             raise SettingError(
                 f"the entries of {path} have been merged already, and what was merged is gone: "
@@ -103,21 +102,23 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
         dim = compression.pca or memory.keys_record.stored_dim
         choice = _index_choice(manifest, compression)
         check_spec(choice.spec, dim, None)  # before anything is written for nothing
-        plan = _plan(path, memory, compression)
-        rewritten = [
-            _rewrite(path, manifest, segment, plan, compression, progress)
-            for segment in memory.segments
-        ]
-        segments = index_segments(path, manifest.generation + 1, rewritten, choice, progress)
-        keys = plan.record
+        plan = _plan(change, compression)
+        rewritten = []
+        for segment in change.segments:
+            files = change.files(segment.record.name)
+            record = _rewrite(files, segment, plan, compression, progress)
+            changed = msgspec.structs.replace(manifest, keys=plan.record)
+            rewritten.append((files, Segment(path, changed, record)))
+        segments, keys = write_all(rewritten, choice, progress), plan.record
         if compression.index is not None:
             keys = msgspec.structs.replace(keys, index=compression.index)
-        publish_next(path, manifest, keys=keys, segments=segments)
+        change.publish(keys=keys, segments=segments)
 
 
-def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
+def _plan(change: Change, compression: Compression) -> _Plan:
     """Fit projection and centroids to a sample of the stored keys, and write them."""
-    record, generation = memory.keys_record, memory.manifest.generation + 1
+    memory, path, files = change.snapshot, change.path, change.files()
+    record = memory.keys_record
     if compression.keys is None and compression.pca is None:
         return _Plan(None, stored_format(path, record), record)
     rng = np.random.default_rng(_SEED)
@@ -129,15 +130,14 @@ def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
         step = Projection.fit(sample, compression.pca, record.metric)
         sample = step.apply(sample)
         whole = step.after(open_projection(path, record))
-        file = write_array(path, of_generation(generation, "projection.npy"), whole.matrix)
-        projection = ProjectionRecord(step.dim, file)
+        projection = ProjectionRecord(step.dim, files.write(SHARED["projection"], whole.matrix))
     name = compression.keys or record.format
     parts = product_parts(name)
     if parts is None:
         form: KeyFormat = key_format(name)
     else:
         form = ProductFormat(train_codebooks(sample, parts, rng))
-        codebooks = write_array(path, of_generation(generation, "codebooks.npy"), form.codebooks)
+        codebooks = files.write(SHARED["codebooks"], form.codebooks)
     return _Plan(
         step,
         form,
@@ -146,37 +146,26 @@ def _plan(path: Path, memory: Memory, compression: Compression) -> _Plan:
 
 
 def _rewrite(
-    path: Path,
-    manifest: Manifest,
-    segment: Segment,
-    plan: _Plan,
-    compression: Compression,
-    progress: Progress,
-) -> Segment:
+    files: NewFiles, segment: Segment, plan: _Plan, compression: Compression, progress: Progress
+) -> SegmentRecord:
     """Write a segment's keys in the new format, merged where asked; its index is to come."""
-    old, dim = segment.record, plan.record.stored_dim
-    folder, generation = path / "segments" / old.name, manifest.generation + 1
-    prefix = of_generation(generation, "")
-    files, kept = {}, old.kept
+    old, kept, written = segment.record, segment.record.kept, dict[str, FileRecord]()
     rows = np.arange(old.tokens if kept is None else kept)
     if compression.merge and kept is None:
         row_of, weights = _merge(segment, compression.neighbours or _NEIGHBOURS, progress)
-        for kind, array in (("rows", row_of), ("weights", weights)):
-            files[kind] = write_array(path, f"segments/{old.name}/{prefix}{kind}.npy", array)
+        written["rows"] = files.write(LAYOUT["rows"], row_of)
+        written["weights"] = files.write(LAYOUT["weights"], weights)
         rows = np.flatnonzero(weights)  # merged entries' keys lie without gaps
         kept = len(rows)
-    paths = key_paths(folder, plan.form, dim, prefix)
-    with KeyWriter(paths, plan.form, dim, len(rows)) as file:
+    with KeyWriter(files, plan.form, plan.record.stored_dim, len(rows)) as file:
         for start in range(0, len(rows), _BLOCK):
             block = segment.stored_keys.rows(rows[start : start + _BLOCK])
             block = block if plan.step is None else plan.step.apply(block)
             _check_range(block, plan.form)
             file.write(start, block)
             progress("keys", start + len(block), len(rows))
-    files |= {k: FileRecord.of(path, p.relative_to(path).as_posix()) for k, p in paths.items()}
-    left = {kind: f for kind, f in old.files.items() if kind not in KEY_ARRAYS}
-    record = msgspec.structs.replace(old, files={**left, **files}, kept=kept)
-    return Segment(path, msgspec.structs.replace(manifest, keys=plan.record), record)
+    left = {kind: f for kind, f in old.files.items() if kind not in ARRAYS}
+    return msgspec.structs.replace(old, files={**left, **written, **file.records()}, kept=kept)
 
 
 def _index_choice(manifest: Manifest, compression: Compression) -> IndexChoice:

@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import msgspec
 
-from nearest.build.access_paths import write_access_paths, write_segment
-from nearest.build.new_segment import (
-    SegmentPlan,
-    reopen_corpus,
-    segment_tokens,
-    write_corpus,
-)
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.store.change import free_segment_name
+from nearest.store.change import Change, segment_files
 from nearest.store.journal import CorpusRecord, Journal
 from nearest.store.manifest import SegmentRecord
+from nearest.store.new_segment import (
+    SegmentPlan,
+    begin_segment,
+    reopen_segment,
+    segment_tokens,
+    write_parts,
+    write_segment,
+)
 
 
 def write_segments(
@@ -31,26 +32,29 @@ def write_segments(
     def following() -> SegmentPlan:
         manifest = msgspec.structs.replace(plan.manifest, segments=list(segments))
         name, among_others = f"{len(segments) + 1:06d}", bool(segments)
-        return replace(plan, manifest=manifest, name=name, among_others=among_others)
+        files = segment_files(plan.files.root, name)
+        return replace(plan, files=files, name=name, manifest=manifest, among_others=among_others)
 
     while True:
         if stage.current is not None:
             digest = stage.corpora[-1].digest
-            new = reopen_corpus(following(), stage.current, digest)
+            new = reopen_segment(following(), stage.current, digest)
         elif stage.whole:
             return segments
         else:
             segment = following()
-            shutil.rmtree(segment.root / segment.folder, ignore_errors=True)
-            new = write_corpus(segment, parts.take(segment_tokens(plan.manifest.keys)))
+            shutil.rmtree(segment.files.path(""), ignore_errors=True)
+            new = begin_segment(segment, parts.take(segment_tokens(plan.manifest.keys)))
             corpora = [*stage.corpora, CorpusRecord(new.record.documents, new.digest)]
             journal.note(corpora=corpora, whole=parts.ended(), current=new.record, done=[])
-        segments.append(write_access_paths(new))
+        segments.append(write_parts(new))
         journal.note(segments=list(segments), current=None, done=[])
         stage = journal.stage
 
 
-def write_added(plan: SegmentPlan, documents: Iterator[TokenisedDocument]) -> list[SegmentRecord]:
+def write_added(
+    change: Change, plan: SegmentPlan, documents: Iterator[TokenisedDocument]
+) -> list[SegmentRecord]:
     """Write documents that come to a memory, in segments as large as a build makes them.
 
     Raises:
@@ -60,7 +64,8 @@ def write_added(plan: SegmentPlan, documents: Iterator[TokenisedDocument]) -> li
     while not added or not parts.ended():
         segments = [*plan.manifest.segments, *added]
         manifest = msgspec.structs.replace(plan.manifest, segments=segments)
-        segment = replace(plan, manifest=manifest, name=free_segment_name(plan.root, manifest))
+        name, files = change.new_segment(added)
+        segment = replace(plan, files=files, name=name, manifest=manifest)
         added.append(write_segment(segment, parts.take(segment_tokens(manifest.keys))))
     return added
 

@@ -9,10 +9,9 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from nearest.build.access_paths import write_segment
 from nearest.build.build import keys_record, new_manifest
+from nearest.build.keys import GivenKeys
 from nearest.build.knn_store import Store, find_store, open_store
-from nearest.build.new_segment import SegmentPlan
 from nearest.build.pickled_members import labels_of, read_members
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import TokenisedDocument
@@ -26,11 +25,13 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
-from nearest.store.change import new_folder
+from nearest.store.change import new_folder, segment_files
 from nearest.store.manifest import ClustersRecord, SegmentRecord, write_manifest
-from nearest.store.parts.clusters import write_clusters
+from nearest.store.new_segment import SegmentPlan, write_segment
+from nearest.store.parts.clusters import write_arrays
+from nearest.store.parts.corpus import valued_mask
 from nearest.store.parts.index import IndexChoice, take_over_index
-from nearest.store.segment import Segment, valued_mask
+from nearest.store.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,14 @@ def import_store(
         members = read_members(files.members, len(store.values))
         labels = labels_of(members, len(store.values)), len(members.offsets) - 1
     choice = IndexChoice(EXACT if options.trust else options.index, options.recall)
-    plan = SegmentPlan(path, manifest, "000001", choice, options.progress, given=store.keys)
+    plan = SegmentPlan(
+        segment_files(path, "000001"),
+        "000001",
+        manifest,
+        choice,
+        options.progress,
+        GivenKeys(store.keys),
+    )
     documents = _documents(store, ends, tokenizer, record.start_token, files.values)
     with new_folder(path):
         segment = write_segment(plan, documents)
@@ -114,7 +122,7 @@ def import_store(
         if options.trust and files.index is not None:
             opened = Segment(path, manifest, segment)
             index = take_over_index(
-                path, plan.folder, files.index, opened.keys, opened.searched, options.recall
+                plan.files, files.index, opened.keys, opened.searched, options.recall
             )
             segment = segment.with_files({}, index=index)
             keys = msgspec.structs.replace(keys, index=index.spec)
@@ -151,9 +159,8 @@ def _documents(
 def _with_clusters(
     plan: SegmentPlan, segment: SegmentRecord, labels: Int[np.ndarray, " m"], clusters: int
 ) -> SegmentRecord:
-    opened = Segment(plan.root, plan.manifest, segment)
+    opened = Segment(plan.files.root, plan.manifest, segment)
     of = np.full(segment.tokens, -1, np.int32)
     of[valued_mask(opened.offsets)] = labels
     found = Clusters.from_labels(of, clusters)
-    files = write_clusters(plan.root, plan.folder, "", found)
-    return segment.with_files(files, members=len(found.members))
+    return segment.with_files(write_arrays(plan.files, found), members=len(found.members))

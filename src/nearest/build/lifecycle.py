@@ -1,19 +1,18 @@
-"""Add documents to a memory, replace them, and take them back: each as one new generation."""
+"""Add documents to a memory, replace them, and take them back: each as one new snapshot."""
 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from nearest.build.access_paths import merge_segments
 from nearest.build.corpus_segments import write_added
+from nearest.build.keys import EncodedKeys
 from nearest.build.match import matching_key_layer, refuse_attached, rules_of
-from nearest.build.new_segment import SegmentPlan, segment_tokens
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.tokens import tokenise
@@ -22,17 +21,23 @@ from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
 from nearest.index.choice import EXACT, EXACT_BELOW
-from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.store.array_files import write_array
-from nearest.store.change import changing, free_segment_name, of_generation
-from nearest.store.manifest import Manifest, SegmentRecord, publish_next
+from nearest.store.change import Change, changing
+from nearest.store.manifest import NewFiles, SegmentRecord
+from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
+from nearest.store.parts.corpus import LAYOUT
 from nearest.store.parts.index import IndexChoice
-from nearest.store.segment import OFFSET_DTYPE, Segment
+from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
 _SEGMENTS_OF_A_SIZE = 4
 
-Removed = dict[int, list[int]]  # segment → stored numbers of documents
+
+class Stored(NamedTuple):
+    """Where a document is: the number of its segment, and its stored number in it."""
+
+    segment: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -61,47 +66,44 @@ def add_documents(
         NearestError: model, documents or folder cannot be used, or an id is there already (or, to
             replace, is not); the memory stays as it was.
     """
-    with changing(path) as manifest:
-        memory = Memory.open(path)
+    with changing(path) as change:
+        encoder = _encoder(change.snapshot, model, tokenizer, options)
         plan = SegmentPlan(
-            path,
-            manifest,
+            NewFiles(path),
             "",
-            IndexChoice.of(manifest),
+            change.manifest,
+            IndexChoice.of(change.manifest),
             options.progress,
-            _encoder(memory, model, tokenizer, options),
+            None if encoder is None else EncodedKeys(encoder),
             among_others=True,
         )
-        replaced: Removed = {}
-        rules = rules_of(manifest, model)
+        known, replaced = _Ids(change.snapshot), list[Stored]()
+        rules = rules_of(change.manifest, model)
         checked = incoming_documents(documents, rules)
-        checked = _replacing(memory, checked, replaced) if replace else _new(memory, checked)
-        added = write_added(plan, tokenise(checked, tokenizer, rules))
-        segments = [*_without(path, manifest, memory.segments, replaced), *added]
-        segments = _with_tail_merged(path, manifest, segments, options.progress)
-        _publish(path, manifest, segments)
-
-
-def _publish(path: Path, manifest: Manifest, segments: list[SegmentRecord]) -> None:
-    publish_next(path, manifest, segments=segments, documents_of=manifest.generation + 1)
+        checked = _replacing(known, checked, replaced) if replace else _new(known, checked)
+        added = write_added(change, plan, tokenise(checked, tokenizer, rules))
+        segments = [*_without(change, replaced), *added]
+        segments = _with_tail_merged(change, segments, options.progress)
+        change.publish(segments=segments, documents_of=change.number)
 
 
 def _with_tail_merged(
-    path: Path, manifest: Manifest, records: list[SegmentRecord], progress: Progress
+    change: Change, records: list[SegmentRecord], progress: Progress
 ) -> list[SegmentRecord]:
     """Segments with the last ones made one where they are many and small."""
-    opened = [Segment(path, manifest, record) for record in records]
-    choice = IndexChoice.of(manifest)
-    largest = segment_tokens(manifest.keys)
+    manifest = change.manifest
+    opened = [Segment(change.path, manifest, record) for record in records]
+    choice, largest = IndexChoice.of(manifest), segment_tokens(manifest.keys)
     tail = tail_to_merge([segment.entry_count for segment in opened], largest)
     if manifest.keys is not None and choice.spec != EXACT:
         tail = max(tail, _tail_to_index(opened, largest))
     if not tail:
         return records
+    name, files = change.new_segment(records)
     plan = SegmentPlan(
-        path,
+        files,
+        name,
         msgspec.structs.replace(manifest, segments=records),
-        free_segment_name(path, manifest),
         choice,
         progress,
         merged=opened[-tail:],
@@ -142,7 +144,7 @@ def _power(size: int) -> int:
 
 
 def _encoder(
-    memory: Memory, model: LanguageModel, tokenizer: Any, options: AddOptions
+    memory: Snapshot, model: LanguageModel, tokenizer: Any, options: AddOptions
 ) -> Encoder | None:
     """What made the memory's keys, to make others alike; None where it has none."""
     refuse_attached(model)
@@ -153,42 +155,56 @@ def _encoder(
     return Encoder.of(model, layer, keys.window, keys.stride, options.batch_size)
 
 
-def _new(memory: Memory, documents: Iterable[Document]) -> Iterator[Document]:
+class _Ids:
+    """The ids of all documents of a memory, sorted by their hashes once for all look-ups."""
+
+    def __init__(self, memory: Snapshot) -> None:
+        self.path = memory.path
+        self._segments = memory.segments
+        numbers = [segment.numbers for segment in memory.segments]
+        hashes = [s.id_hashes[own] for s, own in zip(memory.segments, numbers, strict=True)]
+        every = np.concatenate(hashes)
+        order = np.argsort(every, kind="stable")
+        self._hashes = every[order]
+        self._segment = np.repeat(np.arange(len(numbers)), list(map(len, numbers)))[order]
+        self._number = np.concatenate(numbers)[order]
+
+    def find(self, document_id: str) -> Stored | None:
+        """Where the document with this id is stored; None where there is none (any more)."""
+        wanted = id_hash(document_id)
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            found = Stored(int(self._segment[at]), int(self._number[at]))
+            if self._segments[found.segment].stored_documents[found.number].id == document_id:
+                return found
+            at += 1  # another id with the same hash
+        return None
+
+
+def _new(known: _Ids, documents: Iterable[Document]) -> Iterator[Document]:
     """Pass documents through, refusing one whose id the memory has."""
-    known = np.sort(np.concatenate([segment.id_hashes for segment in memory.segments]))
     for document in documents:
-        wanted = id_hash(document.id)
-        at = int(np.searchsorted(known, wanted))
-        if at < len(known) and known[at] == wanted and _find(memory, document.id) is not None:
+        if known.find(document.id) is not None:
             raise CorpusError(
-                f"document id {document.id!r} in {document.origin} is in {memory.path} already: "
+                f"document id {document.id!r} in {document.origin} is in {known.path} already: "
                 "replace that document (`nearest update`), or give this one another id"
             )
         yield document
 
 
 def _replacing(
-    memory: Memory, documents: Iterable[Document], replaced: Removed
+    known: _Ids, documents: Iterable[Document], replaced: list[Stored]
 ) -> Iterator[Document]:
     """Pass documents through, noting which stored ones they replace."""
     for document in documents:
-        found = _find(memory, document.id)
+        found = known.find(document.id)
         if found is None:
             raise CorpusError(
-                f"document id {document.id!r} in {document.origin} is not in {memory.path}: add it "
+                f"document id {document.id!r} in {document.origin} is not in {known.path}: add it "
                 "(`nearest add`), or give it the id of the document that it replaces"
             )
-        replaced.setdefault(found[0], []).append(found[1])
+        replaced.append(found)
         yield document
-
-
-def _find(memory: Memory, document_id: str) -> tuple[int, int] | None:
-    """Number of the segment, and stored number in it, of the document with this id."""
-    for number, segment in enumerate(memory.segments):
-        found = segment.find(document_id)
-        if found is not None:
-            return number, found
-    return None
 
 
 def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -> list[Document]:
@@ -206,42 +222,39 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
     ids = list(dict.fromkeys(ids))
     if bool(ids) == bool(where):
         raise SettingError("say which documents: either by id (--doc) or by metadata (--where)")
-    with changing(path) as manifest:
-        memory = Memory.open(path)
+    with changing(path) as change:
+        memory = change.snapshot
         removed = _with_ids(memory, ids) if ids else _with_metadata(memory, where)
-        documents = [
-            memory.segments[segment].stored_documents[number]
-            for segment, numbers in removed.items()
-            for number in numbers
-        ]
-        segments = _without(path, manifest, memory.segments, removed)
-        if not any(Segment(path, manifest, record).entry_count for record in segments):
+        documents = [memory.segments[s].stored_documents[number] for s, number in removed]
+        segments = _without(change, removed)
+        left = (Segment(path, change.manifest, record).entry_count for record in segments)
+        if not any(left):
             raise CorpusError(
                 f"nothing would be left of {path}: delete its folder instead, or leave a document"
             )
-        _publish(path, manifest, segments)
+        change.publish(segments=segments, documents_of=change.number)
     return documents
 
 
-def _with_ids(memory: Memory, ids: Iterable[str]) -> Removed:
-    removed: Removed = {}
+def _with_ids(memory: Snapshot, ids: Iterable[str]) -> list[Stored]:
+    known, removed = _Ids(memory), list[Stored]()
     for document_id in ids:
-        found = _find(memory, document_id)
+        found = known.find(document_id)
         if found is None:
             raise CorpusError(
                 f"{memory.path} has no document with the id {document_id!r}: nothing was removed"
             )
-        removed.setdefault(found[0], []).append(found[1])
+        removed.append(found)
     return removed
 
 
-def _with_metadata(memory: Memory, where: Mapping[str, str]) -> Removed:
-    removed: Removed = {}
+def _with_metadata(memory: Snapshot, where: Mapping[str, str]) -> list[Stored]:
+    removed = []
     for number, segment in enumerate(memory.segments):
         for stored in segment.numbers.tolist():
             metadata = segment.stored_documents[stored].metadata
             if all(key in metadata and _is(metadata[key], where[key]) for key in where):
-                removed.setdefault(number, []).append(stored)
+                removed.append(Stored(number, stored))
     if not removed:
         wanted = ", ".join(f"{key}={value}" for key, value in where.items())
         raise CorpusError(f"{memory.path} has no document with {wanted}: nothing was removed")
@@ -252,15 +265,15 @@ def _is(value: Any, wanted: str) -> bool:
     return wanted == (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _without(
-    path: Path, manifest: Manifest, segments: list[Segment], removed: Removed
-) -> list[SegmentRecord]:
-    """Segments that say of more documents that they were removed."""
-    records = list(manifest.segments)
-    name = of_generation(manifest.generation + 1, "removed.npy")
-    for number, documents in removed.items():
-        record, before = records[number], segments[number].removed
-        numbers = np.sort(np.concatenate([before, documents])).astype(OFFSET_DTYPE)
-        file = write_array(path, f"segments/{record.name}/{name}", numbers)
-        records[number] = record.with_files({"removed": file}, removed=len(numbers))
+def _without(change: Change, removed: Iterable[Stored]) -> list[SegmentRecord]:
+    """The segments, of which those that hold removed documents say so."""
+    records = list(change.manifest.segments)
+    own: dict[int, list[int]] = {}
+    for segment, number in removed:
+        own.setdefault(segment, []).append(number)
+    for segment, numbers in own.items():
+        record, before = records[segment], change.segments[segment].removed
+        every = np.sort(np.concatenate([before, numbers])).astype(np.int64)
+        file = change.files(record.name).write(LAYOUT["removed"], every)
+        records[segment] = record.with_files({"removed": file}, removed=len(every))
     return records

@@ -1,7 +1,8 @@
 """Whether a model is the one whose hidden states a memory holds."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from nearest.corpus.tokens import TokenRules
 from nearest.encode.identity import (
@@ -12,8 +13,16 @@ from nearest.encode.identity import (
 )
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import ModelError, SettingError
-from nearest.memory import Memory
 from nearest.store.manifest import Manifest
+
+
+class _Opened(Protocol):
+    """A memory, or a snapshot of one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def manifest(self) -> Manifest: ...
 
 
 def refuse_attached(model: LanguageModel) -> None:
@@ -31,7 +40,7 @@ def rules_of(manifest: Manifest, model: LanguageModel) -> TokenRules:
 
 
 def common_key_layer(
-    memories: Sequence[Memory], model: LanguageModel, tokenizer: Any = None, *, force: bool = False
+    memories: Sequence[_Opened], model: LanguageModel, tokenizer: Any = None, *, force: bool = False
 ) -> KeyLayer:
     """The layer of `model` whose hidden states can be looked up in all of the memories.
 
@@ -55,7 +64,7 @@ def common_key_layer(
 
 
 def matching_key_layer(
-    memory: Memory, model: LanguageModel, tokenizer: Any = None, *, force: bool = False
+    memory: _Opened, model: LanguageModel, tokenizer: Any = None, *, force: bool = False
 ) -> KeyLayer:
     """The layer of `model` whose hidden states can be looked up in `memory`.
 

@@ -18,7 +18,6 @@ import zstandard
 from jaxtyping import Float
 
 from nearest.build.costs import hashing, indexing, sorting, timed
-from nearest.build.new_segment import segment_tokens
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.long_text import LONG
@@ -36,6 +35,7 @@ from nearest.errors import CorpusError
 from nearest.index.keys import KeyFormat, key_format
 from nearest.store.documents import document_line
 from nearest.store.manifest import Manifest
+from nearest.store.new_segment import segment_tokens
 
 _SAMPLE = 4 << 20  # characters that are tokenised
 _BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pieces

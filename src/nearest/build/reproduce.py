@@ -12,9 +12,9 @@ from nearest.corpus.documents import Document
 from nearest.corpus.tokens import TokenisedDocument, Tokens, tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
-from nearest.memory import Memory
 from nearest.store.parts.keys import open_projection, stored_format
 from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
 _DOCUMENTS = 8  # of each segment
 _SEED = 0
@@ -24,7 +24,7 @@ _SHARE = 0.95  # of keys
 
 
 def reproduction_problems(
-    memory: Memory, model: LanguageModel, tokenizer: Any, documents: int = _DOCUMENTS
+    memory: Snapshot, model: LanguageModel, tokenizer: Any, documents: int = _DOCUMENTS
 ) -> list[str]:
     """What differs when a sample of documents is read again, one sentence each.
 
@@ -80,7 +80,7 @@ def _differing(segment: Segment, number: int, again: TokenisedDocument) -> str |
 
 
 def _near(
-    memory: Memory, segment: Segment, encoder: Encoder, sample: list[int]
+    memory: Snapshot, segment: Segment, encoder: Encoder, sample: list[int]
 ) -> Iterator[np.ndarray]:
     """Whether each key of a sample of documents is as the model makes it now."""
     keys = memory.keys_record

@@ -201,7 +201,8 @@ def verify(
         from nearest.build.reproduce import reproduction_problems
 
         quiet_libraries()
-        problems = reproduction_problems(*open_with_model(memory, Opening(model, dtype, device)))
+        opened, *with_model = open_with_model(memory, Opening(model, dtype, device))
+        problems = reproduction_problems(opened.snapshot, *with_model)
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

@@ -1,64 +1,102 @@
-"""How a generation is begun and published: locks, and what interrupted writers have left.
+"""How a snapshot replaces another: locks, new files, one rename, and what interruptions leave.
 
 New files are written beside the live ones; the manifest's rename publishes them. Until then a kill
-leaves the old generation, and on any error the files begun are taken away.
+leaves the old snapshot, and on any error the files begun are taken away.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from nearest.errors import FolderError
 from nearest.folder import disk_errors_explained, writer_lock
 from nearest.store.journal import JOURNAL
-from nearest.store.manifest import MANIFEST, Manifest, read_manifest
+from nearest.store.manifest import (
+    MANIFEST,
+    Manifest,
+    NewFiles,
+    SegmentRecord,
+    read_manifest,
+    write_manifest,
+)
+from nearest.store.parts import GATE_SUFFIX, SEGMENT_FILES, SHARED_FILES
+from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
-# What writers call their files: of a new segment, and in a segment or the memory's folder later.
-_BUILT = {
-    "tokens.npy",
-    "offsets.npy",
-    "documents.jsonl.zst",
-    "frames.npy",
-    "ids.npy",
-    "sources.npy",
-    "sources.offsets.npy",
-    "suffix.npy",
-    "keys.npy",
-    "scales.npy",
-    "rows.npy",
-    "weights.npy",
-    "index.faiss",
-    "trained.faiss",
-    "clusters.of.npy",
-    "clusters.offsets.npy",
-    "clusters.members.npy",
-}
 _PARTIAL = (f"{MANIFEST}.partial", f"{JOURNAL}.partial")
 _SEGMENT = re.compile(r"\d{6}")
-_LATER_IN_SEGMENT = re.compile(
-    r"g\d{6}\.((index|trained)\.faiss"
-    r"|(keys|scales|rows|weights|removed|clusters\.(of|offsets|members))\.npy)"
+_LATER = r"g\d{6}\."  # what a change puts before the names of its files
+
+
+def _names(files: Iterable[str]) -> str:
+    return "(" + "|".join(map(re.escape, sorted(files))) + ")"
+
+
+_IN_SEGMENT = re.compile(f"({_LATER})?{_names(SEGMENT_FILES)}")
+_IN_MEMORY = re.compile(
+    f"{_LATER}({_names(SHARED_FILES)}|[a-z+-]+{re.escape(GATE_SUFFIX)}(\\.partial)?)"
 )
-_LATER_IN_MEMORY = re.compile(
-    r"g\d{6}\.((projection|codebooks)\.npy"
-    r"|[a-z+-]+\.gate\.safetensors(\.partial)?)"
-)
 
 
-def of_generation(generation: int, name: str) -> str:
-    """The name of a file that a later generation writes."""
-    return f"g{generation:06d}.{name}"
+@dataclass(frozen=True)
+class Change:
+    """The next snapshot of a memory, while it is made.
+
+    Attributes:
+        snapshot: the one that stands, open.
+    """
+
+    snapshot: Snapshot
+
+    @property
+    def path(self) -> Path:
+        """The memory folder."""
+        return self.snapshot.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the snapshot that stands."""
+        return self.snapshot.manifest
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Of the snapshot that stands."""
+        return self.snapshot.segments
+
+    @property
+    def number(self) -> int:
+        """The number of the next snapshot."""
+        return self.manifest.generation + 1
+
+    def files(self, segment: str | None = None) -> NewFiles:
+        """Where new files of a segment go; without its name, those that all segments share."""
+        folder = "" if segment is None else f"segments/{segment}"
+        return NewFiles(self.path, folder, f"g{self.number:06d}.")
+
+    def new_segment(self, records: Sequence[SegmentRecord] = ()) -> tuple[str, NewFiles]:
+        """A name for a new segment, after those there are and `records`, and where it goes."""
+        number = max(int(record.name) for record in [*self.manifest.segments, *records]) + 1
+        while os.path.lexists(self.path / "segments" / f"{number:06d}"):
+            number += 1  # what others have put there is passed over
+        return f"{number:06d}", segment_files(self.path, f"{number:06d}")
+
+    def publish(self, **fields: Any) -> None:
+        """Make the snapshot that differs in some fields of the manifest the one that stands."""
+        write_manifest(
+            self.path, msgspec.structs.replace(self.manifest, generation=self.number, **fields)
+        )
 
 
-def free_segment_name(path: Path, manifest: Manifest) -> str:
-    """A name for a new segment, after all that live; what others have put there is passed over."""
-    number = max(int(segment.name) for segment in manifest.segments) + 1
-    while os.path.lexists(path / "segments" / f"{number:06d}"):
-        number += 1
-    return f"{number:06d}"
+def segment_files(path: Path, name: str) -> NewFiles:
+    """Where the files of a new segment go."""
+    return NewFiles(path, f"segments/{name}")
 
 
 def check_new(path: Path) -> None:
@@ -92,7 +130,7 @@ def _no_folder(path: Path, error: Exception) -> FolderError:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Lock a folder for a first generation; on any error, take away what was begun.
+    """Lock a folder for a first snapshot; on any error, take away what was begun.
 
     What a journal tells of stays, so that the build can be gone on with.
     """
@@ -132,35 +170,36 @@ def _is_leftover(path: Path, item: Path) -> bool:
     parts = place.split("/")
     if parts[0] != "segments" or (len(parts) > 1 and not _SEGMENT.fullmatch(parts[1])):
         return False
-    return item.is_dir() if len(parts) < 3 else len(parts) == 3 and parts[2] in _BUILT
+    return item.is_dir() if len(parts) < 3 else len(parts) == 3 and parts[2] in SEGMENT_FILES
 
 
 @contextmanager
-def changing(path: Path) -> Iterator[Manifest]:
-    """Lock a memory for its next generation; before and after, remove files no manifest names."""
+def changing(path: Path) -> Iterator[Change]:
+    """Lock a memory for its next snapshot; before and after, delete files that no manifest names.
+
+    Raises:
+        FolderError: the folder is no memory, cannot be written, or another process writes it.
+    """
     read_manifest(path)  # what is no memory is told apart from what is locked
     with writer_lock(path), disk_errors_explained(path):
-        manifest = read_manifest(path)
         try:
-            _remove_unnamed_files(path, manifest)
-            yield manifest
+            _remove_unnamed_files(path, read_manifest(path))
+            yield Change(Snapshot.open(path))
         finally:
             _remove_unnamed_files(path, read_manifest(path))
 
 
 def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
-    """Clear what interrupted writers and earlier generations left; readers hold theirs open."""
+    """Delete what interrupted writers and earlier snapshots left; readers hold theirs open."""
     named = {path / record.path for record in manifest.file_records()}
-    found = [file for file in path.iterdir() if _LATER_IN_MEMORY.fullmatch(file.name)]
+    found = [file for file in path.iterdir() if _IN_MEMORY.fullmatch(file.name)]
     found += [path / name for name in (JOURNAL, *_PARTIAL)]
     folders = []
     for segment in (path / "segments").iterdir():
         if segment.is_symlink() or not segment.is_dir():
             continue
         folders.append(segment)
-        for file in segment.iterdir():
-            if file.name in _BUILT or _LATER_IN_SEGMENT.fullmatch(file.name):
-                found.append(file)
+        found += [file for file in segment.iterdir() if _IN_SEGMENT.fullmatch(file.name)]
     for file in found:
         if file not in named and (file.is_symlink() or file.is_file()):
             file.unlink()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, UInt8, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
-from nearest.corpus.tokens import Tokens, token_dtype
+from nearest.corpus.tokens import Tokens
 from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
@@ -25,14 +25,12 @@ from nearest.index.neighbours import (
     position_dtype,
     sort_nearest_first,
 )
-from nearest.store.documents import FRAME_DTYPE, DocumentReader
+from nearest.store.documents import DocumentReader
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
 from nearest.store.parts.clusters import open_clusters
-from nearest.store.parts.corpus import StoredSources, open_sources
+from nearest.store.parts.corpus import StoredSources, open_corpus, valued_entries
 from nearest.store.parts.keys import open_keys, stored_format
-
-OFFSET_DTYPE = np.dtype(np.int64)
-ID_DTYPE = np.dtype(np.uint64)
+from nearest.store.parts.suffix import open_suffixes
 
 
 class Segment:
@@ -62,32 +60,19 @@ class Segment:
         self.paths = {name: folder / file.path for name, file in record.files.items()}
         paths = self.paths
         try:
-            self._tokens: Integer[np.ndarray, " n"] = open_array(
-                paths["tokens"], token_dtype(manifest.model.vocab_size), (record.tokens,)
+            corpus = open_corpus(paths, manifest, record)
+            self._tokens, self._offsets, self._sources = (
+                corpus.tokens,
+                corpus.offsets,
+                corpus.sources,
             )
-            self._offsets: Int[np.ndarray, " documents_plus_1"] = open_array(
-                paths["offsets"], OFFSET_DTYPE, (record.documents + 1,)
-            )
-            self.id_hashes: UInt64[np.ndarray, " documents"] = open_array(
-                paths["ids"], ID_DTYPE, (record.documents,)
-            )
-            self._sources = open_sources(paths, record, self._source_vocab_size)
-            self._removed: Int[np.ndarray, " removed"] = np.empty(0, np.int64)
-            if record.removed:
-                self._removed = open_array(paths["removed"], OFFSET_DTYPE, (record.removed,))
+            self.id_hashes, self._removed = corpus.ids, corpus.removed
             if manifest.keys is not None:
                 self._keys = self._open_keys(manifest.keys)
-            self._suffixes: Int[np.ndarray, " stored_entries"] = open_array(
-                paths["suffixes"], position_dtype(record.tokens), (record.entries,)
-            )
-            self._clusters: Clusters | None = None
-            if manifest.clusters is not None and record.members is not None:
-                self._clusters = open_clusters(
-                    paths, record.tokens, manifest.clusters.clusters, record.members
-                )
-            frames = open_array(paths["frames"], FRAME_DTYPE, (record.frames, 2))
+            self._suffixes = open_suffixes(paths, manifest, record)
+            self._clusters = open_clusters(paths, manifest, record)
             self.stored_documents = DocumentReader(
-                self._held_open(paths["documents"]), frames, record.documents
+                self._held_open(paths["documents"]), corpus.frames, record.documents
             )
         except KeyError as error:
             raise FolderError(
@@ -236,6 +221,12 @@ class Segment:
         """Those of some entries that are not of removed documents."""
         return ids[~self.gone[ids]] if len(self.removed) else ids
 
+    def removed_entries(self) -> Int[np.ndarray, " m"]:
+        """Entries of removed documents, from the files alone: `verify` compares what is served."""
+        offsets = self.offsets
+        runs = [np.arange(offsets[n], offsets[n + 1] - 1) for n in self.removed.tolist()]
+        return np.concatenate([np.empty(0, np.int64), *runs])
+
     # --- access paths -----------------------------------------------------------------------------
 
     @cached_property
@@ -380,19 +371,3 @@ def no_keys(folder: Path) -> SettingError:
         f"{folder} has no keys (it was built with --keys none), and this needs them: build it with "
         "--keys fp16 or int8, or use the method suffix, which goes by the text alone"
     )
-
-
-def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:
-    """Positions in a run of documents that are followed by a token of the same document.
-
-    >>> valued_entries(np.array([0, 3, 5]))
-    array([0, 1, 3])
-    """
-    return np.flatnonzero(valued_mask(offsets))
-
-
-def valued_mask(offsets: Int[np.ndarray, " documents_plus_1"]) -> Bool[np.ndarray, " n"]:
-    """Which positions those are, at an eighth of the memory."""
-    valued: Bool[np.ndarray, " n"] = np.ones(int(offsets[-1]), dtype=bool)
-    valued[offsets[1:] - 1] = False
-    return valued

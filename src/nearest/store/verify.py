@@ -1,15 +1,15 @@
 """Read a whole memory and find everything in it that is not as the manifest says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nearest.build.access_paths import access_path_problems
-from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError
 from nearest.folder import sha256_of
 from nearest.progress import Progress, no_progress
 from nearest.store.manifest import Manifest, read_manifest
+from nearest.store.parts import PARTS, corpus
 from nearest.store.parts.keys import open_projection
 from nearest.store.segment import Segment
 
@@ -39,15 +39,17 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     projection = open_projection(path, manifest.keys)
     if projection is not None and not np.isfinite(projection.matrix).all():
         problems.append("the projection is not finite")
-    ids: set[str] = set()
-    for record in manifest.segments:
-        segment = Segment(path, manifest, record)
+    segments = [Segment(path, manifest, record) for record in manifest.segments]
+    for segment in segments:
         try:
-            found = _corpus_problems(segment, manifest, ids) or access_path_problems(segment)
+            found = corpus.check(segment, manifest)
+            if not found:
+                found = [text for part in PARTS for text in part.check(segment)]
+            found = found or _served_removed(segment)
         except FolderError as error:
             found = [str(error)]
-        problems += [f"segment {record.name}: {text}" for text in found]
-    return problems
+        problems += [f"segment {segment.record.name}: {text}" for text in found]
+    return problems or _repeated_ids(segments)
 
 
 def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
@@ -64,17 +66,31 @@ def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> li
     return problems
 
 
-def _corpus_problems(segment: Segment, manifest: Manifest, ids: set[str]) -> list[str]:
-    """Violations of what every segment promises; `ids` are those of the documents before."""
-    problems = []
-    if (segment.tokens[segment.offsets[:-1]] != manifest.model.start_token).any():
-        problems.append("a document does not begin with the start token")
-    _ = segment.stored_sources  # looks at them
-    for number in segment.numbers.tolist():
-        document_id = segment.stored_documents[number].id
-        if document_id in ids:
-            problems.append("a document id stands twice")
-        if segment.id_hashes[number] != id_hash(document_id):
-            problems.append("a document cannot be found by its id")
-        ids.add(document_id)
-    return list(dict.fromkeys(problems))
+def _served_removed(segment: Segment) -> list[str]:
+    """Which parts lead a reader to a document that was removed."""
+    removed = segment.removed_entries()
+    if not len(removed):
+        return []
+    return [
+        f"the {part.name} leads to a document that was removed"
+        for part in PARTS
+        if np.isin(part.served(segment), removed).any()
+    ]
+
+
+def _repeated_ids(segments: Sequence[Segment]) -> list[str]:
+    """Whether two documents share an id; documents are read only where their hashes are equal."""
+    hashes = np.concatenate([segment.id_hashes[segment.numbers] for segment in segments])
+    unique, counts = np.unique(hashes, return_counts=True)
+    shared = unique[counts > 1]
+    if not len(shared):
+        return []
+    ids: set[str] = set()
+    for segment in segments:
+        own = segment.numbers[np.isin(segment.id_hashes[segment.numbers], shared)]
+        for number in own.tolist():
+            document_id = segment.stored_documents[number].id
+            if document_id in ids:
+                return [f"segment {segment.record.name}: a document id stands twice"]
+            ids.add(document_id)
+    return []

@@ -11,8 +11,9 @@ from safetensors.numpy import load, save
 
 from nearest.errors import FolderError
 from nearest.folder import write_atomically
-from nearest.store.change import of_generation
-from nearest.store.manifest import FileRecord, GateRecord, Manifest
+from nearest.store.manifest import GateRecord, Manifest, NewFiles
+
+SUFFIX = ".gate.safetensors"  # after the name of the method
 
 
 class GateFile(NamedTuple):
@@ -53,8 +54,8 @@ def open_gates(folder: Path, manifest: Manifest) -> dict[str, GateFile]:
     }
 
 
-def write_gate(folder: Path, generation: int, method: str, gate: NewGate) -> GateRecord:
-    """Write a gate for a generation to come, and describe it."""
-    name = of_generation(generation, f"{method}.gate.safetensors")
-    write_atomically(folder / name, save(dict(gate.arrays)))
-    return GateRecord(gate.kind, dict(gate.config), FileRecord.of(folder, name))
+def write_gate(files: NewFiles, method: str, gate: NewGate) -> GateRecord:
+    """Write the gate of a method, and describe it."""
+    name = method + SUFFIX
+    write_atomically(files.path(name), save(dict(gate.arrays)))
+    return GateRecord(gate.kind, dict(gate.config), files.record(name))

@@ -1,9 +1,9 @@
-"""The index of a segment: which kind, built over its keys, tuned, written and described."""
+"""The index of a segment: which kind, built over its keys, tuned, written, and checked."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -33,10 +33,17 @@ from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search
 from nearest.progress import Progress
-from nearest.store.manifest import FileRecord, IndexRecord, Manifest, SegmentRecord
+from nearest.store.manifest import FileRecord, IndexRecord, Manifest, NewFiles, SegmentRecord
+
+if TYPE_CHECKING:
+    from nearest.store.new_segment import NewSegment
+    from nearest.store.segment import Segment
 
 INDEX, TRAINED = "index.faiss", "trained.faiss"
+LAYOUT = {"index": INDEX, "trained": TRAINED}  # recorded in the segment's `IndexRecord`
 _SEED = 0
+_SERVED = 64  # queries at removed entries, and neighbours of each, that `verify` looks at
+_RECALL_LOST = 0.1  # below what was measured at building; samples differ
 # Scanned, large batches are rounded otherwise than few queries: the stored keys are to decide.
 _ROUNDED = 16
 _METRIC = {"l2": 1, "ip": 0}  # as FAISS numbers them
@@ -78,8 +85,7 @@ class IndexChoice:
 
 
 def write_index(
-    root: Path,
-    path: Path,
+    files: NewFiles,
     keys: Keys,
     entries: Int[np.ndarray, " m"],
     choice: IndexChoice,
@@ -98,19 +104,18 @@ def write_index(
     rng = np.random.default_rng(_SEED)
     progress(f"index {spec}", 0, len(entries))
     index = train_index(keys, entries, spec, rng)
-    trained = _trained_file(root, path, index, keys) if can_be_joined(index) else None
+    trained = _file(files, TRAINED, index, keys) if can_be_joined(index) else None
     fill_index(index, keys, entries, spec)
     exact = ExactIndex(keys, entries)
     parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
-    file = _file(root, path, index, keys)
+    file = _file(files, INDEX, index, keys)
     progress(f"index {spec}", len(entries), len(entries))
     source = None if trained is None else trained.sha256
     return _record(spec, len(entries), parameters, choice.recall, file, trained, source)
 
 
 def fill_like(
-    root: Path,
-    path: Path,
+    files: NewFiles,
     keys: Keys,
     entries: Int[np.ndarray, " m"],
     like: IndexRecord,
@@ -125,9 +130,9 @@ def fill_like(
     if like.trained is None:
         raise ValueError("the trained index is not kept")
     progress(f"index {like.spec}", 0, len(entries))
-    with (root / like.trained.path).open("rb") as file:
+    with (files.root / like.trained.path).open("rb") as file:
         index = read_index(file, like.trained.sha256)
-    trained = _trained_file(root, path, index, keys) if keep else None
+    trained = _file(files, TRAINED, index, keys) if keep else None
     fill_index(index, keys, entries, like.spec)
     found = measured_recall(
         ApproximateIndex(index, keys.metric, like.nprobe),
@@ -138,15 +143,14 @@ def fill_like(
         np.random.default_rng(_SEED),
     )
     parameters = SearchParameters(like.nprobe, like.margin, found)
-    written = _file(root, path, index, keys)
+    written = _file(files, INDEX, index, keys)
     progress(f"index {like.spec}", len(entries), len(entries))
     source, target = like.filled_from, like.recall_target
     return _record(like.spec, len(entries), parameters, target, written, trained, source)
 
 
 def take_over_index(
-    root: Path,
-    folder: str,
+    files: NewFiles,
     file: Path,
     keys: Keys,
     entries: Int[np.ndarray, " m"],
@@ -173,7 +177,7 @@ def take_over_index(
         )
     rng = np.random.default_rng(_SEED)
     parameters = tune_search(index, keys, entries, ExactIndex(keys, entries), recall, rng)
-    written = _file(root, root / folder / INDEX, index, keys)
+    written = _file(files, INDEX, index, keys)
     return _record(spec_of(index), len(entries), parameters, recall, written)
 
 
@@ -216,12 +220,84 @@ def _record(
     )
 
 
-def _file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
+def _file(files: NewFiles, name: str, index: Any, keys: Keys) -> FileRecord:
+    path = files.path(name)
     ApproximateIndex(index, keys.metric).write(path)
     fsync_file(path)
-    return FileRecord.of(root, path.relative_to(root).as_posix())
+    return files.record(name)
 
 
-def _trained_file(root: Path, path: Path, index: Any, keys: Keys) -> FileRecord:
-    """Keep a trained index without entries beside the one that is filled from it."""
-    return _file(root, path.with_name(path.name.replace(INDEX, TRAINED)), index, keys)
+def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
+    """Build the index of a new segment over its keys, like those of other segments where it fits.
+
+    A memory without keys has none.
+    """
+    plan = new.plan
+    if plan.manifest.keys is None:
+        return record
+    segment = new.opened(record)
+    what = new.files, segment.keys, segment.searched
+    others = plan.manifest.segments if plan.among_others else []
+    like = to_fill_like(others, plan.choice, segment.keys.dim, segment.searched_count)
+    if like is None:
+        index = write_index(*what, new.choice, plan.progress)
+    else:
+        indexes = [one.record.index for one in plan.merged]
+        keep = any(index is not None and index.trained == like.trained for index in indexes)
+        index = fill_like(*what, like, plan.progress, keep=keep)
+    return record.with_files({}, index=index)
+
+
+def write_all(
+    segments: "Sequence[tuple[NewFiles, Segment]]", choice: IndexChoice, progress: Progress
+) -> list[SegmentRecord]:
+    """Write new indexes for all segments: the largest one's first, and the others' like it."""
+    records = [segment.record for _, segment in segments]
+    done: list[SegmentRecord] = []
+    for number in sorted(range(len(segments)), key=lambda i: -segments[i][1].searched_count):
+        files, segment = segments[number]
+        what, count = (files, segment.keys, segment.searched), segment.searched_count
+        like = to_fill_like(done, replace(choice, nprobe=None), segment.keys.dim, count)
+        if like is None:
+            own = choice.among_others(segment.keys.dim, count) if done else choice
+            index = write_index(*what, own, progress)
+        else:
+            index = fill_like(*what, like, progress, keep=False)
+        records[number] = segment.record.with_files({}, index=index)
+        done.append(records[number])
+    return records
+
+
+def served(segment: "Segment") -> Int[np.ndarray, " _"]:
+    """What a search finds where removed entries would be the nearest: at their own keys."""
+    heads, rows = segment.removed_entries(), segment.stored_rows
+    if segment.record.index is None or not len(heads) or not segment.searched_count:
+        return np.empty(0, np.int64)
+    chosen = np.random.default_rng(_SEED).choice(heads, min(_SERVED, len(heads)), replace=False)
+    own = chosen if rows is None else rows[chosen]
+    queries = segment.stored_keys.rows(own[own >= 0])
+    ids = segment.search_by_index(queries, _SERVED).ids
+    return ids[ids >= 0]
+
+
+def check(segment: "Segment") -> list[str]:
+    """Whether it can be read, holds what it should, and still finds what it did when built."""
+    if segment.record.index is None:
+        return []
+    index = segment.index  # a FolderError when it cannot be read, or holds something else
+    expected = segment.record.index.recall
+    if segment.record.index.file is None or expected is None:
+        return []
+    found = measured_recall(
+        index,
+        segment.keys,
+        segment.searched,
+        segment.exact_index(),
+        segment.record.index.margin,
+        np.random.default_rng(_SEED),
+    )
+    if found < expected - _RECALL_LOST:
+        return [
+            f"the index finds {found:.0%} of the nearest entries, {expected:.0%} when it was built"
+        ]
+    return []

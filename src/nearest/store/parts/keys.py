@@ -1,27 +1,33 @@
-"""The arrays of keys in a memory's folder: written in any order of rows, and opened."""
+"""The keys of a segment: how they are written, opened, copied and checked.
 
-from collections.abc import Mapping
+All segments share the format of their keys, and the projection and centroids that it may need.
+"""
+
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 from nearest.folder import ArrayFile, open_array
 from nearest.index.keys import KeyFormat, Keys, key_format
-from nearest.index.neighbours import Metric
+from nearest.index.neighbours import NO_ENTRY, Metric, position_dtype
 from nearest.index.product import CENTROIDS, ProductFormat, product_parts
 from nearest.index.projection import Projection
-from nearest.store.manifest import KeysRecord
+from nearest.store.manifest import FileRecord, KeysRecord, NewFiles, SegmentRecord
+from nearest.store.parts.corpus import Paths
 
-KEY_ARRAYS = {"keys", "scales"}  # of any format
+if TYPE_CHECKING:
+    from nearest.store.new_segment import NewSegment
+    from nearest.store.segment import Segment
+
+ARRAYS = {"keys": "keys.npy", "scales": "scales.npy"}  # of some format
+LAYOUT = {**ARRAYS, "rows": "rows.npy", "weights": "weights.npy"}
+SHARED = {"projection": "projection.npy", "codebooks": "codebooks.npy"}
 _FLOAT = np.dtype(np.float32)
-
-
-def key_paths(folder: Path, form: KeyFormat, dim: int, prefix: str = "") -> dict[str, Path]:
-    """Where each array of a format goes."""
-    return {name: folder / f"{prefix}{name}.npy" for name in form.layout(dim)}
+_BLOCK = 16_384  # rows that are copied at once
 
 
 class KeyWriter:
@@ -29,27 +35,28 @@ class KeyWriter:
 
     def __init__(
         self,
-        paths: Mapping[str, Path],
+        files: NewFiles,
         form: KeyFormat,
         dim: int,
         rows: int,
         *,
         going_on: bool = False,
     ) -> None:
-        """`paths` says where each array of the format goes; `going_on` keeps what is there.
+        """Begin `rows` keys of `dim` dimensions; `going_on` keeps those that are there.
 
         Raises:
             FolderError: what is there is not of this format and size.
         """
+        layout = form.layout(dim)
         if going_on:
-            open_key_arrays(paths, form, dim, rows)
-        self._format = form
+            open_key_arrays({name: files.path(ARRAYS[name]) for name in layout}, form, dim, rows)
+        self._format, self._places = form, files
         self._open = ExitStack()
         self._files: dict[str, ArrayFile] = {}
         with ExitStack() as opened:  # closes what was opened before a full disk was met
-            for name, (dtype, shape) in form.layout(dim).items():
+            for name, (dtype, shape) in layout.items():
                 self._files[name] = opened.enter_context(
-                    ArrayFile(paths[name], dtype, shape, rows=rows, going_on=going_on)
+                    ArrayFile(files.path(ARRAYS[name]), dtype, shape, rows=rows, going_on=going_on)
                 )
             self._open = opened.pop_all()
 
@@ -58,7 +65,7 @@ class KeyWriter:
         for name, encoded in self._format.encode(rows).items():
             self._files[name].write(first, encoded)
 
-    def write_stored(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def write_stored(self, first: int, arrays: dict[str, np.ndarray]) -> None:
         """Write rows of every array, as another file of this format holds them."""
         for name, rows in arrays.items():
             self._files[name].write(first, rows)
@@ -68,6 +75,10 @@ class KeyWriter:
         for file in self._files.values():
             file.flush()
 
+    def records(self) -> dict[str, FileRecord]:
+        """Describe the files, once they are closed."""
+        return {name: self._places.record(ARRAYS[name]) for name in self._files}
+
     def __enter__(self) -> "KeyWriter":
         return self
 
@@ -76,16 +87,12 @@ class KeyWriter:
         self._open.__exit__(*error)
 
 
-def open_keys(
-    paths: Mapping[str, Path], form: KeyFormat, dim: int, rows: int, metric: Metric
-) -> Keys:
+def open_keys(paths: Paths, form: KeyFormat, dim: int, rows: int, metric: Metric) -> Keys:
     """Keys over the arrays of a format; raises as `open_key_arrays`."""
     return form.open(open_key_arrays(paths, form, dim, rows), metric)
 
 
-def open_key_arrays(
-    paths: Mapping[str, Path], form: KeyFormat, dim: int, rows: int
-) -> dict[str, np.ndarray]:
+def open_key_arrays(paths: Paths, form: KeyFormat, dim: int, rows: int) -> dict[str, np.ndarray]:
     """Map the arrays of a format, by name.
 
     Raises:
@@ -121,3 +128,100 @@ def open_projection(folder: Path, record: KeysRecord | None) -> Projection | Non
         return None
     shape = (record.projection.dim, record.dim + 1)
     return Projection(open_array(folder / record.projection.file.path, _FLOAT, shape))
+
+
+def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
+    """Encode new text, or copy what is left of merged segments, as it is stored."""
+    plan, keys = new.plan, new.plan.manifest.keys
+    if keys is None:
+        return record
+    form, files = stored_format(new.files.root, keys), dict[str, FileRecord]()
+    rows, kept = record.tokens, None
+    shared = any(segment.stored_weights is not None for segment in plan.merged)
+    if shared:
+        row_of, weights, kept = _shared_rows(plan.merged)
+        files = {
+            "rows": new.files.write(LAYOUT["rows"], row_of),
+            "weights": new.files.write(LAYOUT["weights"], weights),
+        }
+        rows = kept
+    going_on = plan.make_keys is not None and new.batches_written > 0
+    with KeyWriter(new.files, form, keys.stored_dim, rows, going_on=going_on) as file:
+        if plan.make_keys is not None:
+            plan.make_keys(new, form, file)
+        else:
+            _copy(new, form, keys, shared, file)
+    return record.with_files({**files, **file.records()}, kept=kept)
+
+
+def _copied_rows(segment: "Segment", shared: bool) -> Int[np.ndarray, " m"]:
+    """The stored rows of a merged segment that go over, in their new order."""
+    if not shared:
+        return np.flatnonzero(~segment.gone)
+    return segment.searched if segment.rows is None else segment.rows[segment.searched]
+
+
+def _copy(
+    new: "NewSegment", form: KeyFormat, keys: KeysRecord, shared: bool, file: KeyWriter
+) -> None:
+    first = 0
+    for segment in new.plan.merged:
+        record = segment.record
+        stored = record.tokens if record.kept is None else record.kept
+        arrays = open_key_arrays(segment.paths, form, keys.stored_dim, stored)
+        chosen = _copied_rows(segment, shared)
+        for start in range(0, len(chosen), _BLOCK):
+            block = chosen[start : start + _BLOCK]
+            file.write_stored(first, {name: array[block] for name, array in arrays.items()})
+            first += len(block)
+            new.plan.progress("keys", first, None)
+
+
+def _shared_rows(
+    merged: "Sequence[Segment]",
+) -> tuple[Int[np.ndarray, " n"], UInt8[np.ndarray, " n"], int]:
+    """The row of the key of each position left, how many entries each stands for, and all rows."""
+    row_of, weights, first = [], [], 0
+    for segment in merged:
+        heads = segment.searched
+        old = np.arange(segment.record.tokens) if segment.rows is None else segment.rows
+        number = np.full(int(old.max()) + 2, NO_ENTRY)  # the last is that of row -1
+        number[old[heads]] = first + np.arange(len(heads))
+        counts = segment.weights
+        if counts is None:
+            counts = np.zeros(segment.record.tokens, np.uint8)
+            counts[heads] = 1
+        left = ~segment.gone
+        row_of.append(number[old[left]])
+        weights.append(counts[left])
+        first += len(heads)
+    rows = np.concatenate(row_of)
+    return rows.astype(position_dtype(len(rows))), np.concatenate(weights), first
+
+
+def served(segment: "Segment") -> Int[np.ndarray, " _"]:
+    """The entries that have a key."""
+    return segment.keyed if segment.record.index is not None else np.empty(0, np.int64)
+
+
+def check(segment: "Segment") -> list[str]:
+    """Whether keys are finite, and entries that share them are counted."""
+    if segment.record.index is None:
+        return []
+    return segment.stored_keys.problems() + _merge_problems(segment)
+
+
+def _merge_problems(segment: "Segment") -> list[str]:
+    """Whether each kept entry has a key of its own, and counts those that share it."""
+    weights, rows = segment.stored_weights, segment.stored_rows
+    if weights is None or rows is None:
+        return []
+    kept = np.flatnonzero(weights)
+    shared = rows[rows != NO_ENTRY]
+    sound = (
+        len(kept) == segment.record.kept
+        and np.array_equal(rows[kept], np.arange(len(kept)))
+        and ((shared >= 0) & (shared < len(kept))).all()
+        and np.array_equal(np.bincount(shared, minlength=len(kept)), weights[kept])
+    )
+    return [] if sound else ["the weights of merged entries do not count those that share a key"]

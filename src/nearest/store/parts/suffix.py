@@ -1,0 +1,59 @@
+"""The suffix array of a segment: entries sorted by their reversed left context."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.folder import open_array
+from nearest.index.neighbours import position_dtype
+from nearest.index.suffix import sort_suffixes
+from nearest.store.manifest import Manifest, SegmentRecord
+from nearest.store.parts.corpus import Paths, valued_mask
+
+if TYPE_CHECKING:
+    from nearest.store.new_segment import NewSegment
+    from nearest.store.segment import Segment
+
+LAYOUT = {"suffixes": "suffix.npy"}
+
+
+def open_suffixes(paths: Paths, _: Manifest, record: SegmentRecord) -> Int[np.ndarray, " entries"]:
+    """Map the array (KeyError or FolderError where it is missing or not as recorded)."""
+    return open_array(paths["suffixes"], position_dtype(record.tokens), (record.entries,))
+
+
+def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
+    """Sort the entries of a new segment, whether its text is new or merged."""
+    new.plan.progress("suffix array", 0, record.entries)
+    suffixes = sort_suffixes(new.tokens, valued_mask(new.offsets))
+    file = new.files.write(LAYOUT["suffixes"], suffixes)
+    new.plan.progress("suffix array", record.entries, record.entries)
+    return record.with_files({"suffixes": file})
+
+
+def served(segment: "Segment") -> Int[np.ndarray, " _"]:
+    """The entries that matches are found among."""
+    return segment.suffixes
+
+
+def check(segment: "Segment") -> list[str]:
+    """Whether the array holds every entry once, and in order.
+
+    Two neighbours are in order if the first has the lower token, or if the tokens are equal and the
+    entry before the first stands before the entry before the second. Documents' first entries have
+    no such predecessor and are in any order.
+    """
+    suffixes, tokens = segment.stored_suffixes, segment.tokens
+    if not np.array_equal(np.sort(suffixes), segment.stored_entries):
+        return ["the suffix array does not hold every entry once"]
+    rank = np.full(len(tokens), -1)
+    rank[suffixes] = np.arange(len(suffixes))
+    first, second = suffixes[:-1], suffixes[1:]
+    starts = np.zeros(len(tokens), dtype=bool)
+    starts[segment.offsets[:-1]] = True
+    rising = starts[first] | starts[second] | (rank[first - 1] < rank[second - 1])
+    equal = tokens[first] == tokens[second]
+    if not np.where(equal, rising, tokens[first] < tokens[second]).all():
+        return ["the suffix array is not in order"]
+    return []
