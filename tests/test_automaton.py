@@ -22,8 +22,7 @@ from nearest.index.clusters import Clusters
 from nearest.index.neighbours import NO_ENTRY
 from nearest.models.scoring import ScoredBlock, Scorer
 from nearest.progress import no_progress
-from nearest.retrieval import automaton, walk
-from nearest.retrieval.distribution import mixed_log_probs, token_probs
+from nearest.retrieval import automaton, step
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import resolve_settings
@@ -203,17 +202,13 @@ class World:
         lookup = Lookup(self.memory, method, resolve_settings(method, self.memory, **given))
         found: list[list[float]] = [[] for _ in self.texts]
         searched: list[list[bool]] = [[] for _ in self.texts]
-        trails: walk.Trails = {}
+        states: dict[int, step.State] = {}
         for block in self.blocks:
             log_probs, made = np.empty(len(block.targets)), np.empty(len(block.targets), bool)
-            args = block.queries, block.sequences, block.targets, trails
-            for rows, candidates in walk.walk(lookup, *args):
-                weights = lookup.weights(block.queries.rows(rows), candidates)
-                right = token_probs(weights, candidates, block.targets[rows])
-                log_probs[rows] = mixed_log_probs(
-                    block.lm_log_probs[rows], torch.from_numpy(right), torch.from_numpy(weights.lm)
-                )
-                made[rows] = candidates.searched
+            known = block.queries, block.sequences, block.targets, block.lm_log_probs
+            for one in step.steps(lookup, *known, states):
+                log_probs[one.rows] = one.log_probs
+                made[one.rows] = one.prediction.candidates.searched
             for document, value, search in zip(block.documents, log_probs, made, strict=True):
                 found[document].append(value)
                 searched[document].append(search)
@@ -414,7 +409,7 @@ def test_neither_blocks_nor_batches_nor_company_change_a_document(
     np.testing.assert_allclose(nll(TEXTS[::-1], batch_size=3)[::-1], expected, rtol=1e-5)
     with monkeypatch.context() as patched:
         patched.setattr(encoder, "_GROUP_BYTES", 1)
-        patched.setattr(walk, "_AT_ONCE", 2)
+        patched.setattr(step, "_AT_ONCE", 2)
         scorer = Scorer.prepare(tiny_model, memory, TEXTS, batch_size=1)
         blocks = list(scorer.blocks(no_progress, ""))
         longest = int(np.argmax([len(tokens) for tokens in TEXTS]))

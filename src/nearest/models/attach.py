@@ -28,7 +28,7 @@ from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.models.arguments import TextArguments
 from nearest.models.generated import Generated, Prompt
-from nearest.models.prefixes import Pass, Prefixes, Sequences, row_hashes
+from nearest.models.prefixes import LookupSpans, Prefixes, Sequences, row_hashes
 from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
@@ -226,7 +226,7 @@ class Session:
             this = None
             if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(self._text, named)
-                this = Pass(sequences, shape[1], keep, ensemble.keeps_state)
+                this = LookupSpans(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in parameters:
                     kwargs["logits_to_keep"] = self._wider(this, keep)
             output, hidden = here.seen_in(original, *args, return_dict=True, **kwargs)
@@ -234,7 +234,6 @@ class Session:
                 output.logits = self._mix(self._queries(hidden, shape, keep), output.logits)
             else:
                 hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
-                prefixes = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
                 output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
             if named.get("labels") is not None:
                 rest = {name: value for name, value in kwargs.items() if name not in parameters}
@@ -271,25 +270,38 @@ class Session:
 
     def _mix_rows(
         self,
-        this: Pass,
-        prefixes: Sequence[Prefixes],
+        spans: LookupSpans,
+        prefixes: Sequence[Prefixes] | None,
         hidden: Float[Tensor, "rows states dim"],
         logits: Float[Tensor, "*shape vocab"],
         keep: int | Tensor,
     ) -> Float[Tensor, "*kept vocab"]:
-        """Log-probabilities of base and memory together; the base's alone before the first."""
-        log_probs = logits.float().log_softmax(-1)
-        mixed = log_probs.clone()  # what gradients need stays as it is
-        rows = this.rows(hidden, log_probs)
-        predicted = zip(*(one.mix(rows) for one in prefixes), strict=True)  # of each row
-        together = [
-            self.ensemble.mixed(of_memories, row.lm_log_probs)
-            for row, of_memories in zip(rows, predicted, strict=True)
-        ]
-        this.put(together, into=mixed)
-        return slice_logits_to_keep(mixed, keep)
+        """Log-probabilities of base and memory together; the base's alone before the first.
 
-    def _wider(self, this: Pass, keep: int | Tensor) -> int:
+        `prefixes` are None for a call that no other goes on from.
+        """
+        ensemble = self.ensemble
+        kept = slice_logits_to_keep(logits, keep)
+        log_probs = kept.float().log_softmax(-1).reshape(-1, kept.shape[-1])
+        these = spans.looked_up(
+            hidden, logits, log_probs, with_view=ensemble.needs_lm, with_lm=ensemble.guards
+        )
+        shown = these.returned[these.returned >= 0]
+        if not len(shown):
+            return log_probs.reshape(kept.shape)
+        everywhere = np.array_equal(shown, np.arange(len(log_probs)))
+        at = torch.from_numpy(shown).to(log_probs.device)
+        base = log_probs if everywhere else log_probs[at]
+        followed = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
+        predicted = [one.mix(these, base, follow=prefixes is not None) for one in followed]
+        mixed = ensemble.mixed(predicted, base)
+        if not everywhere:
+            whole = log_probs.clone()  # what gradients need stays as it is
+            whole[at] = mixed
+            mixed = whole[torch.from_numpy(spans.filled).to(whole.device)]
+        return mixed.reshape(kept.shape)
+
+    def _wider(self, this: LookupSpans, keep: int | Tensor) -> int:
         """How many logits to ask for, of the last columns; 0 for all.
 
         At least those that are kept; where more columns are looked up, also theirs when the head's

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from nearest.index.neighbours import NO_ENTRY
 from nearest.models.scoring import ScoredBlock
-from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.distribution import Weights, mixed_log_probs, token_probs
+from nearest.retrieval.distribution import token_probs
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.walk import Trails, walk
+from nearest.retrieval.step import State, Step, steps
 
 
 class Details(NamedTuple):
@@ -63,8 +61,7 @@ class MethodRun:
         self.seconds = 0.0
         self.tokens = self.searches = 0
         self.given = self.right = self.elsewhere = 0.0
-        self._trails: Trails = {}
-        self._gained: dict[int, float] = {}  # by the sequence that the next block may go on with
+        self._states: dict[int, State] = {}
 
     def log_probs(self, block: ScoredBlock, details: Details | None = None) -> Float[Tensor, " n"]:
         """Log-probabilities of the tokens that came, base and memory together.
@@ -72,41 +69,30 @@ class MethodRun:
         `details`, where given, are filled in, in time that is not counted as the method's.
         """
         started, aside = time.perf_counter(), 0.0
-        mixed = torch.empty_like(block.lm_log_probs)
+        log_probs = torch.empty_like(block.lm_log_probs)
         others = np.roll(block.targets, len(block.targets) // 2)
-        for rows, candidates in walk(
-            self.lookup, block.queries, block.sequences, block.targets, self._trails
+        for one in steps(
+            self.lookup,
+            block.queries,
+            block.sequences,
+            block.targets,
+            block.lm_log_probs,
+            self._states,
         ):
-            weights = self.lookup.weights(block.queries.rows(rows), candidates)
-            right = token_probs(weights, candidates, block.targets[rows])
-            mixed[rows] = mixed_log_probs(
-                block.lm_log_probs[rows], torch.from_numpy(right), torch.from_numpy(weights.lm)
-            )
-            self.searches += int(candidates.searched.sum())
+            prediction = one.prediction
+            log_probs[one.rows] = one.log_probs
+            self.searches += int(prediction.candidates.searched.sum())
             observed = time.perf_counter()
-            self.given += float((1 - weights.lm).sum())
-            self.right += float(right.sum())
-            self.elsewhere += float(token_probs(weights, candidates, others[rows]).sum())
+            self.given += float((1 - prediction.weights.lm).sum())
+            self.right += float(one.right.sum())
+            chance = token_probs(prediction.weights, prediction.candidates, others[one.rows])
+            self.elsewhere += float(chance.sum())
             if details is not None:
-                _fill(details, rows, candidates, weights)
+                _fill(details, one)
             aside += time.perf_counter() - observed
-        if self.lookup.settings.guard:
-            mixed = self._guarded(block, mixed, details)
-        self.tokens += len(mixed)
+        self.tokens += len(log_probs)
         self.seconds += time.perf_counter() - started - aside
-        return mixed
-
-    def _guarded(
-        self, block: ScoredBlock, mixed: Float[Tensor, " n"], details: Details | None
-    ) -> Float[Tensor, " n"]:
-        gains = gained(block.lm_log_probs, mixed)
-        begun = self._gained.get(int(block.sequences[0]), 0.0)
-        before = gained_before(gains, block.sequences, begun)
-        self._gained = {int(block.sequences[-1]): float(before[-1] + gains[-1])}
-        if details is not None:
-            for weights in (details.lams, details.shares):
-                weights[:] *= before.sigmoid().numpy()
-        return guarded(block.lm_log_probs, mixed, before)
+        return log_probs
 
 
 class EnsembleRun:
@@ -186,10 +172,13 @@ def heaviest_entries(
     return np.where(largest > 0, ids[rows, best], NO_ENTRY), largest
 
 
-def _fill(
-    details: Details, rows: Int[np.ndarray, " r"], candidates: Candidates, weights: Weights
-) -> None:
-    details.lams[rows] = 1 - weights.lm
-    details.distances[rows] = candidates.distances.min(axis=1, initial=np.inf)
-    heaviest = heaviest_entries(candidates.ids, weights.candidates)
-    details.entries[rows], details.shares[rows] = heaviest
+def _fill(details: Details, one: Step) -> None:
+    candidates, weights, trust = (
+        one.prediction.candidates,
+        one.prediction.weights,
+        one.prediction.trust,
+    )
+    details.lams[one.rows] = (1 - weights.lm) * trust
+    details.distances[one.rows] = candidates.distances.min(axis=1, initial=np.inf)
+    entries, shares = heaviest_entries(candidates.ids, weights.candidates)
+    details.entries[one.rows], details.shares[one.rows] = entries, shares * trust

@@ -1,12 +1,12 @@
-"""The sequences of a forward pass, and what a method carries from one prediction to the next.
+"""The sequences of a forward pass, and what a method carries from one pass to the next.
 
 State belongs to a prefix of tokens (after a source, where an encoder read one) and not to a row of
-a batch: beams that change places, drafts that are taken back and rows that are padded then need no
-care. What is kept is the last pass's predictions, for the next pass goes on from one of them.
+a batch: beams that change places, drafts that are taken back and padded rows then need no care. The
+predictions of the last pass are kept, since the next pass goes on from one of them.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +19,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 from nearest.corpus.tokens import Tokens
 from nearest.encode.view import LmView, lm_view
 from nearest.errors import ModelError
-from nearest.index.neighbours import NO_ENTRY
 from nearest.models.arguments import TextArguments
-from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.gates.guard import gained, guarded
-from nearest.retrieval.lookup import Lookup, stacked
+from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
+from nearest.retrieval.step import UNKNOWN, Prediction, State, advance, step, steps
 
-_BETWEEN = np.array([-1])  # no token: a context ends where the next row's begins
+_BLOCK = 1 << 22  # log-probabilities that are made at once for positions whose rows nobody gets
+_BETWEEN = np.array([UNKNOWN])  # no token: a context ends where the next row's begins
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class Sequences:
         ids: int64 [rows, columns], on the CPU; a pass sees the last columns.
         starts: the column at which each row begins, after its left padding.
         first: the first column whose prediction is looked up; None for the first with logits.
-        sources: a number for what an encoder read with each row, the same for the same.
+        encoded: a number for what an encoder read with each row, the same for the same.
     """
 
     ids: Int[np.ndarray, "rows columns"]
     starts: Int[np.ndarray, " rows"]
     first: int | None
-    sources: Int[np.ndarray, " rows"]
+    encoded: Int[np.ndarray, " rows"]
 
     @classmethod
     def of(
@@ -51,7 +50,7 @@ class Sequences:
         ids: Tensor,
         mask: Tensor | None,
         first: int | None = None,
-        sources: Int[np.ndarray, " rows"] | None = None,
+        encoded: Int[np.ndarray, " rows"] | None = None,
     ) -> "Sequences":
         """From token ids and the attention mask, whose zeros in front are padding."""
         rows, columns = ids.shape
@@ -59,9 +58,9 @@ class Sequences:
         if mask is not None and mask.shape == ids.shape:
             attended = mask.cpu().numpy() > 0
             starts = np.where(attended.any(axis=1), attended.argmax(axis=1), columns)
-        if sources is None:
-            sources = np.zeros(rows, dtype=np.int64)
-        return cls(ids.cpu().numpy(), starts, first, sources)
+        if encoded is None:
+            encoded = np.zeros(rows, dtype=np.int64)
+        return cls(ids.cpu().numpy(), starts, first, encoded)
 
     @classmethod
     def of_call(cls, text: TextArguments, named: Mapping[str, Any]) -> "Sequences":
@@ -87,21 +86,32 @@ def row_hashes(states: Tensor) -> Int[np.ndarray, " rows"]:
     return np.array([int.from_bytes(digest, "little", signed=True) for digest in digests], np.int64)
 
 
-class Row(NamedTuple):
-    """One sequence without padding, and its positions that are looked up: e predicts e + 1.
+class LookedUp(NamedTuple):
+    """The n positions of a pass that are looked up, row after row; position e predicts e + 1.
 
-    The model's log-probabilities are there for the last of the positions, or for all. `source` is a
-    number for what an encoder read with it.
+    Attributes:
+        tokens: of each row, without its left padding.
+        encoded: as in `Sequences`.
+        queries: one a position.
+        rows: the row of each.
+        ends: its position in the row's tokens; consecutive in a row.
+        targets: the token that comes after it, UNKNOWN at the end of a row.
+        lm_log_probs: the model's of each target, where a guard asks for them.
+        returned: the number of its row among the m rows of log-probabilities that the caller gets;
+            -1 for one that the caller does not ask for.
     """
 
-    tokens: Tokens  # int64
-    ends: Int[np.ndarray, " n"]  # consecutive
-    keys: Float[np.ndarray, "n dim"]
-    lm_log_probs: Float[Tensor, "m vocab"]
-    source: int = 0
+    tokens: list[Tokens]
+    encoded: Int[np.ndarray, " rows"]
+    queries: Queries
+    rows: Int[np.ndarray, " n"]
+    ends: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"]
+    lm_log_probs: Float[Tensor, " n"]
+    returned: Int[np.ndarray, " n"]
 
 
-class Pass:
+class LookupSpans:
     """Which columns of a forward pass are looked up in each row."""
 
     def __init__(
@@ -116,164 +126,189 @@ class Pass:
         self._sequences = sequences
         self._width = width
         self._offset = columns - width
-        columns_of = torch.arange(width, device=keep.device if isinstance(keep, Tensor) else None)
-        kept: Tensor = slice_logits_to_keep(columns_of.expand(rows, width)[:, :, None], keep)
-        begin, end = int(kept.min()), int(kept.max()) + 1
+        device = keep.device if isinstance(keep, Tensor) else None
+        cells = torch.arange(rows * width, device=device).reshape(rows, width, 1)
+        # Of the cells of the pass, those whose logits the caller gets, in their order.
+        kept = slice_logits_to_keep(cells, keep).reshape(-1).cpu().numpy()
+        self._where = np.full(rows * width, -1, dtype=np.int64)
+        self._where[kept] = np.arange(len(kept))
+        self.filled = self._where[kept]  # a cell that is asked for twice is filled once
+        begin, end = int((kept % width).min()), int((kept % width).max()) + 1
         if sequences.first is not None:
             first = max(0, sequences.first - self._offset)
             begin = first if keeps_state else max(begin, first)
-        begins: list[int] = np.maximum(begin, sequences.starts - self._offset).tolist()
-        self._spans = [(begin, max(begin, end)) for begin in begins]  # of each row's columns
+        self._begins = np.maximum(begin, sequences.starts - self._offset)
+        self._ends = np.maximum(self._begins, end)
 
     @property
     def reach(self) -> int:
         """How many columns from the end hold all that are looked up."""
-        return self._width - min(begin for begin, _ in self._spans)
+        return self._width - int(self._begins.min())
 
-    def rows(
+    def looked_up(
         self,
         hidden: Float[Tensor, "rows states dim"],
-        lm_log_probs: Float[Tensor, "rows logits vocab"],
-    ) -> list[Row]:
-        """The rows of the pass; both tensors hold its last columns."""
-        rows = []
-        for row, (begin, end) in enumerate(self._spans):
-            start = int(self._sequences.starts[row])
-            rows.append(
-                Row(
-                    self._sequences.ids[row, start : self._offset + end],
-                    np.arange(begin, end) + self._offset - start,
-                    self._columns(hidden[row], begin, end).float().cpu().numpy(),
-                    self._columns(lm_log_probs[row], begin, end),
-                    int(self._sequences.sources[row]),
-                )
+        logits: Float[Tensor, "rows logits vocab"],
+        log_probs: Float[Tensor, "kept vocab"],
+        *,
+        with_view: bool,
+        with_lm: bool,
+    ) -> LookedUp:
+        """The positions of the pass with what the model makes of them.
+
+        Args:
+            hidden, logits: of the pass's last columns.
+            log_probs: the model's, of what the caller gets.
+            with_view: what gates see of the model's predictions is asked for.
+            with_lm: the model's log-probabilities of the targets are.
+        """
+        counts = self._ends - self._begins
+        rows = np.repeat(np.arange(len(counts)), counts)
+        spans = zip(self._begins.tolist(), self._ends.tolist(), strict=True)
+        columns = np.concatenate([np.arange(*span) for span in spans])
+        starts = self._sequences.starts
+        tokens = [
+            row[start : self._offset + end]
+            for row, start, end in zip(self._sequences.ids, starts, self._ends, strict=True)
+        ]
+        ends = columns + self._offset - starts[rows]
+        offsets = np.cumsum([0, *(len(row) + 1 for row in tokens)])[:-1]
+        context = np.concatenate([part for row in tokens for part in (row, _BETWEEN)])
+        at = offsets[rows] + ends
+        targets = context[at + 1]  # _BETWEEN, which is UNKNOWN, at the end of a row
+        returned = self._where[rows * self._width + columns]
+        keys = _cells(hidden, rows, columns, self._width).float().cpu().numpy()
+        lm_log_probs, view = torch.zeros(len(rows)), None
+        if with_view or with_lm:
+            lm_log_probs, view = self._model_says(
+                logits, log_probs, rows, columns, targets, returned, with_view=with_view
             )
-        return rows
+        queries = Queries(keys, context, at, view)
+        return LookedUp(
+            tokens, self._sequences.encoded, queries, rows, ends, targets, lm_log_probs, returned
+        )
 
-    def put(
-        self, mixed: Sequence[Float[Tensor, "_ vocab"]], into: Float[Tensor, "rows logits vocab"]
-    ) -> None:
-        """Write each row's mixtures into the log-probabilities that they belong to."""
-        for row, (begin, end) in enumerate(self._spans):
-            self._columns(into[row], begin, end)[:] = mixed[row]
+    def _model_says(
+        self,
+        logits: Float[Tensor, "rows logits vocab"],
+        log_probs: Float[Tensor, "kept vocab"],
+        rows: Int[np.ndarray, " n"],
+        columns: Int[np.ndarray, " n"],
+        targets: Int[np.ndarray, " n"],
+        returned: Int[np.ndarray, " n"],
+        *,
+        with_view: bool,
+    ) -> tuple[Float[Tensor, " n"], LmView | None]:
+        """The model's log-probability of each target, and the view; nothing larger is kept."""
+        targeted = torch.zeros(len(rows))
+        view = LmView(*np.empty((2, len(rows)), dtype=np.float32)) if with_view else None
+        block = max(1, _BLOCK // logits.shape[-1])
+        for shown in (False, True):
+            at = np.flatnonzero((returned >= 0) == shown)
+            for start in range(0, len(at), block):
+                some = at[start : start + block]
+                if shown:
+                    part = log_probs.detach()[torch.from_numpy(returned[some]).to(logits.device)]
+                else:
+                    part = _cells(logits.detach(), rows[some], columns[some], self._width)
+                    part = part.float().log_softmax(-1)
+                came = torch.from_numpy(targets[some]).to(part.device).clamp(min=0)
+                targeted[torch.from_numpy(some)] = part.gather(-1, came[:, None])[:, 0].cpu()
+                if view is not None:
+                    for whole, found in zip(view, lm_view(part), strict=True):
+                        whole[some] = found
+        return targeted, view
 
-    def _columns(
-        self, of_row: Float[Tensor, "columns size"], begin: int, end: int
-    ) -> Float[Tensor, "some size"]:
-        """Those from `begin` to `end` that there are; `of_row` holds the last of the pass."""
-        missing = self._width - len(of_row)
-        return of_row[max(0, begin - missing) : max(0, end - missing)]
 
-
-class _Reached(NamedTuple):
-    """What was found after a prefix, and how well it has been predicted so far."""
-
-    candidates: Candidates  # of one query
-    gained: float
-    predicted: tuple[Tensor, Tensor, Tensor] | None  # base, with memory, and guarded, [vocab] each
+def _cells(
+    of_pass: Float[Tensor, "rows columns size"],
+    rows: Int[np.ndarray, " n"],
+    columns: Int[np.ndarray, " n"],
+    width: int,
+) -> Float[Tensor, "n size"]:
+    """Some cells of what holds the last columns of a pass."""
+    device, missing = of_pass.device, width - of_pass.shape[1]
+    at = torch.from_numpy(columns - missing).to(device)
+    return of_pass[torch.from_numpy(rows).to(device), at]
 
 
 class Prefixes:
-    """Mixtures for the sequences of one forward pass after another."""
+    """One memory's predictions for the sequences of one forward pass after another."""
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._last: list[tuple[Row, list[_Reached]]] = []
+        self._tokens: list[Tokens] = []
+        self._encoded = np.empty(0, dtype=np.int64)
+        # By row and position: a prediction of the last pass, its row there, and its row in `_base`.
+        self._reached: dict[tuple[int, int], tuple[Prediction, int, int]] = {}
+        self._base: Tensor | None = None
 
-    def mix(self, rows: Sequence[Row]) -> list[Float[Tensor, "_ vocab"]]:
-        """Log-probabilities of base and memory together, where the rows have those of the base.
+    def mix(
+        self, these: LookedUp, base: Float[Tensor, "m vocab"], *, follow: bool
+    ) -> Float[Tensor, "m vocab"]:
+        """Log-probabilities of base and memory together, of the positions that are returned.
 
-        A method without state takes all positions at once; else the rows advance side by side, each
-        from the prefix in the last pass that it goes on from, or from nothing.
+        Args:
+            these: the positions of the pass.
+            base: the model's log-probabilities of those that are returned, in their order.
+            follow: keep what a later pass may go on from.
         """
-        if not self._lookup.keeps_state and not self._lookup.settings.guard:
-            return self._mix_at_once(rows)
-        reached: list[list[_Reached]] = [[] for _ in rows]
-        for left in range(max(len(row.ends) for row in rows), 0, -1):  # rows end together
-            going = [r for r, row in enumerate(rows) if len(row.ends) >= left]
-            before = [reached[r][-1] if reached[r] else self._parent(r, rows[r]) for r in going]
-            for r, found in zip(
-                going, self._step([rows[r] for r in going], left, before), strict=True
-            ):
-                reached[r].append(found)
-        self._last = list(zip(rows, reached, strict=True))
-        return [
-            torch.stack([one.predicted[2] for one in found if one.predicted])
-            if len(row.lm_log_probs)
-            else row.lm_log_probs
-            for row, found in self._last
-        ]
-
-    def _mix_at_once(self, rows: Sequence[Row]) -> list[Float[Tensor, "_ vocab"]]:
-        counts = [len(row.lm_log_probs) for row in rows]
-        at = [slice(len(row.ends) - n, None) for row, n in zip(rows, counts, strict=True)]
-        base = torch.cat([row.lm_log_probs for row in rows])
-        if not len(base):
-            return [row.lm_log_probs for row in rows]
-        queries = _queries(rows, at, lm_view(base) if self._lookup.needs_lm else None)
-        mixed = self._lookup.log_probs(queries, self._lookup.candidates(queries), base)
-        return list(mixed.split(counts))
-
-    def _step(
-        self, rows: Sequence[Row], left: int, before: Sequence[_Reached | None]
-    ) -> list[_Reached]:
-        """The position of each row that is `left` from its end, from what was found before it."""
-        lookup = self._lookup
-        tokens = [int(row.tokens[row.ends[-left]]) for row in rows]
-        pointers, gains = [], []
-        for found, token in zip(before, tokens, strict=True):
-            if found is None:
-                pointers.append(np.full(1, NO_ENTRY, dtype=np.int64))
-                gains.append(0.0)
-            else:
-                pointers.append(lookup.follow(found.candidates, np.array([token]))[0])
-                gains.append(found.gained + _gain(found, token))
-        at = [slice(len(row.ends) - left, len(row.ends) - left + 1) for row in rows]
-        predicted: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(rows)
-        if left > len(rows[0].lm_log_probs):
-            candidates = lookup.candidates(_queries(rows, at), stacked(pointers))
-        else:
-            base = torch.stack([row.lm_log_probs[-left] for row in rows])
-            queries = _queries(rows, at, lm_view(base) if lookup.needs_lm else None)
-            candidates = lookup.candidates(queries, stacked(pointers))
-            gated = mixed = lookup.log_probs(queries, candidates, base)
-            if lookup.settings.guard:
-                mixed = guarded(base, gated, gated.new_tensor(gains)[:, None])
-            predicted = list(zip(base, gated, mixed, strict=True))
-        return [
-            _Reached(candidates.rows(slice(r, r + 1)), gains[r], predicted[r])
-            for r in range(len(rows))
-        ]
-
-    def _parent(self, number: int, row: Row) -> _Reached | None:
-        """What the last pass found before a row's first position; most often in the same row."""
-        prefix = row.tokens[: int(row.ends[0])]
-        for other in sorted(range(len(self._last)), key=lambda other: other != number):
-            last, found = self._last[other]
-            nth = len(prefix) - 1 - int(last.ends[0]) if found else -1
-            if not 0 <= nth < len(found) or last.source != row.source:
+        shown = np.flatnonzero(these.returned >= 0)
+        if not (self._lookup.keeps_state or self._lookup.settings.guard):
+            queries = these.queries.rows(shown)
+            return step(self._lookup, queries, State.start(len(shown))).log_probs(base)
+        rank = np.full(len(these.returned), -1)
+        rank[shown] = np.arange(len(shown))
+        mixed, ranks = [], []
+        reached: dict[tuple[int, int], tuple[Prediction, int, int]] = {}
+        for one in steps(
+            self._lookup,
+            these.queries,
+            these.rows,
+            these.targets,
+            these.lm_log_probs,
+            self._begun(these),
+        ):
+            at = np.flatnonzero(rank[one.rows] >= 0)
+            if not len(at):
                 continue
-            if np.array_equal(last.tokens[: len(prefix)], prefix):
-                return found[nth]
+            prediction = one.prediction if len(at) == len(one.rows) else one.prediction.rows(at)
+            places = rank[one.rows[at]]
+            mixed.append(prediction.log_probs(base[torch.from_numpy(places).to(base.device)]))
+            ranks.append(places)
+            if follow:
+                for i, row in enumerate(one.rows[at].tolist()):
+                    key = int(these.rows[row]), int(these.ends[row])
+                    reached[key] = prediction, i, int(places[i])
+        if follow:
+            self._tokens, self._encoded = these.tokens, these.encoded
+            self._reached, self._base = reached, base.detach()
+        if len(mixed) == 1:
+            return mixed[0]
+        order = torch.from_numpy(np.argsort(np.concatenate(ranks)))
+        return torch.cat(mixed)[order.to(base.device)]
+
+    def _begun(self, these: LookedUp) -> dict[int, State]:
+        """The state of each row whose first position goes on from a prefix of the last pass."""
+        states = {}
+        for row, first in zip(*np.unique(these.rows, return_index=True), strict=True):
+            end = int(these.ends[first])
+            found = self._parent(int(row), these.tokens[row][:end], these.encoded[row])
+            if found is not None and self._base is not None:
+                prediction, i, place = found
+                token = these.tokens[row][end : end + 1]
+                lm = self._base[place, int(token[0])].reshape(1).cpu()
+                states[int(row)] = advance(prediction.rows(slice(i, i + 1)), token, lm)
+        return states
+
+    def _parent(
+        self, number: int, prefix: Tokens, encoded: np.int64
+    ) -> tuple[Prediction, int, int] | None:
+        """What the last pass predicted after a prefix; most often in the row of that number."""
+        for other in sorted(range(len(self._tokens)), key=lambda other: other != number):
+            found = self._reached.get((other, len(prefix) - 1))
+            if found is None or self._encoded[other] != encoded:
+                continue
+            if np.array_equal(self._tokens[other][: len(prefix)], prefix):
+                return found
         return None
-
-
-def _gain(found: _Reached, token: int) -> float:
-    """What the memory gained on a token that came."""
-    if found.predicted is None:
-        return 0.0
-    base, mixed = (log_probs[token : token + 1].detach() for log_probs in found.predicted[:2])
-    return float(gained(base, mixed))
-
-
-def _queries(rows: Sequence[Row], at: Sequence[slice], lm: LmView | None = None) -> Queries:
-    """Some positions of each row as one batch."""
-    starts = np.cumsum([0, *(len(row.tokens) + 1 for row in rows)])
-    return Queries(
-        np.concatenate([row.keys[part] for row, part in zip(rows, at, strict=True)]),
-        np.concatenate([part for row in rows for part in (row.tokens, _BETWEEN)]),
-        np.concatenate(
-            [start + row.ends[part] for start, row, part in zip(starts, rows, at, strict=False)]
-        ),
-        lm,
-    )

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearest.memory import Memory, Place
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.gates.guard import gained, gained_before
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.walk import walk
+from nearest.retrieval.step import steps
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def token_sources(
     weights = [weight for _, weight in ensemble.used]
     alone = (1 - sum(weights)) * lm_log_probs[skip:].double().exp().numpy()
     spoken = []
-    for rest, *of_token in zip(alone.tolist(), *each, strict=True):
+    for token, rest, *of_token in zip(targets[skip:].tolist(), alone.tolist(), *each, strict=True):
         entries = {
             entry: weight * share
             for one, weight in zip(of_token, weights, strict=True)
@@ -77,7 +75,7 @@ def token_sources(
         }
         from_lm = sum(w * one.from_lm for one, w in zip(of_token, weights, strict=True))
         strongest = dict(sorted(entries.items(), key=lambda item: -item[1]))
-        spoken.append(_Spoken(of_token[0].token, strongest, from_lm + rest))
+        spoken.append(_Spoken(token, strongest, from_lm + rest))
     return _placed([lookup.memory for lookup in ensemble.lookups], spoken)
 
 
@@ -90,39 +88,19 @@ def _spoken(
     skip: int,
 ) -> list[_Spoken]:
     """What the entries of one memory, and the model beside it, gave to each token."""
-    spoken = []
-    gain = 0.0
-    one_document = np.zeros(len(targets), dtype=np.int64)
-    for rows, candidates in walk(lookup, queries, one_document, targets, {}):
-        weights, left = lookup.weights(queries.rows(rows), candidates)
-        right = np.where(candidates.values == targets[rows, None], weights, 0)
-        from_lm = left * lm_log_probs[rows].double().exp().numpy()
-        if lookup.settings.guard:
-            right, from_lm, gain = _guarded_say(right, from_lm, lm_log_probs[rows], gain)
-        for i, row in enumerate(rows.tolist()):
+    spoken: list[_Spoken] = []
+    sequences = np.zeros(len(targets), dtype=np.int64)
+    for one in steps(lookup, queries, sequences, targets, lm_log_probs, {}):
+        prediction, trust = one.prediction, one.prediction.trust
+        agreeing = prediction.candidates.values == one.targets[:, None]
+        right = np.where(agreeing, prediction.weights.candidates, 0) * trust[:, None]
+        base = one.lm_log_probs.double().exp().numpy()
+        from_lm = base * (prediction.weights.lm * trust + 1 - trust)
+        for i, row in enumerate(one.rows.tolist()):
             if row >= skip:
-                entries = _totals(number, candidates.ids[i], right[i])
+                entries = _totals(number, prediction.candidates.ids[i], right[i])
                 spoken.append(_Spoken(int(targets[row]), entries, float(from_lm[i])))
     return spoken
-
-
-def _guarded_say(
-    right: Float[np.ndarray, "n c"],
-    from_lm: Float[np.ndarray, " n"],
-    lm_log_probs: Float[Tensor, " n"],
-    gain: float,
-) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, " n"], float]:
-    """What candidates and model add when the guard weighs base and mixture, and the gain so far."""
-    mixed = torch.from_numpy(right.sum(axis=1) + from_lm).log()
-    gains = gained(lm_log_probs, mixed)
-    before = gained_before(gains, np.zeros(len(gains), dtype=np.int64), gain)
-    weight = before.sigmoid().numpy()
-    base = lm_log_probs.double().exp().numpy()
-    return (
-        right * weight[:, None],
-        from_lm * weight + base * (1 - weight),
-        float(before[-1] + gains[-1]),
-    )
 
 
 def _totals(

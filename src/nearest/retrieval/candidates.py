@@ -27,7 +27,7 @@ class Candidates(NamedTuple):
     # float32: of how many entries each stands for; None where each stands for itself
     log_counts: Float[np.ndarray, "q c"] | None = None
 
-    def rows(self, rows: slice | Bool[np.ndarray, " q"]) -> "Candidates":
+    def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Candidates":
         """Those of some queries."""
         return Candidates(
             self.ids[rows],

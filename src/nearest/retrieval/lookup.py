@@ -3,13 +3,14 @@
 Each method has its own kinds of candidates and settings; nothing is kept between calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.retrieval import automaton
 from nearest.retrieval.candidates import (
@@ -76,6 +77,14 @@ class Lookup:
         gate = load_gate(memory, method)
         ordered = gate is not None or "pointers" in method_named(method).kinds
         return cls(memory, method, settings, gate, ordered=ordered)
+
+    def unguarded(self) -> "Lookup":
+        """The same without a guard."""
+        if not self.settings.guard:
+            return self
+        other = copy(self)
+        other.settings = replace(self.settings, guard=False)
+        return other
 
     @property
     def keeps_state(self) -> bool:
@@ -242,11 +251,3 @@ class Lookup:
             np.where(gone, np.float32(np.inf), pointed.distances),
             np.where(gone, np.int16(0), pointed.lengths),
         )
-
-
-def stacked(rows: Sequence[Int[np.ndarray, "_"]]) -> Int[np.ndarray, "q p"]:
-    """Pointers of several sequences as one array, filled with -1."""
-    whole = np.full((len(rows), max(map(len, rows))), NO_ENTRY, dtype=np.int64)
-    for row, pointers in zip(whole, rows, strict=True):
-        row[: len(pointers)] = pointers
-    return whole
