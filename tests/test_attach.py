@@ -16,7 +16,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from conftest import make_model, random_documents
 from nearest import Memory, NearestError, attach
@@ -229,38 +228,6 @@ def test_only_one_memory_at_a_time(world: SimpleNamespace) -> None:
         pytest.raises(SettingError, match="attached already"),
     ):
         attach(world.model, world.memory)
-
-
-class _GeneratesAgain(BaseStreamer):
-    """Calls generate on the model while it generates, and keeps the error."""
-
-    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
-        self.model, self.prompt = model, prompt
-        self.errors: list[BaseException] = []
-
-    def put(self, value: Tensor) -> None:
-        def again() -> None:
-            try:
-                self.model.generate(self.prompt, max_new_tokens=1, pad_token_id=1)
-            except NearestError as error:
-                self.errors.append(error)
-
-        thread = threading.Thread(target=again)
-        thread.start()
-        thread.join()
-
-    def end(self) -> None:
-        pass
-
-
-def test_a_second_generate_in_flight_is_refused(world: SimpleNamespace) -> None:
-    prompt = prompts(1, 5)
-    with attach(world.model, world.memory, **SETTINGS):
-        streamer = _GeneratesAgain(world.model, prompt)
-        world.model.generate(prompt, max_new_tokens=3, pad_token_id=1, streamer=streamer)
-        assert len(streamer.errors) == 4  # the prompt and three tokens
-        assert "generating already" in str(streamer.errors[0])
-        world.model.generate(prompt, max_new_tokens=1, pad_token_id=1)  # afterwards it may
 
 
 def test_forward_passes_of_two_threads_keep_their_keys_apart(world: SimpleNamespace) -> None:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from nearest.episodic import EpisodicMemory, EpisodicSettings
     from nearest.errors import NearestError
     from nearest.memory import Memory
-    from nearest.models.attach import attach
+    from nearest.models.attach import attach, detach
     from nearest.models.memorizing.attention import MemorizingAttention
     from nearest.models.memorizing.layers import memorize
     from nearest.models.memorizing.memory import AttentionMemory
     from nearest.models.scoring import read_text
+    from nearest.retrieval.settings import Settings
     from nearest.verbs.evaluate import evaluate
     from nearest.verbs.sweep import sweep
     from nearest.verbs.tune import tune
@@ -32,7 +33,9 @@ _HOMES = {
     "MemorizingAttention": "nearest.models.memorizing.attention",
     "Memory": "nearest.memory",
     "NearestError": "nearest.errors",
+    "Settings": "nearest.retrieval.settings",
     "attach": "nearest.models.attach",
+    "detach": "nearest.models.attach",
     "evaluate": "nearest.verbs.evaluate",
     "memorize": "nearest.models.memorizing.layers",
     "read_documents": "nearest.corpus.reading",
@@ -50,7 +53,9 @@ __all__ = [
     "MemorizingAttention",
     "Memory",
     "NearestError",
+    "Settings",
     "attach",
+    "detach",
     "evaluate",
     "memorize",
     "read_documents",

@@ -28,7 +28,9 @@ class _Opened(Protocol):
 def refuse_attached(model: LanguageModel) -> None:
     """Refuse a model that predicts with a memory already (SettingError)."""
     if hasattr(model.forward, "nearest_session"):
-        raise SettingError("this model has a memory attached already: detach that one first")
+        raise SettingError(
+            "this model has a memory attached already: leave its context, or nearest.detach(model)"
+        )
 
 
 def rules_of(manifest: Manifest, model: LanguageModel) -> TokenRules:

@@ -82,17 +82,24 @@ def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def input_hook(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-    """Show `see` the first input of every call of `module`, whichever thread calls it."""
+    """Show `see` the first input of every call of `module`, whichever thread calls it.
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see((args[0] if args else next(iter(kwargs.values()))).detach())
+    While one thread adds or removes a hook, torch may call it in another without its keyword
+    arguments. The thread that wants to see something does neither meanwhile.
+    """
+
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        if args or kwargs:
+            see((args[0] if args else next(iter((kwargs or {}).values()))).detach())
 
     untraced: Callable[..., None] = torch.compiler.disable(hook)
     return module.register_forward_pre_hook(untraced, with_kwargs=True)
 
 
 def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that passes over what other threads do with the module meanwhile."""
+    """Wrap a hook so that it fires only in the thread that wrapped it."""
     owner = threading.get_ident()
 
     def called(*args: Any) -> None:

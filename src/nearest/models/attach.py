@@ -5,18 +5,19 @@ The mixture is made of the model's final logits, after soft caps, scalings and b
 last position, while assisted decoding scores several.
 """
 
+import copy
 import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
@@ -24,10 +25,10 @@ from nearest.build.match import common_key_layer, refuse_attached
 from nearest.encode.forward import encode_and_score
 from nearest.encode.identity import AnyModel, bare_model
 from nearest.encode.layers import input_hook
-from nearest.encode.view import lm_view
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.models.arguments import TextArguments
 from nearest.models.generated import Generated, Prompt
+from nearest.models.mixing import logits_needed, mix_rows, mix_states
 from nearest.models.prefixes import LookupSpans, Prefixes, Sequences, row_hashes
 from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.ensemble import Ensemble, Memories
@@ -46,14 +47,18 @@ def attach(
     tokenizer: Any = None,
     force: bool = False,
     replay: int | str = 0,
-    **settings: Any,
+    settings: Settings | None = None,
+    **given: Any,
 ) -> "Session":
     """Attach memories to a Hugging Face language model; use as a context manager.
 
     Greedy search, sampling, beams, left-padded batches, assisted decoding and plain calls of the
-    model then predict with the memory; continuous batching does with methods that need hidden
-    states alone. A model that PEFT or torch.compile has wrapped is attached with its adapters as
-    they are then. Leaving the context gives the model back unchanged.
+    model then predict with the memory, in any number of threads; continuous batching does with
+    methods that need hidden states alone. The model's `logits` are then log-probabilities. A model
+    that PEFT or torch.compile has wrapped is attached with its adapters as they are then. A
+    `generate` that the model makes inside its own, to draft tokens, is the base model's, and a deep
+    copy of the model is one without memory. Leaving the context gives the model back unchanged; so
+    does `detach`.
 
     Args:
         model: the model that built the memory, in evaluation mode.
@@ -63,11 +68,12 @@ def attach(
             the model predicts with memory m alone, and the rest the model's own. Equal ones when
             not given.
         tokenizer: checked against the memory's where given.
-        force: accept another model than the one that built the memory.
+        force: skip the checks that this model and tokenizer built the memory.
         replay: how many of a prompt's positions are looked up before the last, for a method that
             keeps state; "full" for all of them, as `evaluate` does.
-        **settings: of the method (`retrieval.settings.Settings`); what is not given comes from
-            `tune`'s result in the memory, else from the paper's defaults.
+        settings: of the method, all of them, in place of those stored in the memory.
+        **given: single settings, by the names of `Settings`, before all others. What neither gives
+            comes from `tune`'s result in the memory, else from the paper's defaults.
 
     Raises:
         ModelError: the model does not fit the memory.
@@ -76,8 +82,15 @@ def attach(
     check_method(method, MEMORY_METHODS)
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
-    ensemble = Ensemble.of(memory, method, weights, **settings)
+    ensemble = Ensemble.of(memory, method, weights, settings, **given)
     return Session(model, ensemble, tokenizer, force, replay)
+
+
+def detach(model: AnyModel) -> None:
+    """Give a model back as it was before `attach`; harmless where no memory is attached."""
+    session = getattr(bare_model(model).forward, "nearest_session", None)
+    if session is not None:
+        session.detach()
 
 
 class Session:
@@ -98,20 +111,28 @@ class Session:
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
         self._here = _Here()
-        self._generate_lock = threading.Lock()
-        self._generated: Generated | None = None
+        self._last: Generated | None = None  # of whichever thread
         self._text = TextArguments.of(model)
-        self._hook = input_hook(self._layer.module, self._here.see)
-        names = ("forward", "prepare_inputs_for_generation", "generate")
-        self._replaced = {name: vars(model).get(name) for name in names}
-        vars(model)["forward"] = self._wrap_forward(model.forward)
-        vars(model)["prepare_inputs_for_generation"] = self._wrap_prepare(
-            cast(Any, model.prepare_inputs_for_generation)
-        )
-        vars(model)["generate"] = self._wrap_generate(cast(Any, model.generate))
+        replaced: dict[str, Any] = {
+            "forward": self._wrap_forward(model.forward),
+            "__deepcopy__": self._copy,
+        }
+        if hasattr(model, "prepare_inputs_for_generation"):
+            replaced["prepare_inputs_for_generation"] = self._wrap_prepare(
+                cast(Any, model.prepare_inputs_for_generation)
+            )
+        if hasattr(model, "generate"):
+            replaced["generate"] = self._wrap_generate(cast(Any, model.generate))
         if any(lookup.needs_context for lookup in ensemble.lookups):
-            self._replaced[_BATCHING] = vars(model).get(_BATCHING)
-            vars(model)[_BATCHING] = self._refuse_batching
+            replaced[_BATCHING] = self._refuse_batching
+        self._originals = {name: vars(model).get(name) for name in replaced}
+        with ExitStack() as undo:
+            self._hook = input_hook(self._layer.module, self._here.see)
+            undo.callback(self._hook.remove)
+            for name, replacement in replaced.items():
+                undo.callback(_restore, vars(model), name, self._originals[name])
+                vars(model)[name] = replacement
+            self._undo = undo.pop_all()
 
     def __enter__(self) -> "Session":
         return self
@@ -138,12 +159,21 @@ class Session:
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when done twice."""
-        self._hook.remove()
-        for name, original in self._replaced.items():
-            vars(self.model).pop(name, None)
-            if original is not None:
-                vars(self.model)[name] = original
-        self._replaced = {}
+        self._undo.close()
+
+    def _copy(self, memo: dict[int, Any]) -> Any:
+        """A deep copy of the model, without the memory."""
+        model: Any = self.model
+        copied = model.__class__.__new__(model.__class__)
+        memo[id(model)] = copied
+        state = dict(vars(model))
+        for name, original in self._originals.items():
+            _restore(state, name, original)
+        vars(copied).update(copy.deepcopy(state, memo))
+        module = copied.get_submodule(self._layer.path)
+        module._forward_pre_hooks.pop(self._hook.id, None)
+        module._forward_pre_hooks_with_kwargs.pop(self._hook.id, None)
+        return copied
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -172,24 +202,27 @@ class Session:
     def sources(self, row: int = 0) -> list[TokenSources]:
         """Where each new token of a row of the last `generate` came from.
 
-        Computed from the finished sequence by one pass of the base model over it: a prediction
-        depends on its prefix alone, so this is what was mixed while generating, whichever way.
+        The last one of this thread counts, or of any where this thread made none. The finished
+        sequence is read once more by the base model and predicted by the memories and weights of
+        that call: a prediction depends on its prefix alone, so this is what was mixed then.
 
         Raises:
             NearestError: nothing was generated yet, or the prompt was given as embeddings or as an
                 encoder's outputs.
             IndexError: there is no such row.
         """
-        if self._generated is None:
+        generated = self._here.generated or self._last
+        if generated is None:
             raise NearestError(
                 "nothing to name sources of: call model.generate with input_ids first (embeddings "
                 "and encoder_outputs cannot be read again)"
             )
-        tokens, prompt_length, read = self._generated.row(row)
-        if len(tokens) == prompt_length:
-            return []
+        tokens, prompt_length, read = generated.row(row)
+        ensemble = generated.ensemble
+        if ensemble is None or len(tokens) == prompt_length:
+            return [TokenSources(int(token), 0.0, []) for token in tokens[prompt_length:]]
         inputs = tokens[None, :-1]
-        replayed = self._replay if self.ensemble.keeps_state else 0
+        replayed = self._replay if ensemble.keeps_state else 0
         first = max(0, prompt_length - 1 - replayed)
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
@@ -201,12 +234,12 @@ class Session:
                 inputs.numpy(),
                 wanted.numpy(),
                 targets,
-                self.ensemble.needs_lm,
+                ensemble.needs_lm,
                 read,
             )
         queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1), view)
         skipped = prompt_length - 1 - first
-        return token_sources(self.ensemble, queries, targets, lm_log_probs, skipped)
+        return token_sources(ensemble, queries, targets, lm_log_probs, skipped)
 
     def _wrap_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = tuple(inspect.signature(original).parameters)
@@ -223,18 +256,21 @@ class Session:
             sequences, here.sequences = here.sequences, None
             # A call between the steps of generate(), as for guidance, has a state of its own.
             prefixes = here.prefixes if sequences else None
-            this = None
+            spans = None
             if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(self._text, named)
-                this = LookupSpans(sequences, shape[1], keep, ensemble.keeps_state)
+                spans = LookupSpans(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in parameters:
-                    kwargs["logits_to_keep"] = self._wider(this, keep)
+                    cut = self._layer.name == "last_hidden"
+                    kwargs["logits_to_keep"] = logits_needed(ensemble, spans, keep, cut=cut)
             output, hidden = here.seen_in(original, *args, return_dict=True, **kwargs)
-            if this is None:
-                output.logits = self._mix(self._queries(hidden, shape, keep), output.logits)
+            hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
+            if spans is not None:
+                output.logits = mix_rows(ensemble, spans, prefixes, hidden, output.logits, keep)
             else:
-                hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
-                output.logits = self._mix_rows(this, prefixes, hidden, output.logits, keep)
+                if self._layer.name == "last_ffn_input":  # the head's own input is cut already
+                    hidden = slice_logits_to_keep(hidden, keep)
+                output.logits = mix_states(ensemble, hidden, output.logits)
             if named.get("labels") is not None:
                 rest = {name: value for name, value in kwargs.items() if name not in parameters}
                 output.loss = self._text.loss(output.logits, named["labels"], rest)
@@ -245,79 +281,11 @@ class Session:
         untraced.nearest_session = self  # type: ignore[attr-defined]
         return untraced
 
-    def _queries(
-        self, hidden: Tensor, shape: torch.Size, keep: int | Tensor
-    ) -> Float[Tensor, "q dim"]:
-        """Captured states of the positions that get logits, in their order."""
-        if self._layer.name == "last_ffn_input":  # the head's own input is cut already
-            hidden = slice_logits_to_keep(hidden.reshape(*shape, -1), keep)
-        return hidden.reshape(-1, hidden.shape[-1])
-
-    def _mix(
-        self, hidden: Float[Tensor, "q dim"], logits: Float[Tensor, "*shape vocab"]
-    ) -> Float[Tensor, "*shape vocab"]:
-        """Log-probabilities of base and memory together, where hidden states are all it takes."""
-        keys, ensemble = hidden.float().cpu().numpy(), self.ensemble
-        none = np.empty(0, dtype=np.int64)
-        log_probs = logits.float().log_softmax(-1).reshape(len(keys), -1)
-        view = lm_view(log_probs) if ensemble.needs_lm else None
-        queries = Queries(keys, none, np.zeros(len(keys), np.int64), view)
-        predicted = [
-            lookup.log_probs(queries, lookup.candidates(queries), log_probs)
-            for lookup, _ in ensemble.used
-        ]
-        return ensemble.mixed(predicted, log_probs).reshape(logits.shape)
-
-    def _mix_rows(
-        self,
-        spans: LookupSpans,
-        prefixes: Sequence[Prefixes] | None,
-        hidden: Float[Tensor, "rows states dim"],
-        logits: Float[Tensor, "*shape vocab"],
-        keep: int | Tensor,
-    ) -> Float[Tensor, "*kept vocab"]:
-        """Log-probabilities of base and memory together; the base's alone before the first.
-
-        `prefixes` are None for a call that no other goes on from.
-        """
-        ensemble = self.ensemble
-        kept = slice_logits_to_keep(logits, keep)
-        log_probs = kept.float().log_softmax(-1).reshape(-1, kept.shape[-1])
-        these = spans.looked_up(
-            hidden, logits, log_probs, with_view=ensemble.needs_lm, with_lm=ensemble.guards
-        )
-        shown = these.returned[these.returned >= 0]
-        if not len(shown):
-            return log_probs.reshape(kept.shape)
-        everywhere = np.array_equal(shown, np.arange(len(log_probs)))
-        at = torch.from_numpy(shown).to(log_probs.device)
-        base = log_probs if everywhere else log_probs[at]
-        followed = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
-        predicted = [one.mix(these, base, follow=prefixes is not None) for one in followed]
-        mixed = ensemble.mixed(predicted, base)
-        if not everywhere:
-            whole = log_probs.clone()  # what gradients need stays as it is
-            whole[at] = mixed
-            mixed = whole[torch.from_numpy(spans.filled).to(whole.device)]
-        return mixed.reshape(kept.shape)
-
-    def _wider(self, this: LookupSpans, keep: int | Tensor) -> int:
-        """How many logits to ask for, of the last columns; 0 for all.
-
-        At least those that are kept; where more columns are looked up, also theirs when the head's
-        own input is the key (it is cut as its output is), or when their logits are needed too.
-        """
-        if not isinstance(keep, int) or keep == 0:
-            return 0
-        ensemble = self.ensemble
-        needed = self._layer.name == "last_hidden" or ensemble.needs_lm or ensemble.guards
-        return max(keep, this.reach) if needed else keep
-
     def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def prepare(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             here = self._here
-            if here.prefixes is not None:
+            if here.prefixes is not None and not here.base_only:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
                 if here.ids is None and past > here.first:
@@ -333,8 +301,8 @@ class Session:
                 mask = kwargs.get(self._text.mask)
                 if mask is not None:
                     mask = mask[:, : here.ids.shape[1]]
-                sources = here.sources_of(kwargs.get("encoder_outputs"))
-                here.sequences = Sequences.of(here.ids, mask, here.first, sources)
+                encoded = here.encoded_rows(kwargs.get("encoder_outputs"))
+                here.sequences = Sequences.of(here.ids, mask, here.first, encoded)
             return original(ids, *args, **kwargs)
 
         return prepare
@@ -344,22 +312,23 @@ class Session:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if not self._generate_lock.acquire(blocking=False):
-                raise NearestError(
-                    "this attached model is generating already: wait for it, or attach the memory "
-                    "to another copy of the model"
-                )
+            here = self._here
+            if here.generating:  # a draft for the call that goes on
+                with self.disabled():
+                    return original(*args, **kwargs)
+            here.generating, here.generated, self._last = True, None, None
             try:
-                self._generated = None
                 named = signature.bind_partial(*args, **kwargs).arguments
                 named |= named.pop("kwargs", {})
                 prompt = Prompt.of(self._text, named)
+                ensemble = None if here.base_only or not self.ensemble.used else self.ensemble
                 with self._following(prompt):
                     output = original(*args, **kwargs)
-                self._generated = Generated.of(output, self.model, prompt, named)
+                here.generated = Generated.of(output, self.model, prompt, named, ensemble)
+                self._last = here.generated
                 return output
             finally:
-                self._generate_lock.release()
+                here.generating = False
 
         return generate
 
@@ -377,10 +346,18 @@ class Session:
             here.prefixes = here.ids = here.sequences = here.encoded = None
 
 
+def _restore(attributes: dict[str, Any], name: str, original: Any) -> None:
+    attributes.pop(name, None)
+    if original is not None:
+        attributes[name] = original
+
+
 class _Here(threading.local):
-    """What one thread is about: its passes are not to be mixed up with another's."""
+    """Per-thread state, so that concurrent forward passes do not see each other's states."""
 
     base_only = False
+    generating = False
+    generated: Generated | None = None  # by the last call of generate()
     seen: list[Tensor] | None = None  # what went into the key layer, during a pass
     ensemble: Ensemble | None = None  # where this thread weighs the memories otherwise
     # Of each memory, while generating with a method that looks at the context.
@@ -403,7 +380,7 @@ class _Here(threading.local):
         finally:
             self.seen = None
 
-    def sources_of(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
+    def encoded_rows(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
         """Numbers that tell apart what an encoder gave to each row; hashed once a generate()."""
         if outputs is None:
             return None

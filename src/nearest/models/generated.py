@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from nearest.corpus.batches import EncoderInputs
 from nearest.encode.identity import reads_sources
 from nearest.models.arguments import TextArguments
+from nearest.retrieval.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _decoder_prompt(text: TextArguments, named: Mapping[str, Any]) -> tuple[int,
     return ids.shape[1] + prepended, starts
 
 
-class Row(NamedTuple):
+class GeneratedRow(NamedTuple):
     """A sequence without padding at either end, its prompt's tokens, and what the encoder read."""
 
     tokens: Tensor
@@ -81,18 +82,24 @@ class Generated:
     prompt: Prompt
     stops: set[int]
     pad: int | None
+    ensemble: Ensemble | None  # that predicted; None: the base model alone
 
     @classmethod
     def of(
-        cls, output: Any, model: PreTrainedModel, prompt: Prompt, named: Mapping[str, Any]
+        cls,
+        output: Any,
+        model: PreTrainedModel,
+        prompt: Prompt,
+        named: Mapping[str, Any],
+        ensemble: Ensemble | None,
     ) -> "Generated | None":
         """From its output and arguments; None where what was given cannot be read again."""
         sequences = getattr(output, "sequences", output)
         if not prompt.shown or not isinstance(sequences, Tensor):
             return None
-        return cls(sequences, prompt, _stops(model, named), _padding(model, named))
+        return cls(sequences, prompt, _stops(model, named), _padding(model, named), ensemble)
 
-    def row(self, row: int) -> Row:
+    def row(self, row: int) -> GeneratedRow:
         """One of its sequences (IndexError where there is none)."""
         rows, given = len(self.sequences), len(self.prompt.first)
         if not 0 <= row < rows:
@@ -108,7 +115,9 @@ class Generated:
         if encoder_inputs is not None:
             one = slice(number, number + 1)
             encoder_inputs = EncoderInputs(encoder_inputs.tokens[one], encoder_inputs.mask[one])
-        return Row(self.sequences[row, first:][: prompt + length].cpu(), prompt, encoder_inputs)
+        return GeneratedRow(
+            self.sequences[row, first:][: prompt + length].cpu(), prompt, encoder_inputs
+        )
 
 
 def _stops(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:

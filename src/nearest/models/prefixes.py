@@ -24,7 +24,7 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.step import UNKNOWN, Prediction, State, advance, step, steps
 
-_BLOCK = 1 << 22  # log-probabilities that are made at once for positions whose rows nobody gets
+_BLOCK = 1 << 20  # log-probabilities that are made at once for positions whose rows nobody gets
 _BETWEEN = np.array([UNKNOWN])  # no token: a context ends where the next row's begins
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.settings import resolve_settings
+from nearest.retrieval.settings import Settings, resolve_settings
 
 _ROUNDING = 1e-6  # of weights that are to sum to 1
 
@@ -62,7 +62,8 @@ class Ensemble:
         memories: Memories,
         method: str,
         weights: Sequence[float] | None = None,
-        **settings: Any,
+        settings: Settings | None = None,
+        **given: Any,
     ) -> "Ensemble":
         """One method in each memory, with settings as given, else as each was tuned.
 
@@ -75,7 +76,7 @@ class Ensemble:
         if not memories:
             raise SettingError("there is no memory to look up: give at least one")
         lookups = tuple(
-            Lookup.of(memory, method, resolve_settings(method, memory, **settings))
+            Lookup.of(memory, method, resolve_settings(method, memory, settings, **given))
             for memory in memories
         )
         equal = (1 / len(lookups),) * len(lookups)

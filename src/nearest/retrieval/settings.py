@@ -153,8 +153,16 @@ def as_stored(settings: Settings, method: str) -> dict[str, Any]:
     return {n: _INFINITE if v == float("inf") else v for n, v in values.items()}
 
 
-def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
+def resolve_settings(
+    method: str, memory: Memory, settings: Settings | None = None, **given: Any
+) -> Settings:
     """Settings as given, else as tuned, else the method's defaults; k at most the entries.
+
+    Args:
+        method: what they are for.
+        memory: whose stored settings and entries count.
+        settings: all of them, in place of those that are stored.
+        **given: single ones, before all others; None for one that is not given.
 
     Raises:
         SettingError: one is unknown, not of this method or out of range.
@@ -168,6 +176,8 @@ def resolve_settings(method: str, memory: Memory, **given: Any) -> Settings:
     stored = {_RENAMED.get(name, name): v for name, v in memory.settings(method).items()}
     tuned = {n: float("inf") if v == _INFINITE else v for n, v in stored.items() if n in known}
     chosen = {name: v for name, v in given.items() if v is not None}
+    if settings is not None:
+        defaults, tuned = asdict(settings), {}
     try:
         Settings(**{**defaults, **tuned})
     except (SettingError, TypeError) as error:

@@ -1,7 +1,7 @@
 """What a sweep varies: each method at every value of what decides how often it searches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nearest.errors import SettingError
 from nearest.memory import Memory
@@ -82,7 +82,7 @@ def variations(
             memory.keys_record  # noqa: B018  refuses a memory without keys
         gate, setting = load_gate(memory, method), varied_setting(method)
         for value in values[setting]:
-            given = {} if setting is None else {setting: value}
+            given: dict[str, Any] = {} if setting is None else {setting: value}
             lookup = Lookup(memory, method, resolve_settings(method, memory, **given), gate, search)
             varied.append(Variation(method, setting, value, lookup))
     return varied
