@@ -87,7 +87,7 @@ OPERATIONS = st.lists(
     rate=st.sampled_from([0.1, 1.0]),
     at_once=st.sampled_from([(1, 1), (3, 2), (9, 1), (64, 1024)]),
 )
-@settings(max_examples=500)
+@settings(max_examples=100)
 def test_equals_a_naive_dictionary_in_any_sequence(
     tmp_path_factory: pytest.TempPathFactory,
     operations: list[tuple[Any, ...]],
@@ -269,6 +269,36 @@ def test_an_index_with_all_lists_probed_equals_brute_force_between_builds(
         found = index.search(queries, size, 7)
         np.testing.assert_array_equal(found.ids, brute_force(rows[:size], queries, 7))
     assert built == [10_000]  # too few at 9,000; at 12,000, 2,000 are new and 900 changed
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_the_nearest_that_were_overwritten_do_not_crowd_out_the_others(queries: int) -> None:
+    """However many of the nearest were evicted, the nearest of what is stored now are found."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(12_000, 4)).astype(np.float32)
+    index = MutableIndex(rows, "IVF8,Flat", 8)
+    asked = rows[:queries] + np.float32(0.001)
+    index.search(asked, len(rows), 5)  # builds the index
+    evicted = np.unique(brute_force(rows, asked, 60))
+    rows[evicted] = 1_000 + rng.normal(size=(len(evicted), 4))
+    index.wrote(evicted)
+    for k in (1, 5):
+        found = index.search(asked, len(rows), k)
+        np.testing.assert_array_equal(found.ids, brute_force(rows, asked, k))
+
+
+def test_differences_are_measured_a_bounded_block_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, queries = (rng.normal(size=(n, 4)).astype(np.float32) for n in (500, 50))
+    index = MutableIndex(rows, "exact", None)
+    whole = index.search(queries, 500, 7)
+    monkeypatch.setattr(mutable, "_BLOCK_BYTES", 3 * 8 * 7 * 4)
+    found = index.search(queries, 500, 7)
+    np.testing.assert_array_equal(found.ids, whole.ids)
+    np.testing.assert_array_equal(found.distances, whole.distances)
+    np.testing.assert_array_equal(found.ids, brute_force(rows, queries, 7))
 
 
 def test_an_index_is_built_anew_once_a_quarter_has_changed(

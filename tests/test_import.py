@@ -291,7 +291,7 @@ def test_their_index_is_read_where_the_user_trusts_it(write: Write, imported: Im
     theirs = faiss.read_index(str(next(store.folder.glob("*.indexed"))))
     theirs.nprobe = record.nprobe
     distances, ids = theirs.search(queries, 3)
-    ours = memory.segments[0].search_by_index(queries, 3)
+    ours = memory.search(queries, 3, "index")
     np.testing.assert_array_equal(ours.ids, ids)
     np.testing.assert_allclose(ours.distances, distances, rtol=1e-5)
 

@@ -21,7 +21,6 @@ from nearest.retrieval.settings import Settings
 from nearest.store.manifest import FileRecord, IndexRecord, SegmentRecord
 from nearest.store.parts import index as index_files
 from nearest.store.parts.index import IndexChoice, to_fill_like
-from nearest.store.search import joint_indexes
 from nearest.store.verify import verify
 
 DOCUMENTS = list(random_documents())
@@ -49,12 +48,11 @@ def test_what_is_added_is_indexed_like_the_rest_and_searched_as_one(
     assert memory.manifest.keys is not None
     assert len(set(filled_from(memory))) == 1
     assert len(memory.segments) == 3
-    assert len(joint_indexes(memory.segments, memory.keys)) == 1
-    (joint,) = joint_indexes(memory.remove(["doc-2", "doc-6"]).segments, memory.keys)
+    assert len(memory.searcher.searched) == 1
+    smaller = memory.remove(["doc-2", "doc-6"])
     queries = np.random.default_rng(1).normal(scale=3, size=(5, 32)).astype(np.float32)
-    left = memory.refresh().valued_entries()
-    assert joint.entries == len(left)
-    everything = joint.index.search(queries, joint.entries).ids
+    left = smaller.valued_entries()
+    everything = smaller.search(queries, memory.entries, "index").ids
     for found in everything:  # four of four lists are probed
         np.testing.assert_array_equal(np.sort(found), left)
     rebuild_index(folder, IndexChoice("IVF3,Flat", nprobe=3))

@@ -8,7 +8,8 @@ int64 and count through all segments.
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,9 +20,10 @@ from nearest.errors import SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.index.keys import Keys
-from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
+from nearest.index.neighbours import NO_ENTRY, Neighbours
 from nearest.index.ngrams import Ngrams, ngrams
 from nearest.index.sample import SuffixArray
+from nearest.index.search import By, Searcher
 from nearest.index.spans import equal_documents, spans_stand
 from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.progress import Progress, no_progress
@@ -29,11 +31,11 @@ from nearest.store.manifest import KeysRecord, read_manifest
 from nearest.store.parts.corpus import pair_bytes
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.keys import open_projection
-from nearest.store.search import JointIndex, joint_indexes
+from nearest.store.search import searcher_of
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
 
-DISTANCES = ("keys", "index")
+DISTANCES = get_args(By)
 
 
 class Place(NamedTuple):
@@ -51,6 +53,8 @@ class Memory:
         self.search_on = search_on
         self.path, self.manifest = snapshot.path, snapshot.manifest
         self.segments = snapshot.segments
+        self._reading = Lock()
+        self._searcher: Searcher | None = None
         self._gates = open_gates(self.path, self.manifest)
         self._projection = open_projection(self.path, self.manifest.keys)
         self._first_entry = snapshot.bounds
@@ -232,42 +236,21 @@ class Memory:
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        return self._search(self._stored(queries), k, distances, rerank, ordered=ordered)
+        return self.searcher.search(
+            self._stored(queries), k, cast(By, distances), rerank, ordered=ordered
+        )
 
     def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
         """The k entries nearest to each of some entries by the stored keys, itself among them."""
-        return self._search(self.keys.rows(ids), k, "keys", 0, ordered=True)
+        return self.searcher.search(self.keys.rows(ids), k)
 
-    def _search(
-        self,
-        queries: Float[np.ndarray, "q stored_dim"],
-        k: int,
-        distances: str,
-        rerank: int,
-        *,
-        ordered: bool,
-    ) -> Neighbours:
-        """Search with queries as keys are stored."""
-        parts = []
-        for joint in self._indexes:
-            wanted = k if distances == "index" else max(k + joint.margin, rerank)
-            parts.append(joint.index.search(queries, joint.fetched(k, wanted)))
-        if not parts:
-            return Neighbours.none(len(queries))
-        if len(parts) == 1:
-            ids, found = parts[0]
-            if distances == "index":
-                return parts[0]
-        else:
-            ids, found = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-        if distances == "keys":
-            found = self.keys.distances(queries, ids)
-        nearest = sort_nearest_first if ordered else take_nearest
-        return nearest(Neighbours(ids, found), k)
-
-    @cached_property
-    def _indexes(self) -> list[JointIndex]:
-        return joint_indexes(self.segments, self.keys, self.search_on)
+    @property
+    def searcher(self) -> Searcher:
+        """What searches the memory; indexes are read at the first use, by one thread."""
+        with self._reading:
+            if self._searcher is None:
+                self._searcher = searcher_of(self.segments, self.keys, self.search_on)
+            return self._searcher
 
     def key_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
@@ -306,14 +289,7 @@ class Memory:
         queries = self._stored(queries)
         if self.has_weights:
             ids = self._heads(ids)
-        distances = np.full(ids.shape, np.inf, np.float32)
-        for joint in self._indexes:
-            own = np.zeros(ids.shape, dtype=bool)
-            for first, stop in joint.owned:
-                own |= (ids >= first) & (ids < stop)
-            measured = joint.index.distances(queries, np.where(own, ids, NO_ENTRY))
-            np.minimum(distances, measured, out=distances)
-        return distances
+        return self.searcher.distances(queries, ids)
 
     def _heads(self, ids: Int[np.ndarray, "q k"]) -> Int[np.ndarray, "q k"]:
         """The entries whose keys some have or share."""

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int, Integer
 from nearest.errors import SettingError
 from nearest.index.approximate import check_spec
 from nearest.index.clusters import check_neighbours, greedy_merge
+from nearest.index.ids import position_dtype
 from nearest.index.keys import KeyFormat, key_format
-from nearest.index.neighbours import NO_ENTRY, position_dtype
+from nearest.index.neighbours import NO_ENTRY
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
 from nearest.progress import Progress, no_progress
@@ -186,7 +187,7 @@ def _merge(
     values[entries] = segment.tokens[entries + 1]
 
     def near(some: Int[np.ndarray, " b"]) -> Int[np.ndarray, "b k"]:
-        return segment.search_by_keys(segment.keys.rows(some), neighbours + 1, 0).ids
+        return segment.searcher.search(segment.keys.rows(some), neighbours + 1).ids
 
     merged = greedy_merge(values, entries, near, np.random.default_rng(_SEED), progress)
     number = np.cumsum(merged.weights > 0) - 1

@@ -23,6 +23,7 @@ from nearest.index.approximate import (
 from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import BLOCK_BYTES, ExactIndex
 from nearest.index.keys import Float16Keys
+from nearest.index.search import Searched, Searcher
 from nearest.index.suffix import sort_suffixes
 from nearest.index.tuning import RECALL_AT, RECALL_QUERIES, measured_recall
 
@@ -86,8 +87,9 @@ def indexing(entries: int, dim: int, spec: str, recall: float) -> IndexCost:
     exact = ExactIndex(keys, ids)
     queries = keys.rows(ids[:RECALL_QUERIES])
     scanning = timed(lambda: exact.search(queries, RECALL_AT + 1))
-    searched = ApproximateIndex(made[0], keys.metric)
-    trying = timed(lambda: measured_recall(searched, keys, ids, exact, RECALL_AT, rng)) - scanning
+    searched = Searched(ApproximateIndex(made[0], keys.metric), count, RECALL_AT)
+    searcher = Searcher([searched], keys)
+    trying = timed(lambda: measured_recall(searcher, keys, ids, exact, rng)) - scanning
     more = lists / few if few else 1.0
     trained = min(entries, sample_size(dim, lists))
     seconds = training * trained / count * more

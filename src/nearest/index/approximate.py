@@ -6,10 +6,12 @@ products of the wrong sign, and files of unknown origin.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from nearest.index.neighbours import Metric, Neighbours
 
 _ADD_ROWS = 65_536
 _ADD_BYTES = 1 << 24  # of rows in float32; FAISS makes as much of them again
+_READ_BYTES = 1 << 20
 _TRAINING_BYTES = 1 << 29
 _FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 
@@ -31,12 +34,16 @@ _FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 class ApproximateIndex:
     """A FAISS index whose ids are entry ids; `most` neighbours can be searched for at once."""
 
+    exact = False
+
     def __init__(
         self, index: Any, metric: Metric, nprobe: int | None = None, most: int | None = None
     ) -> None:
         self._index = index
         self._metric = metric
+        self.entries = int(index.ntotal)
         self.most = self.entries if most is None else min(most, self.entries)
+        self._lock = Lock()  # of what the index makes for itself when it is first needed
         self._graph = _graph_of(index)
         ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
@@ -53,11 +60,6 @@ class ApproximateIndex:
         if not has_form_in_lists(self._index):
             return None
         return ApproximateIndex(lists_on_gpu(self._index), self._metric, most=MOST_IN_LISTS)
-
-    @property
-    def entries(self) -> int:
-        """Number of vectors in the index."""
-        return int(self._index.ntotal)
 
     @property
     def dim(self) -> int:
@@ -122,8 +124,9 @@ class ApproximateIndex:
                 "an index that is scanned fast cannot measure chosen entries: measure by keys, or "
                 "build another one (`nearest index --spec IVF1024,SQ8`)"
             )
-        if ivf is not None and ivf.direct_map.no():  # lists find no code by its id without a table
-            ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+        with self._lock:
+            if ivf is not None and ivf.direct_map.no():  # without it, lists find no code by its id
+                ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
         try:
             decoded: np.ndarray = index.reconstruct_batch(ids)
         except RuntimeError as error:  # as of what is on a GPU
@@ -160,22 +163,35 @@ class ApproximateIndex:
                 raise failed[0]
 
 
+def _reader(file: BufferedReader) -> Callable[[int], bytes]:
+    """Reads from the start, by an offset of its own: other threads may read the file meanwhile."""
+    offset = 0
+
+    def read(size: int) -> bytes:
+        nonlocal offset
+        data = os.pread(file.fileno(), size, offset)
+        offset += len(data)
+        return data
+
+    return read
+
+
 def read_index(file: BufferedReader, sha256: str) -> Any:
     """Read a FAISS index, after the checksum of its file has matched and not before.
 
     Raises:
         FolderError: the file is not the one the manifest describes.
     """
-    faiss = load_faiss()
-    file.seek(0)
-    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+    faiss, digest, read = load_faiss(), hashlib.sha256(), _reader(file)
+    while block := read(_READ_BYTES):
+        digest.update(block)
+    if digest.hexdigest() != sha256:
         raise FolderError(
             f"{file.name} is damaged (its checksum differs from the manifest): "
             "rebuild it with `nearest index`"
         )
-    file.seek(0)
     try:
-        return faiss.read_index(faiss.PyCallbackIOReader(file.read, 1 << 20))
+        return faiss.read_index(faiss.PyCallbackIOReader(_reader(file), _READ_BYTES))
     except RuntimeError as error:
         raise FolderError(
             f"{file.name} is no FAISS index ({str(error).strip().splitlines()[-1]}): "

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, Integer
 
 from nearest.errors import SettingError
 from nearest.index.faiss_module import load_faiss
+from nearest.index.ids import position_dtype
 from nearest.index.keys import Keys
-from nearest.index.neighbours import position_dtype
 from nearest.progress import Progress, no_progress
 
 NO_CLUSTER = -1

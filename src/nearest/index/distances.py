@@ -44,9 +44,11 @@ def key_distances(
 ) -> Float[np.ndarray, "q k"]:
     """Distance of query i to keys[ids[i, j]]: squared L2, or the negated inner product.
 
-    Keys are float16, queries float32, the result float32; an id that is no row gives +inf.
+    Keys are float16 or float32, queries float32, the result float32; an id that is no row gives
+    +inf.
     """
-    return measured(_distances, (keys.view(np.uint16),), queries, ids, metric, part)
+    stored = keys.view(np.uint16) if keys.dtype == np.float16 else keys
+    return measured(_distances, (stored,), queries, ids, metric, part)
 
 
 def scaled_key_distances(
@@ -117,13 +119,15 @@ def scaled_key_distances_reference(
     return distances_reference(rows, queries, ids, metric)
 
 
-def _widen_float16(_context: Any, half: Any) -> Any:
-    """float16 bits (uint16) → float32."""
+def _widen_stored(_context: Any, stored: Any) -> Any:
+    """float16 bits (uint16) → float32; float32 stays."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if stored == types.float32:
+            return args[0]
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
-    return types.float32(types.uint16), generate
+    return types.float32(stored), generate
 
 
 def _ask_for(_context: Any, array: Any, row: Any, column: Any) -> Any:
@@ -147,14 +151,17 @@ def _ask_for(_context: Any, array: Any, row: Any, column: Any) -> Any:
     return types.none(array, types.intp, types.intp), generate
 
 
-_widen: Any = intrinsic(_widen_float16)
+_widen: Any = intrinsic(_widen_stored)
 prefetch: Any = intrinsic(_ask_for)
 
 
 @no_type_check  # numba compiles the bare function
 @numba.njit(
-    "void(Array(uint16, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], int64, "
-    "boolean, float32[:, ::1])",
+    [
+        f"void(Array({stored}, 2, 'C', readonly=True), float32[:, ::1], int64[:, ::1], int64, "
+        "boolean, float32[:, ::1])"
+        for stored in ("uint16", "float32")
+    ],
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
     cache=True,
@@ -166,7 +173,7 @@ def _distances(keys: Any, queries: Any, ids: Any, first: int, is_l2: bool, dista
         for j in range(ids.shape[1]):
             soon = ids[i, min(j + AHEAD, last)] - first
             if 0 <= soon < size:
-                for d in range(0, len(query), 32):
+                for d in range(0, len(query), 64 // keys.itemsize):
                     prefetch(keys, soon, d)
             entry = ids[i, j] - first
             if not 0 <= entry < size:

@@ -1,77 +1,110 @@
-"""The reference every other index is measured against: all keys, compared one block at a time."""
+"""Exhaustive search: all keys compared. Every other index is measured against it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
-from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first
+from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
 
-BLOCK_BYTES = 1 << 26  # of keys in float32, compared together
+BLOCK_BYTES = 1 << 26  # of float32 keys that are compared at once
 _FEW = 16  # queries; for more it pays to decode the keys
-_PARTS = 64  # of the keys, shared among threads
-
-# Ids of some rows, and the rows as float32.
-Block = tuple[Int[np.ndarray, "_"], Float[np.ndarray, "_ dim"]]
-
-
-def scan(
-    queries: Float[np.ndarray, "q dim"], blocks: Iterable[Block], k: int, metric: Metric
-) -> Neighbours:
-    """The k nearest of all rows, exactly up to float32 rounding of the distances."""
-    faiss = load_faiss()
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
-    best = Neighbours(
-        np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-    )
-    for ids, rows in blocks:
-        distances, local = faiss.knn(queries, rows, min(k, len(rows)), metric=kind)
-        merged = Neighbours(
-            np.concatenate([best.ids, ids[local]], axis=1),
-            np.concatenate([best.distances, -distances if metric == "ip" else distances], axis=1),
-        )
-        best = sort_nearest_first(merged, k)
-    return best.padded(k)
+_SLICES = 64  # of the keys, shared among threads
+SPARE = 16  # entries fetched beyond k by rounded distances
+MORE = 8  # times as many where these leave the k nearest in doubt
+_ROUNDING = 8 * 2.0**-24  # of a product of float32 vectors, by its length and sqrt(dim)
 
 
 class ExactIndex:
-    """Exhaustive search over the stored keys; nothing to train and nothing more on disk."""
+    """The k nearest by the stored keys, ties included: the same for few queries and for many.
+
+    There is nothing to train, and nothing on disk but the keys.
+    """
+
+    exact = True
 
     def __init__(self, keys: Keys, ids: Int[np.ndarray, " m"]) -> None:
-        """Search among the keys of `ids`; others are never found."""
+        """Search the keys of `ids`; other entries are never found."""
         self._keys = keys
         self._ids = ids
+        self.entries = self.most = len(ids)
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest entries."""
-        if not 0 < len(queries) <= _FEW:
-            return scan(queries, self._blocks(), k, self._keys.metric)
-        found = [self._search_alone(query, k) for query in queries]
-        ids, distances = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        return Neighbours(ids, distances)
+        return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
 
-    def _search_alone(self, query: Float[np.ndarray, " dim"], k: int) -> Neighbours:
-        """Measure the keys as they are stored, as when a text is written token by token."""
-        width = -(-len(self._ids) // _PARTS)
-        ids = np.full(_PARTS * width, NO_ENTRY)
-        ids[: len(self._ids)] = self._ids
-        rows = np.broadcast_to(query, (_PARTS, len(query)))
-        distances = self._keys.distances(rows, ids.reshape(_PARTS, width)).ravel()
-        nearest = np.argpartition(distances, k)[:k] if k < len(ids) else np.arange(len(ids))
-        found = Neighbours(ids[None, nearest], distances[None, nearest])
-        return sort_nearest_first(found, k).padded(k)
+    def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
+        if 0 < len(queries) <= _FEW:
+            each = [self._search_one(query, k) for query in queries]
+            ids, distances = (np.concatenate(arrays) for arrays in zip(*each, strict=True))
+            return Neighbours(ids, distances)
+        found = self._scan(queries, min(k + spare, self.entries))
+        return settled(
+            found,
+            self._keys,
+            queries,
+            k,
+            self.entries,
+            lambda rows: self._search(queries[rows], k, MORE * spare),
+        )
 
-    def _blocks(self) -> Iterator[Block]:
+    def _search_one(self, query: Float[np.ndarray, " dim"], k: int) -> Neighbours:
+        """Measure all keys as they are stored."""
+        width = -(-self.entries // _SLICES)
+        ids = np.full(_SLICES * width, NO_ENTRY)
+        ids[: self.entries] = self._ids
+        copies = np.broadcast_to(query, (_SLICES, len(query)))
+        distances = self._keys.distances(copies, ids.reshape(_SLICES, width))
+        nearest = take_nearest(Neighbours(ids[None], distances.reshape(1, -1)), k)
+        return sort_nearest_first(nearest, k).padded(k)
+
+    def _scan(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """Decode the keys block by block. Distances are rounded, ties are broken anyhow."""
+        faiss, metric = load_faiss(), self._keys.metric
+        kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
+        best = Neighbours.none(len(queries))
         block = max(1, BLOCK_BYTES // (4 * self._keys.dim))
-        for start in range(0, len(self._ids), block):
+        for start in range(0, self.entries, block):
             ids = self._ids[start : start + block]
-            yield ids, self._keys.rows(ids)
+            distances, local = faiss.knn(
+                queries, self._keys.rows(ids), min(k, len(ids)), metric=kind
+            )
+            merged = Neighbours(
+                np.concatenate([best.ids, ids[local]], axis=1),
+                np.concatenate([best.distances, -distances if metric == "ip" else distances], 1),
+            )
+            best = take_nearest(merged, k)
+        return best
 
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """Distances to chosen entries; +inf for id -1."""
         return self._keys.distances(queries, ids)
+
+
+def settled(
+    found: Neighbours,
+    keys: Keys,
+    queries: Float[np.ndarray, "q dim"],
+    k: int,
+    entries: int,
+    search_wider: Callable[[Int[np.ndarray, " rows"]], Neighbours],
+) -> Neighbours:
+    """The k nearest by the stored keys, of more than k that are nearest by rounded distances.
+
+    Where an entry that was not found may be as near as the k-th, as where many keys are equal,
+    `search_wider` is called with the numbers of those queries.
+    """
+    by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
+    nearest = sort_nearest_first(by_keys, k).padded(k)
+    if found.ids.shape[1] < entries:
+        farthest = nearest.distances[:, -1]
+        lengths = np.einsum("qd,qd->q", queries, queries) + np.abs(farthest)
+        error = _ROUNDING * np.sqrt(keys.dim) * lengths
+        rows = np.flatnonzero(found.distances.max(axis=1) - error <= farthest)
+        if len(rows):
+            wider = search_wider(rows)
+            nearest.ids[rows], nearest.distances[rows] = wider
+    return nearest

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
+from nearest.index.exact import MORE, SPARE, settled
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Neighbours
@@ -51,7 +52,9 @@ def gpu_device() -> "torch.device":
 
 
 class GpuScan:
-    """Exhaustive search over keys in a GPU's memory, where they take 4 bytes a dimension."""
+    """`ExactIndex` on a GPU, in whose memory keys take 4 bytes a dimension."""
+
+    exact = True
 
     def __init__(
         self, keys: Keys, ids: Int[np.ndarray, " m"], device: "torch.device | None" = None
@@ -65,6 +68,7 @@ class GpuScan:
 
         device = device or gpu_device()
         self._keys = keys
+        self.entries = self.most = len(ids)
         try:
             self._rows = torch.empty(len(ids), keys.dim, device=device)
             self._ids = torch.from_numpy(ids).to(device)
@@ -79,32 +83,43 @@ class GpuScan:
             ) from error
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest entries, by float32 products."""
+        """The k nearest entries."""
+        return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
+
+    def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
+        return settled(
+            self._scan(queries, min(k + spare, self.entries)),
+            self._keys,
+            queries,
+            k,
+            self.entries,
+            lambda rows: self._search(queries[rows], k, MORE * spare),
+        )
+
+    def _scan(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """By float32 products; ties are broken anyhow."""
         import torch
 
-        most = min(k, len(self._rows))
         found = Neighbours(
-            np.empty((len(queries), most), np.int64), np.empty((len(queries), most), np.float32)
+            np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         )
-        at_once = max(1, _SCORES // max(1, len(self._rows)))
+        at_once = max(1, _SCORES // max(1, self.entries))
         for start in range(0, len(queries), at_once):
             some = slice(start, start + at_once)
-            asked = torch.from_numpy(np.ascontiguousarray(queries[some], np.float32))
-            asked = asked.to(self._rows.device)
+            asked = torch.from_numpy(queries[some]).to(self._rows.device)
             distances = -(asked @ self._rows.T)
             if self._squares is not None:
                 distances.mul_(2).add_(self._squares)
-            nearest, rows = distances.topk(most, dim=1, largest=False)
+            nearest, rows = distances.topk(k, dim=1, largest=False)
             if self._squares is not None:
                 nearest = (nearest + asked.square().sum(1, keepdim=True)).clamp(min=0)
             found.ids[some] = self._ids[rows].cpu().numpy()
             found.distances[some] = nearest.cpu().numpy()
-        return found.padded(k)
+        return found
 
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """Distances of stored keys; +inf for id -1."""
         return self._keys.distances(queries, ids)
 
 

@@ -89,19 +89,8 @@ class Float32Keys:
         ids: Int[np.ndarray, "q k"],
         part: Part = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
-        """Distances of all that is chosen, gathered at once."""
-        local = ids - part.first
-        own = (local >= 0) & (local < len(self._keys))
-        rows = self._keys[np.where(own, local, 0)]
-        if self.metric == "ip":
-            found = -np.einsum("qd,qkd->qk", queries, rows)
-        else:
-            found = ((rows - queries[:, None]) ** 2).sum(-1)
-        distances = part.into
-        if distances is None:
-            distances = np.full(ids.shape, np.inf, np.float32)
-        np.copyto(distances, found, where=own)
-        return distances
+        """Distances in one pass over the chosen rows."""
+        return key_distances(self._keys, queries, ids, self.metric, part)
 
     def problems(self) -> list[str]:
         """None that could be seen here."""

@@ -6,12 +6,14 @@ from jaxtyping import Float, Int
 from nearest.errors import SettingError
 from nearest.index.approximate import ApproximateIndex, build_index, check_spec, training_rows
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
-from nearest.index.exact import scan
+from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys
 from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first
+from nearest.index.search import Searched, Searcher
 
 _METRIC: Metric = "l2"
 _SEED = 0
+_BLOCK_BYTES = 1 << 24  # of differences in float64
 
 
 class MutableIndex:
@@ -43,6 +45,7 @@ class MutableIndex:
                 f"be {len(rows):,}: choose exact, or an index with fewer lists"
             )
         self._rows = rows
+        self._keys = Float32Keys(rows, _METRIC)
         self._spec = spec
         self._nprobe = nprobe
         self._built: ApproximateIndex | None = None
@@ -61,32 +64,38 @@ class MutableIndex:
         is 0.
         """
         spec = EXACT if size < self._exact_below else self._spec
-        if spec == AUTO:  # 8-bit codes: of rougher ones more than k would have to be fetched
+        if spec == AUTO:  # 8-bit codes: rougher ones would need more than k candidates
             spec = EXACT if size < EXACT_BELOW else f"IVF{fitting_lists(size)},SQ8"
         if spec == EXACT:
-            everything = np.arange(size), self._rows[:size]
-            ids = scan(queries, [everything], min(k, size), _METRIC).ids
+            everything = ExactIndex(self._keys, np.arange(size))
+            searcher = Searcher([Searched(everything, size)], self._keys)
         else:
-            ids = self._approximate(queries, size, k, spec)
-        gaps = self._rows[ids].astype(np.float64) - queries[:, None]
-        distances = np.einsum("qkd,qkd->qk", gaps, gaps)
-        distances[ids == NO_ENTRY] = np.inf
-        return sort_nearest_first(Neighbours(ids, distances), k).padded(k)
+            searcher = self._with_index(size, spec)
+        ids = searcher.search(queries, k, ordered=False).ids
+        return sort_nearest_first(Neighbours(ids, self._wide_distances(queries, ids)), k).padded(k)
 
-    def _approximate(
-        self, queries: Float[np.ndarray, "q dim"], size: int, k: int, spec: str
-    ) -> Int[np.ndarray, "q found"]:
+    def _with_index(self, size: int, spec: str) -> Searcher:
+        """Rows overwritten since the index was built are scanned, and not found in it."""
         if self._built is None or 4 * self._changes > size:
             rng = np.random.default_rng(_SEED)
-            index = build_index(Float32Keys(self._rows, _METRIC), np.arange(size), spec, rng)
+            index = build_index(self._keys, np.arange(size), spec, rng)
             self._built = ApproximateIndex(index, _METRIC, self._nprobe)
             self._written[:] = False
             self._changes = 0
-        # Some of what it knows has been overwritten since, so more than k are asked for.
-        wanted = min(k + min(k, self._changes), self._built.entries)
-        known = self._built.search(queries, wanted).ids
-        known[self._written[known]] = NO_ENTRY
-        rewritten = np.flatnonzero(self._written)
-        since = rewritten, self._rows[rewritten]
-        new = scan(queries, [since], min(k, len(rewritten)), _METRIC).ids
-        return np.concatenate([known, new], axis=1)
+        alive, since = ~self._written, np.flatnonzero(self._written)
+        left = int(alive[: self._built.entries].sum())
+        rewritten = ExactIndex(self._keys, since)
+        parts = [Searched(self._built, left), Searched(rewritten, len(since))]
+        return Searcher(parts, self._keys, alive)
+
+    def _wide_distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        distances = np.full(ids.shape, np.inf)
+        block = max(1, _BLOCK_BYTES // (8 * max(1, ids.shape[1]) * queries.shape[1]))
+        for start in range(0, len(ids), block):
+            some = slice(start, start + block)
+            gaps = self._rows[ids[some]].astype(np.float64) - queries[some, None]
+            np.einsum("qkd,qkd->qk", gaps, gaps, out=distances[some])
+        distances[ids == NO_ENTRY] = np.inf
+        return distances

@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
+from nearest.index.ids import random_order
 from nearest.index.threads import in_threads
 
 Metric = Literal["l2", "ip"]
 NO_ENTRY = -1
 _LARGEST_PACKED = 2**32 - 2
-_LARGEST_ID = np.iinfo(np.int64).max
+_LAST = np.uint64(2**64 - 1)
 _SIGN = np.uint32(1 << 31)
 _MINUS_INFINITY = np.uint32(0xFF800000)
 
@@ -76,14 +77,15 @@ class MeasuringIndex(VectorIndex, Protocol):
 
 
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
-    """The k nearest of each row, in ascending distance; those equally far by their ids.
+    """The k nearest of each row by ascending distance; equal distances in the random order of ids.
 
-    So it does not depend on the batch which of equal entries are taken. Distances may be float64.
+    A row's result so depends neither on its batch nor on the order in which entries were found, and
+    the first k of more than k neighbours are the k nearest. Distances may be float64.
     """
     k = min(k, found.ids.shape[1])
     wide = found.distances.dtype != np.float32
     if wide or found.ids.max(initial=NO_ENTRY) > _LARGEST_PACKED:
-        order = np.lexsort((found.ids, found.distances), axis=1)[:, :k]
+        order = np.lexsort((random_order(found.ids), found.distances), axis=1)[:, :k]
         return Neighbours(*(np.take_along_axis(array, order, axis=1) for array in found))
     nearest = Neighbours(
         np.empty((len(found.ids), k), np.int64), np.empty((len(found.ids), k), np.float32)
@@ -94,6 +96,7 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     def sort(rows: slice) -> None:
         _pack(found.ids[rows], bits[rows], packed[rows])
         packed[rows].sort(axis=1)
+        _order_ties(packed[rows], k)
         _unpack(packed[rows], nearest.ids[rows], nearest.distances.view(np.uint32)[rows])
 
     in_threads(sort, len(bits))
@@ -101,9 +104,9 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
 
 
 def take_nearest(found: Neighbours, k: int) -> Neighbours:
-    """As `sort_nearest_first`, of float32 distances, left in the order in which they stand.
+    """The same k neighbours as `sort_nearest_first`, of float32 distances, in the order they came.
 
-    That is quicker, and all it takes where nothing but a sum is made of them.
+    Quicker, and enough where the neighbours are only summed over.
     """
     if not 0 < k < found.ids.shape[1]:
         return Neighbours(found.ids[:, :k], found.distances[:, :k])
@@ -119,8 +122,9 @@ def take_nearest(found: Neighbours, k: int) -> Neighbours:
     return nearest
 
 
-# Distances and ids are sorted as one number each, far quicker than an order of theirs is found:
-# the distance's bits, which rise with it once the sign is seen to, and below them the id, from -1.
+# A distance and its id are sorted as one 64-bit number, far quicker than an argsort: above, the
+# distance's bits, made to rise with it; below, the id plus 1. Runs of equal distances, which are
+# rare, are then put in the random order.
 # fmt: off
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, inline="always")
@@ -136,6 +140,25 @@ def _pack(ids: Any, distances: Any, packed: Any) -> None:
         for j in range(ids.shape[1]):
             bits = np.uint64(_rising(distances[i, j]))
             packed[i, j] = bits << np.uint64(32) | np.uint64(ids[i, j] + 1)
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _order_ties(packed: Any, k: Any) -> None:
+    """Put equal distances among the first k, and those equal to the k-th, in the random order."""
+    size = packed.shape[1]
+    for i in range(len(packed)):
+        row, start = packed[i], 0
+        while start < k:
+            distance, stop = row[start] >> np.uint64(32), start + 1
+            while stop < size and row[stop] >> np.uint64(32) == distance:
+                stop += 1
+            # The ids of a run ascend: if its last is -1, all are.
+            if stop - start > 1 and row[stop - 1] & np.uint64(0xFFFFFFFF) > 0:
+                run = row[start:stop].copy()
+                ids = (run & np.uint64(0xFFFFFFFF)).astype(np.int64) - 1
+                row[start:stop] = run[np.argsort(random_order(ids))]
+            start = stop
 
 
 @no_type_check
@@ -157,20 +180,24 @@ def _take_nearest(ids: Any, distances: Any, nearest_ids: Any, nearest_distances:
         for j in range(size):
             rising[j] = _rising(distances[i, j])
         farthest = _kth(rising, k)
-        left, last, of_last = k - np.sum(rising < farthest), _LARGEST_ID, 0
-        if left < np.sum(rising == farthest):  # of those equally far, the lowest ids
-            equal = np.sort(ids[i][rising == farthest])
-            last = equal[left - 1]
-            of_last = left - np.searchsorted(equal, last)
+        left, last, of_last = k - np.sum(rising < farthest), _LAST, 0
+        tied = left < np.sum(rising == farthest)
+        if tied:  # of those equally far, take the first in the random order
+            places = np.sort(random_order(ids[i][rising == farthest]))
+            last = places[left - 1]
+            of_last = left - np.searchsorted(places, last)  # an id may stand twice
         taken = 0
         for j in range(size):
             nearest_ids[i, taken], nearest_distances[i, taken] = ids[i, j], distances[i, j]
             take = rising[j] < farthest
             if rising[j] == farthest:
-                take = ids[i, j] < last
-                if ids[i, j] == last and of_last > 0:
-                    take = True
-                    of_last -= 1
+                take = True
+                if tied:
+                    place = random_order(ids[i, j])
+                    take = place < last
+                    if place == last and of_last > 0:
+                        take = True
+                        of_last -= 1
             taken += take
             if taken == k:
                 break
@@ -192,8 +219,3 @@ def _kth(numbers: Any, k: Any) -> Any:
             low = np.uint32(middle + 1)
     return low
 # fmt: on
-
-
-def position_dtype(tokens: int) -> np.dtype[Any]:
-    """The smaller of int32 and int64 that numbers so many positions."""
-    return np.dtype(np.int32 if tokens <= np.iinfo(np.int32).max else np.int64)

@@ -1,8 +1,8 @@
 """Samples of entries that are the same however a corpus is divided into parts.
 
-All entries have a place in one random order, a hash of their id, and a sample of some is what comes
-first in it. So that few of very many are found without a look at each, an array keeps lists of its
-early entries: an eighth, an eighth of that, and so on.
+A sample is what comes first in the random order of `ids`. To find a few of very many entries
+without looking at each, an array keeps lists of its early entries: an eighth, an eighth of that,
+and so on.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from typing import Any, no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Int
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.neighbours import position_dtype
+from nearest.index.ids import position_dtype, random_order
 
 _BITS = 3  # each list has one of 2^3 entries of the one before
 _SHORT = 64  # entries; lists end there
@@ -81,23 +81,7 @@ def sample(
         limits = np.full_like(limits, _LAST)
 
 
-def random_order(ids: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """The place of each entry in the random order; no two have the same."""
-    order: UInt64[np.ndarray, " n"] = _mixed(ids)
-    return order
-
-
 # fmt: off
-@no_type_check
-@numba.vectorize([numba.uint64(numba.int64)], cache=True)
-def _mixed(entry: Any) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    bits = np.uint64(entry)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=True)
 def _sample(
@@ -127,7 +111,7 @@ def _sample(
                 end = low + np.searchsorted(listed, end)
             for at in range(begin, end):
                 entry = np.int64(suffixes[at if level == 0 else places[at]]) + first
-                if _mixed(entry) <= limits[i]:
+                if random_order(entry) <= limits[i]:
                     kept[count] = entry
                     count += 1
                     if count == len(kept):
@@ -144,10 +128,10 @@ def _sample(
 @numba.njit(nogil=True, cache=True)
 def _keep_first(entries: Any, count: Any, want: Any) -> Any:
     """Move those `want` that come first in the random order to the front; the place of the last."""
-    last = np.partition(_mixed(entries[:count]), want - 1)[want - 1]
+    last = np.partition(random_order(entries[:count]), want - 1)[want - 1]
     kept = 0
     for entry in entries[:count]:
-        if _mixed(entry) <= last:
+        if random_order(entry) <= last:
             entries[kept] = entry
             kept += 1
     return last

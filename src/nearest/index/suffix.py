@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.neighbours import NO_ENTRY, position_dtype
-from nearest.index.sample import SuffixArray, random_order, sample
+from nearest.index.ids import position_dtype, random_order
+from nearest.index.neighbours import NO_ENTRY
+from nearest.index.sample import SuffixArray, sample
 from nearest.index.threads import in_threads
 
 MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable

@@ -8,7 +8,8 @@ from jaxtyping import Int
 
 from nearest.index.approximate import ApproximateIndex, inverted_lists
 from nearest.index.keys import Keys
-from nearest.index.neighbours import Neighbours, VectorIndex, sort_nearest_first
+from nearest.index.neighbours import Neighbours, VectorIndex
+from nearest.index.search import Searched, Searcher
 
 RECALL_QUERIES = 256
 RECALL_AT = 1024  # neighbours: what kNN-LM asks for
@@ -45,13 +46,14 @@ def tune_search(
     if len(ids) < 2:
         return SearchParameters(recall=1.0)
     sample = _recall_sample(ids, rng)
-    truth = _exact_neighbours(exact, keys, ids, sample)
+    truth = _others_found(exact, keys, ids, sample)
     ivf = inverted_lists(index)
     nlist = None if ivf is None else int(ivf.nlist)
 
     def measured(parameters: SearchParameters) -> SearchParameters:
-        searched = ApproximateIndex(index, keys.metric, parameters.nprobe)
-        found = _reranked(searched, keys, ids, sample, parameters.margin)
+        backend = ApproximateIndex(index, keys.metric, parameters.nprobe)
+        searcher = Searcher([Searched(backend, len(ids), parameters.margin)], keys)
+        found = _others_found(searcher, keys, ids, sample)
         return replace(parameters, recall=recall(found, truth))
 
     if nprobe is not None and nlist is not None:
@@ -72,19 +74,18 @@ def tune_search(
 
 
 def measured_recall(
-    index: VectorIndex,
+    searcher: VectorIndex,
     keys: Keys,
     ids: Int[np.ndarray, " m"],
     exact: VectorIndex,
-    margin: int,
     rng: np.random.Generator,
 ) -> float:
-    """Recall@1024 after re-ranking of an index as it is, on a sample of the memory's own keys."""
+    """Recall@1024 of a searcher as it is, on a sample of the memory's own keys."""
     if len(ids) < 2:
         return 1.0
     sample = _recall_sample(ids, rng)
-    found = _reranked(index, keys, ids, sample, margin)
-    return recall(found, _exact_neighbours(exact, keys, ids, sample))
+    found, truth = (_others_found(one, keys, ids, sample) for one in (searcher, exact))
+    return recall(found, truth)
 
 
 def _wanted(entries: int) -> int:
@@ -96,27 +97,12 @@ def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[
     return np.sort(rng.choice(ids, size=min(RECALL_QUERIES, len(ids)), replace=False))
 
 
-def _exact_neighbours(
-    exact: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
+def _others_found(
+    index: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
 ) -> Int[np.ndarray, "s at"]:
-    """The true neighbours of some entries, without themselves."""
+    """The neighbours of some entries, without themselves."""
     at = _wanted(len(ids))
-    return _without_self(exact.search(keys.rows(sample), at + 1), sample, at)
-
-
-def _reranked(
-    index: VectorIndex,
-    keys: Keys,
-    ids: Int[np.ndarray, " m"],
-    sample: Int[np.ndarray, " s"],
-    margin: int,
-) -> Int[np.ndarray, "s at"]:
-    """The neighbours of some entries that an index finds, by the stored keys."""
-    at = _wanted(len(ids))
-    queries = keys.rows(sample)
-    found = index.search(queries, min(at + 1 + margin, len(ids)))
-    by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
-    return _without_self(sort_nearest_first(by_keys, at + 1), sample, at)
+    return _without_self(index.search(keys.rows(sample), at + 1), sample, at)
 
 
 def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:

@@ -7,30 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, UInt8
+from jaxtyping import Bool, Int, Integer, UInt8
 
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
-from nearest.index.approximate import ApproximateIndex, read_index
+from nearest.index.approximate import read_index
 from nearest.index.clusters import NO_CLUSTER, Clusters
 from nearest.index.exact import ExactIndex
+from nearest.index.ids import position_dtype
 from nearest.index.keys import Keys, MergedKeys
-from nearest.index.live import LiveIndex
-from nearest.index.neighbours import (
-    NO_ENTRY,
-    MeasuringIndex,
-    Neighbours,
-    position_dtype,
-    sort_nearest_first,
-)
+from nearest.index.neighbours import NO_ENTRY
+from nearest.index.search import Searcher
 from nearest.store.documents import DocumentReader
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
 from nearest.store.parts.clusters import open_clusters
 from nearest.store.parts.corpus import StoredSources, open_corpus, valued_entries
 from nearest.store.parts.keys import open_keys, stored_format
 from nearest.store.parts.suffix import open_suffixes
+from nearest.store.search import searcher_of
 
 
 class Segment:
@@ -303,12 +299,9 @@ class Segment:
         return Clusters.from_labels(self.labels, len(stored.offsets) - 1)
 
     @cached_property
-    def index(self) -> MeasuringIndex:
-        """What searches this segment alone."""
-        if not self.has_index or self.record.index is None:
-            return self.exact_index()
-        read = ApproximateIndex(self.read_index(), self.keys.metric, self.record.index.nprobe)
-        return LiveIndex(read, read.entries, self.gone) if len(self.removed) else read
+    def searcher(self) -> Searcher:
+        """What searches this segment alone, for merging entries and for `verify`."""
+        return searcher_of([self], self.keys)
 
     @property
     def has_index(self) -> bool:
@@ -332,22 +325,6 @@ class Segment:
     def exact_index(self) -> ExactIndex:
         """Exhaustive search over this segment's keys."""
         return ExactIndex(self.keys, self.searched)
-
-    def search_by_keys(
-        self, queries: Float[np.ndarray, "q dim"], k: int, rerank: int
-    ) -> Neighbours:
-        """The k nearest by the stored keys, among at least so many that the index finds."""
-        margin = self.record.index.margin if self.record.index else 0
-        found = self.search_by_index(queries, max(k + margin, rerank))
-        distances = self.keys.distances(queries, found.ids)
-        return sort_nearest_first(Neighbours(found.ids, distances), k)
-
-    def search_by_index(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest by the index's own codes, with its own distances."""
-        k = min(k, self.searched_count)
-        if k == 0:
-            return Neighbours.none(len(queries))
-        return self.index.search(queries, k)
 
     def heads(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The entries into which some were merged, themselves where they stand for themselves."""

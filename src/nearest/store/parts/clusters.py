@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from nearest.folder import open_array
 from nearest.index.clusters import NO_CLUSTER, Clusters, assigned_clusters
-from nearest.index.neighbours import position_dtype
+from nearest.index.ids import position_dtype
 from nearest.store.manifest import (
     ClustersRecord,
     FileRecord,

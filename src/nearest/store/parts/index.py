@@ -31,6 +31,7 @@ from nearest.index.choice import (
 )
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys
+from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search
 from nearest.progress import Progress
 from nearest.store.manifest import FileRecord, IndexRecord, Manifest, NewFiles, SegmentRecord
@@ -134,14 +135,10 @@ def fill_like(
         index = read_index(file, like.trained.sha256)
     trained = _file(files, TRAINED, index, keys) if keep else None
     fill_index(index, keys, entries, like.spec)
-    found = measured_recall(
-        ApproximateIndex(index, keys.metric, like.nprobe),
-        keys,
-        entries,
-        ExactIndex(keys, entries),
-        like.margin,
-        np.random.default_rng(_SEED),
-    )
+    backend = ApproximateIndex(index, keys.metric, like.nprobe)
+    searcher = Searcher([Searched(backend, len(entries), like.margin)], keys)
+    exact = ExactIndex(keys, entries)
+    found = measured_recall(searcher, keys, entries, exact, np.random.default_rng(_SEED))
     parameters = SearchParameters(like.nprobe, like.margin, found)
     written = _file(files, INDEX, index, keys)
     progress(f"index {like.spec}", len(entries), len(entries))
@@ -276,7 +273,7 @@ def served(segment: "Segment") -> Int[np.ndarray, " _"]:
     chosen = np.random.default_rng(_SEED).choice(heads, min(_SERVED, len(heads)), replace=False)
     own = chosen if rows is None else rows[chosen]
     queries = segment.stored_keys.rows(own[own >= 0])
-    ids = segment.search_by_index(queries, _SERVED).ids
+    ids = segment.searcher.search(queries, _SERVED, "index").ids
     return ids[ids >= 0]
 
 
@@ -284,16 +281,16 @@ def check(segment: "Segment") -> list[str]:
     """Whether it can be read, holds what it should, and still finds what it did when built."""
     if segment.record.index is None:
         return []
-    index = segment.index  # a FolderError when it cannot be read, or holds something else
+    # A FolderError when the index cannot be read, or holds something else.
+    searcher = segment.searcher
     expected = segment.record.index.recall
     if segment.record.index.file is None or expected is None:
         return []
     found = measured_recall(
-        index,
+        searcher,
         segment.keys,
         segment.searched,
         segment.exact_index(),
-        segment.record.index.margin,
         np.random.default_rng(_SEED),
     )
     if found < expected - _RECALL_LOST:

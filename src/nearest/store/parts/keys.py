@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from nearest.folder import ArrayFile, open_array
+from nearest.index.ids import position_dtype
 from nearest.index.keys import KeyFormat, Keys, key_format
-from nearest.index.neighbours import NO_ENTRY, Metric, position_dtype
+from nearest.index.neighbours import NO_ENTRY, Metric
 from nearest.index.product import CENTROIDS, ProductFormat, product_parts
 from nearest.index.projection import Projection
 from nearest.store.manifest import FileRecord, KeysRecord, NewFiles, SegmentRecord

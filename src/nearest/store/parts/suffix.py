@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.folder import open_array
-from nearest.index.neighbours import position_dtype
+from nearest.index.ids import position_dtype
 from nearest.index.suffix import sort_suffixes
 from nearest.store.manifest import Manifest, SegmentRecord
 from nearest.store.parts.corpus import Paths, valued_mask

@@ -1,0 +1,33 @@
+"""Entry ids: the dtype that stores them, and one random order of all entries.
+
+The order is a hash of the id. It decides wherever some of many equal entries must be chosen: equal
+distances (`neighbours`), equal match lengths (`sample`). The choice is then the same however a
+corpus is divided and however many queries are asked at once, and favours no document.
+"""
+
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+
+
+def position_dtype(tokens: int) -> np.dtype[Any]:
+    """int32 if it can number so many positions, else int64."""
+    return np.dtype(np.int32 if tokens <= np.iinfo(np.int32).max else np.int64)
+
+
+# fmt: off
+@no_type_check  # numba compiles the bare function
+@numba.vectorize([numba.uint64(numba.int64)], cache=True)
+def random_order(entry: Any) -> Any:
+    """The place of an entry in the random order; no two have the same. -1 (no entry) comes last.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    if entry < 0:
+        return np.uint64(0xFFFFFFFFFFFFFFFF)
+    bits = np.uint64(entry)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+# fmt: on
