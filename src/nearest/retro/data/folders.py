@@ -1,0 +1,56 @@
+"""Reading and writing the small folders of arrays that RETRO's data is made of."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearest.errors import FolderError
+from nearest.folder import fsync_file
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write `.npy` in one rename: a kill leaves the old file or the new."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_file(path.parent)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Map a `.npy` file read-only (FolderError where it is missing, empty or cut short)."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FolderError(f"{path} is missing: make it anew, or restore it from a copy") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise FolderError(
+            f"{path} is damaged ({str(error).strip().splitlines()[0]}): make it anew, or restore "
+            "it from a copy"
+        ) from error
+    return array
+
+
+def read_record(path: Path, newest: int, what: str) -> dict[str, Any]:
+    """The JSON object that describes a folder (FolderError where it is none, or too new)."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format"]
+    except FileNotFoundError as error:
+        raise FolderError(f"{path.parent} is not {what}: it has no {path.name}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{path} is damaged ({error}): make it anew") from error
+    if not isinstance(version, int) or version > newest:
+        raise FolderError(
+            f"{path.parent} has format {version}, this version reads up to {newest}: update nearest"
+        )
+    return dict(record)

@@ -1,0 +1,129 @@
+"""Neighbours by the words they share: BM25 over token ids, and its mixtures with dense search."""
+
+from typing import Any
+
+import numba
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.errors import require
+from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.threads import in_threads
+from nearest.retro.data.chunks import Chunks
+
+K1, B = 0.9, 0.4  # as Lucene's users take them for passages
+_RRF = 60  # Cormack et al., 2009
+_ROWS = 65_536
+
+
+class Bm25:
+    """Okapi BM25 of a query chunk and the chunks of a database, Lucene's variant.
+
+    Distances are scores negated, so that smaller is nearer. A token that a query holds twice counts
+    twice, as with bm25s and Lucene.
+    """
+
+    def __init__(self, database: Chunks) -> None:
+        self._database = database
+        self._lengths = np.zeros(len(database), np.float32)
+        frequency = np.zeros(int(database.tokens.max(initial=0)) + 1, np.int64)
+        for start in range(0, len(database), _ROWS):
+            rows = database.rows(np.arange(start, min(start + _ROWS, len(database))))
+            held = rows >= 0
+            self._lengths[start : start + len(rows)] = held.sum(1)
+            ordered = np.sort(rows, axis=1)
+            new = np.diff(ordered, axis=1, prepend=-2) != 0
+            frequency += np.bincount(ordered[new & (ordered >= 0)], minlength=len(frequency))
+        count = len(database)
+        self._idf = np.log1p((count - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
+        mean = float(self._lengths.mean()) if count else 1.0
+        self._norms = (K1 * (1 - B + B * self._lengths / mean)).astype(np.float32)
+        self._retriever: Any = None
+
+    def distances(
+        self, queries: Int[np.ndarray, "q m"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Of chosen chunks, float32; +inf for id −1."""
+        found = np.full(ids.shape, np.inf, np.float32)
+
+        def measure(part: slice) -> None:
+            rows = self._database.rows(ids[part])
+            _score(queries[part], rows, ids[part], self._idf, self._norms, found[part])
+
+        in_threads(measure, len(ids))
+        return found
+
+    def search(self, queries: Int[np.ndarray, "q m"], k: int) -> Neighbours:
+        """The k nearest chunks of each query, those equally far by their ids.
+
+        Chunks that share no token with the query are not found: id −1.
+
+        Raises:
+            NearestError: bm25s is not installed.
+        """
+        if self._retriever is None:
+            self._retriever = self._indexed()
+        k = min(k, len(self._database))
+        ids = np.full((len(queries), k), NO_ENTRY, np.int64)
+        distances = np.full((len(queries), k), np.inf, np.float32)
+        for row, query in enumerate(queries):
+            known = query[(query >= 0) & (query < len(self._idf))]
+            scores = self._retriever.get_scores_from_ids([int(token) for token in known])
+            scores = np.asarray(scores, dtype=np.float32)
+            least = np.partition(scores, len(scores) - k)[len(scores) - k] if len(scores) else 0
+            near = np.flatnonzero(scores >= max(least, np.finfo(np.float32).tiny))
+            found = sort_nearest_first(Neighbours(near[None], -scores[near][None]), k)
+            ids[row, : found.ids.shape[1]] = found.ids[0]
+            distances[row, : found.ids.shape[1]] = found.distances[0]
+        return Neighbours(ids, distances)
+
+    def _indexed(self) -> Any:
+        require("bm25s", "retro")
+        import bm25s
+
+        rows = self._database.rows(np.arange(len(self._database)))
+        corpus = [row[row >= 0].tolist() for row in rows]
+        retriever = bm25s.BM25(k1=K1, b=B, method="lucene")
+        vocabulary = {token: token for token in range(len(self._idf))}
+        retriever.index((corpus, vocabulary), show_progress=False, create_empty_token=False)
+        return retriever
+
+
+@numba.njit(cache=True, nogil=True)
+def _score(queries: Any, rows: Any, ids: Any, idf: Any, norms: Any, out: Any) -> None:
+    for q in range(len(queries)):
+        for column in range(ids.shape[1]):
+            chunk = ids[q, column]
+            if chunk < 0:
+                continue
+            total = np.float32(0)
+            for token in queries[q]:
+                if token < 0 or token >= len(idf):
+                    continue
+                count = 0
+                for other in rows[q, column]:
+                    count += other == token
+                if count:
+                    total += idf[token] * count / (count + norms[chunk])
+            out[q, column] = -total
+
+
+def fused(lists: list[Neighbours], k: int) -> Neighbours:
+    """Reciprocal-rank fusion: each list gives 1 / (60 + rank) to what it found.
+
+    Distances are the sums negated; of equal ones the smaller id comes first.
+    """
+    ids = np.concatenate([found.ids for found in lists], axis=1)
+    shares = [
+        np.broadcast_to(1.0 / (_RRF + 1 + np.arange(found.ids.shape[1])), found.ids.shape)
+        for found in lists
+    ]
+    weights = np.where(ids >= 0, np.concatenate(shares, axis=1), 0.0)
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, weights = (np.take_along_axis(array, order, 1) for array in (ids, weights))
+    same = np.diff(ids, axis=1, prepend=-2) == 0
+    for column in range(ids.shape[1] - 1, 0, -1):  # sums gather at the first of equal ids
+        weights[:, column - 1] += np.where(same[:, column], weights[:, column], 0)
+    first = ~same & (ids >= 0)
+    distances = np.where(first, -weights, np.inf).astype(np.float32)
+    return sort_nearest_first(Neighbours(np.where(first, ids, NO_ENTRY), distances), k)

@@ -1,0 +1,122 @@
+"""Neighbours that are looked up while a model reads or writes, with their sources."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nearest.errors import SettingError
+from nearest.retro.data.chunks import PADDING
+from nearest.retro.data.database import ChunkDatabase, Decode
+from nearest.retro.data.embedders import Embedder
+from nearest.retro.data.stages import METHODS, Databases, Method
+
+
+@dataclass(frozen=True)
+class PassageSource:
+    """Where a neighbour stands.
+
+    Attributes:
+        chunk: its id, −1 where there is none.
+        document: the document's id.
+        position: of its first token in the document.
+        distance: to the chunk that it was found for.
+    """
+
+    chunk: int
+    document: str
+    position: int
+    distance: float
+
+
+class MemoryNeighbours:
+    """What `generate` takes as `neighbours`: (n, m) token ids → (n, neighbours, length).
+
+    A neighbour is a chunk and the chunks that follow it in its document, never past its end; −1
+    pads. The last answer's places are in `sources`, a list for each chunk that was asked for.
+    """
+
+    def __init__(
+        self,
+        databases: Sequence[Path | str | ChunkDatabase] | Path | str | ChunkDatabase,
+        embedder: Embedder | None,
+        decode: Decode,
+        *,
+        neighbours: int = 2,
+        continuation: int = 1,
+        method: Method = "dense",
+    ) -> None:
+        """Neighbours from databases of chunks.
+
+        Args:
+            databases: folders that `nearest retro prepare` made.
+            embedder: the one that made their vectors; None for the method "bm25".
+            decode: of the tokenizer that the model and the databases share.
+            neighbours: of each chunk.
+            continuation: chunks that follow each neighbour.
+            method: as in `TableOptions`.
+
+        Raises:
+            ModelError: another embedder made the vectors.
+            SettingError: a number is out of its range, or the method needs an embedder.
+        """
+        if neighbours < 1 or continuation < 0:
+            raise SettingError(
+                f"neighbours {neighbours} must be at least 1, continuation {continuation} 0"
+            )
+        if method not in METHODS:
+            raise SettingError(f"method {method!r} is unknown: choose {', '.join(METHODS)}")
+        if method != "bm25" and embedder is None:
+            raise SettingError(f"method {method!r} embeds every chunk: give the embedder")
+        single = isinstance(databases, str | Path | ChunkDatabase)
+        self._searched = Databases.open([databases] if single else list(databases))  # type: ignore[list-item, arg-type]
+        if method != "bm25" and embedder is not None:
+            for database in self._searched.databases:
+                embedder.identity.check_same(database.embedder, str(database.path))
+        self._embedder = embedder
+        self._decode = decode
+        self._method: Method = method
+        self.neighbours = neighbours
+        self.continuation = continuation
+        self.sources: list[list[PassageSource]] = []
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of a chunk, as the model's must be."""
+        return self._searched.chunks.size
+
+    def __call__(self, chunks: Int[Tensor, "n m"]) -> Int[Tensor, "n neighbours length"]:
+        """Neighbours of chunks of token ids; negative ids are padding.
+
+        Raises:
+            SettingError: the chunks are of another size than the database's.
+        """
+        tokens = chunks.detach().cpu().numpy().astype(np.int64)
+        if tokens.shape[1] != self.chunk_size:
+            raise SettingError(
+                f"the model reads chunks of {tokens.shape[1]} tokens, the database holds chunks of "
+                f"{self.chunk_size}: prepare one with --chunk-size {tokens.shape[1]}"
+            )
+        vectors = None
+        if self._method != "bm25" and self._embedder is not None:
+            vectors = self._embedder([self._decode(row[row >= 0].tolist()) for row in tokens])
+        search = self._searched.search(self._method, tokens, vectors)
+        found = search(np.arange(len(tokens)), self.neighbours).padded(self.neighbours)
+        database = self._searched.chunks
+        self.sources = [
+            [self._source(int(i), float(far)) for i, far in zip(ids, distances, strict=True)]
+            for ids, distances in zip(found.ids, found.distances, strict=True)
+        ]
+        return torch.from_numpy(database.rows(found.ids, self.continuation)).to(chunks.device)
+
+    def _source(self, chunk: int, distance: float) -> PassageSource:
+        if chunk == PADDING:
+            return PassageSource(PADDING, "", 0, distance)
+        chunks = self._searched.chunks
+        document = int(chunks.document_of(np.array(chunk)))
+        position = (chunk - int(chunks.first[document])) * chunks.size
+        return PassageSource(chunk, chunks.name(document), position, distance)

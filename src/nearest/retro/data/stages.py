@@ -1,0 +1,384 @@
+"""The stages from documents to a table of neighbours, each of which can be repeated or resumed."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from nearest.corpus.documents import Document
+from nearest.corpus.tokens import Tokenizer, token_dtype
+from nearest.errors import FolderError, SettingError
+from nearest.folder import disk_errors_explained, write_atomically
+from nearest.index.neighbours import Neighbours, sort_nearest_first
+from nearest.memory import Memory
+from nearest.progress import Progress, no_progress
+from nearest.retro.data.chunks import Chunks, joined
+from nearest.retro.data.database import BLOCK, ChunkDatabase, Part, block_paths
+from nearest.retro.data.filters import REASONS, Filters, Judge
+from nearest.retro.data.folders import read_array, read_record, save_array
+from nearest.retro.data.lexical import Bm25, fused
+from nearest.retro.data.search import Found, Search, valid_neighbours
+from nearest.retro.data.table import FORMAT, NeighbourTable
+
+Method = Literal["dense", "bm25", "rerank", "fusion"]
+METHODS = ("dense", "bm25", "rerank", "fusion")
+SAVED = 20  # neighbours stored of each chunk; models read 2 to 4
+_RERANKED = 200  # candidates that BM25 puts in order, or that each list gives to a fusion
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Token ids that stand at each document's begin and end; None: none."""
+
+    start: int | None = None
+    end: int | None = None
+
+    def put(self, tokens: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+        """The tokens between them."""
+        start = [] if self.start is None else [self.start]
+        end = [] if self.end is None else [self.end]
+        return np.concatenate([start, tokens, end]).astype(np.int64)
+
+
+def chunk_memory(
+    memory: Memory,
+    path: Path | str,
+    size: int = 64,
+    ends: Ends = Ends(),
+) -> ChunkDatabase:
+    """The chunks of a memory's present documents, without their context token.
+
+    Raises:
+        FolderError: other chunks are in the folder, or the disk fails.
+    """
+
+    def documents() -> Iterator[tuple[str, str, np.ndarray]]:
+        for number in range(memory.documents):
+            document = memory.document(number)
+            tokens = memory.document_tokens(number)[1:].astype(np.int64)
+            yield document.id, date_of(document), ends.put(tokens)
+
+    record = {
+        "memory": {"path": str(memory.path), "version": memory.manifest.generation},
+        **asdict(ends),
+    }
+    vocabulary = max([memory.manifest.model.vocab_size, *_beyond(ends)])
+    return ChunkDatabase.create(path, documents(), size, record, token_dtype(vocabulary))
+
+
+def chunk_documents(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    path: Path | str,
+    size: int = 64,
+    ends: Ends = Ends(),
+    *,
+    vocab_size: int,
+    name: str = "",
+) -> ChunkDatabase:
+    """The chunks of documents, without a memory or a language model.
+
+    Args:
+        documents: read once.
+        tokenizer: of the model that will read them.
+        path: the database's folder.
+        size: tokens of a chunk.
+        ends: of each document.
+        vocab_size: of the tokenizer.
+        name: of the tokenizer, kept to decode chunks later.
+
+    Raises:
+        FolderError: other chunks are in the folder, or the disk fails.
+    """
+
+    def read() -> Iterator[tuple[str, str, np.ndarray]]:
+        for batch in _batches(documents, 256):
+            texts = [document.text for document in batch]
+            rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for document, tokens in zip(batch, rows, strict=True):
+                yield document.id, date_of(document), ends.put(np.asarray(tokens, np.int64))
+
+    record = {"tokenizer": name, **asdict(ends)}
+    vocabulary = max([vocab_size, *_beyond(ends)])
+    return ChunkDatabase.create(path, read(), size, record, token_dtype(vocabulary))
+
+
+def _beyond(ends: Ends) -> list[int]:
+    return [token + 1 for token in (ends.start, ends.end) if token is not None]
+
+
+def date_of(document: Document) -> str:
+    """What its metadata calls its date; "" where there is none."""
+    date = document.metadata.get("date", "")
+    return date if isinstance(date, str) else str(date)
+
+
+def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    stream = iter(documents)
+    while batch := list(itertools.islice(stream, size)):
+        yield batch
+
+
+class Databases:
+    """One database or several that are searched as one; ids count on from each to the next."""
+
+    def __init__(self, databases: Sequence[ChunkDatabase]) -> None:
+        self.databases = databases
+        self.chunks: Chunks = joined([database.chunks for database in databases])
+        self._first = np.cumsum([0, *(len(database.chunks) for database in databases)]).tolist()
+        self._bm25: Bm25 | None = None
+
+    @classmethod
+    def open(cls, paths: Sequence[Path | str | ChunkDatabase]) -> "Databases":
+        """Open folders (FolderError where one is no database)."""
+        return cls([p if isinstance(p, ChunkDatabase) else ChunkDatabase.open(p) for p in paths])
+
+    @property
+    def bm25(self) -> Bm25:
+        """Word statistics of all chunks, made when they are first needed."""
+        if self._bm25 is None:
+            self._bm25 = Bm25(self.chunks)
+        return self._bm25
+
+    def dense(self, vectors: np.ndarray, k: int) -> Neighbours:
+        """The k nearest vectors in all of them."""
+        parts = [database.index.search(vectors, k) for database in self.databases]
+        ids = [
+            np.where(found.ids < 0, -1, found.ids + first)
+            for found, first in zip(parts, self._first, strict=False)
+        ]
+        both = Neighbours(
+            np.concatenate(ids, axis=1), np.concatenate([f.distances for f in parts], axis=1)
+        )
+        return sort_nearest_first(both, k)
+
+    def search(
+        self, method: Method, tokens: Int[np.ndarray, "q m"], vectors: np.ndarray | None
+    ) -> Search:
+        """A search by one of METHODS for queries with these tokens and vectors."""
+
+        def dense(rows: np.ndarray, k: int) -> Neighbours:
+            if vectors is None:
+                raise SettingError(f"method {method!r} needs embedded queries: embed them first")
+            return self.dense(np.asarray(vectors[rows], np.float32), k)
+
+        def run(rows: np.ndarray, k: int) -> Neighbours:
+            if method == "dense":
+                return dense(rows, k)
+            if method == "bm25":
+                return self.bm25.search(tokens[rows], k)
+            near = dense(rows, max(k, _RERANKED))
+            if method == "rerank":
+                scored = Neighbours(near.ids, self.bm25.distances(tokens[rows], near.ids))
+                return sort_nearest_first(scored, k)
+            return fused([near, self.bm25.search(tokens[rows], max(k, _RERANKED))], k)
+
+        return run
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How neighbours are found.
+
+    Attributes:
+        neighbours: how many are stored of each chunk.
+        method: "dense" vectors, "bm25" words, "rerank" (dense candidates in BM25's order) or
+            "fusion" (reciprocal ranks of both).
+        filters: what may be no neighbour.
+    """
+
+    neighbours: int = SAVED
+    method: Method = "dense"
+    filters: Filters = field(default_factory=Filters)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SettingError(
+                f"method {self.method!r} is unknown: choose {', '.join(METHODS[:-1])} or fusion"
+            )
+        if self.neighbours < 1:
+            raise SettingError(f"neighbours must be at least 1, got {self.neighbours}")
+
+
+def make_table(
+    databases: Sequence[Path | str | ChunkDatabase] | Path | str | ChunkDatabase,
+    queries: Path | str | ChunkDatabase | None = None,
+    path: Path | str | None = None,
+    options: TableOptions | None = None,
+    *,
+    part: Part = Part(),  # noqa: B008 - frozen
+    progress: Progress = no_progress,
+) -> NeighbourTable | None:
+    """Find the neighbours of every chunk, those that are missing, and write the table.
+
+    Args:
+        databases: what is searched, in the order in which ids count.
+        queries: whose chunks need neighbours; None: the first database's own.
+        path: the table's folder; None: next to the queries.
+        options: how.
+        part: this process's share; the one that finds all blocks there joins them.
+        progress: called after each block.
+
+    Returns:
+        The table; None while other parts are missing.
+
+    Raises:
+        ModelError: queries and databases were embedded with different embedders.
+        FolderError: another table is there, a database lacks a stage, or the disk fails.
+    """
+    options = options or TableOptions()
+    single = isinstance(databases, str | Path | ChunkDatabase)
+    searched = Databases.open([databases] if single else list(databases))  # type: ignore[list-item, arg-type]
+    own = searched.databases[0] if queries is None else _opened(queries)
+    folder = Path(path) if path is not None else own.path / "neighbours"
+    record = _table_record(searched, own, options)
+    if (folder / "table.json").exists():
+        there = NeighbourTable.open(folder)
+        if all(there.record.get(name) == value for name, value in record.items()):
+            return there
+        raise FolderError(
+            f"{folder} holds a table made otherwise: delete it, or choose another folder"
+        )
+    blocks = folder / "blocks"
+    with disk_errors_explained(folder):
+        blocks.mkdir(parents=True, exist_ok=True)
+        if (blocks / "table.json").exists():
+            if read_record(blocks / "table.json", FORMAT, "a table that was begun") != record:
+                raise FolderError(
+                    f"{folder} was begun with other settings: go on with them, or delete it"
+                )
+        else:
+            write_atomically(blocks / "table.json", json.dumps(record, sort_keys=True).encode())
+        paths = block_paths(blocks, len(own.chunks))
+        mine = [number for number in part.blocks(len(own.chunks)) if not paths[number].exists()]
+        if mine:
+            judge = Judge(own.chunks, searched.chunks, options.filters)
+        for done, number in enumerate(mine):
+            ids = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(own.chunks)))
+            found = find_neighbours(searched, own, ids, judge, options)
+            save_array(paths[number], _as_rows(found))
+            progress("neighbours", done + 1, len(mine))
+        return _joined_table(folder, paths, record, options)
+
+
+def find_neighbours(
+    searched: Databases,
+    own: ChunkDatabase,
+    ids: Int[np.ndarray, " q"],
+    judge: Judge,
+    options: TableOptions,
+) -> Found:
+    """The neighbours of some chunks of a database."""
+    vectors = None if options.method == "bm25" else own.embeddings[ids]
+    search = searched.search(options.method, own.chunks.rows(ids), vectors)
+    return valid_neighbours(ids, search, judge, options.neighbours)
+
+
+def _opened(database: Path | str | ChunkDatabase) -> ChunkDatabase:
+    return database if isinstance(database, ChunkDatabase) else ChunkDatabase.open(database)
+
+
+def _table_record(searched: Databases, own: ChunkDatabase, options: TableOptions) -> dict[str, Any]:
+    """What a table belongs to; ModelError where vectors cannot be compared."""
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "chunk_size": searched.chunks.size,
+        "queries": own.chunks.digest,
+        "database": searched.chunks.digest,
+        "databases": [database.record.get("memory") for database in searched.databases],
+        "method": options.method,
+        "neighbours": options.neighbours,
+        "filters": asdict(options.filters),
+        "embedder": None,
+    }
+    if own.chunks.size != searched.chunks.size:
+        raise SettingError(
+            f"chunks of {own.chunks.size} tokens get no neighbours of {searched.chunks.size}: "
+            "prepare both with one chunk size"
+        )
+    if options.method != "bm25":
+        for database in searched.databases:
+            own.embedder.check_same(database.embedder, str(database.path))
+        record["embedder"] = asdict(own.embedder)
+        record["index"] = [asdict(database.index.record) for database in searched.databases]
+    return record
+
+
+def _as_rows(found: Found) -> np.ndarray:
+    """A block as it is written: a record for each query chunk."""
+    k = found.kept.ids.shape[1]
+    kinds = [("ids", "<i8", (k,)), ("distances", "<f4", (k,)), ("struck", "<i8", (len(REASONS),))]
+    rows = np.empty(len(found.kept.ids), kinds)
+    rows["ids"], rows["distances"], rows["struck"] = *found.kept, found.struck
+    return rows
+
+
+def _joined_table(
+    folder: Path, paths: list[Path], record: dict[str, Any], options: TableOptions
+) -> NeighbourTable | None:
+    """The table, once every block is there."""
+    if not all(path.exists() for path in paths):
+        return NeighbourTable.open(folder) if (folder / "table.json").exists() else None
+    nothing = Found(Neighbours.none(0).padded(options.neighbours), np.zeros((0, len(REASONS)), int))
+    rows = np.concatenate([_as_rows(nothing), *map(read_array, paths)])
+    ids, distances = np.array(rows["ids"]), np.array(rows["distances"])
+    counts = {
+        "chunks": len(ids),
+        "short": int((ids[:, -1] < 0).sum()),
+        "struck": dict(zip(REASONS, rows["struck"].sum(0).tolist(), strict=True)),
+    }
+    table = NeighbourTable(ids, distances, {**record, "counts": counts})
+    table.save(folder)
+    shutil.rmtree(folder / "blocks")
+    return NeighbourTable.open(folder)
+
+
+def differing_rows(
+    table: NeighbourTable,
+    databases: Sequence[ChunkDatabase],
+    queries: ChunkDatabase | None,
+    options: TableOptions,
+    sample: float,
+    seed: int = 0,
+) -> list[int]:
+    """Search again for a sample of blocks' rows; query chunks whose neighbours differ.
+
+    Args:
+        table: to be checked, of these databases.
+        databases, queries, options: as it was made from.
+        sample: share of blocks, of which at least one is made anew.
+        seed: of the sample.
+    """
+    searched = Databases(databases)
+    own = searched.databases[0] if queries is None else queries
+    table.check(own.chunks, searched.chunks)
+    judge = Judge(own.chunks, searched.chunks, options.filters)
+    blocks = -(-len(own.chunks) // BLOCK)
+    count = min(blocks, max(1, round(blocks * sample)))
+    wrong: list[int] = []
+    for number in np.sort(np.random.default_rng(seed).choice(blocks, count, replace=False)):
+        ids = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(own.chunks)))
+        found = find_neighbours(searched, own, ids, judge, options).kept
+        same = (found.ids == table.ids[ids]) & (found.distances == table.distances[ids])
+        wrong += ids[~same.all(1)].tolist()
+    return wrong
+
+
+def tokenizer_of(
+    database: ChunkDatabase, named: str | None, load: Callable[[str], Any], model: str | None = None
+) -> Any:
+    """The tokenizer that decodes a database's chunks, by the name given or the one kept.
+
+    Raises:
+        SettingError: neither names one.
+    """
+    name = named or database.record.get("tokenizer") or model
+    if not name:
+        raise SettingError(f"{database.path} does not name its tokenizer: give --tokenizer NAME")
+    return load(name)

@@ -1,0 +1,463 @@
+"""From documents to tables of neighbours: against brute force, in parts, and after kills."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from nearest.errors import CorpusError, FolderError, ModelError, SettingError
+from nearest.retro import RetroForCausalLM
+from nearest.retro.data import database as database_module
+from nearest.retro.data import stages
+from nearest.retro.data.chunks import Chunks
+from nearest.retro.data.database import ChunkDatabase, Part
+from nearest.retro.data.dataset import Collate, RetroDataset, read_subset
+from nearest.retro.data.embedders import Embedder
+from nearest.retro.data.filters import Filters, Judge
+from nearest.retro.data.live import MemoryNeighbours
+from nearest.retro.data.search import ChunkIndex, valid_neighbours
+from nearest.retro.data.stages import Databases, TableOptions, differing_rows, make_table
+from nearest.retro.data.table import NeighbourTable
+from retro_data import M, database, documents, embedder, words
+from retro_models import tiny_model
+
+TEXTS = documents(20, longest=20)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(database_module, "BLOCK", 7)
+    monkeypatch.setattr(stages, "BLOCK", 7)
+
+
+def brute_force(
+    vectors: np.ndarray, queries: np.ndarray, allowed: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """ids and squared distances of the k nearest allowed ones, −1 and +inf after the last."""
+    far = ((queries[:, None].astype(np.float64) - vectors[None]) ** 2).sum(-1)
+    far = np.where(allowed, far, np.inf)
+    order = np.argsort(far, axis=1, kind="stable")[:, :k]
+    distances = np.take_along_axis(far, order, 1)
+    ids = np.where(np.isinf(distances), -1, order)
+    missing = k - ids.shape[1]
+    pads = ((0, 0), (0, max(missing, 0)))
+    return np.pad(ids, pads, constant_values=-1), np.pad(distances, pads, constant_values=np.inf)
+
+
+def same(table: NeighbourTable, ids: np.ndarray, distances: np.ndarray) -> None:
+    np.testing.assert_allclose(table.distances, distances, atol=1e-4)
+    apart = np.abs(table.distances - distances) < 1e-4
+    assert ((table.ids == ids) | apart).all()
+    assert ((table.ids == -1) == (ids == -1)).all()
+
+
+def test_neighbours_are_the_nearest_of_other_documents(tmp_path: Path) -> None:
+    texts = [*TEXTS, TEXTS[3]]  # a copy under another name
+    own = database(tmp_path / "d", texts)
+    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=5))
+    owner = own.chunks.document_of(np.arange(len(own.chunks)))
+    owner = np.where(owner == len(texts) - 1, 3, owner)
+    vectors = np.asarray(own.embeddings, np.float32)
+    same(table, *brute_force(vectors, vectors, owner[:, None] != owner[None], 5))
+    assert table.record["counts"]["short"] == 0
+    assert table.record["counts"]["struck"]["same_document"] > len(table)  # at least itself
+
+
+def test_another_corpus_and_several_databases(tmp_path: Path) -> None:
+    one, two = database(tmp_path / "1", TEXTS[:8]), database(tmp_path / "2", TEXTS[8:])
+    queries = database(tmp_path / "q", [*documents(4, seed=5), TEXTS[9]])
+    table = make_table([one, two], queries, tmp_path / "t", TableOptions(neighbours=3))
+    vectors = np.concatenate([one.embeddings, two.embeddings]).astype(np.float32)
+    whole = Chunks.of(TEXTS, M)
+    owner = whole.document_of(np.arange(len(whole)))
+    asked = queries.chunks.document_of(np.arange(len(queries.chunks)))
+    allowed = ~((asked[:, None] == 4) & (owner[None] == 9))
+    same(table, *brute_force(vectors, queries.embeddings.astype(np.float32), allowed, 3))
+    table.check(queries.chunks, Databases([one, two]).chunks)
+
+
+def test_rows_that_stay_short_are_counted_and_the_margin_grows(tmp_path: Path) -> None:
+    """Two documents, one of many chunks: all of a chunk's nearest are its own document's."""
+    own = database(tmp_path / "d", [list(range(2, 38)) * 4, [2, 3, 4, 5, 6]])
+    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=3))
+    long = len(own.chunks) - 2
+    assert table.ids[:long].tolist() != []
+    assert sorted(table.ids[0].tolist()) == [-1, long, long + 1]
+    assert table.record["counts"]["short"] == long
+    assert (table.ids[long:] >= 0).all()
+
+
+@pytest.mark.parametrize("texts", [[[5, 6]], [[5, 6], [7, 8]], [[], [3, 4, 5], []], [[]]])
+def test_tiny_corpora(texts: list[list[int]], tmp_path: Path) -> None:
+    own = database(tmp_path / "d", texts)
+    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=2))
+    assert table.ids.shape == (len(own.chunks), 2)
+    assert table.saved == 2
+
+
+def test_sixteen_chunks_with_an_index_that_has_more_lists(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", documents(8, longest=8), indexed=False)
+    own.embed(embedder(), words)
+    for spec in ("IVF64,Flat", "IVF16,PQ4"):
+        assert own.build_index(spec).record.recall == 1.0
+        assert ChunkDatabase.open(own.path).index.record.spec == "exact"
+    with pytest.raises(SettingError, match="nonsense"):
+        own.build_index("nonsense")
+
+
+def test_an_index_of_lists_reaches_its_recall() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(2000, 16)).astype(np.float16)
+    index = ChunkIndex.build(vectors, "IVF32,SQ8", recall=0.95)
+    assert index.record.recall >= 0.95
+    assert 1 <= index.record.nprobe <= 32
+    queries = random.normal(size=(50, 16)).astype(np.float32)
+    exact = ChunkIndex.build(vectors, "exact").search(queries, 4)
+    found = index.search(queries, 4)
+    assert (
+        np.mean([len(np.intersect1d(*rows)) / 4 for rows in zip(found.ids, exact.ids, strict=True)])
+        > 0.9
+    )
+    near = found.ids == exact.ids
+    np.testing.assert_allclose(found.distances[near], exact.distances[near], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bm25", "rerank", "fusion"])
+def test_methods_by_words(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    own = database(tmp_path / "d", TEXTS)
+    options = TableOptions(neighbours=4, method=method)
+    table = make_table(own, None, tmp_path / "t", options)
+    owner = own.chunks.document_of(np.arange(len(own.chunks)))
+    held = table.ids >= 0
+    assert held.any(1).all()
+    assert (owner[table.ids][held] != np.broadcast_to(owner[:, None], held.shape)[held]).all()
+    if method == "bm25":
+        scores = -Databases([own]).bm25.distances(
+            own.chunks.rows(np.arange(len(own.chunks))),
+            np.tile(np.arange(len(own.chunks)), (len(own.chunks), 1)),
+        )
+        scores[owner[:, None] == owner[None]] = 0
+        expected = -np.sort(-scores, axis=1)[:, :4]
+        np.testing.assert_allclose(np.where(held, -table.distances, 0), expected, atol=1e-5)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_the_same_bytes_in_however_many_parts(tmp_path: Path) -> None:
+    whole = database(tmp_path / "1", TEXTS)
+    make_table(whole, None, tmp_path / "1" / "t")
+    parts = database(tmp_path / "3", TEXTS, indexed=False)
+    for number in (2, 3):
+        assert not parts.embed(embedder(), words, part=Part(number, 3))
+    assert parts.embed(embedder(), words, part=Part(1, 3))
+    parts.build_index()
+    for number in (3, 1):
+        assert make_table(parts, None, tmp_path / "3" / "t", part=Part(number, 3)) is None
+    assert make_table(parts, None, tmp_path / "3" / "t", part=Part(2, 3)) is not None
+    assert bytes_of(tmp_path / "1" / "t") == bytes_of(tmp_path / "3" / "t")
+    assert (tmp_path / "1/embeddings.npy").read_bytes() == (
+        tmp_path / "3/embeddings.npy"
+    ).read_bytes()
+    assert not (tmp_path / "3" / "embeddings.blocks").exists()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import numpy as np
+from nearest.retro.data import database as d, folders, stages
+from retro_data import database, embedder, words
+from test_retro_data import TEXTS
+d.BLOCK = stages.BLOCK = 7
+count = 0
+real = os.fsync
+def fsync(fd):
+    global count
+    count += 1
+    if count == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(fd)
+os.fsync = fsync
+made = database(Path({path!r}), TEXTS)
+stages.make_table(made, None, Path({path!r}) / "t")
+"""
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = database(tmp_path / "whole", TEXTS)
+    make_table(whole, None, tmp_path / "whole" / "t")
+    for at in range(1, 60, 3):
+        path = tmp_path / str(at)
+        code = KILLED.format(tests=str(Path(__file__).parent), at=at, path=str(path))
+        killed = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL
+        make_table(database(path, TEXTS), None, path / "t")
+        assert bytes_of(path / "t") == bytes_of(tmp_path / "whole" / "t")
+    else:
+        pytest.fail("no run came to its end")
+
+
+def test_a_stage_that_stopped_goes_on(tmp_path: Path) -> None:
+    """What was made is not made again."""
+    whole = database(tmp_path / "whole", TEXTS)
+    made = database(tmp_path / "d", TEXTS, indexed=False)
+    calls: list[int] = []
+    plain = embedder()
+
+    def failing(texts: list[str]) -> np.ndarray:
+        calls.append(len(texts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain._encode(texts)
+
+    broken = Embedder(failing, plain.identity, plain.batch_size)
+    with pytest.raises(KeyboardInterrupt):
+        made.embed(broken, words)
+    before = sum(calls[:2])
+    assert made.embed(broken, words)
+    assert sum(calls) - len(made.chunks) < before + 7
+    np.testing.assert_array_equal(made.embeddings, whole.embeddings)
+
+
+def test_a_full_disk_is_told_and_mended(tmp_path: Path, monkeypatch) -> None:
+    made = database(tmp_path / "d", TEXTS)
+    real, calls = os.fsync, []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FolderError, match="disk is full"):
+        make_table(made, None, tmp_path / "t")
+    assert make_table(made, None, tmp_path / "t") is not None
+    make_table(database(tmp_path / "e", TEXTS), None, tmp_path / "u")
+    assert bytes_of(tmp_path / "t") == bytes_of(tmp_path / "u")
+
+
+def test_filters_and_their_counts(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", documents(12, longest=16, vocab=5), dates=True)
+    options = TableOptions(neighbours=3, filters=Filters(dates="older", longest_run=3, ngram=3))
+    table = make_table(own, None, tmp_path / "t", options)
+    judge = Judge(own.chunks, own.chunks, options.filters)
+    reasons = judge(np.arange(len(own.chunks)), np.asarray(table.ids))
+    assert not reasons.any()
+    assert (table.ids[: own.chunks.first[1]] == -1).all()  # nothing is older than the first
+    counts = table.record["counts"]["struck"]
+    assert counts["not_older"] > 0
+    assert counts["common_run"] > 0
+
+
+def test_counts_do_not_depend_on_the_margin(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    searched = Databases([own])
+    ids = np.arange(len(own.chunks))
+    judge = Judge(own.chunks, own.chunks, Filters(longest_run=2))
+    search = searched.search("dense", own.chunks.rows(ids), own.embeddings)
+    one, other = (valid_neighbours(ids, search, judge, 3, margin) for margin in (0, 1000))
+    np.testing.assert_array_equal(one.struck, other.struck)
+    np.testing.assert_array_equal(one.kept.ids, other.kept.ids)
+    assert one.struck.sum() > 0
+
+
+def test_live_neighbours_continue_within_their_document(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    live = MemoryNeighbours(own, embedder(), words, neighbours=2, continuation=2)
+    asked = own.chunks.rows(np.array([0, 9]))
+    found = live(torch.from_numpy(np.maximum(asked, 2)))
+    assert found.shape == (2, 2, 3 * M)
+    for row, sources in zip(found.numpy(), live.sources, strict=True):
+        for tokens, source in zip(row, sources, strict=True):
+            text = TEXTS[int(source.document.removeprefix("doc-"))]
+            expected = text[source.position : source.position + 3 * M]
+            assert tokens[tokens >= 0].tolist() == expected
+            assert source.position % M == 0
+    whole = live(torch.from_numpy(asked))
+    assert live.sources[0][0].chunk == 0  # it finds itself: filters are for tables
+    assert live.sources[0][0].distance == pytest.approx(0, abs=1e-3)
+    assert whole.shape == found.shape
+    both = MemoryNeighbours([own, own], embedder(), words, neighbours=2, continuation=0)
+    both(torch.from_numpy(asked[:1]))
+    assert [s.chunk for s in both.sources[0]] == [0, len(own.chunks)]
+
+
+def test_a_model_generates_with_live_neighbours(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    model = tiny_model("norlund")
+    live = MemoryNeighbours(own, embedder(), words)
+    prompt = torch.tensor([TEXTS[0][:1] * 6])
+    on = model.generate(prompt, neighbours=live, max_new_tokens=9, eos_token_id=None)
+    assert on.shape == (1, 15)
+    assert live.sources
+    whole = 12 // M
+    ids = torch.full((1, model.config.chunks(14), 2, 2 * M), -1)
+    ids[0, : 14 // M] = live(on[0, : 14 // M * M].reshape(-1, M))
+    mask = torch.ones_like(on[:, :-1])
+    logits = model(on[:, :-1], attention_mask=mask, neighbour_ids=ids).logits
+    assert logits[0, 5:].argmax(-1).tolist() == on[0, 6:].tolist()
+    assert whole == 3
+
+
+def test_items_of_the_data_set(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=3))
+    data = RetroDataset(own.chunks, own.chunks, table, neighbours=2, max_len=2 * M)
+    assert len(data) == len(TEXTS)
+    for number, text in enumerate(TEXTS):
+        item = data[number]
+        assert item["input_ids"].tolist() == text[: 2 * M]
+        assert item["labels"].tolist() == text[: 2 * M]
+        ids = np.asarray(own.chunks.of_document(number))[:2]
+        expected = own.chunks.rows(table.ids[ids][:, :2], 1)
+        np.testing.assert_array_equal(item["neighbour_ids"].numpy(), expected)
+    whole = RetroDataset(own.chunks, own.chunks, table, subset=[4, 2])
+    assert [len(item["input_ids"]) for item in whole] == [len(TEXTS[4]), len(TEXTS[2])]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@torch.no_grad()
+def test_batches_and_their_loss(workers: int, tmp_path: Path) -> None:
+    """A padded batch has the loss of its documents one by one, and a seed's order is fixed."""
+    own = database(tmp_path / "d", TEXTS)
+    table = make_table(own, None, tmp_path / "t")
+    data = RetroDataset(own.chunks, own.chunks, table)
+    ordered = data.ordered(seed=3, steps=50)
+    numbers = [ordered.number(step) for step in range(50)]
+    assert sorted(numbers[:20]) == sorted(numbers[20:40]) == list(range(20))
+    assert numbers[:20] != numbers[20:40]
+    assert [data.ordered(3, 50).number(step) for step in (44, 7)] == [numbers[44], numbers[7]]
+    loader = DataLoader(
+        data.ordered(3, 6), batch_size=3, num_workers=workers, collate_fn=Collate(0, M)
+    )
+    model: RetroForCausalLM = tiny_model("norlund")
+    batches = list(loader)
+    for number, batch in enumerate(batches):
+        total, count = 0.0, 0
+        for step in range(3 * number, 3 * number + 3):
+            item = data[numbers[step]]
+            scored = len(item["labels"]) - 1
+            if scored:
+                alone = model(**{name: value[None] for name, value in item.items()}).loss
+                total, count = total + float(alone) * scored, count + scored
+        assert float(model(**batch).loss) == pytest.approx(total / count)
+        scored = int((batch["labels"][:, 1:] != -100).sum())
+        assert scored == count  # what transformers' Trainer counts
+
+
+def test_subset_files(tmp_path: Path) -> None:
+    path = tmp_path / "subset.txt"
+    path.write_text("3\n0\n")
+    assert read_subset(path, 4) == [3, 0]
+    for text, named in (("3\n\n1\n", "line 2 is blank"), ("4\n", "line 1 is 4"), ("x\n", "'x'")):
+        path.write_text(text)
+        with pytest.raises(CorpusError, match=named):
+            read_subset(path, 4)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read_subset(tmp_path / "none.txt", 4)
+
+
+def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
+    own, other = database(tmp_path / "d", TEXTS), database(tmp_path / "e", TEXTS[:-1])
+    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=2))
+    with pytest.raises(SettingError, match="other database"):
+        RetroDataset(own.chunks, other.chunks, table)
+    with pytest.raises(SettingError, match="other queries"):
+        table.check(other.chunks, own.chunks)
+    with pytest.raises(SettingError, match="chunks of 4 tokens"):
+        table.check(Chunks.of(TEXTS, 5), Chunks.of(TEXTS, 5))
+    with pytest.raises(SettingError, match="stores 2"):
+        RetroDataset(own.chunks, own.chunks, table, neighbours=3)
+    wrong = dataclasses.replace(table, ids=np.full_like(table.ids, len(own.chunks)))
+    with pytest.raises(SettingError, match="another one"):
+        wrong.check(own.chunks, own.chunks)
+    with pytest.raises(SettingError, match="multiple"):
+        RetroDataset(own.chunks, own.chunks, table, max_len=M + 1)
+    with pytest.raises(SettingError, match="numbered from 0"):
+        RetroDataset(own.chunks, own.chunks, table, subset=[20])
+    with pytest.raises(FolderError, match="made otherwise"):
+        make_table(own, None, tmp_path / "t", TableOptions(neighbours=3))
+    with pytest.raises(FolderError, match="other chunks"):
+        database(tmp_path / "d", TEXTS[:-1])
+
+
+def test_another_embedder_is_refused(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    with pytest.raises(ModelError, match="dim 8"):
+        MemoryNeighbours(own, embedder(dim=6), words)
+    with pytest.raises(ModelError, match="weights '1'"):
+        own.embed(embedder(version="2"), words)
+    queries = database(tmp_path / "q", TEXTS[:2], dim=6)
+    with pytest.raises(ModelError, match="dim"):
+        make_table(own, queries, tmp_path / "t")
+    live = MemoryNeighbours(own, embedder(), words)
+    with pytest.raises(SettingError, match="--chunk-size 5"):
+        live(torch.ones(1, 5, dtype=torch.int64))
+    with pytest.raises(SettingError, match="embedder"):
+        MemoryNeighbours(own, None, words)
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda texts: np.zeros((len(texts), 3)), "not"),
+        (lambda texts: np.full((len(texts), 8), np.nan), "finite"),
+    ],
+)
+def test_an_embedder_that_gives_something_else(give, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Embedder.of(give, "x", 8)(["a", "b"])
+
+
+def test_verifying_a_table(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS)
+    options = TableOptions(neighbours=2)
+    table = make_table(own, None, tmp_path / "t", options)
+    assert differing_rows(table, [own], None, options, 1.0) == []
+    ids = np.array(table.ids)
+    ids[5, 0] = ids[5, 1]
+    wrong = dataclasses.replace(table, ids=ids)
+    assert differing_rows(wrong, [own], None, options, 1.0) == [5]
+    assert own.problems() == []
+    (own.path / "tokens.npy").write_bytes((own.path / "tokens.npy").read_bytes()[:-2])
+    assert own.problems() == ["tokens.npy differs from its checksum"]
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    own = database(tmp_path / "d", TEXTS, indexed=False)
+    with pytest.raises(FolderError, match="retro embed"):
+        _ = own.embeddings
+    own.embed(embedder(), words)
+    with pytest.raises(FolderError, match="retro index"):
+        _ = own.index
+    with pytest.raises(FolderError, match="not a database"):
+        ChunkDatabase.open(tmp_path)
+    record = json.loads((own.path / "chunks.json").read_text())
+    (own.path / "chunks.json").write_text(json.dumps({**record, "format": 9}))
+    with pytest.raises(FolderError, match="update nearest"):
+        ChunkDatabase.open(own.path)
+    (own.path / "chunks.json").write_text(json.dumps({**record, "chunks": 1}))
+    with pytest.raises(FolderError, match="damaged"):
+        ChunkDatabase.open(own.path)
+    (own.path / "tokens.npy").write_bytes(b"")
+    with pytest.raises(FolderError, match="damaged"):
+        ChunkDatabase.open(own.path)
+    for text in ("0/3", "4/3", "x", "1"):
+        with pytest.raises(SettingError, match="none"):
+            Part.named(text)
