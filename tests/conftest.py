@@ -203,6 +203,8 @@ def build_memory(
     ) -> Memory:
         path = Path(tmp_path_factory.mktemp("memories")) / "test.memory"
         documents = make_documents(12, 30) if documents is None else documents
+        if options.get("keys") is None:
+            options["keys"] = "fp16"  # as precise as an oracle needs
         return Memory.build(model, tiny_tokenizer, documents, path, **options)
 
     return build

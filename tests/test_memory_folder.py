@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import nearest.memory
 import nearest.store.documents
 import nearest.store.manifest
+import nearest.store.snapshot
 from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_documents, snapshot
 from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
@@ -583,7 +583,7 @@ LIES: dict[str, tuple[str, Callable[[Path], np.ndarray | bytes], str]] = {
     "reversed": ("suffixes", _changed("suffixes", ..., lambda a: a[::-1]), "in order"),
     "a key is NaN": ("keys", _changed("keys", (5, 2), np.nan), "is not finite"),
     "a key is infinite": ("keys", _changed("keys", (-2, 0), -np.inf), "is not finite"),
-    "an id twice": ("documents", _stored([RECORDS[3], *RECORDS[1:]]), "id stands twice"),
+    "an id twice": ("documents", _stored([RECORDS[3], *RECORDS[1:]]), "found by its id"),
     "a document less": ("documents", _stored(RECORDS[:-1]), "is damaged"),
     "no ids": ("documents", _stored([{"text": "a"}] * len(RECORDS)), "is damaged"),
     "no records": ("documents", _stored([[]] * len(RECORDS)), "is damaged"),
@@ -1305,7 +1305,7 @@ def test_a_reader_that_has_read_an_old_manifest_reads_the_new_one(
             rebuild_index(folder, IndexChoice("IVF2,Flat"))
         return manifest
 
-    monkeypatch.setattr(nearest.memory, "read_manifest", published_after_reading)
+    monkeypatch.setattr(nearest.store.snapshot, "read_manifest", published_after_reading)
     memory = Memory.open(folder)
     assert memory.manifest.generation == 2
     assert memory.search(queries_of(memory), 3).ids.min() >= 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nearest.build.build import BuildOptions
     from nearest.corpus.documents import Document
     from nearest.corpus.reading import read_documents
     from nearest.episodic import EpisodicMemory, EpisodicSettings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionMemory": "nearest.models.memorizing.memory",
+    "BuildOptions": "nearest.build.build",
     "Document": "nearest.corpus.documents",
     "EpisodicMemory": "nearest.episodic",
     "EpisodicSettings": "nearest.episodic",
@@ -47,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "AttentionMemory",
+    "BuildOptions",
     "Document",
     "EpisodicMemory",
     "EpisodicSettings",

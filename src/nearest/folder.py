@@ -4,14 +4,13 @@ Knows nothing of what the arrays mean. No pickle, ever: `.npy` is opened with `a
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import mmap
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from nearest.errors import FolderError
-from nearest.machine import machine_memory
+from nearest.machine import (
+    ask_for_large_pages,
+    file_system,
+    forget_cached,
+    machine_memory,
+    reserve,
+    try_lock,
+)
 
 _SHARE_IN_LARGE_PAGES = 0.25  # of the machine's memory
 
@@ -82,16 +88,20 @@ def writer_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's one writer's lock.
 
     The lock is the kernel's, on the folder itself: it leaves no file behind and a crashed writer's
-    lock is gone with its process.
+    lock is gone with its process. On NFS it is known to this host alone, which a warning says.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(fd):
             raise FolderError(
                 f"{folder} is being written by another process: wait for it to finish, or end it"
-            ) from error
+            )
+        if file_system(folder).startswith("nfs"):
+            warnings.warn(
+                f"{folder} is on NFS, where the lock keeps out writers on this host alone: let no "
+                "other host write it meanwhile",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(fd)
@@ -123,18 +133,10 @@ class ArrayFile:
         try:
             self._start = self._write_header()
             if rows and not going_on:
-                self._reserve(rows * self._row_bytes)
+                reserve(self._file.fileno(), self._start, rows * self._row_bytes)
         except BaseException:
             self._file.close()
             raise
-
-    def _reserve(self, size: int) -> None:
-        try:
-            os.posix_fallocate(self._file.fileno(), self._start, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what some file systems say
-                raise
-            self._file.truncate(self._start + size)
 
     def _write_header(self) -> int:
         """Write the header for the present shape; numpy pads it so that its length is constant."""
@@ -183,7 +185,7 @@ class ArrayFile:
             self._write_header()
             os.fsync(self._file.fileno())
             # What was written piece by piece is kept in small pages; read anew, in large ones.
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_cached(self._file.fileno())
         return self._rows
 
     def __enter__(self) -> "ArrayFile":
@@ -239,7 +241,6 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.n
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if expected <= _SHARE_IN_LARGE_PAGES * machine_memory():
-        with suppress(OSError):  # a kernel without large pages
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+        ask_for_large_pages(mapped)
     array: np.ndarray = np.frombuffer(mapped, dtype, offset=start).reshape(shape)
     return array

@@ -5,11 +5,12 @@ token of the same document, so values and provenance need no arrays of their own
 int64 and count through all segments.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
 from nearest.errors import SettingError
+from nearest.index.choice import AUTO, RECALL
 from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.index.keys import Keys
@@ -27,14 +29,22 @@ from nearest.index.search import By, Searcher
 from nearest.index.spans import equal_documents, spans_stand
 from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.progress import Progress, no_progress
+from nearest.store.info import memory_info
 from nearest.store.manifest import KeysRecord, read_manifest
 from nearest.store.parts.corpus import pair_bytes
 from nearest.store.parts.gates import GateFile, open_gates
+from nearest.store.parts.index import IndexChoice
 from nearest.store.parts.keys import open_projection
 from nearest.store.search import searcher_of
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
+from nearest.store.verify import verify
 
+if TYPE_CHECKING:
+    from nearest.build.build import BuildOptions
+    from nearest.build.lifecycle import AddOptions
+
+_Options = TypeVar("_Options", "BuildOptions", "AddOptions")
 DISTANCES = get_args(By)
 
 
@@ -43,6 +53,19 @@ class Place(NamedTuple):
 
     document: int
     position: int
+
+
+def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, Any]) -> _Options:
+    """Options as given, with some fields instead; a SettingError names a field there is not."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(set(fields) - set(names)):
+        raise SettingError(f"there is no option {unknown[0]!r}: choose among {', '.join(names)}")
+    return kind(**fields) if given is None else dataclasses.replace(given, **fields)
+
+
+class _Tokens(NamedTuple):
+    tokens: Tokens
+    first: int
 
 
 class Memory:
@@ -83,7 +106,8 @@ class Memory:
         tokenizer: Any,
         documents: Iterable[Document | str],
         path: str | Path,
-        **options: Any,
+        options: "BuildOptions | None" = None,
+        **fields: Any,
     ) -> "Memory":
         """Make a memory of documents in a new folder, and open it.
 
@@ -91,19 +115,21 @@ class Memory:
             model: a Hugging Face language model, causal or encoder–decoder, in evaluation mode.
             tokenizer: its tokenizer.
             documents: documents or plain strings; they are read once, as a stream. An
-                encoder–decoder needs documents whose metadata has a `source`.
+                encoder–decoder needs documents with an `encoder_text`.
             path: the folder, which must not exist or be empty.
-            **options: as in `build.build.BuildOptions`.
+            options: how; the defaults of `BuildOptions` if not given.
+            **fields: of `BuildOptions`, instead of those in `options`.
 
         Raises:
-            NearestError: something cannot be used. Nothing is left behind, but of a build that took
-                more than half a minute: the same one then goes on from there.
+            NearestError: something cannot be used. Nothing is left behind, unless the build took
+                more than half a minute: the same build then goes on from there.
         """
         # Building needs torch and transformers; opening and looking up do not wait for them.
         from nearest.build.build import BuildOptions, build_memory
         from nearest.encode.identity import bare_model
 
-        build_memory(Path(path), documents, bare_model(model), tokenizer, BuildOptions(**options))
+        asked = _options(BuildOptions, options, fields)
+        build_memory(Path(path), documents, bare_model(model), tokenizer, asked)
         return cls.open(path)
 
     def refresh(self) -> "Memory":
@@ -133,7 +159,7 @@ class Memory:
             model, tokenizer: those that built the memory.
             documents: as in `build`; what is done costs time for these, not for those there are.
             replace: each takes the place of the document with its id, which must be there.
-            **options: batch_size, force, progress, as in `build.lifecycle.AddOptions`.
+            **options: batch_size, force, progress, as in `AddOptions`.
 
         Raises:
             NearestError: something cannot be used, or an id is there (or, to replace, is not); the
@@ -147,7 +173,7 @@ class Memory:
             documents,
             bare_model(model),
             tokenizer,
-            AddOptions(**options),
+            _options(AddOptions, None, options),
             replace=replace,
         )
         return self.refresh()
@@ -187,6 +213,116 @@ class Memory:
 
         compact_memory(self.path, progress)
         return self.refresh()
+
+    def cluster(
+        self,
+        clusters: int | None = None,
+        *,
+        sample: int | None = None,
+        iterations: int = 10,
+        greedy_merge: bool = False,
+        neighbours: int = 9,
+        progress: Progress = no_progress,
+    ) -> "Memory":
+        """Find which entries share a state, for RetoMaton to follow, and open the new snapshot.
+
+        Args:
+            clusters: how many k-means makes.
+            sample: entries in which k-means finds its centroids; 32 a cluster if not given.
+            iterations: of k-means.
+            greedy_merge: join near entries of one value instead (arXiv:2109.04212).
+            neighbours: of each entry, that greedy merge may join with it.
+
+        Raises:
+            SettingError: the numbers make no clusters, or the memory has no keys.
+            FolderError: the folder cannot be written.
+        """
+        from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
+
+        if (clusters is None) != greedy_merge:
+            raise SettingError("give either a number of clusters for k-means, or greedy_merge=True")
+        kmeans = None if clusters is None else KMeans(clusters, sample, iterations)
+        cluster_memory(self.path, kmeans or GreedyMerge(neighbours), progress)
+        return self.refresh()
+
+    def compress(
+        self,
+        keys: str | None = None,
+        *,
+        pca: int | None = None,
+        merge: bool = False,
+        neighbours: int | None = None,
+        index: str | None = None,
+        recall: float | None = None,
+        progress: Progress = no_progress,
+    ) -> "Memory":
+        """Make the keys smaller, and open the new snapshot; tune it again (arXiv:2109.04212).
+
+        Args:
+            keys: "fp16", "int8", or "pqM": a byte for each of M parts.
+            pca: dimensions to keep.
+            merge: join near entries of one value into one that counts for all of them.
+            neighbours: of each entry, that may be merged into it; 9 if not given.
+            index: a FAISS factory string, "exact" or "auto"; as before if not given.
+            recall: recall@1024 to tune the index to; as before if not given.
+
+        Raises:
+            SettingError: the settings do not fit the memory, or it has no keys.
+            FolderError: the folder cannot be written.
+        """
+        from nearest.build.compress import Compression, compress_memory
+
+        how = Compression(keys, pca, merge, neighbours, index, recall)
+        compress_memory(self.path, how, progress)
+        return self.refresh()
+
+    def reindex(
+        self,
+        spec: str = AUTO,
+        *,
+        recall: float = RECALL,
+        nprobe: int | None = None,
+        progress: Progress = no_progress,
+    ) -> "Memory":
+        """Give every segment another index, and open the new snapshot.
+
+        Args:
+            spec: a FAISS factory string, "exact" or "auto".
+            recall: recall@1024 that the search is tuned to.
+            nprobe: lists to search; tuned to the recall if not given.
+
+        Raises:
+            SettingError: the index does not fit the keys, or the memory has none.
+            FolderError: the folder cannot be written.
+        """
+        from nearest.build.build import rebuild_index
+
+        rebuild_index(self.path, IndexChoice(spec, recall, nprobe), progress)
+        return self.refresh()
+
+    def verify(self, progress: Progress = no_progress) -> list[str]:
+        """Read the whole folder; what is wrong with it, one sentence each, or nothing.
+
+        Raises:
+            FolderError: it cannot be opened at all.
+        """
+        return verify(self.path, progress)
+
+    def info(self) -> dict[str, Any]:
+        """What the memory holds, how it is searched and what was tuned, as `nearest info` says."""
+        return memory_info(self.snapshot)
+
+    def __repr__(self) -> str:
+        keys = self.manifest.keys
+        form = "no keys" if keys is None else f"{keys.format} keys"
+        return (
+            f"<Memory {str(self.path)!r}: {self.documents:,} documents, "
+            f"{self.entries:,} entries, {form}>"
+        )
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return self.entries
 
     @property
     def entries(self) -> int:
@@ -356,6 +492,12 @@ class Memory:
         return longest_matches(self._suffix_arrays, start_token, context, ends, most)
 
     @cached_property
+    def _tokens(self) -> list[_Tokens]:
+        """What values are read from; suffix arrays are not touched."""
+        firsts = self._first_entry.tolist()
+        return [_Tokens(s.tokens, first) for s, first in zip(self.segments, firsts, strict=False)]
+
+    @cached_property
     def _suffix_arrays(self) -> list[SuffixArray]:
         return [
             SuffixArray(segment.tokens, segment.suffixes, first)
@@ -375,7 +517,7 @@ class Memory:
     ) -> Int[np.ndarray, "q k"]:
         """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
         start_token = self.manifest.model.start_token
-        return match_lengths(self._suffix_arrays, start_token, ids, context, ends)
+        return match_lengths(self._tokens, start_token, ids, context, ends)
 
     def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The entry after each one; -1 for id -1 and where the next position has no value."""
@@ -389,7 +531,7 @@ class Memory:
 
     def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The token that follows each entry (int64); -1 for id -1."""
-        return values_of(self._suffix_arrays, ids)
+        return values_of(self._tokens, ids)
 
     def place(self, entry: int) -> Place:
         """The document and position of an entry."""
@@ -478,6 +620,14 @@ class Memory:
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
+
+    def settings_stale(self, method: str) -> Literal["keys", "documents"] | None:
+        """What has changed since a method was tuned; None if nothing has, or it was not tuned.
+
+        "keys": keys or indexes were rewritten (`compress`, `reindex`): distances mean something
+        else, and a gate trained on them must not be used. "documents": some came or went.
+        """
+        return self.manifest.stale(method)
 
     def gate(self, method: str) -> GateFile | None:
         """The gate that was trained for a method; None when none was."""

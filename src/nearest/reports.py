@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -21,13 +20,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from nearest.index.choice import explained
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
     from nearest.build.plan import BuildPlan
     from nearest.memory import Memory
-    from nearest.store.manifest import KeysRecord
     from nearest.verbs.generate import DocumentShare, Generation
     from nearest.verbs.results import Result
     from nearest.verbs.sweep import Point
@@ -198,84 +195,11 @@ def info_table(memory: "Memory") -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, value in memory_info(memory).items():
+    for name, value in memory.info().items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
         table.add_row(name.replace("_", " "), escape(_plain(value)))
     return table
-
-
-def memory_info(memory: "Memory") -> dict[str, Any]:
-    """The figures of `nearest info`."""
-    manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
-    sizes: dict[str, int] = {}
-    for segment in manifest.segments:
-        for name, file in segment.files.items():
-            kind = "clusters" if name.startswith("cluster_") else name
-            sizes[kind] = sizes.get(kind, 0) + file.size
-        for file in () if segment.index is None else segment.index.file_records():
-            sizes["index"] = sizes.get("index", 0) + file.size
-    for file in () if keys is None else keys.file_records():
-        kind = Path(file.path).stem.partition(".")[2]
-        sizes[kind] = file.size
-    return {
-        "memory": str(memory.path),
-        "format": manifest.format,
-        "generation": manifest.generation,
-        "documents": memory.documents,
-        "tokens": memory.tokens,
-        "entries": memory.entries,
-        "bytes": sum(sizes.values()),
-        "bytes_per_entry": round(sum(sizes.values()) / memory.entries, 1),
-        "files": sizes,
-        "model": manifest.model.name,
-        "model_kind": "encoder–decoder" if manifest.model.reads_sources else "causal",
-        "keys": "none"
-        if keys is None
-        else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
-        "keys_made_in": "none" if keys is None else keys.dtype or "unknown",
-        "segments": len(manifest.segments),
-        "removed_documents": sum(segment.removed for segment in manifest.segments),
-        "kept_entries": sum(segment.searched_count for segment in memory.segments),
-        "windows": "none" if keys is None else f"{keys.window} with a stride of {keys.stride}",
-        **{
-            f"index_of_segment_{segment.name}": {
-                "spec": segment.index.spec,
-                "nprobe": segment.index.nprobe,
-                "margin": segment.index.margin,
-                "recall@1024": segment.index.recall,
-                "recall_target": segment.index.recall_target,
-                "why": explained(
-                    keys.index,
-                    segment.index.spec,
-                    segment.index.entries,
-                    keys.stored_dim,
-                    segment.index.recall_target,
-                ),
-            }
-            for segment in manifest.segments
-            if segment.index is not None and keys is not None
-        },
-        "clusters": "none"
-        if clusters is None
-        else {
-            "made_by": clusters.made_by,
-            "clusters": clusters.clusters,
-            "members": sum(segment.members or 0 for segment in manifest.segments),
-        },
-        **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
-        "tuned_before_documents_changed": [
-            method
-            for method, generation in manifest.tuned_at.items()
-            if generation < manifest.documents_of
-        ],
-    }
-
-
-def _dims(keys: "KeysRecord") -> str:
-    if keys.projection is None:
-        return f"{keys.dim} dims"
-    return f"{keys.projection.dim} of {keys.dim} dims"
 
 
 def shaded_generation(generation: "Generation", most: int) -> RenderableType:

@@ -221,7 +221,8 @@ def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progr
         check_spec(choice.spec, keys.stored_dim, choice.nprobe)
         opened = [(change.files(segment.record.name), segment) for segment in change.segments]
         segments = write_all(opened, choice, progress)
-        change.publish(keys=msgspec.structs.replace(keys, index=choice.spec), segments=segments)
+        keys = msgspec.structs.replace(keys, index=choice.spec)
+        change.publish(keys=keys, segments=segments, keys_of=change.number)
 
 
 def store_settings(

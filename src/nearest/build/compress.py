@@ -113,7 +113,7 @@ def compress_memory(path: Path, compression: Compression, progress: Progress = n
         segments, keys = write_all(rewritten, choice, progress), plan.record
         if compression.index is not None:
             keys = msgspec.structs.replace(keys, index=compression.index)
-        change.publish(keys=keys, segments=segments)
+        change.publish(keys=keys, segments=segments, keys_of=change.number)
 
 
 def _plan(change: Change, compression: Compression) -> _Plan:

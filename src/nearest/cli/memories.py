@@ -216,6 +216,6 @@ def verify(
 def show_info(memory: "Memory", as_json: bool) -> None:
     """Print what a memory holds."""
     if as_json:
-        typer.echo(json.dumps(reports.memory_info(memory)))
+        typer.echo(json.dumps(memory.info()))
     else:
         out.print(reports.info_table(memory))

@@ -6,7 +6,7 @@ with the same tokens stand side by side, and every shorter match is an interval 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple, Protocol, no_type_check
 
 import numba
 import numpy as np
@@ -20,6 +20,15 @@ from nearest.index.threads import in_threads
 
 MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable
 _BLOCK = 1 << 20
+
+
+class _TokenRun(Protocol):
+    """A part of a corpus: its tokens, and the id of its first entry."""
+
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def first(self) -> int: ...
 
 
 class Matches(NamedTuple):
@@ -123,7 +132,7 @@ def longest_matches(
 
 
 def match_lengths(
-    arrays: Sequence[SuffixArray],
+    arrays: Sequence[_TokenRun],
     start_token: int,
     ids: Int[np.ndarray, "q k"],
     context: Tokens,
@@ -142,7 +151,7 @@ def match_lengths(
 
 
 def values_of(
-    arrays: Sequence[SuffixArray], ids: Int[np.ndarray, "*shape"]
+    arrays: Sequence[_TokenRun], ids: Int[np.ndarray, "*shape"]
 ) -> Int[np.ndarray, "*shape"]:
     """The token (int64) that follows each of some entries; -1 for id -1."""
     values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)

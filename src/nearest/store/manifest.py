@@ -206,11 +206,12 @@ class GateRecord(_Record, frozen=True):
     file: FileRecord
 
 
-class Manifest(_Record, frozen=True):
-    """A generation of a memory.
+class Manifest(_Record, frozen=True, omit_defaults=True):
+    """A snapshot of a memory.
 
-    `documents_of`: the generation in which documents were last added or removed; `tuned_at`: that
-    in which each method's settings were found.
+    `documents_of`: the snapshot in which documents were last added or removed; `tuned_at`: that
+    in which each method's settings were found; `keys_of`: that in which keys or indexes were last
+    rewritten for all entries. (In the file, "generation" is the number of the snapshot.)
     """
 
     format: Positive
@@ -224,7 +225,8 @@ class Manifest(_Record, frozen=True):
     gates: dict[str, GateRecord]
     documents_of: Positive
     tuned_at: dict[str, Positive]
-    checksum: Digest = _UNSIGNED
+    keys_of: Positive = 1
+    checksum: Digest = ""  # of the file, with zeros in this place
 
     def __post_init__(self) -> None:
         names = [segment.name for segment in self.segments]
@@ -245,6 +247,17 @@ class Manifest(_Record, frozen=True):
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
         return records
+
+    def stale(self, method: str) -> Literal["keys", "documents"] | None:
+        """What has changed since a method's settings and gate were found; None if nothing has.
+
+        "keys": they were found with other keys or another index (`nearest compress`, `nearest
+        index`), so that distances mean something else. "documents": some came or went.
+        """
+        tuned = self.tuned_at.get(method)
+        if tuned is None or tuned >= max(self.keys_of, self.documents_of):
+            return None
+        return "keys" if tuned < self.keys_of else "documents"
 
 
 class _FormatOnly(msgspec.Struct):

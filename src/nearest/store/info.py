@@ -1,0 +1,85 @@
+"""What a memory folder holds, in figures."""
+
+from pathlib import Path
+from typing import Any
+
+from nearest.index.choice import explained
+from nearest.store.manifest import KeysRecord
+from nearest.store.snapshot import Snapshot
+
+
+def memory_info(memory: Snapshot) -> dict[str, Any]:
+    """What a memory holds, how it is searched and what was tuned, as `nearest info` shows."""
+    manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
+    documents = sum(segment.documents - segment.removed for segment in manifest.segments)
+    entries, sizes = sum(segment.entry_count for segment in memory.segments), dict[str, int]()
+    for segment in manifest.segments:
+        for name, file in segment.files.items():
+            kind = "clusters" if name.startswith("cluster_") else name
+            sizes[kind] = sizes.get(kind, 0) + file.size
+        for file in () if segment.index is None else segment.index.file_records():
+            sizes["index"] = sizes.get("index", 0) + file.size
+    for file in () if keys is None else keys.file_records():
+        kind = Path(file.path).stem.partition(".")[2]
+        sizes[kind] = file.size
+    return {
+        "memory": str(memory.path),
+        "format": manifest.format,
+        "generation": manifest.generation,
+        "documents": documents,
+        "tokens": entries + documents,
+        "entries": entries,
+        "bytes": sum(sizes.values()),
+        "bytes_per_entry": round(sum(sizes.values()) / entries, 1),
+        "files": sizes,
+        "model": manifest.model.name,
+        "model_kind": "encoder–decoder" if manifest.model.reads_sources else "causal",
+        "keys": "none"
+        if keys is None
+        else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
+        "keys_made_in": "none" if keys is None else keys.dtype or "unknown",
+        "segments": len(manifest.segments),
+        "removed_documents": sum(segment.removed for segment in manifest.segments),
+        "kept_entries": sum(segment.searched_count for segment in memory.segments),
+        "windows": "none" if keys is None else f"{keys.window} with a stride of {keys.stride}",
+        **{
+            f"index_of_segment_{segment.name}": {
+                "spec": segment.index.spec,
+                "nprobe": segment.index.nprobe,
+                "margin": segment.index.margin,
+                "recall@1024": segment.index.recall,
+                "recall_target": segment.index.recall_target,
+                "why": explained(
+                    keys.index,
+                    segment.index.spec,
+                    segment.index.entries,
+                    keys.stored_dim,
+                    segment.index.recall_target,
+                ),
+            }
+            for segment in manifest.segments
+            if segment.index is not None and keys is not None
+        },
+        "clusters": "none"
+        if clusters is None
+        else {
+            "made_by": clusters.made_by,
+            "clusters": clusters.clusters,
+            "members": sum(segment.members or 0 for segment in manifest.segments),
+        },
+        **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
+        "tuned_before_documents_changed": [
+            method
+            for method, generation in manifest.tuned_at.items()
+            if generation < manifest.documents_of
+        ],
+        "tuned_before_keys_changed": [
+            method for method in manifest.tuned_at if manifest.stale(method) == "keys"
+        ],
+    }
+
+
+def _dims(keys: KeysRecord) -> str:
+    if keys.projection is None:
+        return f"{keys.dim} dims"
+    return f"{keys.projection.dim} of {keys.dim} dims"

@@ -1,0 +1,85 @@
+"""What the operating system offers: limits of RAM, file systems, and calls that may be missing."""
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nearest import machine
+from nearest.folder import ArrayFile, open_array, writer_lock
+from nearest.machine import file_system, machine_memory
+
+INT64 = np.dtype(np.int64)
+PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "5000"}, 5000),
+        ("0::/job/step", {"job/step/memory.max": "3000", "job/memory.max": "5000"}, 3000),
+        ("0::/outside/of/the/container", {"memory.max": "4000"}, 4000),
+        ("4:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "7000"}, 7000),
+        ("4:cpu:/job", {"memory/job/memory.limit_in_bytes": "7000"}, PHYSICAL),
+        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "9223372036854771712"}, PHYSICAL),
+        ("0::/", {}, PHYSICAL),
+    ],
+)
+def test_ram_is_what_control_groups_allow(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    files: dict[str, str],
+    expected: int,
+) -> None:
+    for place, text in files.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+    assert machine_memory() == expected
+
+
+def mounts(path: Path, folder: Path, kind: str) -> Path:
+    path.write_text(
+        "22 1 0:20 / / rw - ext4 /dev/root rw\n"
+        f"30 22 0:40 / {folder} rw,relatime shared:5 - {kind} server:/export rw\n"
+    )
+    return path
+
+
+def test_the_file_system_of_a_folder_is_that_of_its_nearest_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "share"
+    folder.mkdir()
+    monkeypatch.setattr(machine, "_MOUNTS", mounts(tmp_path / "mounts", folder, "nfs4"))
+    assert file_system(folder / "law.memory") == "nfs4"
+    assert file_system(tmp_path) == "ext4"
+    monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "missing")
+    assert file_system(folder) == ""
+
+
+def test_a_writer_on_nfs_is_told_what_the_lock_is_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writer_lock(tmp_path):
+        pass
+    mounted = mounts(tmp_path.parent / f"{tmp_path.name}.mounts", tmp_path, "nfs")
+    monkeypatch.setattr(machine, "_MOUNTS", mounted)
+    with pytest.warns(UserWarning, match="NFS"), writer_lock(tmp_path):
+        pass
+
+
+def test_arrays_are_written_and_read_without_calls_that_only_linux_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    with ArrayFile(tmp_path / "a.npy", INT64, rows=4) as file:
+        file.write(2, np.array([7]))
+    assert open_array(tmp_path / "a.npy", INT64, (4,)).tolist() == [0, 0, 7, 0]
