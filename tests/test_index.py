@@ -8,6 +8,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ from nearest.index.exact import ExactIndex
 from nearest.index.ids import random_order
 from nearest.index.keys import Float16Keys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first, take_nearest
+from nearest.index.threads import in_threads
 from nearest.index.tuning import recall, tune_search
 
 METRICS = ["l2", "ip"]
@@ -597,11 +599,45 @@ def test_what_no_index_can_be_made_of_is_refused_early(
 def test_threads_share_the_rows(
     keys: np.ndarray, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = np.random.default_rng(3).integers(-1, 4000, size=(50, 33))
+    ids = np.random.default_rng(3).integers(-1, 4000, size=(200, 33))
+    queries = np.resize(queries, (200, 16))
     expected = key_distances_reference(keys, queries, ids, "l2")
     for threads in (1, 3, 64):
-        monkeypatch.setattr(faiss, "omp_get_max_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found = key_distances(keys, queries, ids, "l2")
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     empty = key_distances(keys, queries[:0], ids[:0], "l2")
     assert empty.shape == (0, 33)
+
+
+WITHOUT_FAISS = """
+import sys
+sys.modules["faiss"] = None
+import numpy as np, torch
+from nearest.index.sample import SuffixArray
+from nearest.index.suffix import longest_matches, sort_suffixes
+torch.set_num_threads(2)
+tokens = np.array([0, 1, 2, 1, 2, 3], np.uint16)
+array = SuffixArray(tokens, sort_suffixes(tokens, np.arange(6) < 5))
+found = longest_matches([array], 0, np.array([1, 2] * 64), np.arange(128), 2)
+assert found.lengths[1].tolist() == [2, 2], found.lengths[1]
+"""
+
+
+def test_suffixes_need_no_faiss() -> None:
+    """Nor do its threads: a memory without keys is used where it is not installed."""
+    assert subprocess.run([sys.executable, "-c", WITHOUT_FAISS], timeout=120).returncode == 0
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    done: list[int] = []
+
+    def work(rows: slice) -> None:
+        if rows.start == 50:
+            raise MemoryError
+        done.append(rows.start)
+
+    with pytest.raises(MemoryError):
+        in_threads(work, 200)
+    assert sorted(done) == [0, 100, 150]  # and nobody still works on what is given up
