@@ -10,7 +10,8 @@ import numpy as np
 
 from common import arguments, machine, memory_of_tokens, query_keys, report, timed
 from nearest import Memory
-from nearest.index.approximate import ApproximateIndex, build_index, code_bytes
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import build_index, code_bytes
 from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.index.tuning import recall
 

@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 
 from nearest.errors import FolderError, SettingError
 from nearest.folder import sha256_of
-from nearest.index import approximate
-from nearest.index.approximate import (
-    ApproximateIndex,
+from nearest.index.approximate import ApproximateIndex, read_index
+from nearest.index.building import (
     build_index,
     can_be_joined,
     check_spec,
     fill_index,
     joined,
-    read_index,
     sample_size,
     train_index,
 )
@@ -453,7 +451,7 @@ def test_rows_are_read_a_bounded_block_at_a_time(
 
     stored_keys = Noted(keys, "l2")
     whole = build_index(stored_keys, ids, "IVF8,SQ8", np.random.default_rng(0))
-    monkeypatch.setattr(approximate, "_ADD_BYTES", 4 * keys.shape[1] * 50)
+    monkeypatch.setattr(building, "_ADD_BYTES", 4 * keys.shape[1] * 50)
     read.clear()
     found = build_index(stored_keys, ids, "IVF8,SQ8", np.random.default_rng(0))
     assert max(read) <= 50 < len(ids)
@@ -550,7 +548,8 @@ def test_sorting_keeps_pairs_together() -> None:
 
 FORKED = """
 import os, numpy as np
-from nearest.index.approximate import (ApproximateIndex, build_index)
+from nearest.index.approximate import (ApproximateIndex)
+from nearest.index.building import (build_index)
 from nearest.index.exact import ExactIndex
 from nearest.index.ids import random_order
 from nearest.index.keys import Float16Keys

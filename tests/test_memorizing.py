@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from conftest import make_model
 from nearest.errors import FolderError, ModelError, SettingError
-from nearest.index.approximate import ApproximateIndex, build_index
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys
 from nearest.index.neighbours import Neighbours, VectorIndex

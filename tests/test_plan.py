@@ -16,7 +16,7 @@ from nearest.build.build import BuildOptions, planned_memory
 from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError, FolderError
-from nearest.index.approximate import code_bytes
+from nearest.index.building import code_bytes
 from nearest.index.choice import resolve_spec
 from nearest.store.manifest import KeysRecord
 from nearest.store.new_segment import segment_tokens

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nearest.index.sample import SuffixArray, random_order, sample
-from nearest.index.suffix import longest_matches, longest_matches_reference, sort_suffixes
+from nearest.index.suffix import longest_matches, sort_suffixes
 from nearest.store.parts.corpus import valued_mask
+from suffix_oracle import longest_matches_reference
 
 START = 0
 

@@ -14,7 +14,8 @@ from conftest import random_documents
 from folders import Build
 from nearest import Memory
 from nearest.index import search
-from nearest.index.approximate import ApproximateIndex, build_index
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
 from nearest.index.gpu import GpuScan
 from nearest.index.ids import random_order

@@ -25,7 +25,7 @@ from nearest.encode.identity import (
 )
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import SettingError
-from nearest.index.approximate import check_spec
+from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric

@@ -11,7 +11,7 @@ import msgspec
 
 from nearest.build.costs import hashing, indexing, sorting
 from nearest.errors import FolderError, SettingError
-from nearest.index.approximate import check_spec
+from nearest.index.building import check_spec
 from nearest.index.choice import AUTO
 from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing

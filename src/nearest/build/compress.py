@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from nearest.errors import SettingError
-from nearest.index.approximate import check_spec
+from nearest.index.building import check_spec
 from nearest.index.clusters import check_neighbours, greedy_merge
 from nearest.index.ids import position_dtype
 from nearest.index.keys import KeyFormat, key_format

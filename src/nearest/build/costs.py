@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.approximate import (
-    ApproximateIndex,
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import (
     code_bytes,
     fill_index,
     number_of_lists,

@@ -19,7 +19,7 @@ from nearest.encode.encoder import Encoder
 from nearest.encode.identity import reads_sources
 from nearest.encode.layers import LanguageModel, find_key_layer
 from nearest.errors import CorpusError, ModelError, SettingError
-from nearest.index.approximate import check_spec
+from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, EXACT, RECALL
 from nearest.index.clusters import Clusters
 from nearest.index.keys import key_format

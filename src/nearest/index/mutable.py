@@ -4,7 +4,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
-from nearest.index.approximate import ApproximateIndex, build_index, check_spec, training_rows
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import build_index, check_spec, training_rows
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float32Keys

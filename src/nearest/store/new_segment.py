@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.index.approximate import check_spec
+from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, bytes_an_entry
 from nearest.index.keys import KeyFormat
 from nearest.progress import Progress

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nearest.index.approximate import ApproximateIndex, joined
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import joined
 from nearest.index.exact import ExactIndex
 from nearest.index.gpu import GpuScan, SearchOn
 from nearest.index.keys import Keys

@@ -10,14 +10,12 @@ from jaxtyping import Int
 
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import fsync_file, sha256_of
-from nearest.index.approximate import (
-    ApproximateIndex,
+from nearest.index.approximate import ApproximateIndex, read_index, spec_of
+from nearest.index.building import (
     can_be_joined,
     check_spec,
     fill_index,
     number_of_lists,
-    read_index,
-    spec_of,
     train_index,
     training_rows,
 )
