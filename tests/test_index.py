@@ -548,10 +548,9 @@ def test_sorting_keeps_pairs_together() -> None:
 
 FORKED = """
 import os, numpy as np
-from nearest.index.approximate import (ApproximateIndex)
-from nearest.index.building import (build_index)
+from nearest.index.approximate import ApproximateIndex
+from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
-from nearest.index.ids import random_order
 from nearest.index.keys import Float16Keys
 keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)
 stored = Float16Keys(keys, 'l2')

@@ -8,12 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from nearest.errors import SettingError
-from nearest.index.approximate import (
-    ApproximateIndex,
-    build_index,
-    check_spec,
-    inverted_lists,
-)
+from nearest.index.approximate import ApproximateIndex, inverted_lists
+from nearest.index.building import build_index, check_spec
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys, Float32Keys, Keys
@@ -116,7 +112,7 @@ def _keys(embeddings: Float[np.ndarray, "n dim"]) -> Keys:
 
 def _too_few(spec: str, count: int) -> bool:
     """Whether so few vectors cannot train such an index: exact search is as quick then."""
-    from nearest.index.approximate import number_of_lists
+    from nearest.index.building import number_of_lists
 
     lists = 0 if spec == EXACT else number_of_lists(spec, 64) if "PQ" not in spec else 0
     return count < max(256 if "PQ" in spec or "OPQ" in spec else 0, lists)
