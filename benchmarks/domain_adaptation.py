@@ -30,7 +30,7 @@ def main() -> None:
     memory = Memory.open(path)
     test = list(read_documents([law / "test.jsonl"]))
     for result in evaluate(model, memory, test, ["base", "knn"], tokenizer=tokenizer):
-        report(benchmark="domain_adaptation", **result.as_json())
+        report(benchmark="domain_adaptation", **result.to_dict())
 
 
 if __name__ == "__main__":

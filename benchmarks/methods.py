@@ -91,7 +91,7 @@ def main() -> None:
             if other in rows
         }
         report(
-            benchmark="methods", corpus=options.corpus, row=name, **against, **rows[name].as_json()
+            benchmark="methods", corpus=options.corpus, row=name, **against, **rows[name].to_dict()
         )
         return found
 

@@ -334,7 +334,7 @@ def test_eval_prints_what_the_library_measures(
     texts = [document.text for document in read_documents([world.text])]
     timing = {"tok_s", "seconds", "added_ms"}
     for found, result in zip((base, knn), expected, strict=True):
-        for key, value in result.as_json().items():
+        for key, value in result.to_dict().items():
             if isinstance(value, float) and key not in timing:
                 value = pytest.approx(value, rel=1e-9)
             assert key in timing or found[key] == value, key

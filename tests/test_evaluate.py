@@ -299,8 +299,10 @@ def test_one_document_has_no_interval() -> None:
     assert bootstrap_interval(np.array([3.0]), np.array([1.0])) == (None, None)
 
 
-def test_perplexity_of_the_impossible_is_finite() -> None:
-    assert perplexity(math.inf, 1) == math.exp(700)
+def test_perplexity_of_the_impossible_is_infinite() -> None:
+    assert perplexity(math.inf, 1) == math.inf
+    assert perplexity(5000.0, 2) == math.inf
+    assert perplexity(1400.0, 2) == pytest.approx(math.exp(700))
 
 
 # --- all documents as one sequence ----------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_what_stands_in_the_memory_is_found(
     assert expected.partly[:6] == ("t2", "t3", "t4", "t5", "t6", "t7")
     for result in scored(tiny_model, memory, text, method=["base", "suffix"], **options):
         assert result.checks.leak == expected
-    leak = result.as_json()["leak"]
+    leak = result.to_dict()["leak"]
     ids = [*expected.whole, *expected.partly]
     assert leak == {
         "documents": 2,
@@ -153,7 +153,7 @@ def test_harm_by_hand() -> None:
     assert (harm.fraction, harm.p99) == (0.5, 0.5)
     assert harm.mean == pytest.approx(0.3)
     assert harm.documents == (("c", pytest.approx(0.1)),)
-    endless = harm_of(losses[4:], np.array([0, 1]), ["a", "b"]).as_json()
+    endless = harm_of(losses[4:], np.array([0, 1]), ["a", "b"]).to_dict()
     assert endless == {
         "fraction": 0.5, "mean": None, "p99": None, "documents": [{"id": "a", "nll": None}],
     }  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_memory_with_shuffled_keys_is_said_to_be_useless(
     base, knn, suffix = scored(tiny_model, memory, method=["base", "knn", "suffix"], **GIVEN)
     assert base.checks.neighbours is None
     assert knn.checks.neighbours.useless
-    assert knn.as_json()["useless_neighbours"]
+    assert knn.to_dict()["useless_neighbours"]
     assert not suffix.checks.neighbours.useless  # they match text, whatever the keys are
     nothing = scored(tiny_model, memory, method="knn", lam=0.0)
     assert nothing.checks.neighbours is None

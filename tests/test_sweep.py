@@ -288,7 +288,7 @@ def test_csv_parses_back(swept: Sweep) -> None:
     rows = list(csv.DictReader(report.as_csv(swept.points).splitlines()))
     assert list(rows[0]) == ["method", "setting", "value", *EVAL_KEYS[1:]]
     for row, point in zip(rows, swept.points, strict=True):
-        for name, value in point.as_json().items():
+        for name, value in point.to_dict().items():
             assert row[name] == ("" if value is None else str(value))
         assert row["value"] == "" or float(row["value"]) == point.value
         assert float(row["ppl"]) == pytest.approx(point.result.ppl)

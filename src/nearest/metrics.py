@@ -43,8 +43,12 @@ def bootstrap_interval(
 
 
 def perplexity(total_nll: float, units: float) -> float:
-    """exp(nll a unit): a token, a word or a byte gives three different numbers."""
-    return float(np.exp(np.minimum(total_nll / units, 700)))
+    """exp(nll a unit): a token, a word or a byte gives three different numbers.
+
+    Infinite where the text is impossible, or too improbable for a float.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(total_nll / units)))
 
 
 def bits_per_byte(total_nll: float, text_bytes: int) -> float:

@@ -68,7 +68,7 @@ def generate(
         do_sample=sample,
     )
     if as_json:
-        typer.echo(json.dumps(generation.as_json()))
+        typer.echo(json.dumps(generation.to_dict()))
     else:
         out.print(reports.shaded_generation(generation, show))
 

@@ -177,7 +177,7 @@ def evaluate(
         )
     if as_json:
         for result in results:
-            typer.echo(json.dumps(result.as_json()))
+            typer.echo(json.dumps(result.to_dict()))
     else:
         out.print(reports.results_table(results))
     for doubt in reports.doubts(results):
@@ -243,7 +243,7 @@ def sweep(
     write_report(out_path, swept, opened, beside)
     if as_json:
         for point in swept.points:
-            typer.echo(json.dumps(point.as_json()))
+            typer.echo(json.dumps(point.to_dict()))
     else:
         out.print(reports.sweep_table(swept.points))
     err.print(f"see {escape(str(out_path / 'sweep.html'))}", soft_wrap=True)

@@ -166,20 +166,21 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        for group in self.encoder.scores(self.text.sequences, with_view, self.text.encoder_tokens):
+        sequences = self.text.sequences  # of a stream, made anew at every look
+        for group in self.encoder.scores(sequences, with_view, self.text.encoder_tokens):
             scored = []
             for batch in group:
                 scored.append(batch)
                 done += len(batch.lm_log_probs)
                 progress(stage, done, total)
-            yield self._block(scored)
+            yield self._block(scored, sequences)
 
-    def _block(self, scored: list[ScoredBatch]) -> ScoredBlock:
+    def _block(self, scored: list[ScoredBatch], read: Sequence[Tokens]) -> ScoredBlock:
         sequences = np.concatenate([one.batch.documents for one in scored])
         ends = np.concatenate([one.batch.positions for one in scored])
         order = np.lexsort((ends, sequences))
         first, last = int(sequences.min()), int(sequences.max())
-        texts = self.text.sequences[first : last + 1]
+        texts = read[first : last + 1]
         starts = np.cumsum([0, *map(len, texts)])[:-1]
         sequences, ends = sequences[order], ends[order]
         documents, positions = self.text.places(sequences, ends + 1)
@@ -194,7 +195,7 @@ class Scorer:
             positions,
             Queries(
                 torch.cat([one.keys for one in scored])[rows].numpy(),
-                np.concatenate(texts),
+                texts[0] if len(texts) == 1 else np.concatenate(texts),
                 starts[sequences - first] + ends,
                 _joined_views([one.view for one in scored], order),
                 own,

@@ -74,8 +74,8 @@ def write_report(
 
 
 def as_csv(points: Sequence[Point]) -> str:
-    """A line a point under the names of `Point.as_json`; empty where there is no value."""
-    rows = [point.as_json() for point in points]
+    """A line a point under the names of `Point.to_dict`; empty where there is no value."""
+    rows = [point.to_dict() for point in points]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -28,7 +28,7 @@ class Harm:
     p99: float
     documents: tuple[tuple[str, float], ...]
 
-    def as_json(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, None for what is infinite."""
         return {
             "fraction": self.fraction,
@@ -58,7 +58,7 @@ def harm_of(
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class NeighbourCheck:
     """What the neighbours know: of the weight that they are given, how much falls on which tokens.
 
     Attributes:

@@ -16,8 +16,8 @@ from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
-from nearest.retrieval.settings import BASE, check_method, check_settings, settings_of
-from nearest.verbs.checks import Neighbours, harm_of
+from nearest.retrieval.settings import BASE, Settings, check_method, check_settings, settings_of
+from nearest.verbs.checks import NeighbourCheck, harm_of
 from nearest.verbs.leak import Leak, find_leak
 from nearest.verbs.records import RecordFile, Records, check_records_path, records_of
 from nearest.verbs.results import Checks, Cost, Result, result_of
@@ -60,7 +60,8 @@ def evaluate(
     stream: bool = False,
     records: str | Path | Records | None = None,
     progress: Progress = no_progress,
-    **settings: Any,
+    settings: Settings | None = None,
+    **given: Any,
 ) -> Result | list[Result]:
     """Perplexity of documents by one method, or by several in one pass.
 
@@ -83,10 +84,12 @@ def evaluate(
             nothing between them, or with EOS where `score_eos` asks for it. Context and state go
             over their ends, and every token but the first is predicted once.
         records: a Parquet file to write, one row a token and method, or what is called with columns
-            of such rows, as the text is read: `verbs.records.records_of` says which.
+            of such rows as the text is read (`verbs.records.records_of` says which), such as a
+            `verbs.records.RecordTable`, which makes a pandas.DataFrame of them.
         progress: told (stage, done, total).
-        **settings: lam, temperature, k, distances of the memory's method; what is not given comes
-            from `tune`'s result in the memory, else from the paper's defaults.
+        settings: of the methods, all of them, in place of those stored in the memory.
+        **given: single settings, by the names of `Settings`, before all others. What neither gives
+            comes from `tune`'s result in the memory, else from the paper's defaults.
 
     Returns:
         A Result, or a list of them where several methods were asked for.
@@ -96,7 +99,7 @@ def evaluate(
     """
     methods = [method] if isinstance(method, str) else list(method)
     memories = memories_of(memory)
-    ensembles = _ensembles(memories, methods, weights, settings)
+    ensembles = _ensembles(memories, methods, weights, settings, given)
     if isinstance(records, str | Path):
         check_records_path(Path(records))
     scorer = Scorer.prepare(
@@ -174,7 +177,7 @@ class _Scored:
         given, right, elsewhere = run.judged
         neighbours = None
         if given > 0:
-            neighbours = Neighbours(right / given, elsewhere / given, int(text.predictions))
+            neighbours = NeighbourCheck(right / given, elsewhere / given, int(text.predictions))
         checks = Checks(neighbours, harm, leak)
         return result_of(
             text,
@@ -197,6 +200,7 @@ def _ensembles(
     memories: Sequence[Memory],
     methods: Sequence[str],
     weights: Sequence[float] | None,
+    settings: Settings | None,
     given: dict[str, Any],
 ) -> dict[str, Ensemble]:
     for name in methods:
@@ -215,5 +219,6 @@ def _ensembles(
         raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
     check_settings(of_memory, given)
     return {
-        name: Ensemble.of(memories, name, weights, **settings_of(name, given)) for name in of_memory
+        name: Ensemble.of(memories, name, weights, settings, **settings_of(name, given))
+        for name in of_memory
     }

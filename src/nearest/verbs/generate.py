@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel
 
 from nearest.corpus.documents import Document
@@ -63,7 +64,7 @@ class Generation:
     documents: list[DocumentShare]
     continues: bool = True
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""
         return asdict(self)
 
@@ -172,14 +173,14 @@ def decode_pieces(tokenizer: Any, before: list[int], ids: list[int]) -> list[str
 
     A character made of several tokens comes with the last of them.
     """
-    pieces, done = [], tokenizer.decode(before)
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(before + ids[:end])
-        if text.endswith("\ufffd") and end < len(ids):
-            text = done
-        pieces.append(text[len(done) :])
-        done = text
-    return pieces
+    stream, backend = DecodeStream(skip_special_tokens=False), tokenizer.backend_tokenizer
+    for token in before:
+        stream.step(backend, token)
+    pieces = [stream.step(backend, token) for token in ids]
+    unfinished = next((n for n, piece in enumerate(reversed(pieces)) if piece), len(pieces))
+    if unfinished:  # a character that the text ends within
+        pieces[-1] = tokenizer.decode(ids[-unfinished:])
+    return [piece or "" for piece in pieces]
 
 
 def _document_shares(

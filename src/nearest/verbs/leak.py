@@ -33,7 +33,7 @@ class Leak:
     tokens: int
     span: int = SPAN
 
-    def as_json(self) -> dict[str, int | list[str]]:
+    def to_dict(self) -> dict[str, int | list[str]]:
         """Counts, and the first ids."""
         return {
             "documents": len(self.whole),

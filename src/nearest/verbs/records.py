@@ -21,6 +21,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.models.method_run import Details
 from nearest.models.scoring import ScoredBlock
+from nearest.verbs.results import data_frame
 
 # Columns of equal length by name; takes what it is given, or writes it.
 Records = Callable[[Mapping[str, np.ndarray]], None]
@@ -77,6 +78,26 @@ def _sources(memories: Sequence[Memory], details: Details) -> tuple[np.ndarray, 
             ids = [memory.document(document).id for document in read.tolist()]
             names[found] = np.array(ids, dtype=object)[at]
     return names, positions
+
+
+class RecordTable:
+    """Takes records into memory: `evaluate(…, records=table)`, then `table.to_pandas()`."""
+
+    def __init__(self) -> None:
+        self._parts: list[Mapping[str, np.ndarray]] = []
+
+    def __call__(self, records: Mapping[str, np.ndarray]) -> None:
+        """Add rows."""
+        self._parts.append(records)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row a token and method; columns as in `records_of`.
+
+        Raises:
+            NearestError: pandas is not installed.
+        """
+        names = self._parts[0] if self._parts else ()
+        return data_frame({n: np.concatenate([p[n] for p in self._parts]) for n in names})
 
 
 def check_records_path(path: Path) -> None:

@@ -1,15 +1,16 @@
 """What scoring a text gives: one method's figures, with intervals by document bootstrap."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.corpus.text import Text
+from nearest.errors import require
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
-from nearest.verbs.checks import Harm, Neighbours
+from nearest.verbs.checks import Harm, NeighbourCheck
 from nearest.verbs.leak import Leak
 
 
@@ -23,23 +24,23 @@ class Checks:
         leak: what of the text stands in the memory.
     """
 
-    neighbours: Neighbours | None = None
+    neighbours: NeighbourCheck | None = None
     harm: Harm | None = None
     leak: Leak | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys."""
         neighbours, harm, leak = self.neighbours, self.harm, self.leak
         return {
             "memory_prob": None if neighbours is None else neighbours.right,
             "chance_prob": None if neighbours is None else neighbours.chance,
             "useless_neighbours": None if neighbours is None else neighbours.useless,
-            "harm": None if harm is None else harm.as_json(),
-            "leak": None if leak is None else leak.as_json(),
+            "harm": None if harm is None else harm.to_dict(),
+            "leak": None if leak is None else leak.to_dict(),
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """One method's figures on a text; nll is the mean in nats a token.
 
@@ -75,16 +76,24 @@ class Result:
     delta_nll: float | None
     delta_low: float | None
     delta_high: float | None
-    document_nll: Float[np.ndarray, " documents"] = field(repr=False)
-    document_tokens: Int[np.ndarray, " documents"] = field(repr=False)
-    checks: Checks = field(repr=False)
+    document_nll: Float[np.ndarray, " documents"]
+    document_tokens: Int[np.ndarray, " documents"]
+    checks: Checks
 
-    def as_json(self) -> dict[str, Any]:
+    def __repr__(self) -> str:
+        """Method, perplexity with its interval, and on how many tokens."""
+        interval = ""
+        if self.nll_low is not None and self.nll_high is not None:
+            low, high = perplexity(self.nll_low, 1), perplexity(self.nll_high, 1)
+            interval = f" (95 %: {low:.2f} to {high:.2f})"
+        return f"Result({self.method}: perplexity {self.ppl:.2f}{interval}, {self.tokens:,} tokens)"
+
+    def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys."""
-        return {**self.figures(), **self.checks.as_json()}
+        return {**self.figures(), **self.checks.to_dict()}
 
     def figures(self) -> dict[str, Any]:
-        """Single figures by name; None for what is infinite."""
+        """Single figures by name; None for one that is infinite."""
         others = ("document_nll", "document_tokens", "checks")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {
@@ -143,3 +152,11 @@ def result_of(
         document_tokens=counts,
         checks=checks or Checks(),
     )
+
+
+def data_frame(rows: Any) -> Any:
+    """A `pandas.DataFrame` of rows or columns (NearestError where pandas is not installed)."""
+    require("pandas", "data")
+    import pandas
+
+    return pandas.DataFrame(rows)

@@ -19,7 +19,7 @@ from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.search_cache import SearchCache
 from nearest.retrieval.settings import BASE
-from nearest.verbs.results import Cost, Result, result_of
+from nearest.verbs.results import Cost, Result, data_frame, result_of
 from nearest.verbs.variations import (
     KNN,
     MIN_KNNS,
@@ -49,7 +49,7 @@ class Point:
     value: float | None
     result: Result
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys of `eval`, and after the method what is varied ("inf" as text)."""
         value = "inf" if self.value == float("inf") else self.value
         figures = self.result.figures()
@@ -74,6 +74,14 @@ class Sweep:
     points: list[Point]
     search_ms: dict[str, float]
     untuned: list[str]
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each point, its columns as in `Point.to_dict`.
+
+        Raises:
+            NearestError: pandas is not installed.
+        """
+        return data_frame([point.to_dict() for point in self.points])
 
 
 def sweep(
