@@ -1,0 +1,302 @@
+"""The batching loop: requests join and leave between steps, and share passes and searches.
+
+One thread owns the model. Each round reads one piece of one waiting prompt, so that a long prompt
+delays running continuations by no more than a piece, and then advances all running continuations by
+one token. News go to listeners that must not block, so that a slow client delays nobody.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nearest.errors import NearestError
+from nearest.serve.errors import ApiError
+from nearest.serve.metrics import Metrics
+from nearest.serve.mixing import Prediction, row_queries
+from nearest.serve.passes import Batch, Passed, Passes
+from nearest.serve.prompts import Prompt, tell
+from nearest.serve.sampling import choose
+from nearest.serve.vocabulary import Vocabulary
+from nearest.serve.work import Failure, News, Row, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the engine takes on.
+
+    Attributes:
+        running: continuations that advance together.
+        waiting: prompts that may wait; more are refused.
+    """
+
+    running: int = 64
+    waiting: int = 256
+
+
+class Engine:
+    """Runs work in a thread of its own; `submit` may be called from any thread."""
+
+    def __init__(
+        self, passes: Passes, vocabulary: Vocabulary, metrics: Metrics, limits: Limits | None = None
+    ) -> None:
+        self._passes = passes
+        self._vocabulary = vocabulary
+        self._metrics = metrics
+        self._limits = limits or Limits()
+        self._changed = threading.Condition()
+        self._waiting: deque[Work] = deque()
+        self._prompts: deque[Prompt] = deque()
+        self._running: list[_Running] = []
+        self._stopping = False
+        self._draining = False
+        self._thread = threading.Thread(target=self._run, name="nearest-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, grace: float = 0.0) -> None:
+        """Refuse new work, give what is under way `grace` seconds, then end it with 503."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and self._thread.is_alive() and self.busy:
+            time.sleep(0.02)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(30)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether work is taken, and there is room for it."""
+        return self.alive and not self._draining and len(self._waiting) < self._limits.waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._waiting or self._prompts or self._running)
+
+    def submit(self, works: Sequence[Work]) -> None:
+        """Take on all of the prompts of a request, or none.
+
+        Raises:
+            ApiError: 429 when too many wait, 503 when the server is going down.
+        """
+        with self._changed:
+            if self._draining or not self._thread.is_alive():
+                raise ApiError(503, "the server is shutting down", headers={"Retry-After": "5"})
+            if len(self._waiting) + len(works) > self._limits.waiting:
+                raise ApiError(
+                    429,
+                    f"{len(self._waiting)} prompts are waiting and the limit is "
+                    f"{self._limits.waiting}: try again in a moment",
+                    code="queue_full",
+                    headers={"Retry-After": str(1 + len(self._waiting) // 16)},
+                )
+            self._waiting.extend(works)
+            self._metrics.waiting.set(len(self._waiting))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self.busy or self._stopping):
+                        self._changed.wait()
+                    if self._stopping:
+                        break
+                self._round()
+        finally:
+            with self._changed:
+                self._draining = True
+                left = [*self._waiting, *(prompt.work for prompt in self._prompts)]
+                self._waiting.clear()
+            gone = ApiError(503, "the server is shutting down", headers={"Retry-After": "5"})
+            left += _works_of([row for one in self._running for row in one.rows])
+            for work in left:
+                work.listener(Failure(gone))
+
+    @property
+    def _rows(self) -> int:
+        return sum(len(one.rows) for one in self._running)
+
+    def _round(self) -> None:
+        self._drop_ended()
+        self._admit()
+        if self._prompts:
+            self._read_piece(self._prompts[0])
+            self._prompts.rotate(-1)
+        for running in list(self._running):
+            self._advance(running)
+        self._running = [one for one in self._running if one.rows]
+        self._metrics.running.set(self._rows + len(self._prompts))
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._waiting:
+                work = self._waiting[0]
+                taken = self._rows + sum(prompt.work.wanted.n for prompt in self._prompts)
+                if taken and taken + work.wanted.n > self._limits.running:
+                    break
+                self._waiting.popleft()
+                self._metrics.queue_seconds.observe(time.monotonic() - work.submitted)
+                self._prompts.append(Prompt(work, self._passes, self._vocabulary))
+            self._metrics.waiting.set(len(self._waiting))
+
+    def _drop_ended(self) -> None:
+        """Forget work that was cancelled or has taken too long."""
+        now = time.monotonic()
+        with self._changed:
+            for work in [work for work in self._waiting if _ended(work, now)]:
+                self._waiting.remove(work)
+                _give_up(work)
+        for prompt in [prompt for prompt in self._prompts if _ended(prompt.work, now)]:
+            self._prompts.remove(prompt)
+            _give_up(prompt.work)
+        for running in self._running:
+            ended = [row for row in running.rows if _ended(row.work, now)]
+            if ended:
+                running.keep([r for r in running.rows if not _ended(r.work, now)], self._passes)
+                for work in _works_of(ended):
+                    _give_up(work)
+        self._running = [one for one in self._running if one.rows]
+
+    def _read_piece(self, prompt: Prompt) -> None:
+        """Read a piece of a prompt; after the last, choose each continuation's first token."""
+        try:
+            if not prompt.read_piece():
+                return
+            self._prompts.remove(prompt)
+            self._begin(prompt)
+        except Exception as error:
+            if prompt in self._prompts:
+                self._prompts.remove(prompt)
+            _fail([prompt.work], error)
+
+    def _begin(self, prompt: Prompt) -> None:
+        work, wanted = prompt.work, prompt.work.wanted
+        self._metrics.prompt_tokens.inc(len(work.prompt))
+        rows = [Row(work, n, self._vocabulary) for n in range(wanted.n)]
+        for row in rows:
+            if prompt.echoed:
+                work.listener(News(row.choice, prompt.echoed))
+            if wanted.max_tokens:
+                self._tell(row, prompt.prediction, prompt.number)
+            else:
+                row.finished = "length"
+                work.listener(News(row.choice, [], row.finished))
+        self._metrics.first_token.observe(time.monotonic() - work.submitted)
+        going = [row for row in rows if row.finished is None]
+        if not going:
+            return
+        batch = prompt.batch
+        if len(going) > 1:
+            batch = self._passes.repeat(batch, len(going))
+        if self._passes.joins and self._running:
+            running = self._running[0]
+            running.batch = self._passes.join(running.batch, batch)
+            running.rows += going
+        else:
+            self._running.append(_Running(going, batch))
+
+    def _advance(self, running: "_Running") -> None:
+        """One more token for each of the rows; those of one method are looked up together."""
+        try:
+            with self._metrics.pass_seconds.time():
+                passed = self._passes.step(running.batch, [row.tokens[-1] for row in running.rows])
+        except Exception as error:
+            _fail(_works_of(running.rows), error)
+            running.rows = []
+            return
+        alike: dict[int, list[int]] = {}
+        for number, row in enumerate(running.rows):
+            alike.setdefault(id(row.work.ensemble), []).append(number)
+        for numbers in alike.values():
+            rows = [running.rows[number] for number in numbers]
+            try:
+                self._predict(rows, Passed(passed.keys[numbers], passed.log_probs[numbers]))
+            except Exception as error:
+                _fail(_works_of(rows), error)
+                for row in rows:
+                    row.finished = "error"
+        running.keep([row for row in running.rows if row.finished is None], self._passes)
+
+    def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
+        with self._metrics.mix_seconds.time():
+            queries = row_queries(passed.keys[:, -1].numpy(), [row.tokens for row in rows])
+            prediction = Prediction.of(
+                rows[0].work.ensemble,
+                queries,
+                [row.state for row in rows],
+                passed.log_probs[:, -1],
+            )
+        for number, row in enumerate(rows):
+            self._tell(row, prediction, number)
+
+    def _tell(self, row: Row, prediction: Prediction, number: int) -> None:
+        """Choose a row's next token, tell its listener, and carry its state on."""
+        wanted = row.work.wanted
+        token = choose(prediction.log_probs[number], wanted.temperature, wanted.top_p, row.rng)
+        told = row.add(tell(wanted, prediction, number, token))
+        row.state = prediction.after(number, token)
+        self._metrics.generated_tokens.inc()
+        if told or row.finished:
+            row.work.listener(News(row.choice, told, row.finished))
+
+
+class _Running:
+    """Continuations that advance together."""
+
+    def __init__(self, rows: list[Row], batch: Batch) -> None:
+        self.rows = rows
+        self.batch = batch
+
+    def keep(self, rows: list[Row], passes: Passes) -> None:
+        """Go on with some of the rows."""
+        if rows and len(rows) < len(self.rows):
+            kept = {id(row) for row in rows}
+            numbers = [n for n, row in enumerate(self.rows) if id(row) in kept]
+            self.batch = passes.select(self.batch, numbers)
+        self.rows = rows
+
+
+def _ended(work: Work, now: float) -> bool:
+    return work.cancelled or now > work.deadline
+
+
+def _give_up(work: Work) -> None:
+    message = "the request took longer than the server allows: ask for fewer tokens"
+    work.listener(Failure(ApiError(504, message, code="timeout")))
+
+
+def _works_of(rows: Sequence[Row]) -> list[Work]:
+    return list({id(row.work): row.work for row in rows}.values())
+
+
+def _fail(works: Sequence[Work], error: Exception) -> None:
+    """Give up work; what the user cannot mend goes to the log."""
+    if not isinstance(error, NearestError | ApiError):
+        log.error("a step of the engine failed", exc_info=error)
+    for work in works:
+        work.listener(Failure(_as_api_error(error)))
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NearestError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the server failed at this request; its log says why")

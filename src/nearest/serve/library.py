@@ -1,0 +1,228 @@
+"""The served memories, always in their newest version, and the methods requests ask of them.
+
+A request keeps the memories that it began with; writers that publish a new version disturb nothing
+that is under way. Requests that ask for the same share one `Ensemble`, and with it their searches.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nearest.corpus.documents import Document
+from nearest.errors import NearestError, SettingError
+from nearest.memory import Memory
+from nearest.retrieval.ensemble import Ensemble
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
+from nearest.serve.errors import ApiError
+from nearest.serve.schema import NearestOptions
+
+_KEPT_ENSEMBLES = 64
+_KEPT_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a request looks up: each memory by name and number, in one version.
+
+    Attributes:
+        method: of all memories.
+        names: of the memories, by their numbers in the ensemble.
+        memories: opened, by number.
+        ensemble: of no memory where the method is "base".
+    """
+
+    method: str
+    names: tuple[str, ...]
+    memories: tuple[Memory, ...]
+    ensemble: Ensemble
+
+    def described(self) -> dict[str, Any]:
+        """As answers tell it."""
+        lookups = self.ensemble.lookups
+        settings = lookups[0].settings.of(self.method) if lookups else {}
+        return {
+            "version": 1,
+            "method": self.method,
+            "settings": {k: "inf" if v == float("inf") else v for k, v in settings.items()},
+            "memories": [
+                {"name": name, "version": version_of(memory), "weight": weight}
+                for name, memory, weight in zip(
+                    self.names, self.memories, self.ensemble.weights, strict=True
+                )
+            ],
+        }
+
+
+def version_of(memory: Memory) -> int:
+    """The version that a memory was opened in."""
+    return memory.manifest.generation
+
+
+def name_of(path: Path) -> str:
+    """What requests call the memory in a folder."""
+    return path.resolve().name.removesuffix(".memory")
+
+
+class Library:
+    """Memories by name; several threads may use it."""
+
+    def __init__(
+        self, memories: Sequence[Memory], method: str | None, settings: Mapping[str, Any]
+    ) -> None:
+        self._memories = {name_of(memory.path): memory for memory in memories}
+        if len(self._memories) < len(memories):
+            raise SettingError(
+                "two of the memories have the same name, by which requests tell them apart: "
+                "rename a folder"
+            )
+        self._stamps = {name: _stamp(memory) for name, memory in self._memories.items()}
+        self.methods = [BASE, *(m for m in MEMORY_METHODS if self._can(m))]
+        if method is None:
+            preferred = ("hybrid", "knn", "suffix")
+            method = next(m for m in preferred if m in self.methods)
+        check_method(method)
+        self.method = method
+        self._settings = dict(settings)
+        self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
+        self._documents: OrderedDict[tuple[str, int, int], Document] = OrderedDict()
+        self._lock = threading.Lock()
+        self.retrieval(method, None)  # refuses settings that make no sense before anything is served
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all memories."""
+        return list(self._memories)
+
+    def memory(self, name: str, param: str | None = None) -> Memory:
+        """A memory in its newest version.
+
+        Raises:
+            ApiError: there is none of this name.
+        """
+        with self._lock:
+            memory = self._memories.get(name)
+            if memory is None:
+                raise ApiError(
+                    404 if param is None else 400,
+                    f"there is no memory {name!r} here: choose among {', '.join(self._memories)}",
+                    param=param,
+                )
+            stamp = _stamp(memory)
+            if stamp != self._stamps[name]:
+                self._memories[name] = memory = memory.refresh()
+                self._stamps[name] = stamp
+            return memory
+
+    def retrieval(self, method: str | None, options: NearestOptions | None) -> Retrieval:
+        """What a request looks up.
+
+        Raises:
+            ApiError: a memory, method, document or setting is unknown or out of range.
+        """
+        options = options or NearestOptions()
+        method = options.method or method or self.method
+        if method not in self.methods:
+            raise ApiError(
+                400,
+                f"method {method!r} is not served: choose among {', '.join(self.methods)}",
+                param="nearest.method",
+            )
+        if method == BASE:
+            return self._base(options)
+        names, weights = self._weighted(options)
+        memories = tuple(self.memory(name, "nearest.memories") for name in names)
+        settings = options.settings or (self._settings if method == self.method else {})
+        given = {k: float(v) if v == "inf" else v for k, v in settings.items()}
+        without = tuple(sorted({(one.memory, one.id) for one in options.without}))
+        key = (
+            method,
+            tuple(sorted(given.items())),
+            tuple(zip(names, map(version_of, memories), weights, strict=True)),
+            without,
+        )
+        with self._lock:
+            if (known := self._ensembles.get(key)) is not None:
+                self._ensembles.move_to_end(key)
+                return known
+        made = self._made(method, given, names, memories, weights, without)
+        with self._lock:
+            self._ensembles[key] = made
+            if len(self._ensembles) > _KEPT_ENSEMBLES:
+                self._ensembles.popitem(last=False)
+            return made
+
+    def document(self, name: str, memory: Memory, number: int) -> Document:
+        """A document of a memory, kept for a while since answers name the same ones again."""
+        key = name, version_of(memory), number
+        with self._lock:
+            if (known := self._documents.get(key)) is not None:
+                self._documents.move_to_end(key)
+                return known
+        document = memory.document(number)
+        with self._lock:
+            self._documents[key] = document
+            if len(self._documents) > _KEPT_DOCUMENTS:
+                self._documents.popitem(last=False)
+        return document
+
+    def _can(self, method: str) -> bool:
+        try:
+            for memory in self._memories.values():
+                Lookup.of(memory, method, resolve_settings(method, memory))
+        except NearestError:
+            return False
+        return True
+
+    def _base(self, options: NearestOptions) -> Retrieval:
+        for field in ("settings", "memories", "without"):
+            if getattr(options, field):
+                raise ApiError(
+                    400,
+                    "the method base looks nothing up: leave this out",
+                    param=f"nearest.{field}",
+                )
+        return Retrieval(BASE, (), (), Ensemble((), ()))
+
+    def _weighted(self, options: NearestOptions) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        chosen = options.memories
+        if chosen is None:
+            names = self.names
+            return tuple(names), (1 / len(names),) * len(names)
+        weights = [one.weight for one in chosen]
+        if all(weight is None for weight in weights):
+            return tuple(one.name for one in chosen), (1 / len(chosen),) * len(chosen)
+        if any(weight is None for weight in weights):
+            raise ApiError(
+                400, "give every memory a weight, or none of them", param="nearest.memories"
+            )
+        return tuple(one.name for one in chosen), tuple(w for w in weights if w is not None)
+
+    def _made(
+        self,
+        method: str,
+        settings: Mapping[str, Any],
+        names: tuple[str, ...],
+        memories: tuple[Memory, ...],
+        weights: tuple[float, ...],
+        without: tuple[tuple[str, str], ...],
+    ) -> Retrieval:
+        if len(set(names)) < len(names):
+            raise ApiError(400, "a memory is named twice", param="nearest.memories")
+        if without:
+            raise ApiError(400, "leaving documents out is not supported yet", param="nearest.without")
+        try:
+            ensemble = Ensemble.of(list(memories), method, weights, **settings)
+        except (SettingError, TypeError, ValueError) as error:
+            param = "nearest.memories" if "weight" in str(error) else "nearest.settings"
+            raise ApiError(400, str(error), param=param) from error
+        return Retrieval(method, names, memories, ensemble)
+
+
+def _stamp(memory: Memory) -> tuple[int, int, int]:
+    """Changes whenever a writer publishes; costs one system call."""
+    status = (memory.path / "manifest.json").stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size

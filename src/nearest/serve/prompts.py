@@ -1,0 +1,103 @@
+"""A prompt on its way through the model, piece by piece, and what is told about its tokens."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nearest.retrieval.queries import Queries
+from nearest.serve.mixing import Prediction, State, beginning
+from nearest.serve.passes import Passed, Passes
+from nearest.serve.sampling import likeliest
+from nearest.serve.vocabulary import TextStream, Vocabulary
+from nearest.serve.work import Told, Wanted, Work
+
+_PIECE = 256  # tokens that are read at once
+_STATEFUL_PIECE = 32  # where each of them is looked up after the one before
+_PIECE_LOGITS = 1 << 24  # numbers, 64 MB, where all of them are predicted
+
+
+class Prompt:
+    """One prompt; `prediction`, at `number`, says what follows it once it has been read."""
+
+    def __init__(self, work: Work, passes: Passes, vocabulary: Vocabulary) -> None:
+        self.work = work
+        self.batch = passes.begin()
+        self.echoed: list[Told] = []
+        self.prediction: Prediction
+        self.number = 0
+        self._passes = passes
+        self._vocabulary = vocabulary
+        self._tokens = np.array(work.prompt, dtype=np.int64)
+        self._state = beginning(work.ensemble)
+        self._read = 0
+        last = len(work.prompt) - 1
+        replay = work.wanted.replay if work.ensemble.keeps_state else 0
+        self._first = 0 if work.wanted.echo else max(0, last - replay)  # that is predicted from
+        self._text = TextStream(vocabulary, ())
+        if work.wanted.echo:
+            self._echo(Told(int(self._tokens[0]), "", None, None, [], [], [], True))
+
+    def read_piece(self) -> bool:
+        """Read the next piece; whether it was the last."""
+        start, stop = self._read, min(self._read + self._size(), len(self._tokens))
+        keep = max(1, stop - max(start, self._first))
+        passed = self._passes.read(self.batch, self._tokens[start:stop].tolist(), keep)
+        if stop > self._first:
+            self._predict(range(stop - keep, stop), passed)
+        self._read = stop
+        return stop == len(self._tokens)
+
+    def _size(self) -> int:
+        if not self._passes.joins:  # such caches take a prompt whole
+            return len(self._tokens)
+        if self._first == len(self._tokens) - 1:
+            return _PIECE
+        size = _STATEFUL_PIECE if self.work.ensemble.keeps_state else _PIECE
+        return min(size, max(16, _PIECE_LOGITS // self._vocabulary.size))
+
+    def _predict(self, positions: range, passed: Passed) -> None:
+        """Predict what follows each of the positions."""
+        wanted = self.work.wanted
+        for prediction, part in self._predictions(positions, passed):
+            for number, position in enumerate(part):
+                if position + 1 == len(self._tokens):
+                    self.prediction, self.number = prediction, number
+                elif wanted.echo:
+                    token = int(self._tokens[position + 1])
+                    self._echo(tell(wanted, prediction, number, token))
+
+    def _predictions(
+        self, positions: range, passed: Passed
+    ) -> Iterator[tuple[Prediction, Sequence[int]]]:
+        """All positions at once, or one after another with the state that each leaves."""
+        ensemble, keys, base = self.work.ensemble, passed.keys[0].numpy(), passed.log_probs[0]
+        step = 1 if ensemble.keeps_state else len(positions)
+        for start in range(0, len(positions), step):
+            rows, part = slice(start, start + step), positions[start : start + step]
+            queries = Queries(keys[rows], self._tokens, np.array(part, dtype=np.int64))
+            states: list[State] = [self._state] * len(part)
+            prediction = Prediction.of(ensemble, queries, states, base[rows])
+            following = part[-1] + 1
+            if ensemble.keeps_state and following < len(self._tokens):
+                self._state = prediction.after(0, int(self._tokens[following]))
+            yield prediction, part
+
+    def _echo(self, told: Told) -> None:
+        piece = self._text.push(told.token)
+        if len(self.echoed) + 1 == len(self._tokens):
+            piece += self._text.flush()
+        self.echoed.append(told._replace(text=piece, prompt=True))
+
+
+def tell(wanted: Wanted, prediction: Prediction, number: int, token: int) -> Told:
+    """What is to be told about a token, whose text is found elsewhere."""
+    mixed, base = prediction.log_probs[number], prediction.base[number]
+    return Told(
+        token,
+        "",
+        float(mixed[token]),
+        float(base[token]),
+        likeliest(mixed, wanted.top),
+        likeliest(base, wanted.base_top),
+        prediction.spoke(number, token) if wanted.sources else [],
+    )

@@ -1,0 +1,233 @@
+"""Which documents the tokens of an answer came from: sources, spans, citations, verbatim runs."""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from nearest.serve.library import Library, Retrieval
+from nearest.serve.vocabulary import Vocabulary
+from nearest.serve.work import Told
+
+_SOURCES_A_TOKEN = 5
+_SNIPPET = 12  # tokens at each side
+_CITED = 0.3  # a token is cited when its memory weight is at least this
+_VERBATIM = 8  # tokens in a row that are called a copy
+_MATCHES = 64
+_LICENCES = ("licence", "license")
+_URLS = ("url", "source_url", "link")
+
+
+class Provenance:
+    """Collects the tokens of one answer; not for several threads."""
+
+    def __init__(
+        self, retrieval: Retrieval, library: Library, vocabulary: Vocabulary, base_url: str
+    ) -> None:
+        self._retrieval = retrieval
+        self._library = library
+        self._vocabulary = vocabulary
+        self._base_url = base_url.rstrip("/")
+        self._told: list[Told] = []
+        self._weights: list[float] = []
+        self._strongest: list[tuple[int, int] | None] = []  # memory and document
+        self._shares: dict[tuple[int, int], list[float]] = {}  # of each token that it spoke for
+        self._ends: list[int] = []  # where each token's text ends, in characters
+
+    def token(self, told: Told) -> dict[str, Any]:
+        """A token as answers tell it, with its sources."""
+        total = sum(one.weight for one in told.spoke)
+        weight = 0.0
+        if told.log_prob is not None and told.spoke:
+            weight = min(1.0, total / max(float(np.exp(told.log_prob)), 1e-300))
+        places = self._places(told)
+        by_document: dict[tuple[int, int], float] = {}
+        for one, (document, _) in zip(told.spoke, places, strict=True):
+            which = one.memory, document
+            by_document[which] = by_document.get(which, 0.0) + weight * one.weight / total
+        for which, share in by_document.items():
+            self._shares.setdefault(which, []).append(share)
+        strongest = max(by_document, key=lambda which: by_document[which], default=None)
+        if not told.prompt:
+            self._told.append(told)
+            self._weights.append(weight)
+            self._strongest.append(strongest)
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(told.text))
+        return {
+            "id": told.token,
+            "token": self._vocabulary.token_text(told.token),
+            "text": told.text,
+            "prompt": told.prompt,
+            "logprob": _finite(told.log_prob),
+            "base_logprob": _finite(told.base_log_prob),
+            "memory_weight": weight,
+            "alternatives": self._alternatives(told.top),
+            "base_alternatives": self._alternatives(told.base_top),
+            "sources": [
+                {
+                    **self._document(one.memory, document),
+                    "position": position,
+                    "weight": one.weight / total,
+                    "kind": one.kind,
+                    "match_length": one.length,
+                    "distance": one.distance,
+                    **self._snippet(one.memory, document, position),
+                }
+                for one, (document, position) in list(zip(told.spoke, places, strict=True))[
+                    :_SOURCES_A_TOKEN
+                ]
+            ],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The whole answer's documents, spans and verbatim runs, and what was looked up."""
+        count = max(1, len(self._told))
+        documents = [
+            {
+                **self._document(*which),
+                "weight": sum(shares) / count,
+                "tokens": len(shares),
+            }
+            for which, shares in sorted(self._shares.items(), key=lambda item: -sum(item[1]))
+        ]
+        return {
+            **self._retrieval.described(),
+            "documents": documents,
+            "spans": self.spans(),
+            "verbatim": self._verbatim(),
+        }
+
+    def spans(self) -> list[dict[str, Any]]:
+        """Runs of tokens that one document decided more than others, by characters of the answer."""
+        spans: list[dict[str, Any]] = []
+        open_at: int | None = None
+        for n in range(len(self._told) + 1):
+            which = self._cited(n)
+            if open_at is not None and which != self._cited(open_at):
+                spans.append(self._span(open_at, n))
+                open_at = None
+            if which is not None and open_at is None:
+                open_at = n
+        return [span for span in spans if span["end"] > span["start"]]
+
+    def citations(self) -> list[dict[str, Any]]:
+        """The spans as OpenAI's `url_citation` annotations."""
+        return [
+            {
+                "type": "url_citation",
+                "url_citation": {
+                    "start_index": span["start"],
+                    "end_index": span["end"],
+                    "title": span["title"],
+                    "url": span["url"],
+                },
+            }
+            for span in self.spans()
+        ]
+
+    def _cited(self, n: int) -> tuple[int, int] | None:
+        if n >= len(self._told) or self._weights[n] < _CITED:
+            return None
+        return self._strongest[n]
+
+    def _span(self, first: int, last: int) -> dict[str, Any]:
+        which = self._strongest[first]
+        assert which is not None
+        weights = self._weights[first:last]
+        return {
+            "start": self._ends[first - 1] if first else 0,
+            "end": self._ends[last - 1],
+            "first_token": first,
+            "tokens": last - first,
+            "weight": sum(weights) / len(weights),
+            **self._document(*which),
+        }
+
+    def _verbatim(self) -> list[dict[str, Any]]:
+        """Runs of generated tokens that stand in a memory exactly so, the longest first found."""
+        if not self._told or not self._retrieval.memories:
+            return []
+        tokens = np.array([told.token for told in self._told], np.int64)
+        runs: list[dict[str, Any]] = []
+        for number, memory in enumerate(self._retrieval.memories):
+            found = memory.longest_matches(tokens, np.arange(len(tokens) - 1), _MATCHES)
+            right = memory.values(found.ids) == tokens[1:, None]
+            lengths = np.where(right & (found.ids >= 0), found.lengths.astype(np.int64) + 1, 0)
+            if not lengths.size:
+                continue
+            best = lengths.argmax(axis=1)
+            length = np.append(lengths[np.arange(len(best)), best], 0)
+            for n in np.flatnonzero((length[:-1] >= _VERBATIM) & (length[1:] <= length[:-1])):
+                last, size = int(n) + 1, int(length[n])
+                entry = found.ids[n, best[n]]
+                documents, positions = memory.places(np.array([entry]))
+                first = last - size + 1
+                runs.append(
+                    {
+                        "start": self._ends[first - 1] if first else 0,
+                        "end": self._ends[last],
+                        "first_token": first,
+                        "tokens": size,
+                        "position": int(positions[0]) + 1 - size + 1,
+                        **self._document(number, int(documents[0])),
+                    }
+                )
+        return sorted(runs, key=lambda run: (run["first_token"], -run["tokens"]))
+
+    def _places(self, told: Told) -> list[tuple[int, int]]:
+        """The document and the position of each entry that spoke."""
+        places: list[tuple[int, int]] = [(0, 0)] * len(told.spoke)
+        for number, memory in enumerate(self._retrieval.memories):
+            own = [n for n, one in enumerate(told.spoke) if one.memory == number]
+            if own:
+                entries = np.array([told.spoke[n].entry for n in own], np.int64)
+                documents, positions = memory.places(entries)
+                pairs = zip(documents.tolist(), positions.tolist(), strict=True)
+                for n, place in zip(own, pairs, strict=True):
+                    places[n] = place
+        return places
+
+    def _document(self, memory: int, number: int) -> dict[str, Any]:
+        name = self._retrieval.names[memory]
+        document = self._library.document(name, self._retrieval.memories[memory], number)
+        return {
+            "memory": name,
+            "document": document.id,
+            "title": title_of(document.id, document.metadata),
+            "licence": _first(document.metadata, _LICENCES),
+            "url": _first(document.metadata, _URLS)
+            or f"{self._base_url}/v1/nearest/documents/{quote(name, safe='')}"
+            f"?id={quote(document.id, safe='')}",
+        }
+
+    def _snippet(self, memory: int, number: int, position: int) -> dict[str, str]:
+        """The stored text around an entry: left context, the token that it gave, and what follows."""
+        tokens = self._retrieval.memories[memory].document_tokens(number).tolist()
+        value = position + 1
+        decode = self._vocabulary.decode
+        before = decode(tokens[max(1, value - _SNIPPET) : value])
+        upto = decode(tokens[max(1, value - _SNIPPET) : value + 1])
+        whole = decode(tokens[max(1, value - _SNIPPET) : value + 1 + _SNIPPET])
+        return {"before": before, "value": upto[len(before) :], "after": whole[len(upto) :]}
+
+    def _alternatives(self, likeliest: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [
+            {"id": token, "token": self._vocabulary.token_text(token), "logprob": _finite(log_prob)}
+            for token, log_prob in likeliest
+        ]
+
+
+def title_of(document_id: str, metadata: Mapping[str, Any]) -> str:
+    """What to call a document: its title, else its name, else its id."""
+    return _first(metadata, ("title", "name")) or document_id
+
+
+def _first(metadata: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    values = (metadata.get(name) for name in names)
+    return next((str(value) for value in values if value), None)
+
+
+def _finite(log_prob: float | None) -> float | None:
+    """JSON has no infinity: an impossible token's log-probability is −9999, as OpenAI writes it."""
+    return None if log_prob is None else max(log_prob, -9999.0)

@@ -1,0 +1,225 @@
+"""What clients may ask: OpenAI's fields that mean something here, and the `nearest` extension.
+
+A field that this server does not implement is refused by name. Fields whose value asks for nothing
+(`"presence_penalty": 0`) are accepted, since many clients send them with every request.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+VERSION = 1  # of the `nearest` extension, in requests and answers
+
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 32
+MAX_STOPS = 16
+MAX_PROMPTS = 256
+
+# Values that ask for nothing, of fields that are not supported otherwise.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+
+
+class _Strict(BaseModel):
+    """No unknown fields, no conversion between types, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class MemoryWeight(_Strict):
+    """A memory to look up, and its weight; weights sum to at most 1, equal ones if not given."""
+
+    name: str
+    weight: float | None = Field(None, ge=0, le=1)
+
+
+class DocumentName(_Strict):
+    """A document of a memory."""
+
+    memory: str
+    id: str
+
+
+class NearestOptions(_Strict):
+    """The `nearest` object of a request; every field has a default.
+
+    Attributes:
+        version: of this extension.
+        method: "base" for the model alone, or a method of the memory, such as "knn" or "hybrid".
+        settings: of the method, by the names of `nearest eval`; as tuned when not given.
+        memories: which of the served memories to look up; all of them when not given.
+        without: documents that the prediction must not use.
+        replay: positions of the prompt that a method with state looks up before the last; "full"
+            for all of them. `echo` looks up all.
+        sources: give provenance for every token.
+        alternatives: how many candidates of model and mixture to give for every token.
+    """
+
+    version: Literal[1] = VERSION
+    method: str | None = None
+    settings: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=32)
+    memories: list[MemoryWeight] | None = Field(None, min_length=1, max_length=64)
+    without: list[DocumentName] = Field(default_factory=list, max_length=1000)
+    replay: Annotated[int, Field(ge=0)] | Literal["full"] = 0
+    sources: bool = True
+    alternatives: int = Field(5, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class Sampling(_Strict):
+    """What completions and chat have in common."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    nearest: NearestOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value
+            for name, value in values.items()
+            if name in cls.model_fields
+            or not (value is None or any(value == one for one in _NEUTRAL.get(name, ())))
+        }
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or any(not 1 <= len(one) <= 1000 for one in stops):
+            raise ValueError(f"give at most {MAX_STOPS} stop strings of 1 to 1000 characters")
+        return stop
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`; token ids go to the model as they are, text after a start token."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, unless echo is true")
+        if isinstance(self.prompt, list):
+            if not 1 <= len(self.prompt):
+                raise ValueError("prompt must not be an empty list")
+            several = not isinstance(self.prompt[0], int)
+            if several and len(self.prompt) > MAX_PROMPTS:
+                raise ValueError(f"prompt must be a list of at most {MAX_PROMPTS}")
+            if any(isinstance(one, list) and not one for one in self.prompt):
+                raise ValueError("prompt must not hold an empty list of token ids")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several, as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(_Strict):
+    """A part of a message; images and sounds are not supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_answered(cls, values: Any) -> Any:
+        """Accept an assistant's message as this server gave it."""
+        if not isinstance(values, dict):
+            return values
+        sent = ("annotations", "nearest") if values.get("role") == "assistant" else ()
+        return {k: v for k, v in values.items() if k not in sent and not (k != "content" and v is None)}
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("give max_completion_tokens or max_tokens, not both")
+        return self
+
+
+class TokenizeRequest(_Strict):
+    """`POST /tokenize`."""
+
+    prompt: str
+    add_special_tokens: bool = True
+    model: str | None = None
+
+
+class DetokenizeRequest(_Strict):
+    """`POST /detokenize`."""
+
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=1_000_000)
+    model: str | None = None
