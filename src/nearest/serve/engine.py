@@ -52,25 +52,24 @@ class Engine:
         self._waiting: deque[Work] = deque()
         self._prompts: deque[Prompt] = deque()
         self._running: list[_Running] = []
-        self._stopping = False
         self._draining = False
+        self._end = float("inf")  # of time.monotonic()
         self._thread = threading.Thread(target=self._run, name="nearest-engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
 
-    def stop(self, grace: float = 0.0) -> None:
-        """Refuse new work, give what is under way `grace` seconds, then end it with 503."""
+    def stop_soon(self, grace: float) -> None:
+        """Refuse new work, and end with 503 what is still under way after `grace` seconds."""
         with self._changed:
             self._draining = True
+            self._end = time.monotonic() + grace
             self._changed.notify_all()
-        deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and self._thread.is_alive() and self.busy:
-            time.sleep(0.02)
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End now, and wait for the thread."""
+        self.stop_soon(0)
         if self._thread.is_alive():
             self._thread.join(30)
 
@@ -114,9 +113,9 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    while not (self.busy or self._stopping):
+                    while not (self.busy or self._draining):
                         self._changed.wait()
-                    if self._stopping:
+                    if self._draining and (not self.busy or time.monotonic() > self._end):
                         break
                 self._round()
         finally:
@@ -254,7 +253,7 @@ class Engine:
         row.state = prediction.after(number, token)
         self._metrics.generated_tokens.inc()
         if told or row.finished:
-            row.work.listener(News(row.choice, told, row.finished))
+            row.work.listener(News(row.choice, told, row.finished, row.new))
 
 
 class _Running:

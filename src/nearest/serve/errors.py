@@ -46,12 +46,22 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status)
         if kind is None:
             kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error = {
+            "message": _encodable(self.message),
+            "type": kind,
+            "param": None if self.param is None else _encodable(self.param),
+            "code": self.code,
+        }
         return {"error": error}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which a client may have sent and no encoding has."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def of_http(error: HTTPException) -> ApiError:
@@ -67,17 +77,26 @@ def of_validation(error: RequestValidationError) -> ApiError:
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    field = ".".join(path) or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first['ctx']['error']}")
-    if first["type"] == "missing" and field is None:
-        return ApiError(400, "the request has no body: send a JSON object")
+    if not path and first["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return ApiError(400, "send a JSON object, with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
+        unknown = ".".join([*_fields(path[:-1]), path[-1]])
         return ApiError(
             400,
-            f"{field!r} is not supported by this server: leave it out",
-            param=field,
+            f"{unknown!r} is not supported by this server: leave it out",
+            param=unknown,
             code="unsupported_parameter",
         )
+    field = ".".join(_fields(path)) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Of an error's place, the fields and indexes, without the names of a union's branches."""
+    types = ("str", "int", "float", "bool")
+    return [
+        part for part in path if (part.isidentifier() or part.isdecimal()) and part not in types
+    ]

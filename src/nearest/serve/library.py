@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nearest.corpus.documents import Document
 from nearest.errors import NearestError, SettingError
 from nearest.memory import Memory
@@ -90,7 +92,9 @@ class Library:
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
         self._documents: OrderedDict[tuple[str, int, int], Document] = OrderedDict()
         self._lock = threading.Lock()
-        self.retrieval(method, None)  # refuses settings that make no sense before anything is served
+        self.retrieval(
+            method, None
+        )  # refuses settings that make no sense before anything is served
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +127,7 @@ class Library:
         Raises:
             ApiError: a memory, method, document or setting is unknown or out of range.
         """
-        options = options or NearestOptions()
+        options = options or NearestOptions.model_validate({})
         method = options.method or method or self.method
         if method not in self.methods:
             raise ApiError(
@@ -169,6 +173,16 @@ class Library:
                 self._documents.popitem(last=False)
         return document
 
+    def number(self, memory: Memory, document_id: str) -> int | None:
+        """The number of the document with this id; None where there is none."""
+        first = 0
+        for segment in memory.segments:
+            stored = segment.find(document_id)
+            if stored is not None:
+                return first + int(np.searchsorted(segment.numbers, stored))
+            first += len(segment.numbers)
+        return None
+
     def _can(self, method: str) -> bool:
         try:
             for memory in self._memories.values():
@@ -213,7 +227,9 @@ class Library:
         if len(set(names)) < len(names):
             raise ApiError(400, "a memory is named twice", param="nearest.memories")
         if without:
-            raise ApiError(400, "leaving documents out is not supported yet", param="nearest.without")
+            raise ApiError(
+                400, "leaving documents out is not supported yet", param="nearest.without"
+            )
         try:
             ensemble = Ensemble.of(list(memories), method, weights, **settings)
         except (SettingError, TypeError, ValueError) as error:

@@ -18,7 +18,9 @@ class Metrics:
         self.first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From a request to its first token."
         )
-        self.queue_seconds = self._histogram("vllm:request_queue_time_seconds", "Time in the queue.")
+        self.queue_seconds = self._histogram(
+            "vllm:request_queue_time_seconds", "Time in the queue."
+        )
         self.request_seconds = self._histogram(
             "vllm:e2e_request_latency_seconds", "From a request to the end of its answer."
         )

@@ -1,7 +1,7 @@
 """Predictions of rows of different sequences with their memories.
 
-What a sequence carries from one prediction to the next (`State`) goes in and comes out; a prediction
-can be asked afterwards which entries spoke for a token, so that provenance says what was mixed.
+What a sequence carries from one prediction to the next (`State`) goes in and comes out; a
+prediction can be asked which entries spoke for a token, so that provenance says what was mixed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from nearest.encode.view import lm_view
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
-from nearest.retrieval.candidates import SOURCES, Candidates
+from nearest.retrieval.candidates import KINDS, Candidates
 from nearest.retrieval.distribution import Weights, vocabulary_log_probs
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.guard import gained, guarded
@@ -141,7 +141,7 @@ class Prediction:
                         part.number,
                         int(part.candidates.ids[row, column]),
                         float(share * added[column]),
-                        SOURCES[kind],
+                        KINDS[kind],
                         int(part.candidates.lengths[row, column]),
                         float(part.candidates.distances[row, column]),
                     )
@@ -149,9 +149,7 @@ class Prediction:
         return sorted(found, key=lambda one: -one.weight)
 
 
-def row_queries(
-    keys: Float[np.ndarray, "rows dim"], contexts: Sequence[Sequence[int]]
-) -> Queries:
+def row_queries(keys: Float[np.ndarray, "rows dim"], contexts: Sequence[Sequence[int]]) -> Queries:
     """Different sequences as one batch of queries.
 
     Args:

@@ -62,7 +62,7 @@ class Passes:
 
     @torch.inference_mode()
     def read(self, batch: Batch, tokens: Sequence[int], keep: int) -> Passed:
-        """Go on with tokens of a prompt in a batch of one row; the last `keep` positions' states."""
+        """Go on with tokens of a prompt in a batch of one row; `keep` last positions are given."""
         ids = torch.tensor([list(tokens)], device=self.model.device)
         return self._pass(batch, ids, keep)
 

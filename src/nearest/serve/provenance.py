@@ -8,7 +8,7 @@ import numpy as np
 
 from nearest.serve.library import Library, Retrieval
 from nearest.serve.vocabulary import Vocabulary
-from nearest.serve.work import Told
+from nearest.serve.work import Told, finite
 
 _SOURCES_A_TOKEN = 5
 _SNIPPET = 12  # tokens at each side
@@ -59,8 +59,8 @@ class Provenance:
             "token": self._vocabulary.token_text(told.token),
             "text": told.text,
             "prompt": told.prompt,
-            "logprob": _finite(told.log_prob),
-            "base_logprob": _finite(told.base_log_prob),
+            "logprob": finite(told.log_prob),
+            "base_logprob": finite(told.base_log_prob),
             "memory_weight": weight,
             "alternatives": self._alternatives(told.top),
             "base_alternatives": self._alternatives(told.base_top),
@@ -99,7 +99,7 @@ class Provenance:
         }
 
     def spans(self) -> list[dict[str, Any]]:
-        """Runs of tokens that one document decided more than others, by characters of the answer."""
+        """Runs of tokens that one document decided most, by characters of the answer."""
         spans: list[dict[str, Any]] = []
         open_at: int | None = None
         for n in range(len(self._told) + 1):
@@ -202,7 +202,7 @@ class Provenance:
         }
 
     def _snippet(self, memory: int, number: int, position: int) -> dict[str, str]:
-        """The stored text around an entry: left context, the token that it gave, and what follows."""
+        """The stored text around an entry: left context, the token it gave, and what follows."""
         tokens = self._retrieval.memories[memory].document_tokens(number).tolist()
         value = position + 1
         decode = self._vocabulary.decode
@@ -213,7 +213,7 @@ class Provenance:
 
     def _alternatives(self, likeliest: list[tuple[int, float]]) -> list[dict[str, Any]]:
         return [
-            {"id": token, "token": self._vocabulary.token_text(token), "logprob": _finite(log_prob)}
+            {"id": token, "token": self._vocabulary.token_text(token), "logprob": finite(log_prob)}
             for token, log_prob in likeliest
         ]
 
@@ -226,8 +226,3 @@ def title_of(document_id: str, metadata: Mapping[str, Any]) -> str:
 def _first(metadata: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     values = (metadata.get(name) for name in names)
     return next((str(value) for value in values if value), None)
-
-
-def _finite(log_prob: float | None) -> float | None:
-    """JSON has no infinity: an impossible token's log-probability is −9999, as OpenAI writes it."""
-    return None if log_prob is None else max(log_prob, -9999.0)

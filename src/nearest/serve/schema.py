@@ -4,11 +4,9 @@ A field that this server does not implement is refused by name. Fields whose val
 (`"presence_penalty": 0`) are accepted, since many clients send them with every request.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-VERSION = 1  # of the `nearest` extension, in requests and answers
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 32
@@ -33,6 +31,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _whole(text: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("the text has half of a surrogate pair, which stands for no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+T = TypeVar("T")
+Tokens = Annotated[list[int], Field(min_length=1)]
+Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
 class _Strict(BaseModel):
     """No unknown fields, no conversion between types, no NaN."""
 
@@ -49,15 +61,15 @@ class StreamOptions(_Strict):
 class MemoryWeight(_Strict):
     """A memory to look up, and its weight; weights sum to at most 1, equal ones if not given."""
 
-    name: str
+    name: Text
     weight: float | None = Field(None, ge=0, le=1)
 
 
 class DocumentName(_Strict):
     """A document of a memory."""
 
-    memory: str
-    id: str
+    memory: Text
+    id: Text
 
 
 class NearestOptions(_Strict):
@@ -75,7 +87,7 @@ class NearestOptions(_Strict):
         alternatives: how many candidates of model and mixture to give for every token.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     method: str | None = None
     settings: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=32)
     memories: list[MemoryWeight] | None = Field(None, min_length=1, max_length=64)
@@ -88,12 +100,12 @@ class NearestOptions(_Strict):
 class Sampling(_Strict):
     """What completions and chat have in common."""
 
-    model: str
+    model: Text
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     nearest: NearestOptions | None = None
@@ -133,7 +145,7 @@ class Sampling(_Strict):
 class CompletionRequest(Sampling):
     """`POST /v1/completions`; token ids go to the model as they are, text after a start token."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | Prompts[Text] | Tokens | Prompts[Tokens]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -142,14 +154,6 @@ class CompletionRequest(Sampling):
     def _check(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless echo is true")
-        if isinstance(self.prompt, list):
-            if not 1 <= len(self.prompt):
-                raise ValueError("prompt must not be an empty list")
-            several = not isinstance(self.prompt[0], int)
-            if several and len(self.prompt) > MAX_PROMPTS:
-                raise ValueError(f"prompt must be a list of at most {MAX_PROMPTS}")
-            if any(isinstance(one, list) and not one for one in self.prompt):
-                raise ValueError("prompt must not hold an empty list of token ids")
         return self
 
     @property
@@ -158,22 +162,22 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt
 
 
 class TextPart(_Strict):
     """A part of a message; images and sounds are not supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -182,7 +186,11 @@ class Message(_Strict):
         if not isinstance(values, dict):
             return values
         sent = ("annotations", "nearest") if values.get("role") == "assistant" else ()
-        return {k: v for k, v in values.items() if k not in sent and not (k != "content" and v is None)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in sent and (name == "content" or value is not None)
+        }
 
     @property
     def text(self) -> str:
@@ -213,7 +221,7 @@ class ChatRequest(Sampling):
 class TokenizeRequest(_Strict):
     """`POST /tokenize`."""
 
-    prompt: str
+    prompt: Text
     add_special_tokens: bool = True
     model: str | None = None
 

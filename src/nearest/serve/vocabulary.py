@@ -80,7 +80,8 @@ class Vocabulary:
                 )
             except Exception as error:  # whatever a template raises, such as for a role it lacks
                 raise ApiError(
-                    400, f"the model's chat template refuses these messages: {error}",
+                    400,
+                    f"the model's chat template refuses these messages: {error}",
                     param="messages",
                 ) from error
         return self.encode(str(text))
@@ -95,15 +96,21 @@ class Vocabulary:
                 param=param,
             )
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token adds to those before it."""
+        stream = TextStream(self, ())
+        pieces = [stream.push(token) for token in tokens]
+        return pieces if not (left := stream.flush()) else [*pieces[:-1], pieces[-1] + left]
+
     def is_special(self, token: int) -> bool:
         """Whether it stands for no text, such as BOS and EOS."""
         return token in self._special
 
     def _token_text(self, token: int) -> str:
-        """A token's own text; bytes that are no whole character as `bytes:\\x..`."""
+        """A token's own text; parts of a character in hexadecimal, as OpenAI writes them."""
         text = self._alone(token)
-        if REPLACEMENT in text and (raw := self._token_bytes(token)) is not None:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        if REPLACEMENT in text:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._token_bytes(token))
         return text
 
     def _token_bytes(self, token: int) -> bytes:

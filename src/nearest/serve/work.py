@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class News(NamedTuple):
     choice: int
     told: list[Told]
     finished: str | None = None  # "stop" or "length"
+    generated: int = 0  # so far, with tokens whose text is held back or cut
 
 
 class Failure(NamedTuple):
@@ -134,7 +135,9 @@ class Row:
 
     def _released(self, end: int) -> list[Told]:
         count = 0
-        while count < len(self._held) and self._held[count][0] + len(self._held[count][1].text) <= end:
+        while (
+            count < len(self._held) and self._held[count][0] + len(self._held[count][1].text) <= end
+        ):
             count += 1
         released = [told for _, told in self._held[:count]]
         del self._held[:count]
@@ -149,3 +152,6 @@ class Row:
         ]
 
 
+def finite(log_prob: float | None) -> Any:
+    """A log-probability as JSON, which has no infinity: OpenAI writes −9999 for the impossible."""
+    return None if log_prob is None else max(log_prob, -9999.0)

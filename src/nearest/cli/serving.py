@@ -1,0 +1,82 @@
+"""The command that serves memories over HTTP."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nearest.cli.app import err, open_with_model, quiet_libraries
+from nearest.cli.options import Force, MethodSettings, Opening, given
+from nearest.errors import NearestError, require
+
+
+def serve(
+    memories: Annotated[
+        list[Path], typer.Argument(metavar="MEMORY...", help="Folders of memories to look up.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method of requests that name none; default: hybrid, knn or suffix."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--served-name", help="What requests call the model.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NEAREST_API_KEY",
+            help="Key that every route but /health asks for; required beyond the loopback.",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a Jinja template, in place of the model's.")
+    ] = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Continuations that advance together.")
+    ] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Prompts that may wait; more get 429.")
+    ] = 256,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600,
+    *,
+    opening: Opening,
+    settings: MethodSettings,
+    force: Force = False,
+) -> None:
+    """Serve an OpenAI-compatible API and a viewer whose answers show their sources."""
+    require("fastapi", "serve")
+    require("uvicorn", "serve")
+    require("prometheus_client", "serve")
+    quiet_libraries()
+    from nearest.memory import Memory
+    from nearest.serve.app import ServeOptions, make_service
+    from nearest.serve.engine import Limits
+    from nearest.serve.run import Server, check_exposure, log_to
+
+    check_exposure(host, api_key)
+    template = None
+    if chat_template is not None:
+        try:
+            template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NearestError(f"{chat_template} cannot be read: {error}") from error
+    first, model, tokenizer = open_with_model(memories[0], opening)
+    opened = [first, *(Memory.open(path, opening.search_on) for path in memories[1:])]
+    options = ServeOptions(
+        model_name=name,
+        method=method,
+        settings=given(**vars(settings)),
+        api_key=api_key,
+        chat_template=template,
+        limits=Limits(max_running, max_waiting),
+        timeout=timeout,
+        force=force,
+    )
+    service = make_service(model, tokenizer, opened, options)
+    log_to(sys.stderr)
+    shown = f"[{host}]" if ":" in host else host
+    err.print(f"serving {service.model_name} on http://{shown}:{port}/", soft_wrap=True)
+    Server(service, options, host, port).run()

@@ -1,0 +1,187 @@
+"""Routes that tell about the server: models, tokens, documents, health, metrics and the viewer."""
+
+import time
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from nearest.serve.errors import ApiError
+from nearest.serve.library import version_of
+from nearest.serve.provenance import title_of
+from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
+from nearest.serve.service import Service, in_thread
+
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/viewer.css": ("viewer.css", "text/css; charset=utf-8"),
+    "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
+}
+# The page loads nothing from elsewhere, runs no script but its own, and can be in no frame.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_DOCUMENTS_A_PAGE = 100
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+    vocabulary = service.vocabulary
+
+    @routes.get("/health")
+    async def health() -> Response:
+        alive = service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        if service.engine.accepts:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "busy"}, 503, {"Retry-After": "1"})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service, n) for n in service.model_names]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.method(name)
+        return _model(service, name)
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        tokens = await in_thread(vocabulary.encode, body.prompt, body.add_special_tokens)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.positions}
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        vocabulary.check(body.tokens, "tokens")
+        tokens = body.tokens
+        return {"prompt": await in_thread(lambda: vocabulary.decode(tokens, special=True))}
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        tokenizer = vocabulary.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "chat_template": vocabulary.chat_template,
+            "vocab_size": vocabulary.size,
+        }
+
+    @routes.get("/v1/nearest")
+    async def about() -> dict[str, Any]:
+        return await in_thread(_about, service)
+
+    @routes.get("/v1/nearest/documents/{memory}")
+    async def documents(
+        memory: str,
+        document_id: Annotated[str | None, Query(alias="id", max_length=4096)] = None,
+        start: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    ) -> dict[str, Any]:
+        if document_id is None:
+            return await in_thread(_listed, service, memory, start)
+        return await in_thread(_document, service, memory, document_id)
+
+    async def page(request: Request) -> Response:
+        name, kind = _PAGE[request.url.path]
+        content = resources.files("nearest.serve").joinpath("page", name).read_bytes()
+        headers = {
+            "Content-Security-Policy": _PAGE_POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+        return Response(content, media_type=kind, headers=headers)
+
+    for path in _PAGE:
+        routes.add_api_route(path, page, methods=["GET"], include_in_schema=False)
+    return routes
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "nearest",
+        "max_model_len": service.positions,
+    }
+
+
+def _about(service: Service) -> dict[str, Any]:
+    """What a viewer needs to begin with."""
+    library = service.library
+    return {
+        "version": 1,
+        "model": service.model_name,
+        "methods": library.methods,
+        "method": library.method,
+        "settings": {
+            method: library.retrieval(method, None).described()["settings"]
+            for method in library.methods
+        },
+        "chat": service.vocabulary.chat_template is not None,
+        "max_model_len": service.positions,
+        "writable": service.writable,
+        "uptime": time.time() - service.started,
+        "memories": [
+            {
+                "name": name,
+                "version": version_of(memory),
+                "documents": memory.documents,
+                "entries": memory.entries,
+            }
+            for name, memory in ((n, library.memory(n)) for n in library.names)
+        ],
+    }
+
+
+def _listed(service: Service, name: str, start: int) -> dict[str, Any]:
+    """Documents of a memory, some at a time."""
+    memory = service.library.memory(name)
+    numbers = range(start, min(memory.documents, start + _DOCUMENTS_A_PAGE))
+    documents = (service.library.document(name, memory, number) for number in numbers)
+    return {
+        "memory": name,
+        "version": version_of(memory),
+        "total": memory.documents,
+        "documents": [
+            {
+                "id": one.id,
+                "title": title_of(one.id, one.metadata),
+                "metadata": dict(one.metadata),
+                "characters": len(one.text),
+            }
+            for one in documents
+        ],
+    }
+
+
+def _document(service: Service, name: str, document_id: str) -> dict[str, Any]:
+    """A whole document, with the place in the text of every token."""
+    memory = service.library.memory(name)
+    number = service.library.number(memory, document_id)
+    if number is None:
+        raise ApiError(404, f"memory {name!r} has no document {document_id!r}", param="id")
+    document = service.library.document(name, memory, number)
+    tokens = memory.document_tokens(number).tolist()
+    return {
+        "memory": name,
+        "version": version_of(memory),
+        "id": document.id,
+        "title": title_of(document.id, document.metadata),
+        "metadata": dict(document.metadata),
+        "text": document.text,
+        "pieces": service.vocabulary.pieces(tokens),
+    }

@@ -1,0 +1,159 @@
+"""The application: one model with its memories behind routes and guards."""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nearest.build.match import common_key_layer
+from nearest.encode.identity import (
+    max_positions,
+    model_name,
+    reads_sources,
+    start_token,
+    vocabulary_size,
+)
+from nearest.encode.layers import LanguageModel
+from nearest.errors import ModelError, SettingError
+from nearest.memory import Memory
+from nearest.serve import about, completions
+from nearest.serve.engine import Engine, Limits
+from nearest.serve.errors import ApiError, of_http, of_validation
+from nearest.serve.guards import LOOPBACK, AccessLog, KeyGuard, SlowClients
+from nearest.serve.library import Library
+from nearest.serve.metrics import Metrics
+from nearest.serve.passes import Passes
+from nearest.serve.service import Service
+from nearest.serve.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server behaves.
+
+    Attributes:
+        model_name: what requests call the model; its own name when not given.
+        method: that requests get which name none; hybrid, knn or suffix, what the memory has.
+        settings: of that method; as tuned when not given.
+        api_key: asked for on every route but `/health`.
+        hosts: names by which the server may be called without a key.
+        chat_template: in place of the tokenizer's own.
+        limits: how much runs and waits.
+        timeout: seconds that a request may take.
+        slow_client: seconds within which a client must take a piece of its answer.
+        max_body: bytes of a request's body.
+        grace: seconds for what is under way when the server is told to stop.
+        force: accept another model than the one that built the memories.
+    """
+
+    model_name: str | None = None
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    api_key: str | None = None
+    hosts: Sequence[str] = LOOPBACK
+    chat_template: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    timeout: float = 600.0
+    slow_client: float = 60.0
+    max_body: int = 8 << 20
+    grace: float = 20.0
+    force: bool = False
+
+
+def make_service(
+    model: LanguageModel, tokenizer: Any, memories: Sequence[Memory], options: ServeOptions
+) -> Service:
+    """A model with its memories, ready to be started.
+
+    Raises:
+        NearestError: they do not fit together.
+    """
+    if not memories:
+        raise SettingError("there is no memory to serve: name at least one")
+    if reads_sources(model):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder–decoder, and the server continues texts: serve "
+            "a causal language model"
+        )
+    layer = common_key_layer(memories, model, tokenizer, force=options.force)
+    name = options.model_name or model_name(model).rstrip("/").rpartition("/")[2] or "model"
+    vocabulary = Vocabulary(
+        tokenizer,
+        start_token(tokenizer),
+        vocabulary_size(model),
+        _stop_tokens(model, tokenizer),
+        options.chat_template,
+    )
+    metrics = Metrics(name)
+    engine = Engine(Passes(model, layer), vocabulary, metrics, options.limits)
+    library = Library(memories, options.method, options.settings)
+    return Service(
+        name,
+        vocabulary,
+        library,
+        engine,
+        metrics,
+        max_positions(model),
+        options.timeout,
+        time.time(),
+    )
+
+
+def create_app(service: Service, options: ServeOptions) -> FastAPI:
+    """The ASGI application; its engine runs while the application does."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        await service.warm_up()  # what is compiled and read at first use, is before a client waits
+        yield
+        service.engine.stop()
+
+    app = FastAPI(
+        title="nearest",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        max_body_size=options.max_body,
+        telemetry={"auto_configure": False},
+    )
+    app.include_router(completions.router(service))
+    app.include_router(about.router(service))
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_middleware(KeyGuard, key=options.api_key, hosts=options.hosts)
+    app.add_middleware(SlowClients, seconds=options.slow_client)
+    app.add_middleware(AccessLog, metrics=service.metrics)
+    return app
+
+
+async def _api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return of_http(error).response()
+
+
+async def _validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return of_validation(error).response()
+
+
+def _stop_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a generation: the model's, and the tokenizer's EOS."""
+    config: Any = getattr(model, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    tokens = given if isinstance(given, list) else [given]
+    return frozenset(int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None)

@@ -1,0 +1,157 @@
+"""What stands before every route: the key, the host, bodies as JSON, and clients that stop reading.
+
+Pure ASGI: nothing here holds an answer back or reads a body.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nearest.serve.errors import ApiError
+from nearest.serve.metrics import Metrics
+
+log = logging.getLogger("nearest.serve.access")
+errors = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_OPEN = ("/health",)
+
+
+class KeyGuard:
+    """Ask for the API key on every route but `/health`.
+
+    The key comes as a bearer token, or as the password of HTTP's basic authentication, for which
+    browsers have a dialogue. Without a key only requests that name a loopback host are answered, so
+    that no web page can reach the server under a name of its own.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Sequence[str] = LOOPBACK) -> None:
+        self._app = app
+        self._key = None if key is None else key.encode()
+        self._hosts = tuple(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is allowed."""
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            headers = Headers(scope=scope)
+            refusal = self._refusal(headers)
+            if refusal is None and scope["method"] not in ("GET", "HEAD"):
+                refusal = _not_from_page(headers)
+            if refusal is not None:
+                await refusal.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> ApiError | None:
+        if self._key is None:
+            host = headers.get("host", "")
+            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+            if name.strip("[]") in self._hosts:
+                return None
+            return ApiError(
+                403,
+                f"the host {name!r} is not this server's: call it by a loopback address, or start "
+                "it with --api-key to serve other hosts",
+            )
+        given = _given_key(headers.get("authorization", ""))
+        if hmac.compare_digest(given, self._key):
+            return None
+        return ApiError(
+            401,
+            "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": 'Basic realm="nearest", charset="UTF-8"'},
+        )
+
+
+def _given_key(authorization: str) -> bytes:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")  # as headers are read
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+def _not_from_page(headers: Headers) -> ApiError | None:
+    """Refuse what a foreign web page can make a browser send without asking."""
+    if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+        return ApiError(403, "requests from other sites' pages are refused")
+    return None
+
+
+class SlowClients:
+    """Close the connection of a client that does not take its answer for too long."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, with a limit to each piece's sending."""
+
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._seconds)
+
+        try:
+            await self._app(scope, receive, send_in_time if scope["type"] == "http" else send)
+        except TimeoutError:
+            log.warning(
+                "a client stopped reading for %g s: its connection is closed", self._seconds
+            )
+            raise
+
+
+class AccessLog:
+    """One line a request, with its route, status and time, and none of its text."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and note how it went."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status, untouched = time.perf_counter(), 500, True
+
+        async def noting(message: Message) -> None:
+            nonlocal status, untouched
+            untouched = False
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if not untouched:  # the connection is closed: half an answer must not seem whole
+                raise
+            errors.error("a request failed", exc_info=error)
+            failed = ApiError(500, "the server failed at this request; its log says why")
+            await failed.response()(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")  # never what a client made up
+            self._metrics.answers.labels(route, str(status)).inc()
+            log.info(
+                "request",
+                extra={
+                    "fields": {
+                        "method": scope["method"],
+                        "route": route,
+                        "status": status,
+                        "ms": round(1000 * (time.perf_counter() - started), 1),
+                    }
+                },
+            )

@@ -1,0 +1,77 @@
+"""Run the application with uvicorn, with structured logs and an orderly end."""
+
+import json
+import logging
+import socket
+import time
+from typing import Any
+
+import uvicorn
+
+from nearest.errors import SettingError
+from nearest.serve.app import ServeOptions, create_app
+from nearest.serve.guards import LOOPBACK
+from nearest.serve.service import Service
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; requests are logged without their text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class Server(uvicorn.Server):
+    """Ends what is under way within the grace period before the connections are closed."""
+
+    def __init__(self, service: Service, options: ServeOptions, host: str, port: int) -> None:
+        check_exposure(host, options.api_key)
+        self._service = service
+        self._grace = options.grace
+        config = uvicorn.Config(
+            create_app(service, options),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, int(options.grace) + 5),
+            h11_max_incomplete_event_size=1 << 16,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop taking work, let running answers end, then close."""
+        self._service.engine.stop_soon(self._grace)
+        await super().shutdown(sockets)
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Refuse to serve other machines without a key (SettingError)."""
+    if api_key is None and host not in LOOPBACK:
+        raise SettingError(
+            f"serving on {host} without an API key would let anyone on the network use the model "
+            "and read the memories: give --api-key (or NEAREST_API_KEY), or serve on 127.0.0.1"
+        )
+    if api_key is not None and len(api_key) < 8:
+        raise SettingError("an API key must have at least 8 characters")
+
+
+def log_to(stream: Any) -> None:
+    """Send the server's logs to a stream, as JSON lines."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    for name in ("nearest", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO if name == "nearest" else logging.WARNING)
