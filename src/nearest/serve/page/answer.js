@@ -1,0 +1,151 @@
+// One answer on the page: its tokens, which of them is chosen, and what is marked in it.
+
+export function element(tag, properties = {}, ...children) {
+  const { style, data, aria, ...rest } = properties;
+  const made = Object.assign(document.createElement(tag), rest);
+  for (const [name, value] of Object.entries(style ?? {})) made.style.setProperty(name, value);
+  for (const [name, value] of Object.entries(data ?? {})) made.dataset[name] = value;
+  for (const [name, value] of Object.entries(aria ?? {})) made.setAttribute(name === "role" ? name : `aria-${name}`, value);
+  made.append(...children);
+  return made;
+}
+
+export const percent = (share) => (share > 0 && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`);
+
+export const shown = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+const key = (one) => `${one.memory}\u0000${one.document}`;
+
+export class Answer {
+  // `onChoose(answer, token)` is called when a token is chosen.
+  constructor(title, onChoose) {
+    this.title = title;
+    this.onChoose = onChoose;
+    this.tokens = [];
+    this.summary = null;
+    this.text = "";
+    this.chosen = -1;
+    this.name = element("h2", {}, title);
+    this.box = element("div", {
+      className: "tokens busy",
+      tabIndex: 0,
+      aria: { role: "listbox", label: `${title}, token by token` },
+    });
+    this.node = element("article", { className: "answer" }, this.name, this.box);
+    this.box.addEventListener("click", (event) => {
+      const node = event.target.closest(".t");
+      if (node) this.choose(Number(node.dataset.n));
+    });
+    this.box.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  context(text) {
+    this.node.insertBefore(element("p", { className: "tokens prompt" }, text), this.box);
+  }
+
+  add(told, compared = false) {
+    for (const token of told) {
+      const n = this.tokens.push(token) - 1;
+      this.text += token.text;
+      const weight = compared ? difference(token) : token.memory_weight;
+      const node = element("span", {
+        className: compared && weight < 0 ? "t worse" : "t",
+        id: `${this.id}-${n}`,
+        style: { "--w": Math.min(1, Math.abs(weight)).toFixed(3) },
+        data: { n },
+        aria: { role: "option", selected: "false" },
+        title: compared ? surprise(token) : `memory ${percent(token.memory_weight)}`,
+      }, token.text);
+      token.node = node;
+      this.box.append(node);
+    }
+  }
+
+  get id() { return (this.given ??= `a${Math.random().toString(36).slice(2, 8)}`); }
+
+  end(summary) {
+    this.summary = summary;
+    this.box.classList.remove("busy");
+    const generated = this.tokens.filter((t) => !t.prompt);
+    for (const run of summary?.verbatim ?? []) {
+      for (const token of generated.slice(run.first_token, run.first_token + run.tokens)) token.node.classList.add("copied");
+    }
+    if (generated.length) {
+      const mean = generated.reduce((sum, t) => sum + t.memory_weight, 0) / generated.length;
+      this.name.append(element("span", { className: "tag" }, `${generated.length} tokens`));
+      if (summary && summary.method !== "base") {
+        this.name.append(element("span", { className: "tag strong" }, mean ? `memory ${percent(mean)}` : "the model alone: no memory was used"));
+      }
+    }
+  }
+
+  choose(n) {
+    if (!this.tokens.length) return;
+    n = Math.max(0, Math.min(this.tokens.length - 1, n));
+    this.tokens[this.chosen]?.node.setAttribute("aria-selected", "false");
+    this.chosen = n;
+    const { node } = this.tokens[n];
+    node.setAttribute("aria-selected", "true");
+    this.box.setAttribute("aria-activedescendant", node.id);
+    node.scrollIntoView({ block: "nearest" });
+    this.onChoose(this, this.tokens[n]);
+  }
+
+  release() {
+    this.tokens[this.chosen]?.node.setAttribute("aria-selected", "false");
+    this.chosen = -1;
+    this.box.removeAttribute("aria-activedescendant");
+  }
+
+  // Outline the tokens that a document spoke for.
+  mark(document) {
+    for (const token of this.tokens) {
+      token.node.classList.toggle("of", Boolean(document) && token.sources.some((s) => key(s) === key(document)));
+    }
+  }
+
+  // Underline the tokens that differ from another answer's.
+  compare(other) {
+    const same = common(this.tokens.map((t) => t.id), other.tokens.map((t) => t.id));
+    this.tokens.forEach((token, n) => token.node.classList.toggle("changed", !same.has(n)));
+    return this.tokens.length - same.size;
+  }
+
+  #key(event) {
+    const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+    let to = null;
+    if (event.key in steps) to = this.chosen < 0 ? 0 : this.chosen + steps[event.key];
+    if (event.key === "Home") to = 0;
+    if (event.key === "End") to = this.tokens.length - 1;
+    if (to === null) return;
+    event.preventDefault();
+    this.choose(to);
+  }
+}
+
+// How much better (or worse, below 0) the memory predicted a token, −1 to 1: ±1 is ±3 nats.
+export function difference(token) {
+  if (token.logprob === null) return 0;
+  return Math.max(-1, Math.min(1, (token.logprob - token.base_logprob) / 3));
+}
+
+function surprise(token) {
+  if (token.logprob === null) return "not predicted";
+  const bits = (p) => (-p / Math.LN2).toFixed(1);
+  return `${bits(token.base_logprob)} bits alone, ${bits(token.logprob)} with memory`;
+}
+
+// The positions in `a` of a longest common subsequence with `b`.
+function common(a, b) {
+  const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      table[i][j] = a[i] === b[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+    }
+  }
+  const same = new Set();
+  for (let i = 0, j = 0; i < a.length && j < b.length;) {
+    if (a[i] === b[j]) { same.add(i++); j++; } else if (table[i + 1][j] >= table[i][j + 1]) i++; else j++;
+  }
+  return same;
+}

@@ -1,0 +1,333 @@
+// The page's state: what is asked, how, and what came back.
+
+import { Failure, get, send, stream } from "./api.js";
+import { Answer, element, percent } from "./answer.js";
+import { openDocument, showDocuments, showToken, showVerbatim } from "./panels.js";
+import { startLibrary } from "./library.js";
+
+const $ = (id) => document.getElementById(id);
+const state = { about: null, mode: "prompt", turns: [], without: [], answers: [], running: null, asked: null };
+
+// --- settings ---------------------------------------------------------------------------------
+
+const chosenMemories = () => [...document.querySelectorAll("#memories input:checked")].map((box) => box.value);
+
+function options(method = $("method").value) {
+  const made = { version: 1, method, sources: true, alternatives: 6 };
+  if (method === "base") return made;
+  const names = chosenMemories();
+  if (names.length && names.length < state.about.memories.length) made.memories = names.map((name) => ({ name }));
+  const settings = state.about.settings[method];
+  if ("lam" in settings && Number($("lam").value) !== settings.lam) made.settings = { ...settings, lam: Number($("lam").value) };
+  if (state.without.length) made.without = state.without.map(({ memory, document }) => ({ memory, id: document }));
+  return made;
+}
+
+function showSettings() {
+  const settings = state.about.settings[$("method").value] ?? {};
+  $("lam-field").hidden = !("lam" in settings);
+  if ("lam" in settings) $("lam").value = settings.lam;
+  showNumbers();
+}
+
+function showNumbers() {
+  for (const name of ["lam", "temperature", "tokens"]) $(`${name}-shown`).textContent = $(name).value;
+}
+
+// --- running ----------------------------------------------------------------------------------
+
+function request(method) {
+  const body = { model: state.about.model, temperature: Number($("temperature").value), seed: 0, nearest: options(method) };
+  if (state.mode === "chat") return ["/v1/chat/completions", { ...body, messages: state.turns, max_tokens: Number($("tokens").value) }];
+  if (state.mode === "text") return ["/v1/completions", { ...body, prompt: state.asked, max_tokens: 0, echo: true }];
+  return ["/v1/completions", { ...body, prompt: state.asked, max_tokens: Number($("tokens").value) }];
+}
+
+async function fill(answer, method, signal) {
+  const [path, body] = request(method);
+  let summary = null;
+  try {
+    for await (const event of stream(path, body, signal)) {
+      const choice = event.choices[0];
+      if (!choice?.nearest) continue;
+      const { tokens, ...rest } = choice.nearest;
+      answer.add(state.mode === "text" ? tokens.filter((t) => t.token !== "" && (t.text || t.logprob !== null)) : tokens, state.mode === "text");
+      if (choice.finish_reason) summary = rest;
+    }
+  } finally {
+    answer.end(summary);
+  }
+  return answer;
+}
+
+async function run(previous = null) {
+  state.running?.abort();
+  const control = (state.running = new AbortController());
+  $("problem").hidden = true;
+  $("stop").hidden = false;
+  $("run").disabled = true;
+  const method = $("method").value;
+  const title = method === "base" ? "Model alone" : `With memory: ${method}`;
+  const answers = [new Answer(title, choose)];
+  if (previous) answers[0].name.prepend(element("span", { className: "tag" }, "now"));
+  if ($("compare").checked && method !== "base" && state.mode !== "text") answers.push(new Answer("Model alone", choose));
+  if (state.mode === "prompt") answers.forEach((answer) => answer.context(state.asked));
+  const said = state.mode === "chat" ? state.turns.map((turn) => element("article", { className: "answer said" }, element("h2", {}, turn.role), element("p", { className: "tokens" }, turn.content))) : [];
+  $("output").replaceChildren(...said, ...answers.map((answer) => answer.node), ...(previous ? [previous.node] : []));
+  state.answers = answers;
+  try {
+    await Promise.all(answers.map((answer, n) => fill(answer, n ? "base" : method, control.signal)));
+    finished(answers, previous);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof Failure)) throw error;
+    $("problem").replaceChildren(error.message);
+    $("problem").hidden = false;
+  } finally {
+    if (state.running === control) {
+      state.running = null;
+      $("stop").hidden = true;
+      $("run").disabled = false;
+    }
+  }
+}
+
+function finished(answers, previous) {
+  const [answer, other] = answers;
+  showDocuments(answer.summary, actions);
+  showVerbatim(answer.summary, actions);
+  $("tools").hidden = false;
+  const against = previous ?? other;
+  let note = `Answer complete: ${answer.text}`;
+  if (against && against.tokens.length < 2000) {
+    const count = answer.compare(against);
+    against.compare(answer);
+    note += ` ${count} tokens differ from ${previous ? "before" : "the model alone"}.`;
+    answer.name.append(element("span", { className: "tag" }, count ? `${count} tokens differ` : "the same words"));
+  }
+  if (state.mode === "text") textFigures(answer);
+  if (state.mode === "chat") {
+    state.turns.push({ role: "assistant", content: answer.text });
+    $("new-chat").hidden = false;
+  }
+  $("announce").textContent = note;
+  history.replaceState(null, "", permalink());
+}
+
+// Perplexity with and without memory, of a text that was read.
+function textFigures(answer) {
+  const scored = answer.tokens.filter((token) => token.logprob !== null);
+  if (!scored.length) return;
+  const perplexity = (name) => Math.exp(-scored.reduce((sum, token) => sum + token[name], 0) / scored.length);
+  answer.name.append(
+    element("span", { className: "tag" }, `perplexity ${perplexity("base_logprob").toFixed(2)} alone`),
+    element("span", { className: "tag strong" }, `${perplexity("logprob").toFixed(2)} with memory`));
+}
+
+function choose(answer, token) {
+  state.answers.filter((other) => other !== answer).forEach((other) => other.release());
+  showToken(token, actions);
+  document.querySelectorAll("#documents .list > li").forEach((item) => {
+    const used = token.sources.some((s) => s.document === item.dataset.document && s.memory === item.dataset.memory);
+    item.querySelector(".name").setAttribute("aria-pressed", String(used));
+  });
+}
+
+const actions = {
+  open: (place) => openDocument(place).catch(report),
+  mark: (one) => state.answers.forEach((answer) => answer.mark(one)),
+  text: (run) => state.answers[0].text.slice(run.start, run.end),
+  leaveOut(one) {
+    state.without.push({ memory: one.memory, document: one.document, title: one.title });
+    again();
+  },
+};
+
+// Run what was asked once more, and compare with what came before.
+function again() {
+  showWithout();
+  if (state.asked === null) return;
+  if (state.mode === "chat") state.turns.pop();
+  const before = state.answers[0];
+  before.name.prepend(element("span", { className: "tag" }, "before"));
+  run(before);
+}
+
+function showWithout() {
+  const notice = $("without");
+  notice.hidden = !state.without.length;
+  const chips = state.without.map((one) =>
+    element("button", {
+      type: "button", className: "small",
+      aria: { label: `Use ${one.title} again` },
+      onclick: () => { state.without = state.without.filter((other) => other !== one); again(); },
+    }, `${one.title} ✕`));
+  notice.replaceChildren("Left out of the prediction: ", ...chips);
+}
+
+function report(error) {
+  $("problem").replaceChildren(error.message);
+  $("problem").hidden = false;
+}
+
+// --- links and files --------------------------------------------------------------------------
+
+function permalink() {
+  const kept = {
+    mode: state.mode, asked: state.asked, turns: state.mode === "chat" ? state.turns.slice(0, -1) : undefined,
+    options: options(), temperature: $("temperature").value, tokens: $("tokens").value, without: state.without,
+    versions: Object.fromEntries(state.about.memories.map((memory) => [memory.name, memory.version])),
+  };
+  const bytes = new TextEncoder().encode(JSON.stringify(kept));
+  return `#${btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+}
+
+function fromLink() {
+  if (location.hash.length < 2) return;
+  try {
+    const binary = atob(location.hash.slice(1).replaceAll("-", "+").replaceAll("_", "/"));
+    const kept = JSON.parse(new TextDecoder().decode(Uint8Array.from(binary, (letter) => letter.charCodeAt(0))));
+    setMode(kept.mode);
+    $("method").value = kept.options.method;
+    showSettings();
+    if (kept.options.settings?.lam !== undefined) $("lam").value = kept.options.settings.lam;
+    $("temperature").value = kept.temperature;
+    $("tokens").value = kept.tokens;
+    state.without = kept.without ?? [];
+    state.turns = kept.turns ?? [];
+    state.asked = kept.asked;
+    $("input").value = kept.asked ?? "";
+    const moved = state.about.memories.filter((memory) => kept.versions?.[memory.name] !== memory.version);
+    $("outdated").hidden = !moved.length;
+    $("outdated").textContent = `This link was made with another version of ${moved.map((m) => m.name).join(", ")}: the answer may differ.`;
+    showNumbers();
+    showWithout();
+    if (state.asked !== null) run();
+  } catch {
+    report(new Failure("This link cannot be read: it was cut or changed."));
+  }
+}
+
+function save(name, type, content) {
+  const link = element("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+const asJson = () => JSON.stringify({
+  version: 1, model: state.about.model, mode: state.mode, asked: state.asked, options: options(),
+  answers: state.answers.map((a) => ({ title: a.title, text: a.text, ...a.summary, tokens: a.tokens.map(({ node, ...token }) => token) })),
+}, null, 2);
+
+async function savePage() {
+  const css = await (await fetch("/page/viewer.css")).text();
+  const copy = document.documentElement.cloneNode(true);
+  copy.querySelectorAll("script, link, form, nav, dialog, .skip, #library, #tools, button").forEach((node) => node.remove());
+  copy.querySelector("head").append(Object.assign(document.createElement("style"), { textContent: css }));
+  save("answer.html", "text/html", `<!doctype html>\n${copy.outerHTML}`);
+}
+
+// --- the page ---------------------------------------------------------------------------------
+
+function setMode(mode) {
+  state.mode = mode;
+  document.querySelectorAll("[data-mode]").forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.mode === mode)));
+  const words = {
+    prompt: ["Prompt", "Type a prompt, and see which documents decide how it goes on …", "Run"],
+    chat: ["Message", "Ask something …", "Send"],
+    text: ["Text", "Paste a text, and see which words the memory would have expected …", "Read"],
+  }[mode];
+  $("input-label").textContent = words[0];
+  $("input").placeholder = words[1];
+  $("run").textContent = words[2];
+  $("new-chat").hidden = mode !== "chat" || !state.turns.length;
+}
+
+function ask() {
+  const text = $("input").value;
+  if (!text.trim()) return $("input").focus();
+  state.asked = text;
+  if (state.mode === "chat") {
+    state.turns.push({ role: "user", content: text });
+    $("input").value = "";
+  }
+  run();
+}
+
+function soon(action, wait = 250) {
+  let timer;
+  return () => { clearTimeout(timer); timer = setTimeout(action, wait); };
+}
+
+const rerun = soon(() => {
+  if (state.asked === null || !state.answers.length) return;
+  if (state.mode === "chat") while (state.turns.at(-1)?.role === "assistant") state.turns.pop();
+  run();
+});
+
+function startControls() {
+  $("form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+  $("input").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(); }
+  });
+  $("stop").addEventListener("click", () => state.running?.abort());
+  $("compare").addEventListener("change", rerun);
+  $("method").addEventListener("change", () => { showSettings(); rerun(); });
+  for (const name of ["lam", "temperature", "tokens"]) $(name).addEventListener("input", () => { showNumbers(); rerun(); });
+  $("memories").addEventListener("change", (event) => {
+    if (!chosenMemories().length) event.target.checked = true;
+    rerun();
+  });
+  document.querySelectorAll("[data-mode]").forEach((one) => one.addEventListener("click", () => {
+    state.turns = []; state.asked = null; setMode(one.dataset.mode);
+  }));
+  $("new-chat").addEventListener("click", () => { state.turns = []; state.answers = []; state.asked = null; $("output").replaceChildren(); setMode("chat"); });
+  $("link").addEventListener("click", async () => {
+    history.replaceState(null, "", permalink());
+    await navigator.clipboard?.writeText(location.href).catch(() => {});
+    $("link").textContent = "Link copied";
+    setTimeout(() => { $("link").textContent = "Copy link"; }, 1500);
+  });
+  $("save-json").addEventListener("click", () => save("answer.json", "application/json", asJson()));
+  $("save-html").addEventListener("click", savePage);
+  for (const view of ["ask", "library"]) {
+    $(`view-${view}`).addEventListener("click", () => {
+      for (const other of ["ask", "library"]) {
+        $(other).hidden = other !== view;
+        $(`view-${other}`).setAttribute("aria-pressed", String(other === view));
+      }
+      if (view === "library") startLibrary(state.about, actions, refresh);
+    });
+  }
+}
+
+function showServing() {
+  const { model, memories } = state.about;
+  $("serving").textContent = `${model} · ${memories.map((m) => `${m.name} (${m.documents.toLocaleString("en")} documents, version ${m.version})`).join(" · ")}`;
+}
+
+async function refresh() {
+  state.about = await get("/v1/nearest");
+  showServing();
+}
+
+async function start() {
+  startControls();
+  try {
+    await refresh();
+  } catch (error) {
+    $("serving").textContent = "";
+    return report(error);
+  }
+  const { methods, method, memories, chat } = state.about;
+  $("method").replaceChildren(...methods.map((one) => element("option", { value: one }, one === "base" ? "base (the model alone)" : one)));
+  $("method").value = method;
+  $("memories").append(...memories.map((memory) => element("label", { className: "check" }, element("input", { type: "checkbox", value: memory.name, checked: true }), `${memory.name}`)));
+  document.querySelector('[data-mode="chat"]').hidden = !chat;
+  setMode(chat ? "chat" : "prompt");
+  showSettings();
+  fromLink();
+  window.addEventListener("hashchange", fromLink);
+}
+
+start();

@@ -1,0 +1,133 @@
+// The side of the page: the chosen token, the documents, copied passages, and a document's text.
+
+import { get } from "./api.js";
+import { element, percent, shown } from "./answer.js";
+
+const $ = (id) => document.getElementById(id);
+const KINDS = { dense: "a similar state", pointers: "following a passage", suffix: "the same words before" };
+const probability = (logprob) => (logprob === null ? 0 : Math.exp(logprob));
+
+const bar = (share, memory) =>
+  element("div", { className: memory ? "bar memory" : "bar", aria: { hidden: "true" } }, element("i", { style: { "--p": share.toFixed(4) } }));
+
+function fact(name, share, memory) {
+  return [element("dt", {}, name), bar(share, memory), element("dd", {}, percent(share))];
+}
+
+function candidates(title, list, chosen, memory) {
+  const items = list.map((one) =>
+    element("li", { className: one.id === chosen ? "chosen" : "" },
+      element("code", {}, shown(one.token)), bar(probability(one.logprob), memory),
+      element("small", {}, percent(probability(one.logprob)))));
+  return element("div", {}, element("h3", {}, title), element("ol", {}, ...items));
+}
+
+const tag = (text, strong = false) => element("span", { className: strong ? "tag strong" : "tag" }, text);
+const button = (text, onclick) => element("button", { type: "button", className: "small", onclick }, text);
+
+function snippet(source) {
+  return element("p", { className: "snippet" }, `…${source.before}`, element("mark", {}, source.value), `${source.after}…`);
+}
+
+// What the memory did to one token.
+export function showToken(token, actions) {
+  const card = $("token-card");
+  if (token.logprob === null) {
+    card.replaceChildren(element("p", { className: "empty" }, "The first token of a text is not predicted."));
+    return;
+  }
+  const alone = token.base_alternatives[0];
+  const verdict = element("p", { className: "verdict" });
+  if (alone && alone.id !== token.id) {
+    verdict.append("The model alone would have said ", element("b", {}, `“${shown(alone.token)}”`), ` (${percent(probability(alone.logprob))}).`);
+  } else if (token.memory_weight > 0) {
+    verdict.append("The model alone would have said the same.");
+  } else {
+    verdict.append("The memory had no part in this token.");
+  }
+  const sources = token.sources.map((source) =>
+    element("li", {},
+      element("button", { type: "button", className: "name", onclick: () => actions.open(source) }, source.title),
+      snippet(source),
+      element("div", { className: "row" },
+        tag(`${percent(source.weight)} of the memory's say`, true), tag(KINDS[source.kind] ?? source.kind),
+        ...(source.match_length ? [tag(`${source.match_length} tokens alike`)] : []),
+        ...(source.licence ? [tag(source.licence)] : []))));
+  card.replaceChildren(
+    element("div", { className: "row" }, element("h2", {}, "Token"), element("span", { className: "token-name" }, shown(token.token))),
+    verdict,
+    element("dl", { className: "facts" },
+      ...fact("with memory", probability(token.logprob), true),
+      ...fact("model alone", probability(token.base_logprob), false),
+      ...fact("decided by memory", token.memory_weight, true)),
+    element("div", { className: "pairs" },
+      candidates("With memory", token.alternatives, token.id, true),
+      candidates("Model alone", token.base_alternatives, token.id, false)),
+    ...(sources.length ? [element("h3", {}, "Where it stands"), element("ul", { className: "list" }, ...sources)] : []));
+}
+
+// Documents by what they carried of an answer.
+export function showDocuments(summary, actions) {
+  const panel = $("documents");
+  const documents = summary?.documents ?? [];
+  if (!documents.length) {
+    panel.replaceChildren(element("h2", {}, "Documents"), element("p", { className: "empty" }, "No document spoke for this answer: it is the model's alone."));
+    return;
+  }
+  const strongest = Math.max(...documents.map((one) => one.weight));
+  const items = documents.slice(0, 30).map((one) => {
+    const name = element("button", { type: "button", className: "name", aria: { pressed: "false" } }, one.title);
+    name.addEventListener("click", () => {
+      const on = name.getAttribute("aria-pressed") !== "true";
+      panel.querySelectorAll(".name").forEach((other) => other.setAttribute("aria-pressed", "false"));
+      name.setAttribute("aria-pressed", String(on));
+      actions.mark(on ? one : null);
+    });
+    return element("li", { data: { document: one.document, memory: one.memory } },
+      name, bar(one.weight / strongest, true),
+      element("div", { className: "row" }, tag(`${percent(one.weight)} of the answer`, true), tag(`${one.tokens} tokens`),
+        ...(one.licence ? [tag(one.licence)] : []), element("span", { className: "space" }),
+        button("Open", () => actions.open(one)), button("Without it", () => actions.leaveOut(one))));
+  });
+  panel.replaceChildren(
+    element("h2", {}, `Documents (${documents.length})`),
+    element("p", { className: "quiet" }, "A document's name outlines its tokens. “Without it” runs again as if it were not there."),
+    element("ul", { className: "list" }, ...items));
+}
+
+export function showVerbatim(summary, actions) {
+  const panel = $("verbatim");
+  const runs = summary?.verbatim ?? [];
+  panel.hidden = !runs.length;
+  panel.replaceChildren(
+    element("h2", {}, "Copied word for word"),
+    element("ul", { className: "list" }, ...runs.map((run) =>
+      element("li", {},
+        element("button", { type: "button", className: "name", onclick: () => actions.open({ ...run, length: run.tokens }) }, run.title),
+        element("p", { className: "snippet" }, element("mark", {}, actions.text(run))),
+        element("div", { className: "row" }, tag(`${run.tokens} tokens in a row`, true), tag(run.licence ?? "licence not stated"))))));
+}
+
+// A whole document, at the place where it spoke.
+export async function openDocument(place) {
+  const path = `/v1/nearest/documents/${encodeURIComponent(place.memory)}?id=${encodeURIComponent(place.document)}`;
+  const whole = await get(path);
+  $("document-title").textContent = whole.title;
+  const about = { memory: `${whole.memory}, version ${whole.version}`, id: whole.id, ...whole.metadata };
+  $("document-about").replaceChildren(...Object.entries(about).map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, typeof value === "string" ? value : JSON.stringify(value)))));
+  const text = $("document-text");
+  if (place.position === undefined) {
+    text.replaceChildren(whole.text);
+  } else {
+    const first = place.length ? place.position : place.position + 1;
+    const last = first + (place.length ?? 1);
+    const mark = element("mark", {}, whole.pieces.slice(first, last).join(""));
+    text.replaceChildren(whole.pieces.slice(0, first).join(""), mark, whole.pieces.slice(last).join(""));
+    requestAnimationFrame(() => mark.scrollIntoView({ block: "center" }));
+  }
+  $("document-cite").onclick = () => navigator.clipboard?.writeText(`${whole.title} (${whole.id}), ${whole.memory}, version ${whole.version}`);
+  $("document").showModal();
+}
+
+$("document-close").addEventListener("click", () => $("document").close());
