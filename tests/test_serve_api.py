@@ -397,7 +397,7 @@ def test_the_key_guards_everything_but_health(
         httpx.Client(base_url=running.url) as stranger,
     ):
         assert stranger.get("/health").status_code == 200
-        paths = {"/", "/viewer.js", "/metrics", "/ready", "/tokenizer_info", "/v1/models"}
+        paths = {"/", "/page/main.js", "/metrics", "/ready", "/tokenizer_info", "/v1/models"}
         for path in {*paths, "/openapi.json", "/v1/nearest", "/nowhere"}:
             assert stranger.get(path).status_code == 401, path
         wrong = stranger.get("/v1/models", headers={"Authorization": "Bearer wrong-secret"})

@@ -2,11 +2,11 @@
 
 import time
 from importlib import resources
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nearest.serve.errors import ApiError
@@ -15,14 +15,11 @@ from nearest.serve.provenance import title_of
 from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
 from nearest.serve.service import Service, in_thread
 
-_PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/viewer.css": ("viewer.css", "text/css; charset=utf-8"),
-    "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
-}
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_PAGE = resources.files("nearest.serve").joinpath("page")
 # The page loads nothing from elsewhere, runs no script but its own, and can be in no frame.
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DOCUMENTS_A_PAGE = 100
@@ -93,20 +90,29 @@ def router(service: Service) -> APIRouter:
             return await in_thread(_listed, service, memory, start)
         return await in_thread(_document, service, memory, document_id)
 
-    async def page(request: Request) -> Response:
-        name, kind = _PAGE[request.url.path]
-        content = resources.files("nearest.serve").joinpath("page", name).read_bytes()
-        headers = {
-            "Content-Security-Policy": _PAGE_POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
-        return Response(content, media_type=kind, headers=headers)
+    @routes.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return await in_thread(_page_file, "index.html")
 
-    for path in _PAGE:
-        routes.add_api_route(path, page, methods=["GET"], include_in_schema=False)
+    @routes.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return await in_thread(_page_file, name)
+
     return routes
+
+
+def _page_file(name: str) -> Response:
+    """A file of the viewer."""
+    kind = _KINDS.get(PurePosixPath(name).suffix)
+    if kind is None or not (file := _PAGE.joinpath(name)).is_file():
+        raise ApiError(404, f"the viewer has no file {name!r}")
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return Response(file.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from nearest.errors import NearestError
 from nearest.serve.errors import ApiError
 from nearest.serve.metrics import Metrics
-from nearest.serve.mixing import Prediction, row_queries
+from nearest.serve.mixing import Mixture, row_queries
 from nearest.serve.passes import Batch, Passed, Passes
 from nearest.serve.prompts import Prompt, tell
 from nearest.serve.sampling import choose
@@ -236,7 +236,7 @@ class Engine:
     def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
         with self._metrics.mix_seconds.time():
             queries = row_queries(passed.keys[:, -1].numpy(), [row.tokens for row in rows])
-            prediction = Prediction.of(
+            prediction = Mixture(
                 rows[0].work.ensemble,
                 queries,
                 [row.state for row in rows],
@@ -245,7 +245,7 @@ class Engine:
         for number, row in enumerate(rows):
             self._tell(row, prediction, number)
 
-    def _tell(self, row: Row, prediction: Prediction, number: int) -> None:
+    def _tell(self, row: Row, prediction: Mixture, number: int) -> None:
         """Choose a row's next token, tell its listener, and carry its state on."""
         wanted = row.work.wanted
         token = choose(prediction.log_probs[number], wanted.temperature, wanted.top_p, row.rng)

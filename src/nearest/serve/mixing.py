@@ -1,45 +1,31 @@
 """Predictions of rows of different sequences with their memories.
 
-What a sequence carries from one prediction to the next (`State`) goes in and comes out; a
-prediction can be asked which entries spoke for a token, so that provenance says what was mixed.
+What a sequence carries from one prediction to the next goes in and comes out; a prediction can be
+asked which entries spoke for a token, so that provenance says what was mixed.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nearest.encode.view import lm_view
-from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
-from nearest.retrieval.candidates import KINDS, Candidates
-from nearest.retrieval.distribution import Weights, vocabulary_log_probs
+from nearest.retrieval.candidates import KINDS
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.gates.guard import gained, guarded
-from nearest.retrieval.lookup import Lookup, stacked
 from nearest.retrieval.queries import Queries
+from nearest.retrieval.step import Prediction, State, advance, step
 
 _BETWEEN = -1  # no token: a context ends where the next row's begins
 
-
-class Carried(NamedTuple):
-    """What one memory's method carries: pointers, and how much it has gained (nats)."""
-
-    pointers: Int[np.ndarray, " p"]
-    gained: float
+States = tuple[State, ...]  # of one sequence, for each memory that is used
 
 
-State = tuple[Carried, ...]  # of each memory that is used
-
-_NOTHING = Carried(np.full(1, NO_ENTRY, dtype=np.int64), 0.0)
-
-
-def beginning(ensemble: Ensemble) -> State:
-    """The state before a sequence's first prediction."""
-    return (_NOTHING,) * len(ensemble.used)
+def beginning(ensemble: Ensemble) -> States:
+    """The states before a sequence's first prediction."""
+    return (State.start(1),) * len(ensemble.used)
 
 
 class Spoke(NamedTuple):
@@ -57,33 +43,21 @@ class Spoke(NamedTuple):
     distance: float
 
 
-class _Part(NamedTuple):
-    lookup: Lookup
-    number: int  # of the memory
-    weight: float
-    candidates: Candidates
-    weights: Weights
-    gated: Float[Tensor, "rows vocab"]
-    gains: Float[np.ndarray, " rows"]
+class Mixture:
+    """Log-probabilities of rows with their memories, and what they were made of.
 
+    Attributes:
+        base: of the model alone, in nats.
+        log_probs: of model and memories together.
+    """
 
-class Prediction:
-    """Log-probabilities of rows with the memories, and what they were made of."""
-
-    def __init__(self, ensemble: Ensemble, base: Float[Tensor, "rows vocab"]) -> None:
-        self._ensemble = ensemble
-        self.base = base
-        self._parts: list[_Part] = []
-        self.log_probs = base
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         ensemble: Ensemble,
         queries: Queries,
-        states: Sequence[State],
+        states: Sequence[States],
         base: Float[Tensor, "rows vocab"],
-    ) -> "Prediction":
+    ) -> None:
         """Predict the next token of each row.
 
         Args:
@@ -92,60 +66,47 @@ class Prediction:
             states: what each row carries.
             base: the model's log-probabilities, in nats.
         """
-        made = cls(ensemble, base)
         if ensemble.needs_lm:
             queries = queries._replace(lm=lm_view(base))
-        numbers = [n for n, weight in enumerate(ensemble.weights) if weight]
-        predicted = []
-        for n, ((lookup, weight), number) in enumerate(zip(ensemble.used, numbers, strict=True)):
-            carried = [state[n] for state in states]
-            candidates = lookup.candidates(queries, stacked([one.pointers for one in carried]))
-            weights = lookup.weights(queries, candidates)
-            gated = mixed = vocabulary_log_probs(base, weights, candidates.values)
-            gains = np.array([one.gained for one in carried])
-            if lookup.settings.guard:
-                mixed = guarded(base, gated, torch.from_numpy(gains)[:, None])
-            predicted.append(mixed)
-            made._parts.append(_Part(lookup, number, weight, candidates, weights, gated, gains))
-        made.log_probs = ensemble.mixed(predicted, base)
-        return made
+        self.base = base
+        self._numbers = [number for number, weight in enumerate(ensemble.weights) if weight]
+        self._weights = [weight for _, weight in ensemble.used]
+        self._predictions: list[Prediction] = [
+            step(lookup, queries, State.joined([state[n] for state in states]))
+            for n, (lookup, _) in enumerate(ensemble.used)
+        ]
+        predicted = [prediction.log_probs(base) for prediction in self._predictions]
+        self.log_probs = ensemble.mixed(predicted, base)
 
-    def after(self, row: int, token: int) -> State:
+    def after(self, row: int, token: int) -> States:
         """What a row carries once a token has come."""
-        after = []
-        for part in self._parts:
-            pointers, gain = _NOTHING
-            if part.lookup.keeps_state:
-                one = part.candidates.rows(slice(row, row + 1))
-                pointers = part.lookup.follow(one, np.array([token]))[0]
-            if part.lookup.settings.guard:
-                base, mixed = self.base[row, token : token + 1], part.gated[row, token : token + 1]
-                gain = float(part.gains[row]) + float(gained(base, mixed))
-            after.append(Carried(pointers, gain))
-        return tuple(after)
+        base, token_array = self.base[row, token : token + 1], np.array([token])
+        one = slice(row, row + 1)
+        return tuple(
+            advance(prediction.rows(one), token_array, base) for prediction in self._predictions
+        )
 
     def spoke(self, row: int, token: int) -> list[Spoke]:
         """The entries that spoke for a token, strongest first; weights sum to what they added."""
         found = []
-        for part in self._parts:
-            values, added = part.candidates.values[row], part.weights.candidates[row]
-            columns = np.flatnonzero((values == token) & (added > 0))
-            share = part.weight
-            if part.lookup.settings.guard:
-                share /= 1 + np.exp(-part.gains[row])
-            bounds = np.cumsum(part.candidates.columns)
-            kinds = np.searchsorted(bounds, columns, side="right")
-            for column, kind in zip(columns.tolist(), kinds.tolist(), strict=True):
-                found.append(
-                    Spoke(
-                        part.number,
-                        int(part.candidates.ids[row, column]),
-                        float(share * added[column]),
-                        KINDS[kind],
-                        int(part.candidates.lengths[row, column]),
-                        float(part.candidates.distances[row, column]),
-                    )
+        for number, weight, prediction in zip(
+            self._numbers, self._weights, self._predictions, strict=True
+        ):
+            candidates = prediction.candidates
+            added = prediction.weights.candidates[row] * (weight * prediction.trust[row])
+            columns = np.flatnonzero((candidates.values[row] == token) & (added > 0))
+            kinds = np.searchsorted(np.cumsum(candidates.columns), columns, side="right")
+            found += [
+                Spoke(
+                    number,
+                    int(candidates.ids[row, column]),
+                    float(added[column]),
+                    KINDS[kind],
+                    int(candidates.lengths[row, column]),
+                    float(candidates.distances[row, column]),
                 )
+                for column, kind in zip(columns.tolist(), kinds.tolist(), strict=True)
+            ]
         return sorted(found, key=lambda one: -one.weight)
 
 

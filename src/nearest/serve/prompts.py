@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nearest.retrieval.queries import Queries
-from nearest.serve.mixing import Prediction, State, beginning
+from nearest.serve.mixing import Mixture, States, beginning
 from nearest.serve.passes import Passed, Passes
 from nearest.serve.sampling import likeliest
 from nearest.serve.vocabulary import TextStream, Vocabulary
@@ -23,7 +23,7 @@ class Prompt:
         self.work = work
         self.batch = passes.begin()
         self.echoed: list[Told] = []
-        self.prediction: Prediction
+        self.prediction: Mixture
         self.number = 0
         self._passes = passes
         self._vocabulary = vocabulary
@@ -68,15 +68,15 @@ class Prompt:
 
     def _predictions(
         self, positions: range, passed: Passed
-    ) -> Iterator[tuple[Prediction, Sequence[int]]]:
+    ) -> Iterator[tuple[Mixture, Sequence[int]]]:
         """All positions at once, or one after another with the state that each leaves."""
         ensemble, keys, base = self.work.ensemble, passed.keys[0].numpy(), passed.log_probs[0]
         step = 1 if ensemble.keeps_state else len(positions)
         for start in range(0, len(positions), step):
             rows, part = slice(start, start + step), positions[start : start + step]
             queries = Queries(keys[rows], self._tokens, np.array(part, dtype=np.int64))
-            states: list[State] = [self._state] * len(part)
-            prediction = Prediction.of(ensemble, queries, states, base[rows])
+            states: list[States] = [self._state] * len(part)
+            prediction = Mixture(ensemble, queries, states, base[rows])
             following = part[-1] + 1
             if ensemble.keeps_state and following < len(self._tokens):
                 self._state = prediction.after(0, int(self._tokens[following]))
@@ -89,7 +89,7 @@ class Prompt:
         self.echoed.append(told._replace(text=piece, prompt=True))
 
 
-def tell(wanted: Wanted, prediction: Prediction, number: int, token: int) -> Told:
+def tell(wanted: Wanted, prediction: Mixture, number: int, token: int) -> Told:
     """What is to be told about a token, whose text is found elsewhere."""
     mixed, base = prediction.log_probs[number], prediction.base[number]
     return Told(

@@ -9,7 +9,7 @@ import numpy as np
 
 from nearest.retrieval.ensemble import Ensemble
 from nearest.serve.errors import ApiError
-from nearest.serve.mixing import Spoke, State
+from nearest.serve.mixing import Spoke, States
 from nearest.serve.vocabulary import Stops, TextStream, Vocabulary
 
 
@@ -102,7 +102,7 @@ class Row:
         wanted = work.wanted
         self.work = work
         self.choice = choice
-        self.state: State = ()
+        self.state: States = ()
         self.tokens = list(work.prompt)
         self.new = 0
         self.rng = np.random.default_rng([wanted.seed & (2**64 - 1), choice])
