@@ -30,7 +30,7 @@ from transformers import (
 
 from nearest import Memory
 from nearest.corpus.documents import Document
-from nearest.retrieval.gates import fit_mixture, training
+from nearest.retrieval.gates import network
 
 # A busy machine must not decide a test.
 settings.register_profile("patient", deadline=None)
@@ -129,13 +129,9 @@ def in_two_segments(parts: list[Memory], path: Path) -> Memory:
 
 @contextmanager
 def gates_trained_at_once() -> Iterator[None]:
-    """Without cross-fitting, and briefly: to learn takes seconds, and few tests are about it."""
-
-    def briefly(inputs: Any, loss: Any, outputs: int, _folds: Any) -> Any:
-        return training.train_network(inputs, loss, outputs, steps=160)
-
+    """Briefly: to learn takes seconds, and few tests are about it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fit_mixture, "cross_fitted", briefly)
+        patched.setattr(network, "STEPS", 60)
         yield
 
 

@@ -1,6 +1,7 @@
 """Exceptions whose message says what is wrong, why, and how to mend it."""
 
 from importlib.util import find_spec
+from typing import Any
 
 
 class NearestError(Exception):
@@ -15,12 +16,24 @@ class FolderError(NearestError):
     """A memory folder that is missing, damaged, locked, of a newer format, or cannot be written."""
 
 
+class NotStoredError(FolderError):
+    """A result that could not be written into the memory it is for; `tuned` holds it."""
+
+    def __init__(self, message: str, tuned: Any) -> None:
+        super().__init__(message)
+        self.tuned = tuned
+
+
 class ModelError(NearestError):
     """A model or tokenizer that does not fit the memory or lacks what is asked of it."""
 
 
 class SettingError(NearestError):
     """A value outside the range in which it means something."""
+
+
+class SettingsWarning(UserWarning):
+    """Settings in use that nobody tuned, or that were tuned before the memory changed."""
 
 
 def require(module: str, extra: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args
 
+import msgspec
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -143,6 +144,14 @@ class Memory:
         """
         moved = read_manifest(self.path).generation != self.manifest.generation
         return Memory.open(self.path, self.search_on) if moved else self
+
+    def take_over_settings(self) -> None:
+        """Take over the settings and gates in the folder; all else stays as it was opened."""
+        stored = read_manifest(self.path)
+        self._gates = open_gates(self.path, stored)
+        self.manifest = msgspec.structs.replace(
+            self.manifest, settings=stored.settings, gates=stored.gates, tuned_at=stored.tuned_at
+        )
 
     def add(
         self,

@@ -34,6 +34,7 @@ from nearest.store.change import changing, check_new, new_folder
 from nearest.store.journal import Journal
 from nearest.store.manifest import (
     FORMAT,
+    MANIFEST,
     ComputedIn,
     KeysRecord,
     Manifest,
@@ -47,6 +48,7 @@ from nearest.store.parts.index import IndexChoice, write_all
 from nearest.store.segment import no_keys
 
 NO_KEYS = "none"
+_ROOM = 1 << 18  # bytes, that a gate and the next manifest take at most
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,17 @@ def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progr
         segments = write_all(opened, choice, progress)
         keys = msgspec.structs.replace(keys, index=choice.spec)
         change.publish(keys=keys, segments=segments, keys_of=change.number)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse what `store_settings` would: a locked or read-only memory, or a full disk.
+
+    Raises:
+        FolderError: it is one of these, or no memory.
+    """
+    with changing(path):
+        # It is taken away as what an interrupted writer leaves.
+        (path / f"{MANIFEST}.partial").write_bytes(bytes(_ROOM))
 
 
 def store_settings(

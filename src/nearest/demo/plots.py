@@ -5,8 +5,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from nearest.pages.figures import AMBER, GREY, INK, ROSE, RULE, STYLE, TEAL, axis_label, figure, svg
+from nearest.retrieval.gates.fitting import TEMPERATURES
 from nearest.verbs.results import Result
-from nearest.verbs.tune import Tuned
+from nearest.verbs.settings_search import LAMS, Tuned
 
 _STEP = 4  # temperatures are √2 apart; the plotted ones ×4
 
@@ -43,20 +44,20 @@ def documents_plot(names: list[str], base: Result, knn: Result) -> str:
 
 def _draw_tuning(axes: Axes, tuned: Tuned) -> None:
     settings = tuned.settings
-    best_temperature = tuned.temperatures.index(settings.temperature)
-    perplexity = np.exp(np.minimum(tuned.grid[:, tuned.variants.index(settings.k)], 700))
+    best_temperature = TEMPERATURES.index(settings.temperature)
+    perplexity = np.exp(np.minimum(tuned.curves, 700))
     base, best = np.exp(tuned.base_nll), np.exp(tuned.nll)
     for i in range(best_temperature - 2 * _STEP, best_temperature + 2 * _STEP + 1, _STEP):
-        if not 0 <= i < len(tuned.temperatures):
+        if not 0 <= i < len(TEMPERATURES):
             continue
         is_best = i == best_temperature
         axes.plot(
-            tuned.lams,
+            LAMS,
             perplexity[i],
             color=AMBER if is_best else GREY,
             linewidth=2.4 if is_best else 1.1,
             linestyle="-" if is_best else _dashes(i - best_temperature),
-            label=f"{tuned.temperatures[i]:g}",
+            label=f"{TEMPERATURES[i]:g}",
             zorder=3 if is_best else 2,
         )
     axes.axhline(base, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))

@@ -15,7 +15,7 @@ from nearest.errors import require
 from nearest.pages.page import filled, interval, number, percent
 from nearest.verbs.generate import DocumentShare, Generation
 from nearest.verbs.results import Result
-from nearest.verbs.tune import Tuned
+from nearest.verbs.settings_search import Tuned
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 _FULL_SHADE = 20.0  # times as likely, or as unlikely

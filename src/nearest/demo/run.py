@@ -30,7 +30,8 @@ from nearest.store.manifest import MANIFEST, read_manifest
 from nearest.verbs.evaluate import evaluate
 from nearest.verbs.generate import generate
 from nearest.verbs.results import Result
-from nearest.verbs.tune import Tuned, tune
+from nearest.verbs.settings_search import Tuned
+from nearest.verbs.tune import tune
 
 MODEL = Path(__file__).with_name("general-gpt2-7m")
 PROMPTS = ('The "global" statement', "Strings are immutable sequences of")

@@ -14,6 +14,7 @@ from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings, resolve_settings
+from nearest.retrieval.tuned import warn_of_settings
 
 _ROUNDING = 1e-6  # of weights that are to sum to 1
 
@@ -75,6 +76,8 @@ class Ensemble:
         memories = memories_of(memories)
         if not memories:
             raise SettingError("there is no memory to look up: give at least one")
+        for memory in memories if settings is None else ():
+            warn_of_settings(memory, method, [n for n, v in given.items() if v is not None])
         lookups = tuple(
             Lookup.of(memory, method, resolve_settings(method, memory, settings, **given))
             for memory in memories
@@ -123,18 +126,3 @@ class Ensemble:
         if rest > _ROUNDING:
             parts.append(lm_log_probs + log(rest))
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
-
-
-def likeliest_weights(
-    log_probs: Float[Tensor, "components n"], rounds: int = 200
-) -> Float[Tensor, " components"]:
-    """Weights, summing to 1, of the mixture of components under which n tokens are likeliest.
-
-    Expectation maximisation; the likelihood is concave in the weights, so it finds the maximum.
-    """
-    likelihood = (log_probs - log_probs.max(dim=0).values).exp()
-    weights = torch.full((len(log_probs),), 1 / len(log_probs), dtype=log_probs.dtype)
-    for _ in range(rounds):
-        joint = weights[:, None] * likelihood
-        weights = (joint / joint.sum(dim=0)).mean(dim=1)
-    return weights

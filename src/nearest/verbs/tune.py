@@ -1,29 +1,35 @@
-"""Find a method's settings on held-out text: retrieve once, then sweep as array mathematics."""
+"""Find a method's settings on held-out text, or train its gate, and store them in the memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from nearest.build.build import store_settings
+from nearest.build.build import check_writable, store_settings
 from nearest.encode.identity import AnyModel
-from nearest.errors import SettingError
+from nearest.errors import NearestError, NotStoredError, SettingError
+from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
+from nearest.retrieval import automaton
+from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.adaptret import fit_adaptret
 from nearest.retrieval.gates.buckets import fit_buckets
-from nearest.retrieval.gates.fit_mixture import Trial, distance_unit, fit_mixture
-from nearest.retrieval.gates.gate import StoredGate, View
+from nearest.retrieval.gates.fit_mixture import SearchEverywhere, distance_unit, fit_mixture
+from nearest.retrieval.gates.gate import Examples, FixedGate, Gate, StoredGate
+from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.meta_k import fit_meta_k
-from nearest.retrieval.gates.seen import Seen
+from nearest.retrieval.gates.mixture import MixtureConfig
 from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import (
     MEMORY_METHODS,
     Settings,
@@ -32,45 +38,8 @@ from nearest.retrieval.settings import (
     method_named,
     resolve_settings,
 )
-from nearest.retrieval.walk import Trails, walk
-
-TEMPERATURES = tuple(round(2 ** (i / 2), 2) for i in range(-4, 25))  # 0.25 … 4096, by √2
-LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98
-KS = (16, 64, 256, 1024)
-_PUBLISHED: Mapping[str, Callable[[Iterable[Seen]], StoredGate]] = {
-    "buckets": fit_buckets,
-    "meta-k": fit_meta_k,
-    "adaptret": fit_adaptret,
-}
-LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The best settings, and the whole sweep: nll in nats at [temperature, variant, λ].
-
-    `variants` are the values tried for one more setting of the method: k, or length_power.
-    """
-
-    method: str
-    settings: Settings
-    nll: float
-    base_nll: float
-    tokens: int
-    grid: Float[np.ndarray, "temperatures variants lams"] = field(repr=False)
-    variant: str
-    variants: tuple[float, ...]
-    temperatures: tuple[float, ...] = TEMPERATURES
-    lams: tuple[float, ...] = LAMS
-
-    def as_json(self) -> dict[str, Any]:
-        """What was found, as stored in the memory."""
-        return {
-            **as_stored(self.settings, self.method),
-            "tuned_nll": self.nll,
-            "tuned_base_nll": self.base_nll,
-            "tuned_tokens": self.tokens,
-        }
+from nearest.retrieval.tuned import found_on
+from nearest.verbs.settings_search import Sweep, Tuned, best_settings, looked_up
 
 
 @dataclass(frozen=True)
@@ -114,19 +83,19 @@ def tune(
 
     λ and the temperature are swept; with them k for kNN-LM (of the candidates for the largest k),
     and length_power for the methods that weigh by match length. For a method with a gate, such as
-    "knn+mixture" or "hybrid", the gate is trained instead; the text's hidden states are then held
-    in memory.
+    "knn+mixture" or "hybrid", the gate is trained instead.
 
     Args:
         model, memory, documents, tokenizer, window, stride, batch_size, force, leave_one_out,
             progress: as in `evaluate`.
         method: one that uses the memory.
-        store: write the result into the memory, where `attach` and `evaluate` find it; a memory
-            opened before must be opened again to see it.
+        store: write the result into the memory's folder, where `attach` and `evaluate` find it.
+            `memory` itself takes it over.
         **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup,
             suffix_k.
 
     Raises:
+        NotStoredError: the result cannot be stored; the error's `tuned` holds it.
         NearestError: model, memory, text or settings cannot be used.
     """
     check_method(method, MEMORY_METHODS)
@@ -134,6 +103,8 @@ def tune(
         raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
     given = {name: value for name, value in fixed.items() if value is not None}
     resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
+    if store:
+        check_writable(memory.path)
     scorer = Scorer.prepare(
         model,
         memory,
@@ -147,59 +118,46 @@ def tune(
     )
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:
-        tuned = _sweep(scorer, memory, method, given, progress)
-        gate = None
+        sweep = Sweep.of(memory, method, given)
+        blocks, total = scorer.blocks(progress, "read"), scorer.text.predictions
+        examples = looked_up(sweep.lookup, blocks, progress, f"tune {method}", total)
+        tuned = best_settings(sweep, examples)
     else:
         tuned = _train(scorer, memory, method, given, progress)
-        gate = to_store(tuned.gate, method)
     if store:
-        store_settings(memory.path, method, tuned.as_json(), gate)
+        store_tuned(memory, tuned)
     return tuned
 
 
-def _sweep(
-    scorer: Scorer | ReadText,
-    memory: Memory,
-    method: str,
-    given: dict[str, Any],
-    progress: Progress,
-) -> Tuned:
-    """Every temperature, λ and variant of one retrieval."""
-    lookup, variant, variants = _sweep_of(method, memory, given)
-    lm_probs, memory_probs = [], []
-    trails: Trails = {}
-    for block in scorer.blocks(progress, f"tune {method}"):
-        probs = np.empty((len(block.targets), len(variants), len(TEMPERATURES)), np.float32)
-        for rows, candidates in walk(lookup, block.queries, block.sequences, block.targets, trails):
-            for i, value in enumerate(variants):
-                power, first = lookup.settings.length_power, None
-                if variant == "k":
-                    first = int(value)
-                elif variant == "length_power":
-                    power = value
-                components = [Component(lookup.kinds, t, power, first) for t in TEMPERATURES]
-                probs[rows, i] = component_probs(candidates, components, block.targets[rows])
-        memory_probs.append(torch.from_numpy(probs))
-        lm_probs.append(block.lm_log_probs.double().exp())
-    base = torch.cat(lm_probs)
-    grid = _nll_grid(base, torch.cat(memory_probs))
-    best = np.unravel_index(int(np.nanargmin(grid)), grid.shape)
-    settings = replace(lookup.settings, temperature=TEMPERATURES[best[0]], lam=LAMS[best[2]])
-    if variant == "k":
-        # The best k was chosen among the widest's candidates, and is to be fetched among them.
-        settings = replace(settings, k=int(variants[best[1]]), rerank=int(variants[-1]))
-    elif variant == "length_power":
-        settings = replace(settings, length_power=variants[best[1]])
-    return Tuned(
-        method=method,
-        settings=settings,
-        nll=float(grid[best]),
-        base_nll=float(-base.log().mean()),
-        tokens=len(base),
-        grid=grid,
-        variant=variant,
-        variants=variants,
-    )
+def store_tuned(memory: Memory, tuned: Tuned | TunedGate) -> None:
+    """Write what was tuned into the memory's folder; `memory` takes it over.
+
+    Raises:
+        NotStoredError: it cannot be written; the error's `tuned` holds it.
+    """
+    method = tuned.method
+    gate = to_store(tuned.gate, memory, method) if isinstance(tuned, TunedGate) else None
+    settings = {**tuned.as_json(), **found_on(memory)}
+    try:
+        store_settings(memory.path, {method: settings}, {} if gate is None else {method: gate})
+    except (NearestError, OSError) as error:
+        raise NotStoredError(
+            f"what was found for {method} could not be stored ({error}): {tuned.as_json()}. Mend "
+            "that and store it with `store_tuned(memory, error.tuned)`, or tune again",
+            tuned,
+        ) from error
+    memory.take_over_settings()
+
+
+class _Fit(Protocol):
+    def __call__(self, examples: Iterable[Examples], *, progress: Progress) -> StoredGate: ...
+
+
+_PUBLISHED: Mapping[str, _Fit] = {
+    "buckets": fit_buckets,
+    "meta-k": fit_meta_k,
+    "adaptret": fit_adaptret,
+}
 
 
 def _train(
@@ -211,71 +169,135 @@ def _train(
 ) -> TunedGate:
     """Train the method's gate on the text, looked up as the method does."""
     chosen = method_named(method)
-    kinds, trained, asks = chosen.kinds, str(chosen.gate), chosen.asks
-    settings = replace(Settings(**method_named(method).defaults), **given)
-    if "dense" in kinds:
+    settings = replace(Settings(**chosen.defaults), **given)
+    if "dense" in chosen.kinds:
         settings = replace(settings, k=min(settings.k, memory.entries))
-    blocks = list(scorer.blocks(progress, f"read for {method}", with_view=True))
-
-    def seen(searched: float) -> Iterator[Seen]:
-        return _looked_up(Lookup(memory, method, settings, Trial(kinds, searched)), blocks)
-
-    gate: StoredGate
-    if trained in _PUBLISHED:
-        gate = _PUBLISHED[trained](seen(1.0))
-    else:
-        # With every search, with none, and with half of them, for states that a gate leads to.
-        shares = (1.0, 0.0, 0.5) if asks else (1.0,)
-        unit = distance_unit(seen(1.0))
-        gate = fit_mixture(kinds, [seen(share) for share in shares], unit, asks)
-    run = MethodRun(Lookup(memory, method, settings, gate))
-    nll = -torch.cat([run.log_probs(block) for block in blocks]).double()
-    base = -torch.cat([block.lm_log_probs for block in blocks]).double()
-    return TunedGate(method, settings, gate, float(nll.mean()), float(base.mean()), len(base))
+    train = _train_published if chosen.gate in _PUBLISHED else _train_mixture
+    blocks = list(scorer.blocks(progress, "read", with_view=True))
+    gate, log_probs = train(memory, method, settings, blocks, progress)
+    base = torch.cat([block.lm_log_probs for block in blocks])
+    nlls = -log_probs.double().mean(), -base.double().mean()
+    return TunedGate(method, settings, gate, float(nlls[0]), float(nlls[1]), len(base))
 
 
-def _looked_up(lookup: Lookup, blocks: Sequence[ScoredBlock]) -> Iterator[Seen]:
-    trails: Trails = {}
-    first = 0
+def _train_published(
+    memory: Memory,
+    method: str,
+    settings: Settings,
+    blocks: Sequence[ScoredBlock],
+    progress: Progress,
+) -> tuple[StoredGate, Float[Tensor, " n"]]:
+    """The gate, and its log-probabilities of the text's tokens."""
+    total = sum(len(block.targets) for block in blocks)
+    everywhere = FixedGate(Component(("dense",), 1.0), 0.0)
+    lookup = Lookup(memory, method, settings, everywhere)
+    examples = looked_up(lookup, blocks, progress, "look up", total)
+    gate = _PUBLISHED[str(method_named(method).gate)](examples, progress=progress)
+    run, log_probs, done = MethodRun(Lookup(memory, method, settings, gate)), [], 0
     for block in blocks:
-        for rows, candidates in walk(lookup, block.queries, block.sequences, block.targets, trails):
-            yield Seen(
-                first + rows,
-                View(block.queries.rows(rows), candidates, lookup.memory),
-                block.targets[rows],
-                block.lm_log_probs[rows].numpy(),
-                block.documents[rows],
-            )
-        first += len(block.targets)
+        log_probs.append(run.log_probs(block))
+        done += len(block.targets)
+        progress(f"score {method}", done, total)
+    return gate, torch.cat(log_probs)
 
 
-def _sweep_of(
-    method: str, memory: Memory, given: dict[str, Any]
-) -> tuple[Lookup, str, tuple[float, ...]]:
-    """The widest retrieval, and what of it is varied beside temperature and λ."""
-    defaults = Settings(**method_named(method).defaults)
-    known = method_named(method).settings
-    widest = replace(defaults, **given)
-    if "k" in known:
-        widest = replace(widest, k=min(widest.k, memory.entries))
-    if method == "knn" and "k" not in given:
-        ks = tuple(sorted({min(k, memory.entries) for k in KS}))
-        widest = replace(widest, k=ks[-1], rerank=max(widest.rerank, ks[-1]))
-        return Lookup(memory, method, widest), "k", ks
-    if defaults.length_power > 0 and "length_power" not in given:
-        return Lookup(memory, method, widest), "length_power", LENGTH_POWERS
-    return Lookup(memory, method, widest), "", (0.0,)
+def _train_mixture(
+    memory: Memory,
+    method: str,
+    settings: Settings,
+    blocks: Sequence[ScoredBlock],
+    progress: Progress,
+) -> tuple[StoredGate, Float[Tensor, " n"]]:
+    """The gate, and its log-probabilities of the text's tokens.
+
+    Where the gate decides about searches, it is trained, and judged, at states to which random
+    decisions have led.
+    """
+    chosen = method_named(method)
+    total = sum(len(block.targets) for block in blocks)
+
+    def examples(unit: float, progress: Progress) -> Iterator[Examples]:
+        gate = SearchEverywhere(MixtureConfig.over(chosen.kinds, unit))
+        lookup = (_EitherWay if chosen.asks else Lookup)(memory, method, settings, gate)
+        return looked_up(lookup, blocks, progress, f"tune {method}", total)
+
+    unit = distance_unit(examples(1.0, no_progress))
+    found = examples(unit, progress)
+    ways: Iterator[tuple[Examples, ...]]
+    ways = (_ways(one, settings) for one in found) if chosen.asks else ((one,) for one in found)
+    skip = settings.skip if chosen.asks else None
+    gate, mixed = fit_mixture(MixtureConfig.over(chosen.kinds, unit), ways, skip, progress)
+    if settings.guard:
+        base = torch.cat([block.lm_log_probs for block in blocks])
+        sequences = np.concatenate([block.sequences for block in blocks])
+        mixed = guarded(base, mixed, gained_before(gained(base, mixed), sequences, 0.0))
+    return gate, mixed
 
 
-def _nll_grid(
-    base: Float[torch.Tensor, " n"], memory_probs: Float[torch.Tensor, "n variants temperatures"]
-) -> Float[np.ndarray, "temperatures variants lams"]:
-    """Mean nll of every combination, in float64."""
-    variants, temperatures = memory_probs.shape[1:]
-    lams = torch.tensor(LAMS, dtype=torch.float64)
-    grid = np.empty((temperatures, variants, len(LAMS)))
-    for variant in range(variants):
-        for temperature in range(temperatures):
-            probs = memory_probs[:, variant, temperature].double()
-            grid[temperature, variant] = nll_over_lams(base, probs, lams).numpy()
-    return grid
+class _EitherWay(Lookup):
+    """Searches for every query, but lets pointers go on from what is found only now and then.
+
+    Both ways are then seen at states of which a gate may lead to any. `Candidates.searched` says
+    whether pointers go on; how often they do changes every 256 tokens, from never to always.
+    """
+
+    def __init__(self, memory: Memory, method: str, settings: Settings, gate: Gate) -> None:
+        super().__init__(memory, method, replace(settings, dedup=False), gate)
+
+    def candidates(
+        self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
+    ) -> Candidates:
+        found = super().candidates(queries, pointers)
+        often = np.round(_uniform(queries.ends // 256) * 4) / 4
+        return found._replace(searched=_uniform(queries.ends) < often)
+
+    def follow(
+        self, candidates: Candidates, tokens: Int[np.ndarray, " q"]
+    ) -> Int[np.ndarray, "q p"]:
+        passed = np.zeros(candidates.ids.shape, dtype=bool)
+        passed[:, candidates.of("dense")] = ~candidates.searched[:, None]
+        ids, values = (np.where(passed, NO_ENTRY, a) for a in (candidates.ids, candidates.values))
+        return super().follow(candidates._replace(ids=ids, values=values), tokens)
+
+
+def _uniform(numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """A fixed number inside [0, 1) for each number, evenly spread."""
+    return np.modf(numbers * 0.6180339887498949)[0]
+
+
+def _ways(one: Examples, settings: Settings) -> tuple[Examples, Examples]:
+    """A prediction as after the dense search, and as without it."""
+    found = one.view.candidates
+    dense = found.columns[0]
+    without = Candidates(
+        found.ids[:, dense:],
+        found.values[:, dense:],
+        found.distances[:, dense:],
+        found.lengths[:, dense:],
+        (0, *found.columns[1:]),
+        np.zeros_like(found.searched),
+        None if found.log_counts is None else found.log_counts[:, dense:],
+    )
+    if settings.dedup:
+        found = _without_repeated(found)
+    searched = found._replace(searched=np.ones_like(found.searched))
+    view = one.view
+    return (
+        one._replace(view=view._replace(candidates=searched)),
+        one._replace(view=view._replace(candidates=without)),
+    )
+
+
+def _without_repeated(candidates: Candidates) -> Candidates:
+    """Without pointers that are neighbours too."""
+    pointed = candidates.of("pointers")
+    of_pointers = candidates.ids[:, pointed]
+    kept = automaton.without_repeated(of_pointers, candidates.ids[:, candidates.of("dense")])
+    gone = np.zeros(candidates.ids.shape, dtype=bool)
+    gone[:, pointed] = kept < 0
+    return candidates._replace(
+        ids=np.where(gone, NO_ENTRY, candidates.ids),
+        values=np.where(gone, NO_ENTRY, candidates.values),
+        distances=np.where(gone, np.float32(np.inf), candidates.distances),
+        lengths=np.where(gone, np.int16(0), candidates.lengths),
+    )

@@ -12,7 +12,8 @@ from nearest.memory import Memory
 from nearest.models.method_run import EnsembleRun
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.ensemble import Ensemble, likeliest_weights
+from nearest.retrieval.ensemble import Ensemble
+from nearest.retrieval.gates.fitting import best_shares
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def tune_weights(
         for block in scorer.blocks(progress, "tune weights", ensemble.needs_lm)
     ]
     log_probs = torch.cat(blocks, dim=1).double()
-    weights = likeliest_weights(log_probs)
-    mixed = (log_probs + weights.log()[:, None]).logsumexp(0)
+    likelihood = (log_probs - log_probs.amax(0)).exp().T
+    weights = best_shares(likelihood.numpy())
+    mixed = (log_probs + torch.from_numpy(weights).log()[:, None]).logsumexp(0)
     return TunedWeights(
         tuple(round(weight, 4) for weight in weights[:-1].tolist()),
         -float(mixed.mean()),

@@ -1,58 +1,62 @@
 """Search only where it pays (AdaptRet; He et al., arXiv:2109.04212)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.fitting import (
+    COARSE_TEMPERATURES,
     FLOOR,
-    TEMPERATURES,
+    Temperature,
     best_lams,
     nll,
     observe,
-    temperature_of,
 )
-from nearest.retrieval.gates.gate import LEFT_TO_LM, View
-from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import check_quantiles, quantiles_of, worth_searching
-from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
+from nearest.retrieval.gates.gate import (
+    LEFT_TO_LM,
+    Examples,
+    View,
+    checked_quantiles,
+    quantiles_of,
+    worth_searching,
+)
+from nearest.retrieval.gates.network import Network, check_enough, folds_of, train_network
 
-LONGEST = 4  # tokens of the n-grams that are looked at
+LONGEST = 4  # tokens of the n-grams whose counts are an input
 _FIGURES = 2 + 2 * LONGEST
 _PENALTY = 0.05  # of the mean λ of the memory
-_HIDDEN = 16
+_HIDDEN = (16, 16)
 
 
-@dataclass(frozen=True)
-class AdaptRetGate:
+class AdaptRetGate(nn.Module):
     """A network gives λ of the memory before the search, and so says whether to make one.
 
-    Attributes:
-        temperature: by which distances are divided.
-        network: features → logits of the language model and of the memory.
-        quantiles: of λ's log-odds on the tuning text.
+    Its state: the network `mix`, `adaptret_inputs` → logits of the language model and of the
+    memory; and `quantiles` of λ's log-odds on the tuning text.
     """
 
-    temperature: float
-    network: Network
-    quantiles: Float[np.ndarray, " quantiles"]
+    class Config(msgspec.Struct, frozen=True):
+        """The temperature by which distances are divided."""
+
+        temperature: Temperature
+
+    needs_lm = True
+
+    def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.mix = Network.of(state, "mix", None, 2)
+        self.register_buffer("quantiles", checked_quantiles(state["quantiles"]))
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """All neighbours."""
-        return (_component(self.temperature),)
-
-    @property
-    def needs_lm(self) -> bool:
-        """It sees the model's entropy and largest probability."""
-        return True
+        return (_component(self.config.temperature),)
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ where a search was made and found something; elsewhere the model is left alone."""
@@ -64,44 +68,31 @@ class AdaptRetGate:
         return worth_searching(before, self._log_odds, self.quantiles, skip)
 
     def _log_odds(self, view: View) -> Float[np.ndarray, " q"]:
-        return _log_odds(self.network(adaptret_inputs(view)))
-
-    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The temperature as JSON, network and quantiles as arrays."""
-        arrays = {**self.network.arrays("mix"), "quantiles": self.quantiles}
-        return {"temperature": self.temperature}, arrays
-
-    @classmethod
-    def restored(
-        cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-    ) -> "AdaptRetGate":
-        """The gate that was stored."""
-        network = Network.of(arrays, "mix")
-        network.check(None, 2)
-        check_quantiles(arrays["quantiles"])
-        return cls(temperature_of(config), network, arrays["quantiles"])
+        return _log_odds(self.mix(adaptret_inputs(view)))
 
 
 def fit_adaptret(
-    seen: Iterable[Seen],
-    temperatures: Sequence[float] = TEMPERATURES,
+    examples: Iterable[Examples],
+    temperatures: Sequence[float] = COARSE_TEMPERATURES,
     seed: int = 0,
+    progress: Progress = no_progress,
 ) -> AdaptRetGate:
-    """Fit the network on nine tenths of the documents; what predicts the others best is kept.
+    """Fit the network, and the temperature that is best with a fixed λ.
 
     Args:
-        seen: the text, searched everywhere.
-        temperatures: that are tried, with a fixed λ.
-        seed: of training, and of which documents are held out.
+        examples: the text, looked up with every search made.
+        temperatures: those that are tried.
+        seed: of training.
+        progress: told how training goes on.
 
     Raises:
         SettingError: the text is too short.
     """
-    data = observe(seen, adaptret_inputs, [_component(t) for t in temperatures])
+    data = observe(examples, adaptret_inputs, [_component(t) for t in temperatures])
     check_enough(len(data.inputs))
     lams = best_lams(data.lm_probs, data.probs)
     best = int(nll(data.lm_probs, data.probs, lams).argmin())
-    lm, memory = torch.from_numpy(data.lm_probs), torch.from_numpy(data.probs[:, best])
+    lm, memory = torch.from_numpy(data.lm_probs), torch.from_numpy(data.probs[:, best].copy())
     lam = np.clip(lams[best], 1e-3, 1 - 1e-3)
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
@@ -110,24 +101,27 @@ def fit_adaptret(
     network = train_network(
         data.inputs,
         loss,
-        2,
+        np.log([1 - lam, lam]),
+        folds_of(data.documents),
         hidden=_HIDDEN,
         seed=seed,
         emphasis=_emphasis(data.inputs.shape[1]),
-        start=np.log([1 - lam, lam]),
-        held_out=held_out_documents(data.documents, seed=seed),
+        progress=progress,
     )
     quantiles = quantiles_of(_log_odds(network(data.inputs)))
-    return AdaptRetGate(temperatures[best], network, quantiles)
+    state = {**network.state_dict(prefix="mix."), "quantiles": quantiles}
+    return AdaptRetGate(AdaptRetGate.Config(temperatures[best]), state)
 
 
 def adaptret_loss(
-    logits: Float[Tensor, "n 2"], lm_probs: Float[Tensor, " n"], memory_probs: Float[Tensor, " n"]
-) -> Float[Tensor, ""]:
+    logits: Float[Tensor, "*copies n 2"],
+    lm_probs: Float[Tensor, "*copies n"],
+    memory_probs: Float[Tensor, "*copies n"],
+) -> Float[Tensor, "*copies"]:
     """−mean log(λ_LM·p_LM + λ·p_memory) + .05·mean λ, in nats."""
     shares = logits.softmax(-1)
-    mixed = shares[:, 0] * lm_probs + shares[:, 1] * memory_probs
-    return -mixed.clamp(min=FLOOR).log().mean() + _PENALTY * shares[:, 1].mean()
+    mixed = shares[..., 0] * lm_probs + shares[..., 1] * memory_probs
+    return -mixed.clamp(min=FLOOR).log().mean(-1) + _PENALTY * shares[..., 1].mean(-1)
 
 
 def adaptret_inputs(view: View) -> Float[np.ndarray, "q inputs"]:

@@ -1,109 +1,110 @@
 """Adaptive λ by the distance of the nearest neighbour (Drozdov et al., arXiv:2210.15859)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from nearest.errors import SettingError
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.fitting import (
-    TEMPERATURES,
+    COARSE_TEMPERATURES,
+    KS,
+    Temperature,
     best_lams,
     nearest_distance,
     nll,
     observe,
-    temperature_of,
 )
-from nearest.retrieval.gates.gate import View
-from nearest.retrieval.gates.seen import Seen
+from nearest.retrieval.gates.gate import Examples, View
 
 BUCKETS = 64  # as in the paper's code
-KS = (16, 64, 256, 1024)
 _LEAST_IN_BUCKET = 32
 
 
-@dataclass(frozen=True)
-class BucketsGate:
+class BucketsGate(nn.Module):
     """One component, and a λ for each range of distances of the nearest neighbour.
 
-    Attributes:
-        component: of dense candidates.
-        edges: ascending; bucket i holds distances from edges[i − 1] on and below edges[i].
-        lams: of each bucket, one more than edges.
+    Its state, float32: ascending `edges`, bucket i holding distances from edges[i − 1] on and below
+    edges[i]; and `lams` of each bucket, one more than edges.
     """
 
-    component: Component
-    edges: Float[np.ndarray, " edges"]  # float32
-    lams: Float[np.ndarray, " buckets"]  # float32
+    class Config(msgspec.Struct, frozen=True):
+        """How the nearest `first` neighbours are weighed."""
+
+        temperature: Temperature
+        first: Annotated[int, msgspec.Meta(gt=0)]
+
+    needs_lm = False
+
+    def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        edges, lams = state["edges"], state["lams"]
+        if edges.ndim != 1 or lams.shape != (len(edges) + 1,):
+            raise ValueError(f"{list(lams.shape)} buckets between {list(edges.shape)} edges")
+        if edges.dtype != torch.float32 or lams.dtype != torch.float32:
+            raise ValueError("edges or λ that are not float32")
+        if not (edges.isfinite().all() and (edges.diff() > 0).all()):
+            raise ValueError("the edges of buckets do not ascend")
+        if not ((lams >= 0) & (lams <= 1)).all():
+            raise ValueError("λ outside [0, 1]")
+        self.config = config
+        self.register_buffer("edges", edges)
+        self.register_buffer("lams", lams)
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The one."""
-        return (self.component,)
-
-    @property
-    def needs_lm(self) -> bool:
-        """It sees distances alone."""
-        return False
+        return (_component(self.config.temperature, self.config.first),)
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ of the query's bucket; 0 without a dense candidate."""
         nearest = nearest_distance(view)
-        lams = self.lams[bucket_of(nearest, self.edges)]
+        lams = self.lams.numpy()[bucket_of(nearest, self.edges.numpy())]
         return np.where(np.isfinite(nearest), lams, np.float32(0))[:, None]
-
-    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The component as JSON, edges and λ as arrays."""
-        config = {"temperature": self.component.temperature, "first": self.component.first}
-        return config, {"edges": self.edges, "lams": self.lams}
-
-    @classmethod
-    def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "BucketsGate":
-        """The gate that was stored."""
-        edges, lams = arrays["edges"], arrays["lams"]
-        if edges.ndim != 1 or lams.shape != (len(edges) + 1,):
-            raise ValueError(f"{lams.shape} buckets between {edges.shape} edges")
-        if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
-            raise ValueError("the edges of buckets do not ascend")
-        if not ((lams >= 0) & (lams <= 1)).all():
-            raise ValueError("λ outside [0, 1]")
-        return cls(_component(temperature_of(config), int(config["first"])), edges, lams)
 
 
 def fit_buckets(
-    seen: Iterable[Seen],
+    examples: Iterable[Examples],
     buckets: int = BUCKETS,
-    temperatures: Sequence[float] = TEMPERATURES,
+    temperatures: Sequence[float] = COARSE_TEMPERATURES,
     ks: Sequence[int] = KS,
+    progress: Progress = no_progress,
 ) -> BucketsGate:
     """Fit λ of each bucket, the temperature, and the number of neighbours that are weighed.
 
     Args:
-        seen: the text, searched.
+        examples: the text, looked up with every search made.
         buckets: how many with equally many tokens; fewer when a bucket would have less than 32.
-        temperatures, ks: that are tried.
+        temperatures, ks: those that are tried.
+        progress: not told; other fits are.
 
     Raises:
         SettingError: there is nothing to fit, or `buckets` is below 1.
     """
     if buckets < 1:
         raise SettingError(f"buckets must be at least 1, got {buckets}")
-    components = [_component(temperature, k) for k in ks for temperature in temperatures]
-    data = observe(seen, lambda view: nearest_distance(view)[:, None], components)
+    ways = [(temperature, k) for k in ks for temperature in temperatures]
+    data = observe(
+        examples, lambda view: nearest_distance(view)[:, None], [_component(*way) for way in ways]
+    )
     nearest = data.inputs[:, 0]
     edges = _edges(nearest, min(buckets, max(1, len(nearest) // _LEAST_IN_BUCKET)))
     bucket = bucket_of(nearest, edges)
-    lams = np.empty((len(edges) + 1, len(components)))
-    losses = np.zeros(len(components))
+    lams = np.empty((len(edges) + 1, len(ways)), np.float32)
+    losses = np.zeros(len(ways))
     for i in range(len(lams)):
         inside = bucket == i
-        lams[i] = best_lams(data.lm_probs[inside], data.probs[inside])
-        losses += nll(data.lm_probs[inside], data.probs[inside], lams[i])
+        exact = best_lams(data.lm_probs[inside], data.probs[inside])
+        losses += nll(data.lm_probs[inside], data.probs[inside], exact)
+        lams[i] = exact
     best = int(losses.argmin())
-    return BucketsGate(components[best], edges, lams[:, best].astype(np.float32))
+    state = {"edges": torch.from_numpy(edges), "lams": torch.from_numpy(lams[:, best].copy())}
+    return BucketsGate(BucketsGate.Config(*ways[best]), state)
 
 
 def bucket_of(

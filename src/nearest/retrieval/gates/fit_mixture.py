@@ -1,7 +1,6 @@
-"""Fit the mixture gate on held-out text, seen with every search, with none, and with some."""
+"""Fit the mixture gate on held-out text."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -9,120 +8,121 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs
-from nearest.retrieval.gates.gate import LEFT_TO_LM, View
-from nearest.retrieval.gates.mixture import (
-    MixtureGate,
-    SearchGuess,
-    available,
-    components_for,
-    voted_among,
-)
-from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import quantiles_of
-from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import check_enough, cross_fitted, folds_of
+from nearest.retrieval.gates.fitting import FLOOR, best_shares
+from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, View, quantiles_of, reaching
+from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, available
+from nearest.retrieval.gates.network import check_enough, folds_of, train_network
 
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
 _UNIT_BATCHES = 20
-_FLOOR = 1e-20  # of a probability, so that its logarithm is finite
+_ROUNDS = 20  # of expectation maximisation, for the shares that training begins with
+_LEAST_SHARE = 1e-3  # of these
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Stands in for the gate while its training text is looked up: searches so many at random."""
+class SearchEverywhere:
+    """Stands in for the gate while its training text is looked up."""
 
-    kinds: tuple[str, ...]
-    searched: float
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    needs_lm = True
 
-    @property
-    def components(self) -> tuple[Component, ...]:
-        """Such that everything the gate will look at is measured."""
-        return components_for(self.kinds, 1.0)
-
-    @property
-    def needs_lm(self) -> bool:
-        """As the gate."""
-        return True
+    def __init__(self, config: MixtureConfig) -> None:
+        self.components: tuple[Component, ...] = config.weighed
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Nothing is predicted with it."""
         return np.zeros((len(view.candidates.ids), len(self.components)))
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
-        """At random, whatever `skip` is."""
-        return self.rng.random(len(before.candidates.ids)) < self.searched
+        """All of them, whatever `skip` is."""
+        return np.ones(len(before.candidates.ids), dtype=bool)
 
 
 class _Data(NamedTuple):
-    """Everything about n predictions that fitting needs; probabilities with the model's first.
+    """Everything about n predictions that fitting needs.
 
-    Those of components hold what the gate leaves to the model of each.
+    `log_probs` are of the token that came, by the language model and by each component with what
+    the gate leaves to the model; −inf where a component has no candidate.
     """
 
     rows: Int[np.ndarray, " n"]
     documents: Int[np.ndarray, " n"]
     features: Float[np.ndarray, "n features"]
     before: Float[np.ndarray, "n features_before"]
-    probs: Float[np.ndarray, "n components_and_lm"]
-    available: Bool[np.ndarray, "n components_and_lm"]
+    log_probs: Float[np.ndarray, "n choices"]  # float32
 
 
 def fit_mixture(
-    kinds: Sequence[str], views: Sequence[Iterable[Seen]], unit: float, asks: bool
-) -> MixtureGate:
-    """Fit a mixture over kinds.
+    config: MixtureConfig,
+    examples: Iterable[tuple[Examples, ...]],
+    skip: float | None = None,
+    progress: Progress = no_progress,
+) -> tuple[MixtureGate, Float[Tensor, " n"]]:
+    """Fit a mixture; also the log-probability that it gives to each token of the text.
 
     Args:
-        kinds: of the method.
-        views: the same text, seen in one way or several. For a method that asks whether to search,
-            the first with every search made and the second with none.
-        unit: see `components_for`.
-        asks: whether the gate decides about searches.
+        config: what it looks at and weighs.
+        examples: predictions of the text, each looked up in one way; for a gate that decides about
+            searches in two, with and without the dense search.
+        skip: fraction of searches that the log-probabilities are to be without; None for a gate
+            that decides about none.
+        progress: told how training goes on.
 
     Raises:
         SettingError: the text is too short.
     """
-    components = components_for(kinds, unit)
-    voted = voted_among(components, unit)
-    untrained = MixtureGate(tuple(kinds), components, voted, _NOTHING)
-    seen = [_collect(untrained, view) for view in views]
-    check_enough(len(seen[0].rows))
-    data = _Data(*(np.concatenate(parts) for parts in zip(*seen, strict=True)))
-    probs, masked = torch.from_numpy(data.probs), torch.from_numpy(~data.available)
-    folds = folds_of(seen[0].documents)
+    ways = [_joined(parts) for parts in zip(*(_collect(config, e) for e in examples), strict=True)]
+    first = ways[0]
+    check_enough(len(first.rows))
+    folds = folds_of(first.documents)
+    log_probs = torch.from_numpy(np.concatenate([way.log_probs for way in ways]))
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
-        shares = logits.masked_fill(masked[rows], -torch.inf).softmax(-1)
-        return -((shares * probs[rows]).sum(-1) + _FLOOR).log().mean()
+        return -_mixed(logits, log_probs[rows]).mean(-1)
 
-    mix = cross_fitted(data.features, loss, len(components) + 1, np.tile(folds, len(seen)))
-    gate = MixtureGate(tuple(kinds), components, voted, mix)
-    if not asks:
-        return gate
-    every, none = (_log_probs(mix, one) for one in seen[:2])
-    gains = torch.from_numpy(np.clip(every - none, -_LARGEST_GAIN, _LARGEST_GAIN))
+    mix = train_network(
+        np.concatenate([way.features for way in ways]),
+        loss,
+        np.log(np.maximum(best_shares(log_probs.exp().numpy(), _ROUNDS), _LEAST_SHARE)),
+        np.tile(folds, len(ways)),
+        progress=progress,
+        stage="train the gate",
+    )
+    state = mix.state_dict(prefix="mix.")
+    mixed = [_mixed(torch.from_numpy(mix(w.features)), torch.from_numpy(w.log_probs)) for w in ways]
+    if skip is None:
+        return MixtureGate(config, state), mixed[0]
+    gains = (mixed[0] - mixed[1]).clamp(-_LARGEST_GAIN, _LARGEST_GAIN)
 
-    def error(rows: Tensor, guesses: Tensor) -> Tensor:
-        return ((guesses[:, 0] - gains[rows]) ** 2).mean()
+    def error(rows: Tensor, estimates: Tensor) -> Tensor:
+        return ((estimates[..., 0] - gains[rows]) ** 2).mean(-1)
 
-    network = cross_fitted(seen[0].before, error, 1, folds)
-    guesses = network(seen[0].before)[:, 0]
-    search = SearchGuess(network, quantiles_of(guesses))
-    return MixtureGate(tuple(kinds), components, voted, mix, search)
+    start = gains.mean(0, keepdim=True).numpy()
+    search = train_network(
+        first.before, error, start, folds, progress=progress, stage="train its searches"
+    )
+    estimates = search(first.before)[:, 0]
+    quantiles = quantiles_of(estimates)
+    state |= {**search.state_dict(prefix="search."), "quantiles": quantiles}
+    searched = torch.from_numpy(reaching(estimates, quantiles, skip))
+    return MixtureGate(config, state), torch.where(searched, mixed[0], mixed[1])
 
 
-_NOTHING = Network(np.zeros(0, np.float32), np.zeros(0, np.float32), (), ())
+def _mixed(
+    logits: Float[Tensor, "*shape choices"], log_probs: Float[Tensor, "*shape choices"]
+) -> Float[Tensor, "*shape"]:
+    """Log-probability that the gated mixture gives to each token."""
+    logits = logits.masked_fill(log_probs == -torch.inf, -torch.inf)
+    return (logits + log_probs).logsumexp(-1) - logits.logsumexp(-1)
 
 
-def distance_unit(seen: Iterable[Seen]) -> float:
+def distance_unit(examples: Iterable[Examples]) -> float:
     """How much farther the candidate in the middle is than the nearest: median over queries.
 
     Of the first batches only; 1 where no query has two candidates, or all are equally near.
     """
     gaps = []
-    for one, _ in zip(seen, range(_UNIT_BATCHES), strict=False):
+    for one, _ in zip(examples, range(_UNIT_BATCHES), strict=False):
         distances = np.sort(one.view.candidates.distances, axis=1)
         count = np.isfinite(distances).sum(axis=1)
         some = count > 1
@@ -132,32 +132,28 @@ def distance_unit(seen: Iterable[Seen]) -> float:
     return unit if unit > 0 else 1.0
 
 
-def _collect(gate: MixtureGate, seen: Iterable[Seen]) -> _Data:
-    parts = []
-    for one in seen:
-        probs = component_probs(one.view.candidates, gate.components, one.targets)
-        lm = np.exp(one.lm_log_probs)[:, None]
+def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
+    collected = []
+    for one in ways:
+        probs = component_probs(one.view.candidates, config.weighed, one.targets)
+        lm = np.maximum(np.exp(one.lm_log_probs), FLOOR)[:, None]
         probs = (1 - LEFT_TO_LM) * probs + LEFT_TO_LM * lm
-        has = available(one.view, gate.components)
-        parts.append(
+        log_probs = np.log(np.concatenate([lm, probs], axis=1))
+        log_probs[:, 1:][~available(one.view, config.weighed)] = -np.inf
+        collected.append(
             _Data(
                 one.rows,
                 one.documents,
-                gate.features(one.view),
-                gate.features_before(one.view),
-                np.concatenate([lm, probs], axis=1).astype(np.float32),
-                np.concatenate([np.ones_like(has[:, :1]), has], axis=1),
+                config.features(one.view),
+                config.features_before(one.view),
+                log_probs.astype(np.float32),
             )
         )
-    whole = _Data(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    order = np.argsort(whole.rows)
-    return _Data(*(part[order] for part in whole))
+    return collected
 
 
-def _log_probs(mix: Network, data: _Data) -> Float[np.ndarray, " n"]:
-    """Log-probability that the gated mixture gives each token."""
-    logits = np.where(data.available, mix(data.features), -np.inf)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    log_probs: Float[np.ndarray, " n"] = np.log((shares * data.probs).sum(axis=1) + _FLOOR)
-    return log_probs
+def _joined(parts: Sequence[_Data]) -> _Data:
+    """In the order of the text."""
+    whole = _Data(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    order = np.argsort(whole.rows, kind="stable")
+    return _Data(*(array[order] for array in whole))

@@ -1,27 +1,32 @@
-"""What every gate is, and the one that needs no training: a fixed λ.
+"""What a gate is, what it sees, and the gate that needs no training: a fixed λ.
 
-A gate weighs components, which are distributions made of the candidates, after they are found; some
-gates also decide, before the dense search, whether it is made at all.
+A gate weighs components, which are distributions made of the candidates, after these are found;
+some gates also decide, before the dense search, whether it is made at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from nearest.memory import Memory
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.queries import Queries
 
-# Of what a trained gate gives the memory: a token that the memory lacks must not become impossible.
+# Fraction of every trained gate's memory weight that is handed back to the language model, so that
+# a token that the memory lacks never gets probability 0.
 LEFT_TO_LM = 1e-3
+_STEPS = 100  # of quantiles, from 0 to 1
 
 
 class View(NamedTuple):
-    """What a gate may look at; before a dense search the candidates have none of its entries.
+    """A gate's input; before a dense search the candidates hold none of its entries.
 
     `memory` is there for gates that look into its corpus.
     """
@@ -29,6 +34,19 @@ class View(NamedTuple):
     queries: Queries
     candidates: Candidates
     memory: Memory | None = None
+
+
+class Examples(NamedTuple):
+    """What gates are trained on: n predictions of a text, and the tokens that came.
+
+    `rows` numbers them in the text; the same text looked up in another way has the same numbers.
+    """
+
+    rows: Int[np.ndarray, " n"]
+    view: View
+    targets: Int[np.ndarray, " n"]
+    lm_log_probs: Float[np.ndarray, " n"]  # of the targets, in nats
+    documents: Int[np.ndarray, " n"]
 
 
 @runtime_checkable
@@ -55,16 +73,21 @@ class SearchGate(Protocol):
         """Whether to search, such that about `skip` of the tuning text's searches are saved."""
 
 
-@runtime_checkable
 class StoredGate(Gate, Protocol):
-    """A gate that was trained and is kept in a memory."""
+    """A trained gate, which a memory keeps: a torch module whose configuration is checked.
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What describes it as JSON, and its arrays by name."""
+    Its constructor takes the configuration and the state, and raises KeyError or ValueError where
+    these do not make a gate.
+    """
 
-    @classmethod
-    def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "StoredGate":
-        """The gate that `stored` gave; raises KeyError, TypeError or ValueError when it is none."""
+    Config: ClassVar[type[msgspec.Struct]]
+
+    @property
+    def config(self) -> Any:
+        """What is not a tensor, a `Config`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +99,46 @@ class FixedGate:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The one."""
         return (self.component,)
 
     @property
     def needs_lm(self) -> bool:
-        """It looks at nothing."""
         return False
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
-        """λ everywhere."""
         return np.full((len(view.candidates.ids), 1), self.lam)
+
+
+def quantiles_of(figures: Float[np.ndarray, " n"]) -> Float[Tensor, " quantiles"]:
+    """Quantiles of a text's figures at even steps from 0 to 1 (float32)."""
+    quantiles = np.quantile(figures, np.linspace(0, 1, _STEPS + 1))
+    return torch.from_numpy(quantiles.astype(np.float32))
+
+
+def checked_quantiles(quantiles: Tensor) -> Float[Tensor, " quantiles"]:
+    """As given, if `quantiles_of` can have made them (ValueError)."""
+    known = quantiles.shape == (_STEPS + 1,) and quantiles.dtype == torch.float32
+    if not known or not quantiles.isfinite().all() or not (quantiles.diff() >= 0).all():
+        raise ValueError(f"quantiles must be {_STEPS + 1} finite float32 that do not fall")
+    return quantiles
+
+
+def reaching(
+    figures: Float[np.ndarray, " q"], quantiles: Float[Tensor, " quantiles"], skip: float
+) -> Bool[np.ndarray, " q"]:
+    """Which figures reach the quantile `skip` of the tuning text; equal ones reach it together."""
+    threshold = np.interp(skip, np.linspace(0, 1, len(quantiles)), quantiles.numpy())
+    reached: Bool[np.ndarray, " q"] = figures >= threshold
+    return reached
+
+
+def worth_searching(
+    view: View,
+    figures: Callable[[View], Float[np.ndarray, " q"]],
+    quantiles: Float[Tensor, " quantiles"],
+    skip: float,
+) -> Bool[np.ndarray, " q"]:
+    """Which queries' figures reach the quantile `skip`; at 0 all, at 1 none."""
+    if skip <= 0 or skip >= 1:  # then nothing need be computed
+        return np.full(len(view.candidates.ids), skip <= 0)
+    return reaching(figures(view), quantiles, skip)

@@ -5,94 +5,86 @@ the nearest 64, 128, … K by them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearest.errors import SettingError
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.fitting import (
+    COARSE_TEMPERATURES,
     FLOOR,
-    TEMPERATURES,
+    Temperature,
     best_shares,
     mixed_nll,
     observe,
-    temperature_of,
 )
-from nearest.retrieval.gates.gate import LEFT_TO_LM, View
-from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.seen import Seen
-from nearest.retrieval.gates.training import check_enough, held_out_documents, train_network
+from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, View
+from nearest.retrieval.gates.network import Network, check_enough, folds_of, train_network
 
 MOST = 1024
 _LOOKED_AT = 32
-_HIDDEN = 32  # as in the paper
+_HIDDEN = (32,)  # as in the paper
+_ROUNDS = 50  # of expectation maximisation, for each temperature
 
 
-@dataclass(frozen=True)
-class MetaKGate:
+class MetaKGate(nn.Module):
     """A network's softmax over k ∈ {0, 1, 2, 4, … K}; 0 is the language model.
 
-    Attributes:
-        temperature: of every component.
-        most: K.
-        network: `meta_k_inputs` → logits of the model and of each k.
+    Its state is the network `mix`, `meta_k_inputs` → logits of the model and of each k.
     """
 
-    temperature: float
-    most: int
-    network: Network
+    class Config(msgspec.Struct, frozen=True):
+        """The temperature of every component, and K, a power of two."""
+
+        temperature: Temperature
+        most: Annotated[int, msgspec.Meta(gt=0, le=1 << 30)]
+
+    needs_lm = False
+
+    def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        if config.most & (config.most - 1):
+            raise ValueError(f"a largest k of {config.most}, which is no power of two")
+        self.config = config
+        looked_at = _looked_at(config.most)
+        self.mix = Network.of(state, "mix", 2 * looked_at, 1 + config.most.bit_length())
 
     @property
     def components(self) -> tuple[Component, ...]:
         """The nearest 1, 2, 4, … K."""
-        return meta_k_components(self.temperature, self.most)
-
-    @property
-    def needs_lm(self) -> bool:
-        """It sees neighbours alone."""
-        return False
+        return meta_k_components(self.config.temperature, self.config.most)
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over all k; 0 without a dense candidate."""
-        logits = self.network(meta_k_inputs(view.candidates, _looked_at(self.most))).astype(
-            np.float64
-        )
+        inputs = meta_k_inputs(view.candidates, _looked_at(self.config.most))
+        logits = self.mix(inputs).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = weights[:, 1:] / weights.sum(axis=1, keepdims=True)
         return np.where(view.candidates.has("dense")[:, None], (1 - LEFT_TO_LM) * shares, 0.0)
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Temperature and K as JSON, the network as arrays."""
-        return {"temperature": self.temperature, "most": self.most}, self.network.arrays("mix")
-
-    @classmethod
-    def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "MetaKGate":
-        """The gate that was stored."""
-        most = int(config["most"])
-        network = Network.of(arrays, "mix")
-        network.check(2 * _looked_at(most), 1 + most.bit_length())
-        return cls(temperature_of(config), most, network)
-
 
 def fit_meta_k(
-    seen: Iterable[Seen],
+    examples: Iterable[Examples],
     most: int = MOST,
-    temperatures: Sequence[float] = TEMPERATURES,
+    temperatures: Sequence[float] = COARSE_TEMPERATURES,
     seed: int = 0,
+    progress: Progress = no_progress,
 ) -> MetaKGate:
     """Fit the network, and the temperature with which the best constant shares do best.
 
     Args:
-        seen: the text, searched.
+        examples: the text, looked up with every search made.
         most: K, a power of two.
-        temperatures: that are tried.
+        temperatures: those that are tried.
         seed: of training.
+        progress: told how training goes on.
 
     Raises:
         SettingError: the text is too short, or `most` is no power of two.
@@ -100,31 +92,32 @@ def fit_meta_k(
     if most < 1 or most & (most - 1):
         raise SettingError(f"most must be a power of two, got {most}: k is 1, 2, 4, … most")
     components = [c for t in temperatures for c in meta_k_components(t, most)]
-    data = observe(seen, lambda view: meta_k_inputs(view.candidates, _looked_at(most)), components)
+    data = observe(
+        examples, lambda view: meta_k_inputs(view.candidates, _looked_at(most)), components
+    )
     check_enough(len(data.inputs))
     choices = [
         np.concatenate([data.lm_probs[:, None], probs], axis=1)
         for probs in np.split(data.probs, len(temperatures), axis=1)
     ]
-    shares = [best_shares(probs) for probs in choices]
+    shares = [best_shares(probs, _ROUNDS) for probs in choices]
     losses = [mixed_nll(probs, best) for probs, best in zip(choices, shares, strict=True)]
     best = int(np.argmin(losses))
     probs = torch.from_numpy(choices[best])
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
-        return -(logits.softmax(-1) * probs[rows]).sum(-1).clamp(min=FLOOR).log().mean()
+        return -(logits.softmax(-1) * probs[rows]).sum(-1).clamp(min=FLOOR).log().mean(-1)
 
     network = train_network(
         data.inputs,
         loss,
-        len(shares[best]),
+        np.log(np.maximum(shares[best], 1e-4)),
+        folds_of(data.documents),
         hidden=_HIDDEN,
-        layers=1,
         seed=seed,
-        start=np.log(np.maximum(shares[best], 1e-4)),
-        held_out=held_out_documents(data.documents, seed=seed),
+        progress=progress,
     )
-    return MetaKGate(temperatures[best], most, network)
+    return MetaKGate(MetaKGate.Config(temperatures[best], most), network.state_dict(prefix="mix."))
 
 
 def meta_k_components(temperature: float, most: int) -> tuple[Component, ...]:

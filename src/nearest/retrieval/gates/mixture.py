@@ -1,23 +1,24 @@
 """Our gate: a small network mixes several components from cheap features.
 
 Components are made of dense, pointed and matched candidates, each weighed at several temperatures
-and length powers; the language model is one more. A second network guesses, before the dense
+and length powers; the language model is one more. A second network estimates, before the dense
 search, what it would gain.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from nearest.retrieval.candidates import KINDS
-from nearest.retrieval.distribution import Component
-from nearest.retrieval.gates.features import features
-from nearest.retrieval.gates.gate import LEFT_TO_LM, View
+from nearest.retrieval.distribution import Component, candidate_weights
+from nearest.retrieval.gates.fitting import Temperature
+from nearest.retrieval.gates.gate import LEFT_TO_LM, View, checked_quantiles, worth_searching
 from nearest.retrieval.gates.network import Network
-from nearest.retrieval.gates.quantiles import worth_searching
+from nearest.retrieval.votes import VOTES, votes
 
 # One kind's candidates, or neighbouring ones' together, in some ways of weighing them:
 # (multiple of the distances' unit as temperature, length power).
@@ -28,74 +29,109 @@ _GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
     ("dense", "pointers", "suffix"): ((1.2, 5.0), (2.4, 6.0)),
 }
 _VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
+_OF_LM, _OF_KIND = 2, 3  # features
+
+_Kind = Literal["dense", "pointers", "suffix"]
 
 
-def components_for(kinds: Sequence[str], unit: float) -> tuple[Component, ...]:
-    """The components that a mixture over these kinds weighs.
-
-    `unit`: how much farther an ordinary candidate is than the nearest, on average.
-    """
-    return tuple(
-        Component(group, multiple * unit, power)
-        for group, ways in _GROUPS.items()
-        if set(group) <= set(kinds)
-        for multiple, power in ways
-    )
-
-
-def voted_among(components: Sequence[Component], unit: float) -> tuple[int, ...]:
-    """The numbers of the components whose votes tell most of what the memory knows."""
-    return tuple(
-        number
-        for number, one in enumerate(components)
-        if one.temperature == _VOTED * unit and len(one.kinds) < len(KINDS)
-    )
-
-
-@dataclass(frozen=True)
-class SearchGuess:
-    """Guesses what a dense search gains, in nats, and where the guesses lay on the tuning text."""
-
-    network: Network
-    quantiles: Float[np.ndarray, " quantiles"]  # at even steps from 0 to 1
-
-
-@dataclass(frozen=True)
-class MixtureGate:
-    """Networks with what they look at and what they weigh.
+class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
+    """What a mixture looks at and weighs.
 
     Attributes:
         kinds: of the method it was trained for.
-        components: that are weighed.
+        components: that are weighed: kinds, temperature, length power.
         voted: the numbers of those whose votes it looks at.
-        mix: features → logits of the language model and of each component.
-        search: None for a method that does not ask whether to search.
     """
 
-    kinds: tuple[str, ...]
-    components: tuple[Component, ...]
+    kinds: tuple[_Kind, ...]
+    components: tuple[
+        tuple[tuple[_Kind, ...], Temperature, Annotated[float, msgspec.Meta(ge=0, le=1e6)]], ...
+    ]
     voted: tuple[int, ...]
-    mix: Network
-    search: SearchGuess | None = None
+
+    def __post_init__(self) -> None:
+        for kinds, _, _ in self.components:
+            if kinds not in _GROUPS or not set(kinds) <= set(self.kinds):
+                raise ValueError(f"a component of {kinds}, where kinds are {self.kinds}")
+        if not self.components or list(self.kinds) != [s for s in KINDS if s in self.kinds]:
+            raise ValueError(f"{len(self.components)} components of kinds {self.kinds}")
+        if not all(0 <= number < len(self.components) for number in self.voted):
+            raise ValueError(f"votes of components {self.voted} of {len(self.components)}")
+
+    @classmethod
+    def over(cls, kinds: Sequence[str], unit: float) -> "MixtureConfig":
+        """That of a mixture over some kinds.
+
+        `unit`: how much farther an ordinary candidate is than the nearest, on average.
+        """
+        components = [
+            (group, multiple * unit, power)
+            for group, ways in _GROUPS.items()
+            if set(group) <= set(kinds)
+            for multiple, power in ways
+        ]
+        voted = [
+            number
+            for number, (group, temperature, _) in enumerate(components)
+            if temperature == _VOTED * unit and len(group) < len(KINDS)
+        ]
+        return cls(tuple(kinds), tuple(components), tuple(voted))  # type: ignore[arg-type]
 
     @property
-    def needs_lm(self) -> bool:
-        """It sees the model's entropy and largest probability."""
-        return True
+    def weighed(self) -> tuple[Component, ...]:
+        """The components as such."""
+        return tuple(Component(*component) for component in self.components)
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
         """What the mixing network looks at."""
-        return features(view, self.kinds, [self.components[i] for i in self.voted])
+        return _features(view, self.kinds, [self.weighed[i] for i in self.voted])
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
         """What the searching network looks at: nothing that depends on earlier searches."""
-        free = [kind for kind in self.kinds if kind == "suffix"]
-        voted = [self.components[i] for i in self.voted]
-        return features(view, free, [one for one in voted if set(one.kinds) <= set(free)])
+        return _features(view, self._free_kinds, self._free_voted)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many features there are, and how many before the search."""
+        return (
+            _OF_LM + _OF_KIND * len(self.kinds) + len(VOTES) * len(self.voted),
+            _OF_LM + _OF_KIND * len(self._free_kinds) + len(VOTES) * len(self._free_voted),
+        )
+
+    @property
+    def _free_kinds(self) -> list[str]:
+        return [kind for kind in self.kinds if kind == "suffix"]
+
+    @property
+    def _free_voted(self) -> list[Component]:
+        return [c for c in (self.weighed[i] for i in self.voted) if c.kinds == ("suffix",)]
+
+
+class MixtureGate(nn.Module):
+    """Mixes the language model and several components.
+
+    Its state: the network `mix`, features → logits of the language model and of each component;
+    and, for a method that asks whether to search, the network `search`, features before the search
+    → what it gains in nats, with the `quantiles` of this on the tuning text.
+    """
+
+    Config = MixtureConfig
+    needs_lm = True
+
+    def __init__(self, config: MixtureConfig, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.components = config.weighed
+        inputs, before = config.sizes
+        self.mix = Network.of(state, "mix", inputs, 1 + len(config.components))
+        self.search = None
+        if "quantiles" in state:
+            self.search = Network.of(state, "search", before, 1)
+            self.register_buffer("quantiles", checked_quantiles(state["quantiles"]))
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates, a rest for the model."""
-        logits = self.mix(self.features(view)).astype(np.float64)
+        logits = self.mix(self.config.features(view)).astype(np.float64)
         logits[:, 1:][~available(view, self.components)] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
@@ -103,52 +139,16 @@ class MixtureGate:
         return shares
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
-        """Where the guessed gain reaches the quantile that saves as many searches."""
-        if self.search is None:
+        """Where the estimated gain reaches the quantile that saves as many searches."""
+        search = self.search
+        if search is None:
             return np.ones(len(before.candidates.ids), dtype=bool)
-        network = self.search.network
         return worth_searching(
             before,
-            lambda view: network(self.features_before(view))[:, 0],
-            self.search.quantiles,
+            lambda view: search(self.config.features_before(view))[:, 0],
+            self.quantiles,
             skip,
         )
-
-    def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Components and kinds as JSON, the networks as arrays."""
-        config: dict[str, Any] = {
-            "sources": list(self.kinds),
-            "components": [
-                [list(one.kinds), one.temperature, one.length_power] for one in self.components
-            ],
-            "voted": list(self.voted),
-        }
-        arrays = self.mix.arrays("mix")
-        if self.search is not None:
-            arrays |= self.search.network.arrays("search")
-            arrays["quantiles"] = self.search.quantiles
-        return config, arrays
-
-    @classmethod
-    def restored(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "MixtureGate":
-        """The gate that was stored."""
-        components = tuple(
-            Component(tuple(kinds), float(temperature), float(power))
-            for kinds, temperature, power in config["components"]
-        )
-        search = None
-        if "quantiles" in arrays:
-            search = SearchGuess(Network.of(arrays, "search"), arrays["quantiles"])
-        gate = cls(
-            tuple(config["sources"]),
-            components,
-            tuple(int(number) for number in config["voted"]),
-            Network.of(arrays, "mix"),
-            search,
-        )
-        if gate.mix.outputs != len(components) + 1:
-            raise ValueError("the network's outputs are not the components")
-        return gate
 
 
 def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
@@ -157,3 +157,40 @@ def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "
     found = [np.any([has[kind] for kind in one.kinds], axis=0) for one in components]
     stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
     return stacked
+
+
+def _features(
+    view: View, kinds: Sequence[str], voted: Sequence[Component]
+) -> Float[np.ndarray, "q features"]:
+    """Figures of the model, of each kind, and of the votes of some components, float32.
+
+    The model's entropy and largest log-probability; of each kind the log of the number of its
+    candidates, of the nearest's distance and of the longest match (logs of 1 + x, 0 where it has
+    nothing); of each voted component as in `votes.VOTES`.
+    """
+    lm = view.queries.lm
+    if lm is None:
+        raise ValueError("this gate needs the language model's view of the queries")
+    columns = [lm.entropy, lm.max_log_prob]
+    for kind in kinds:
+        columns += _of_kind(view, kind)
+    for component in voted:
+        everything = np.ones((len(lm.entropy), 1))
+        weights = candidate_weights(view.candidates, [component], everything).candidates
+        own = view.candidates.of(*component.kinds)
+        columns += list(votes(weights[:, own], view.candidates.values[:, own]).T)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _of_kind(view: View, kind: str) -> list[Float[np.ndarray, " q"]]:
+    columns = view.candidates.of(kind)
+    distances = view.candidates.distances[:, columns]
+    count = np.isfinite(distances).sum(axis=1)
+    nearest = np.where(count > 0, distances.min(axis=1, initial=np.inf), 0)
+    longest = view.candidates.lengths[:, columns].max(axis=1, initial=0)
+    return [
+        np.log1p(count),
+        # An inner product, negated as a distance, may be below 0.
+        np.sign(nearest) * np.log1p(np.abs(nearest)),
+        np.log1p(longest),
+    ]
