@@ -135,6 +135,14 @@ def gates_trained_at_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def memories_are_not_self_tuned() -> Iterator[None]:
+    """Tiny memories of most tests are to be as they were built, and settings the paper's."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nearest.verbs.self_tune.self_tune", lambda *_: False)
+        yield
+
+
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:
     """Everything below a folder: files' bytes, links' targets, None for folders."""
 

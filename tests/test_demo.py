@@ -22,10 +22,11 @@ from nearest.demo.corpus import Split, repeated_share, split_topics, write_jsonl
 from nearest.demo.passage import Passage, score_passage, typical_document
 from nearest.demo.report import Story, Writing, render
 from nearest.errors import FolderError
+from nearest.retrieval.gates.fitting import KS, TEMPERATURES
 from nearest.retrieval.settings import Settings
 from nearest.verbs.generate import DocumentShare, GeneratedToken, Generation
 from nearest.verbs.results import Checks, Result
-from nearest.verbs.tune import KS, LAMS, TEMPERATURES, Tuned
+from nearest.verbs.settings_search import LAMS, Tuned
 
 HOSTILE = (
     '</div><script src="https://evil.example/x.js">alert("1")</script><img src=x> & $title $x$'
@@ -134,7 +135,8 @@ def hostile_story() -> Story:
     )
     share = DocumentShare(HOSTILE, {"title": HOSTILE}, 0.6, HOSTILE, HOSTILE, HOSTILE)
     generation = Generation(HOSTILE, HOSTILE, [GeneratedToken(HOSTILE, 0.4, [])], [share])
-    grid = np.full((len(TEMPERATURES), len(KS), len(LAMS)), 3.0)
+    nlls = np.full((len(TEMPERATURES), len(KS)), 3.0)
+    curves = np.full((len(TEMPERATURES), len(LAMS)), 3.0)
     return Story(
         python=HOSTILE,
         model=HOSTILE,
@@ -147,7 +149,16 @@ def hostile_story() -> Story:
         ),
         entries=100,
         tuned=Tuned(
-            "knn", Settings(LAMS[10], TEMPERATURES[0], k=KS[0]), 3.0, 4.0, 50, grid, "k", KS
+            "knn",
+            Settings(LAMS[10], TEMPERATURES[0], k=KS[0]),
+            3.0,
+            4.0,
+            50,
+            nlls,
+            np.full_like(nlls, LAMS[10]),
+            curves,
+            "k",
+            KS,
         ),
         base=base,
         knn=knn,

@@ -18,9 +18,10 @@ from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.metrics import bootstrap_interval, perplexity
 from nearest.models.method_run import MethodRun
 from nearest.progress import no_progress
+from nearest.retrieval.gates.fitting import TEMPERATURES
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import resolve_settings
-from nearest.verbs.tune import LAMS, TEMPERATURES
+from nearest.verbs.settings_search import LAMS
 from oracle import keys_and_logits, knn_lm_log_probs
 
 SETTINGS = {"lam": 0.4, "temperature": 30.0, "k": 50}
@@ -150,8 +151,13 @@ def test_tuning_finds_the_best_of_the_sweep_and_evaluation_uses_it(
 ) -> None:
     memory = build_memory(model)
     tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
-    assert tuned.nll == tuned.grid.min()
-    assert tuned.base_nll == pytest.approx(tuned.grid[0, 0, 0])  # λ = 0
+    assert tuned.nll == tuned.nlls.min() == pytest.approx(tuned.curves.min())
+    np.testing.assert_allclose(tuned.curves[:, 0], tuned.base_nll)  # λ = 0
+    best = tuned.variants.index(tuned.settings.k)
+    np.testing.assert_allclose(tuned.curves.min(axis=1), tuned.nlls[:, best])
+    np.testing.assert_array_equal(np.array(LAMS)[tuned.curves.argmin(axis=1)], tuned.lams[:, best])
+    in_use = evaluate(model, memory, TEXT, tokenizer=TOKENIZER)  # without opening it again
+    assert in_use.lam == tuned.settings.lam
     reopened = Memory.open(memory.path)
     assert reopened.manifest.generation == 2
     by_default = evaluate(model, reopened, TEXT, tokenizer=TOKENIZER)
@@ -165,17 +171,17 @@ def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Me
     tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER, store=False)
     rng = np.random.default_rng(0)
     for _ in range(6):
-        t, k, lam = (int(rng.integers(n)) for n in tuned.grid.shape)
+        t, k = (int(rng.integers(n)) for n in tuned.nlls.shape)
         result = evaluate(
             model,
             memory,
             TEXT,
             tokenizer=TOKENIZER,
-            lam=LAMS[lam],
+            lam=tuned.lams[t, k],
             temperature=TEMPERATURES[t],
             k=tuned.variants[k],
         )
-        assert tuned.grid[t, k, lam] == pytest.approx(result.nll, rel=1e-5)
+        assert tuned.nlls[t, k] == pytest.approx(result.nll, rel=1e-5)
     assert Memory.open(memory.path).manifest.generation == 1
 
 
@@ -187,16 +193,15 @@ def test_a_coarse_index_is_tuned_as_it_is_evaluated(
     tuned = tune(model, memory, TEXT, tokenizer=TOKENIZER)
     by_default = evaluate(model, Memory.open(memory.path), TEXT, tokenizer=TOKENIZER)
     assert by_default.nll == pytest.approx(tuned.nll, rel=1e-5)
-    for k in tuned.variants:
+    for variant, k in enumerate(tuned.variants):
         settings = {
-            "lam": 0.5,
+            "lam": tuned.lams[10, variant],
             "temperature": TEMPERATURES[10],
             "k": k,
             "rerank": tuned.variants[-1],
         }
         result = evaluate(model, memory, TEXT, tokenizer=TOKENIZER, **settings)
-        expected = tuned.grid[10, tuned.variants.index(k), LAMS.index(0.5)]
-        assert result.nll == pytest.approx(expected, rel=1e-5)
+        assert result.nll == pytest.approx(tuned.nlls[10, variant], rel=1e-5)
 
 
 def test_tuned_k_never_exceeds_a_small_memory(build_memory: Callable[..., Memory]) -> None:

@@ -14,7 +14,8 @@ from conftest import make_documents, make_model
 from folders import Build
 from nearest import Memory, attach, evaluate, tune_weights
 from nearest.errors import ModelError, SettingError
-from nearest.retrieval.ensemble import Ensemble, likeliest_weights
+from nearest.retrieval.ensemble import Ensemble
+from nearest.retrieval.gates.fitting import best_shares
 from nearest.verbs.generate import generate
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -307,7 +308,7 @@ def test_the_likeliest_weights_are_found(
 def test_expectation_maximisation_against_a_grid() -> None:
     rng = np.random.default_rng(0)
     log_probs = torch.from_numpy(np.log(rng.dirichlet((0.4, 0.6, 0.5), size=400).T))
-    found = likeliest_weights(log_probs)
+    found = best_shares(log_probs.exp().T.numpy())
     assert float(found.sum()) == pytest.approx(1)
 
     def likelihood(weights: Any) -> float:

@@ -108,6 +108,8 @@ class Memory:
         documents: Iterable[Document | str],
         path: str | Path,
         options: "BuildOptions | None" = None,
+        *,
+        tune: bool = True,
         **fields: Any,
     ) -> "Memory":
         """Make a memory of documents in a new folder, and open it.
@@ -119,6 +121,8 @@ class Memory:
                 encoder–decoder needs documents with an `encoder_text`.
             path: the folder, which must not exist or be empty.
             options: how; the defaults of `BuildOptions` if not given.
+            tune: find λ, temperature and k on a sample of the documents, each predicted as if it
+                were not in the memory; `nearest.tune` on held-out text finds better ones.
             **fields: of `BuildOptions`, instead of those in `options`.
 
         Raises:
@@ -128,10 +132,14 @@ class Memory:
         # Building needs torch and transformers; opening and looking up do not wait for them.
         from nearest.build.build import BuildOptions, build_memory
         from nearest.encode.identity import bare_model
+        from nearest.verbs.self_tune import self_tune
 
         asked = _options(BuildOptions, options, fields)
         build_memory(Path(path), documents, bare_model(model), tokenizer, asked)
-        return cls.open(path)
+        memory = cls.open(path)
+        if tune:
+            self_tune(model, memory, tokenizer, asked.progress)
+        return memory
 
     def refresh(self) -> "Memory":
         """The present generation: this memory itself, unless a writer has published another.
@@ -566,6 +574,13 @@ class Memory:
         """A document's id, text and metadata."""
         segment, stored = self._stored_document(number)
         return segment.stored_documents[stored]
+
+    def entries_of(self, number: int) -> range:
+        """The ids of a document's entries: of its positions but the last, which has no value."""
+        segment, stored = self._stored_document(number)
+        place = next(i for i, one in enumerate(self.segments) if one is segment)
+        first, stop = (self._first_entry[place] + segment.offsets[stored : stored + 2]).tolist()
+        return range(first, stop - 1)
 
     def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""

@@ -234,7 +234,7 @@ def check_writable(path: Path) -> None:
         FolderError: it is one of these, or no memory.
     """
     with changing(path):
-        # It is taken away as what an interrupted writer leaves.
+        # It is deleted as what an interrupted writer leaves.
         (path / f"{MANIFEST}.partial").write_bytes(bytes(_ROOM))
 
 

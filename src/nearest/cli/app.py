@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -114,6 +114,17 @@ def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
     from nearest.memory import Memory
 
     return [first, *(Memory.open(path, first.search_on) for path in beside.more or ())]
+
+
+def say_settings(memories: "Sequence[Memory]", methods: Sequence[str]) -> None:
+    """Which settings are in use where none are given: tuned, self-tuned, or the paper's."""
+    from nearest.retrieval.settings import MEMORY_METHODS
+    from nearest.retrieval.tuned import origin
+
+    for memory in memories:
+        used = [f"{name}: {origin(memory, name)}" for name in methods if name in MEMORY_METHODS]
+        if used:
+            err.print(f"[dim]settings of {escape(str(memory.path))}: {', '.join(used)}[/]")
 
 
 def quiet_libraries() -> None:

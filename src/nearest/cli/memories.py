@@ -44,6 +44,10 @@ def build(
     dtype: Dtype = "auto",
     device: Device = "auto",
     encoding_errors: Encoding = "strict",
+    tune: Annotated[
+        bool,
+        typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
+    ] = True,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
     ] = False,
@@ -70,7 +74,7 @@ def build(
             out.print(reports.plan_table(needs))
         return
     with reports.live_progress(err) as progress:
-        memory = verb.build(model, corpus, out_path, progress=progress, **options)
+        memory = verb.build(model, corpus, out_path, progress=progress, tune=tune, **options)
     show_info(memory, as_json)
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
+from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries, say_settings
 from nearest.cli.options import (
     AsJson,
     Encoding,
@@ -159,12 +159,14 @@ def evaluate(
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
     opened, loaded, tokenizer = open_with_model(memory, opening)
+    memories, methods = opened_beside(opened, beside), with_commas(method)
+    say_settings(memories, methods)
     with reports.live_progress(err) as progress:
         results = evaluate_memory(
             loaded,
-            opened_beside(opened, beside),
+            memories,
             read_documents(text, encoding_errors=encoding_errors),
-            with_commas(method),
+            methods,
             weights=numbers(beside.weights, "weights", "0.7,0.3"),
             tokenizer=tokenizer,
             score_eos=score_eos,

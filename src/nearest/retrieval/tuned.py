@@ -47,6 +47,8 @@ def changed_since(memory: Memory, method: str) -> list[str]:
         changes.append(f"keys changed from {before['tuned_keys']} to {what_keys(memory)}")
     elif before["tuned_index"] != what_index(memory):
         changes.append(f"the index changed from {before['tuned_index']} to {what_index(memory)}")
+    elif memory.settings_stale(method) == "keys":
+        changes.append("keys or index were made anew")
     if manifest.tuned_at.get(method, manifest.documents_of) < manifest.documents_of:
         changes.append("documents were added or removed")
     return changes

@@ -68,6 +68,11 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
             "members": sum(segment.members or 0 for segment in manifest.segments),
         },
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
+        "settings_found": {
+            method: "self-tuned" if values.get("self_tuned") else "tuned"
+            for method, values in manifest.settings.items()
+        }
+        or "none: the paper's defaults are in use",
         "tuned_before_documents_changed": [
             method
             for method, generation in manifest.tuned_at.items()

@@ -1,0 +1,200 @@
+"""Self-tuning: a memory's own text, predicted as if it were not in the memory."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import make_documents
+from nearest import Memory, attach, evaluate, tune
+from nearest.build.compress import Compression, compress_memory
+from nearest.corpus.documents import Document
+from nearest.errors import FolderError, NotStoredError, SettingError, SettingsWarning
+from nearest.folder import writer_lock
+from nearest.models.scoring import read_text
+from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.settings import Settings
+from nearest.retrieval.tuned import changed_since, origin
+from nearest.verbs import self_tune as module
+from nearest.verbs.self_tune import self_tune
+from nearest.verbs.settings_search import looked_up
+from nearest.verbs.tune import store_tuned
+
+DOCUMENTS = make_documents(30, 40)
+HELD_OUT = make_documents(10, 40, seed=1)
+
+
+@pytest.fixture
+def memory(build_memory: Callable[..., Memory], tiny_model: PreTrainedModel) -> Memory:
+    return build_memory(tiny_model, DOCUMENTS)
+
+
+def test_what_is_held_out_is_as_in_a_memory_without_the_document(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel, memory: Memory
+) -> None:
+    """The nearest entries of each document are those of a memory built of the others."""
+    without = build_memory(tiny_model, DOCUMENTS[1:])
+    entries = memory.entries_of(0)
+    assert entries.start == 0
+    np.testing.assert_array_equal(memory.places(np.array(entries))[0], 0)
+    assert memory.places(np.array([entries.stop + 1]))[0].tolist() == [1]
+    tokens = [memory.document_tokens(0).astype(np.int64)]
+    settings = Settings(k=16)
+
+    def found(one: Memory, k: int) -> Any:
+        read = read_text(tiny_model, one, tokens)
+        lookup = Lookup(one, "knn", Settings(k=k))
+        return read, next(looked_up(lookup, read.read, lambda *_: None, "", 1))
+
+    _, wide = found(memory, settings.k + len(entries))
+    _, expected = found(without, settings.k)
+    own = np.array([[entries.start, entries.stop]])
+    held_out = module._held_out(wide, own, np.array([True]), settings.k)
+    left = held_out.view.candidates
+    assert not ((left.ids >= entries.start) & (left.ids < entries.stop)).any()
+    wanted = expected.view.candidates
+    np.testing.assert_allclose(left.distances, wanted.distances, rtol=1e-4, atol=1e-3)
+
+
+def test_where_all_candidates_are_the_documents_own_nothing_is_left(memory: Memory) -> None:
+    tokens = [memory.document_tokens(0).astype(np.int64)]
+    assert len(tokens[0]) > 2
+    entries = memory.entries_of(0)
+    ids = np.array([list(entries)[:3]])
+    own = np.array([[entries.start, entries.stop]])
+    assert module._of_own(ids, own).all()
+
+
+def test_copies_are_told_from_texts_that_share_words(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+) -> None:
+    rng = np.random.default_rng(0)
+    texts = [bytes(rng.integers(97, 123, 90).tolist()).decode() for _ in range(6)]
+    copy = texts[2][:80] + "and then an end"
+    memory = build_memory(
+        tiny_model, [Document(str(i), text) for i, text in enumerate([*texts, copy])]
+    )
+    numbers = range(memory.documents)
+    tokens = [memory.document_tokens(i).astype(np.int64) for i in numbers]
+    own = np.array([(memory.entries_of(i).start, memory.entries_of(i).stop) for i in numbers])
+    copied = module._copied(memory, read_text(tiny_model, memory, tokens), own)
+    assert np.flatnonzero(copied).tolist() == [2, 6]
+
+
+def test_self_tuned_settings_are_near_those_of_held_out_text(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert origin(memory, "knn") == "paper's defaults"
+    assert self_tune(tiny_model, memory, tiny_tokenizer)
+    options = {"tokenizer": tiny_tokenizer}
+    assert {origin(memory, method) for method in ("knn", "suffix")} == {"self-tuned"}
+    assert origin(memory, "retomaton") == "paper's defaults"
+    assert Memory.open(memory.path).settings("knn") == memory.settings("knn")
+    base, *own = evaluate(tiny_model, memory, HELD_OUT, ["base", "knn", "suffix"], **options)
+    for method, result in zip(("knn", "suffix"), own, strict=True):
+        tuned = tune(tiny_model, memory, HELD_OUT, method=method, store=False, **options)
+        assert result.nll < tuned.nll + np.log(1.05)
+        assert result.nll < base.nll
+    stored = memory.settings("suffix")
+    assert stored["suffix_k"] == Settings().suffix_k
+    tune(tiny_model, memory, HELD_OUT, **options)
+    assert origin(memory, "knn") == "tuned"
+    assert origin(memory, "suffix") == "self-tuned"
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS[:4], [*make_documents(6, 3)]])
+def test_too_little_text_is_left_untuned(
+    documents: list[Document], build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+) -> None:
+    memory = build_memory(tiny_model, documents)
+    assert not self_tune(tiny_model, memory)
+    assert origin(memory, "knn") == "paper's defaults"
+
+
+def test_building_ends_with_it_unless_told_not_to(
+    monkeypatch: pytest.MonkeyPatch, build_memory: Callable[..., Memory], tiny_model: Any
+) -> None:
+    monkeypatch.setattr(module, "self_tune", self_tune)
+    assert origin(build_memory(tiny_model, DOCUMENTS, tune=False), "knn") == "paper's defaults"
+    for keys, methods in (("fp16", {"knn", "suffix"}), ("none", {"suffix"})):
+        memory = build_memory(tiny_model, DOCUMENTS, keys=keys)
+        assert set(memory.manifest.settings) == methods
+        assert origin(memory, "suffix") == "self-tuned"
+
+
+# What is said of settings.
+
+
+def test_untuned_settings_are_told_unless_they_are_given(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.warns(SettingsWarning, match=r"not tuned for knn.*nearest tune"):
+        evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
+    with pytest.warns(SettingsWarning, match="not tuned for retomaton"):
+        attach(tiny_model, memory, method="retomaton").detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer, lam=0.2, temperature=9.0)
+
+
+def test_what_changed_since_tuning_is_told(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tune(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
+    assert changed_since(memory, "knn") == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
+    more = memory.add(tiny_model, tiny_tokenizer, [Document("more", "and more")])
+    (change,) = changed_since(more, "knn")
+    assert "documents" in change
+    compress_memory(memory.path, Compression(pca=16))
+    with pytest.warns(SettingsWarning, match="32 dims.*16 dims"):
+        evaluate(tiny_model, Memory.open(memory.path), HELD_OUT, tokenizer=tiny_tokenizer)
+
+
+def test_a_gate_trained_with_other_keys_is_refused(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options: dict[str, Any] = {"method": "knn+buckets", "tokenizer": tiny_tokenizer}
+    tune(tiny_model, memory, HELD_OUT, **options)
+    evaluate(tiny_model, memory, HELD_OUT, **options)
+    compress_memory(memory.path, Compression(pca=16))
+    with pytest.raises(SettingError, match=r"other keys.*nearest tune"):
+        evaluate(tiny_model, Memory.open(memory.path), HELD_OUT, **options)
+
+
+# Nothing is lost.
+
+
+def test_a_locked_memory_is_refused_before_anything_is_read(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def text() -> Any:
+        raise AssertionError("read")
+        yield
+
+    with writer_lock(memory.path), pytest.raises(FolderError, match="another process"):
+        tune(tiny_model, memory, text(), tokenizer=tiny_tokenizer)
+
+
+def test_what_cannot_be_stored_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+    memory: Memory,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    def full(*_: Any) -> None:
+        raise FolderError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nearest.verbs.tune.store_settings", full)
+        with pytest.raises(NotStoredError, match="disk is full") as raised:
+            tune(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
+    assert memory.settings("knn") == {}
+    store_tuned(memory, raised.value.tuned)
+    assert memory.settings("knn")["lam"] == raised.value.tuned.settings.lam
+    assert Memory.open(memory.path).settings("knn") == memory.settings("knn")
