@@ -58,6 +58,11 @@ class AdaptRetGate(nn.Module):
     def components(self) -> tuple[Component, ...]:
         return (_component(self.config.temperature),)
 
+    @property
+    def key_dim(self) -> int:
+        """Dimension of the keys that it looks at."""
+        return self.mix.inputs - _FIGURES
+
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """λ where a search was made and found something; elsewhere the model is left alone."""
         lams = np.exp(-np.logaddexp(np.float32(0), -self._log_odds(view)))

@@ -2,7 +2,8 @@
 
 A network soon learns a short text by heart. So six copies are trained side by side, as one batched
 network: five leave out a fifth of the documents each, the sixth sees everything. After how many
-steps the sixth is kept is where the five predict best what they have not seen.
+steps the sixth is kept is where the five predict best what they have not seen. Of a long text one
+fifth says enough: then there are two copies, and each sees more of it in as many steps.
 """
 
 import itertools
@@ -20,7 +21,8 @@ from nearest.progress import Progress, no_progress
 FOLDS = 5
 LEAST_TOKENS = 200
 STEPS = 600
-_BATCH = 512  # predictions a step, of each copy
+_ROWS = 3_072  # predictions a step, of all copies together
+_MUCH = 50_000  # predictions, of which one left-out fold says enough
 _CHECK_EVERY = 20  # steps
 _PATIENCE = 8  # checks in a row that are no better
 _CHECKED = 4_096  # left-out predictions of each fold that a check looks at, at most
@@ -40,6 +42,9 @@ class Network(nn.Module):
     layer `{layer}.weight` [inputs, outputs] and `{layer}.bias` [outputs].
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         """Take the state over; nothing is copied.
 
@@ -54,12 +59,15 @@ class Network(nn.Module):
         own = self.state_dict()
         if not all(one.dtype == torch.float32 and one.isfinite().all() for one in own.values()):
             raise ValueError("a network has weights that are not finite float32")
-        sizes = [self.mean.numel(), *(layer.bias.numel() for layer in self.children())]
+        self._layers = [one for name, one in self.named_buffers() if "." in name]
+        sizes = [self.mean.numel(), *(bias.numel() for bias in self._layers[1::2])]
         shapes = {"mean": sizes[:1], "scale": sizes[:1]}
         for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             shapes |= {f"{layer}.weight": [inputs, outputs], f"{layer}.bias": [outputs]}
-        if {name: list(one.shape) for name, one in own.items()} != shapes:
+        if len(sizes) < 2 or {name: list(one.shape) for name, one in own.items()} != shapes:
             raise ValueError(f"a network's arrays, of sizes {sizes}, do not fit together")
+        if not (self.scale > 0).all():
+            raise ValueError("a network's inputs have a spread that is not above 0")
         self.inputs, self.outputs = sizes[0], sizes[-1]
 
     @classmethod
@@ -85,8 +93,7 @@ class Network(nn.Module):
     def forward(self, inputs: Float[np.ndarray, "q inputs"]) -> Float[np.ndarray, "q outputs"]:
         """The last layer's outputs."""
         standard = (torch.from_numpy(inputs) - self.mean) / self.scale
-        parameters = [one for layer in self.children() for one in (layer.weight, layer.bias)]
-        outputs: np.ndarray = _outputs(standard, parameters).numpy()
+        outputs: np.ndarray = _outputs(standard, self._layers).numpy()
         return outputs
 
 
@@ -149,11 +156,12 @@ def train_network(
         scale = (scale / emphasis).astype(np.float32)
     standard = torch.from_numpy((inputs - mean) / scale)
     rng = torch.Generator().manual_seed(seed)
-    seen, left_out = _seen_and_left_out(torch.from_numpy(folds), rng)
-    parameters = _untrained([inputs.shape[1], *hidden, len(start)], start, rng)
+    copies = 2 if len(inputs) >= _MUCH else FOLDS + 1
+    seen, left_out = _seen_and_left_out(torch.from_numpy(folds), copies - 1, rng)
+    parameters = _untrained([inputs.shape[1], *hidden, len(start)], start, copies, rng)
     averaged = [one.detach().clone() for one in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    best, least, since = averaged, np.inf, 0
+    best, least, since = [one[-1].clone() for one in averaged], np.inf, 0
     for step in range(steps + 1):
         if step % _CHECK_EVERY == 0 or step == steps:
             progress(stage, step, steps)
@@ -168,12 +176,13 @@ def train_network(
             break
         optimiser.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / _WARM_UP)
         optimiser.zero_grad()
-        rows = seen(_BATCH)
+        rows = seen(_ROWS // copies)
         loss(rows, _outputs(standard[rows], parameters)).sum().backward()
         optimiser.step()
         with torch.no_grad():
             keep = min(_AVERAGING, step / (step + 10))
-            torch._foreach_lerp_(averaged, parameters, 1 - keep)
+            for average, one in zip(averaged, parameters, strict=True):
+                average.lerp_(one, 1 - keep)
     state = {"mean": torch.from_numpy(mean), "scale": torch.from_numpy(scale)}
     for layer in range(len(best) // 2):
         state[f"{layer}.weight"], state[f"{layer}.bias"] = best[2 * layer], best[2 * layer + 1][0]
@@ -194,11 +203,14 @@ def folds_of(documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def _seen_and_left_out(
-    folds: Int[Tensor, " n"], rng: torch.Generator
+    folds: Int[Tensor, " n"], most: int, rng: torch.Generator
 ) -> tuple[Callable[[int], Int[Tensor, "copies count"]], list[Int[Tensor, " m"]]]:
-    """What draws predictions that each copy may see, and some that each fold's copy may not."""
+    """What draws predictions that each copy may see, and some that each fold's copy may not.
+
+    Copies are for the first `most` folds, and the last one for none.
+    """
     order = folds.argsort(stable=True)  # then what a copy may not see is a run
-    sizes = torch.bincount(folds, minlength=FOLDS)
+    sizes = torch.bincount(folds, minlength=FOLDS)[:most]
     first = sizes.cumsum(0) - sizes
     left_out = []
     for begin, size in zip(first.tolist(), sizes.tolist(), strict=True):
@@ -232,7 +244,7 @@ def _left_out_loss(
 
 
 def _untrained(
-    sizes: Sequence[int], start: Float[np.ndarray, " outputs"], rng: torch.Generator
+    sizes: Sequence[int], start: Float[np.ndarray, " outputs"], copies: int, rng: torch.Generator
 ) -> list[Tensor]:
     """Weights and biases in turn, the same in all copies; the last layer gives `start`."""
     parameters = []
@@ -240,7 +252,7 @@ def _untrained(
         bound = inputs**-0.5  # as nn.Linear begins
         for rows in (inputs, 1):
             uniform = torch.rand(rows, outputs, generator=rng) * 2 * bound - bound
-            parameters.append(uniform.repeat(FOLDS + 1, 1, 1))
+            parameters.append(uniform.repeat(copies, 1, 1))
     parameters[-2].zero_()
     parameters[-1][:] = torch.from_numpy(start.astype(np.float32))
     return [one.requires_grad_() for one in parameters]

@@ -62,6 +62,8 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
         gate = restored(chosen.gate, config, file.arrays())
         if foreign := {one for c in gate.components for one in c.kinds} - set(chosen.kinds):
             raise ValueError(f"it weighs {min(foreign)} candidates, which {method} has not")
+        if isinstance(gate, AdaptRetGate) and gate.key_dim != memory.keys_record.dim:
+            raise ValueError(f"it looks at keys of {gate.key_dim} dims")
     except (KeyError, TypeError, ValueError) as error:
         raise SettingError(
             f"the gate of {memory.path} for {method} makes no sense ({error}): {cure}"
