@@ -16,7 +16,7 @@ from nearest.retrieval.gates.fitting import KS, TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings, as_stored, method_named
-from nearest.retrieval.walk import Trails, walk
+from nearest.retrieval.step import State, steps
 
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98: finer ones differ by less than text does
 LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -139,18 +139,29 @@ def _best_on_grid(
 def looked_up(
     lookup: Lookup, blocks: Iterable[ScoredBlock], progress: Progress, stage: str, total: int
 ) -> Iterator[Examples]:
-    """Every prediction of a text with its candidates; told `progress`, as there are `total`."""
-    trails: Trails = {}
+    """Every prediction of a text with its candidates, without any guard.
+
+    `progress` is told the stage, how many were looked up, and that there are `total`.
+    """
+    states: dict[int, State] = {}
     first = done = 0
     for block in blocks:
-        for rows, candidates in walk(lookup, block.queries, block.sequences, block.targets, trails):
+        for one in steps(
+            lookup,
+            block.queries,
+            block.sequences,
+            block.targets,
+            block.lm_log_probs,
+            states,
+        ):
+            found = one.prediction
             yield Examples(
-                first + rows,
-                View(block.queries.rows(rows), candidates, lookup.memory),
-                block.targets[rows],
-                block.lm_log_probs[rows].numpy(),
-                block.documents[rows],
+                first + one.rows,
+                View(found.queries, found.candidates, lookup.memory),
+                one.targets,
+                one.lm_log_probs.numpy(),
+                block.documents[one.rows],
             )
-            done += len(rows)
+            done += len(one.rows)
             progress(stage, done, total)
         first += len(block.targets)

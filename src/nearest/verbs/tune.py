@@ -218,7 +218,9 @@ def _train_mixture(
 
     def examples(unit: float, progress: Progress) -> Iterator[Examples]:
         gate = SearchEverywhere(MixtureConfig.over(chosen.kinds, unit))
-        lookup = (_EitherWay if chosen.asks else Lookup)(memory, method, settings, gate)
+        lookup = (_EitherWay if chosen.asks else Lookup)(
+            memory, method, replace(settings, guard=False), gate
+        )
         return looked_up(lookup, blocks, progress, f"tune {method}", total)
 
     unit = distance_unit(examples(1.0, no_progress))
