@@ -41,7 +41,7 @@ def growth(folder: Path, share: float) -> dict[str, Any]:
     split = split_topics(topics)
     sentences = re.split(r"(?<=[.:])\s+", "\n".join(document.text for document in split.memory))
     model, tokenizer = load_model_and_tokenizer(str(MODEL))
-    memory = Memory.build(model, tokenizer, documents(sentences, 0), folder / "memory")
+    memory = Memory.build(model, tokenizer, documents(sentences, 0), folder / "memory", tune=False)
     times = []
     for number in range(1, max(3, int(ADDITIONS * share)) + 1):
         made = documents(sentences, number)

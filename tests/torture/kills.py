@@ -85,7 +85,7 @@ def commands(folder: Path, share: float) -> dict[str, Any]:
     MODEL[0].save_pretrained(model)
     MODEL[1].save_pretrained(model)
     text.write_text("\n".join(json.dumps({"id": d.id, "text": d.text}) for d in LATER))
-    Memory.build(*MODEL, DOCUMENTS[:6], started)
+    Memory.build(*MODEL, DOCUMENTS[:6], started, tune=False)
     nearest = [Path(sys.executable).with_name("nearest"), "add"]
     options = ["--model", model, "--json"]
 

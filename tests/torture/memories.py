@@ -27,12 +27,12 @@ TEXT = make_documents(1, 12)
 
 def build(path: Path) -> None:
     """A memory of one segment."""
-    Memory.build(*MODEL, DOCUMENTS[:6], path, keys="int8", index="IVF4,SQ8")
+    Memory.build(*MODEL, DOCUMENTS[:6], path, keys="int8", index="IVF4,SQ8", tune=False)
 
 
 def furnish(path: Path) -> None:
     """A memory with every kind of file."""
-    Memory.build(*MODEL, DOCUMENTS[:6], path, index="IVF4,SQ8")
+    Memory.build(*MODEL, DOCUMENTS[:6], path, index="IVF4,SQ8", tune=False)
     compress_memory(path, Compression(keys="pq8", pca=16, merge=True))
     cluster_memory(path, KMeans(10))
     memory = Memory.open(path).add(*MODEL, DOCUMENTS[6:]).remove(["doc-2", "doc-7"])

@@ -116,11 +116,25 @@ class _Steps:
 
     def build(self, corpus: Path) -> None:
         _say(self.out, "Build", f"encode the topics with {MODEL.name}, index every position")
-        _show(self.out, "nearest", "build", str(MODEL), str(corpus), "--out", str(self.path))
+        _show(
+            self.out,
+            "nearest",
+            "build",
+            str(MODEL),
+            str(corpus),
+            "--out",
+            str(self.path),
+            "--no-tune",
+        )
         _remove_earlier(self.path, self.model)
         with reports.live_progress(self.err) as progress:
             memory = Memory.build(
-                self.model, self.tokenizer, read_documents([corpus]), self.path, progress=progress
+                self.model,
+                self.tokenizer,
+                read_documents([corpus]),
+                self.path,
+                tune=False,  # on other topics next
+                progress=progress,
             )
         self.out.print(
             f"{memory.entries:,} entries: each a hidden state, and the token that came next\n"
