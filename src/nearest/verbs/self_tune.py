@@ -135,6 +135,8 @@ def _held_out(
     order = np.argsort(passed, axis=1, kind="stable")[:, :most]
     passed = np.take_along_axis(passed, order, axis=1)
 
+    dense, pointers, suffix = found.columns
+
     def left(array: np.ndarray, nothing: Any) -> np.ndarray:
         return np.where(passed, nothing, np.take_along_axis(array, order, axis=1))
 
@@ -143,7 +145,7 @@ def _held_out(
         left(found.values, NO_ENTRY),
         left(found.distances, np.float32(np.inf)),
         left(found.lengths, np.int16(0)),
-        tuple(min(most, count) for count in found.columns),  # all are of one kind
+        (min(most, dense), min(most, pointers), min(most, suffix)),  # all are of one kind
         found.searched,
     )
     view = one.view._replace(queries=one.view.queries.rows(rows), candidates=candidates)

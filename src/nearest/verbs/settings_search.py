@@ -66,12 +66,14 @@ class Sweep:
         defaults = Settings(**method_named(method).defaults)
         known = method_named(method).settings
         widest = replace(defaults, **given)
-        variant, variants = "", (0.0,)
+        variant = ""
+        variants: tuple[float, ...] = (0.0,)
         if "k" in known:
             widest = replace(widest, k=min(widest.k, memory.entries))
         if method == "knn" and "k" not in given:
-            variant, variants = "k", tuple(sorted({min(k, memory.entries) for k in KS}))
-            widest = replace(widest, k=variants[-1], rerank=max(widest.rerank, variants[-1]))
+            ks = sorted({min(k, memory.entries) for k in KS})
+            variant, variants = "k", tuple(ks)
+            widest = replace(widest, k=ks[-1], rerank=max(widest.rerank, ks[-1]))
         elif defaults.length_power > 0 and "length_power" not in given:
             variant, variants = "length_power", LENGTH_POWERS
         return cls(Lookup(memory, method, widest), variant, variants)

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component
@@ -21,6 +21,7 @@ from nearest.retrieval.gates.fitting import (
 from nearest.retrieval.gates.gate import (
     LEFT_TO_LM,
     Examples,
+    StoredGate,
     View,
     checked_quantiles,
     quantiles_of,
@@ -34,7 +35,7 @@ _PENALTY = 0.05  # of the mean λ of the memory
 _HIDDEN = (16, 16)
 
 
-class AdaptRetGate(nn.Module):
+class AdaptRetGate(StoredGate):
     """A network gives λ of the memory before the search, and so says whether to make one.
 
     Its state: the network `mix`, `adaptret_inputs` → logits of the language model and of the
@@ -47,10 +48,10 @@ class AdaptRetGate(nn.Module):
         temperature: Temperature
 
     needs_lm = True
+    quantiles: Tensor
 
     def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, state)
         self.mix = Network.of(state, "mix", None, 2)
         self.register_buffer("quantiles", checked_quantiles(state["quantiles"]))
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
@@ -21,13 +21,13 @@ from nearest.retrieval.gates.fitting import (
     nll,
     observe,
 )
-from nearest.retrieval.gates.gate import Examples, View
+from nearest.retrieval.gates.gate import Examples, StoredGate, View
 
 BUCKETS = 64  # as in the paper's code
 _LEAST_IN_BUCKET = 32
 
 
-class BucketsGate(nn.Module):
+class BucketsGate(StoredGate):
     """One component, and a λ for each range of distances of the nearest neighbour.
 
     Its state, float32: ascending `edges`, bucket i holding distances from edges[i − 1] on and below
@@ -41,9 +41,11 @@ class BucketsGate(nn.Module):
         first: Annotated[int, msgspec.Meta(gt=0)]
 
     needs_lm = False
+    edges: Tensor
+    lams: Tensor
 
     def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(config, state)
         edges, lams = state["edges"], state["lams"]
         if edges.ndim != 1 or lams.shape != (len(edges) + 1,):
             raise ValueError(f"{list(lams.shape)} buckets between {list(edges.shape)} edges")
@@ -53,7 +55,6 @@ class BucketsGate(nn.Module):
             raise ValueError("the edges of buckets do not ascend")
         if not ((lams >= 0) & (lams <= 1)).all():
             raise ValueError("λ outside [0, 1]")
-        self.config = config
         self.register_buffer("edges", edges)
         self.register_buffer("lams", lams)
 

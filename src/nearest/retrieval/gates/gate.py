@@ -4,7 +4,7 @@ A gate weighs components, which are distributions made of the candidates, after 
 some gates also decide, before the dense search, whether it is made at all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearest.memory import Memory
 from nearest.retrieval.candidates import Candidates
@@ -73,21 +73,27 @@ class SearchGate(Protocol):
         """Whether to search, such that about `skip` of the tuning text's searches are saved."""
 
 
-class StoredGate(Gate, Protocol):
-    """A trained gate, which a memory keeps: a torch module whose configuration is checked.
+class StoredGate(nn.Module):
+    """A trained gate, which a memory keeps: tensors and a checked configuration.
 
-    Its constructor takes the configuration and the state, and raises KeyError or ValueError where
-    these do not make a gate.
+    The constructor of each kind takes both, and raises KeyError or ValueError where they do not
+    make a gate.
     """
 
     Config: ClassVar[type[msgspec.Struct]]
+    config: Any  # a `Config`
+    needs_lm: bool
+
+    def __init__(self, config: Any, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
 
     @property
-    def config(self) -> Any:
-        """What is not a tensor, a `Config`."""
+    def components(self) -> tuple[Component, ...]:
+        raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+    def shares(self, view: View) -> Float[np.ndarray, "q components"]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
@@ -25,7 +25,7 @@ from nearest.retrieval.gates.fitting import (
     mixed_nll,
     observe,
 )
-from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, View
+from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, StoredGate, View
 from nearest.retrieval.gates.network import Network, check_enough, folds_of, train_network
 
 MOST = 1024
@@ -34,7 +34,7 @@ _HIDDEN = (32,)  # as in the paper
 _ROUNDS = 50  # of expectation maximisation, for each temperature
 
 
-class MetaKGate(nn.Module):
+class MetaKGate(StoredGate):
     """A network's softmax over k ∈ {0, 1, 2, 4, … K}; 0 is the language model.
 
     Its state is the network `mix`, `meta_k_inputs` → logits of the model and of each k.
@@ -49,10 +49,9 @@ class MetaKGate(nn.Module):
     needs_lm = False
 
     def __init__(self, config: Config, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(config, state)
         if config.most & (config.most - 1):
             raise ValueError(f"a largest k of {config.most}, which is no power of two")
-        self.config = config
         looked_at = _looked_at(config.most)
         self.mix = Network.of(state, "mix", 2 * looked_at, 1 + config.most.bit_length())
 

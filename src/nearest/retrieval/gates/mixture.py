@@ -11,12 +11,18 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearest.retrieval.candidates import KINDS
 from nearest.retrieval.distribution import Component, candidate_weights
 from nearest.retrieval.gates.fitting import Temperature
-from nearest.retrieval.gates.gate import LEFT_TO_LM, View, checked_quantiles, worth_searching
+from nearest.retrieval.gates.gate import (
+    LEFT_TO_LM,
+    StoredGate,
+    View,
+    checked_quantiles,
+    worth_searching,
+)
 from nearest.retrieval.gates.network import Network
 from nearest.retrieval.votes import VOTES, votes
 
@@ -107,7 +113,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         return [c for c in (self.weighed[i] for i in self.voted) if c.kinds == ("suffix",)]
 
 
-class MixtureGate(nn.Module):
+class MixtureGate(StoredGate):
     """Mixes the language model and several components.
 
     Its state: the network `mix`, features → logits of the language model and of each component;
@@ -117,17 +123,21 @@ class MixtureGate(nn.Module):
 
     Config = MixtureConfig
     needs_lm = True
+    quantiles: Tensor
 
     def __init__(self, config: MixtureConfig, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.config = config
-        self.components = config.weighed
+        super().__init__(config, state)
+        self._components = config.weighed
         inputs, before = config.sizes
         self.mix = Network.of(state, "mix", inputs, 1 + len(config.components))
         self.search = None
         if "quantiles" in state:
             self.search = Network.of(state, "search", before, 1)
             self.register_buffer("quantiles", checked_quantiles(state["quantiles"]))
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return self._components
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates, a rest for the model."""
