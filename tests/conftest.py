@@ -128,10 +128,10 @@ def in_two_segments(parts: list[Memory], path: Path) -> Memory:
 
 
 @contextmanager
-def gates_trained_at_once() -> Iterator[None]:
+def gates_trained_at_once(steps: int = 60) -> Iterator[None]:
     """Briefly: to learn takes seconds, and few tests are about it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(network, "STEPS", 60)
+        patched.setattr(network, "STEPS", steps)
         yield
 
 

@@ -123,7 +123,7 @@ def fit(kind: type, text: Text, rows: np.ndarray | None = None, batch: int = 256
     seen = text.seen(rows, batch)
     if kind is BucketsGate:
         return fit_buckets(seen, 20, ks=(1, 4))
-    with gates_trained_at_once():
+    with gates_trained_at_once(200):
         return fit_meta_k(seen, COLUMNS) if kind is MetaKGate else fit_adaptret(seen)
 
 
