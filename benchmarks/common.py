@@ -15,8 +15,8 @@ import torch
 
 from nearest import Document, Memory, read_documents
 from nearest.encode.encoder import Encoder
-from nearest.encode.identity import load_model_and_tokenizer
 from nearest.encode.layers import find_key_layer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.metrics import bootstrap_interval
 from nearest.store.manifest import MANIFEST
 from nearest.verbs.results import Result

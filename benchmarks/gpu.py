@@ -29,8 +29,8 @@ from common import (
 from nearest import Memory, attach, evaluate, read_documents, read_text
 from nearest.build.build import rebuild_index
 from nearest.encode.encoder import Encoder
-from nearest.encode.identity import load_model_and_tokenizer
 from nearest.encode.layers import find_key_layer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.index.tuning import recall
 from nearest.store.parts.index import IndexChoice
 

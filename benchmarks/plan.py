@@ -58,7 +58,7 @@ def in_process(what: str, corpus: Path, settings: dict[str, Any]) -> dict[str, f
 def child(what: str, corpus: str, settings: dict[str, Any], work: Path) -> None:
     from nearest import Memory, read_documents
     from nearest.build.build import BuildOptions, planned_memory
-    from nearest.encode.identity import load_model_and_tokenizer
+    from nearest.encode.loading import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(str(MODEL), device="cpu")
     path = work / "planned.memory"

@@ -23,7 +23,7 @@ from conftest import (
 )
 from nearest import Memory, attach, evaluate, tune
 from nearest.cli import app
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import SettingError
 from pairs import make_pair_model, make_pair_tokenizer, pair_documents
 from retro_models import CHUNK, found, tokens, variant

@@ -13,7 +13,8 @@ from nearest import Memory
 from nearest.cli import app
 from nearest.encode import dtype as dtype_module
 from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu
-from nearest.encode.identity import load_model_and_tokenizer, model_fingerprint
+from nearest.encode.fingerprint import model_fingerprint
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import SettingError
 
 HALVES = [torch.bfloat16, torch.float16]

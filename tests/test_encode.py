@@ -25,12 +25,9 @@ from transformers import (
 
 from conftest import make_model, make_tokenizer, random_documents
 from nearest import Memory, attach, evaluate
+from nearest.encode.fingerprint import model_fingerprint, tokenizer_fingerprint
 from nearest.encode.forward import encode_and_score, encode_keys
-from nearest.encode.identity import (
-    model_fingerprint,
-    start_token,
-    tokenizer_fingerprint,
-)
+from nearest.encode.identity import start_token
 from nearest.encode.layers import find_key_layer
 from nearest.errors import ModelError, SettingError
 from oracle import keys_and_logits

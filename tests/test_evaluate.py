@@ -215,7 +215,7 @@ def test_tuned_k_never_exceeds_a_small_memory(build_memory: Callable[..., Memory
 def test_the_tokenizer_is_found_where_the_model_came_from(
     model_folder: str, build_memory: Callable[..., Memory]
 ) -> None:
-    from nearest.encode.identity import load_model_and_tokenizer
+    from nearest.encode.loading import load_model_and_tokenizer
 
     model, _ = load_model_and_tokenizer(model_folder)
     memory = build_memory(model)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from nearest import Document, Memory, evaluate, read_documents, read_text
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import SettingError
 from nearest.index.distances import scaled_key_distances, scaled_key_distances_reference
 from nearest.index.keys import FORMATS, Int8Format, Int8Keys, JoinedKeys, Keys, key_format

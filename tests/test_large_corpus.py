@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nearest.demo
 from nearest import Memory, read_documents
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 
 corpus, out, keys, allowed = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 folder = Path(nearest.demo.__file__).parent / "general-gpt2-7m"

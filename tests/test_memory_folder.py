@@ -26,7 +26,7 @@ from folders import Build, copied, files, flipped, found_by_verify, kill_writers
 from nearest import Document, Memory, NearestError, __version__
 from nearest.build.build import rebuild_index, store_settings
 from nearest.corpus.windows import windows
-from nearest.encode.identity import model_fingerprint, tokenizer_fingerprint
+from nearest.encode.fingerprint import model_fingerprint, tokenizer_fingerprint
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import ArrayFile, open_array, sha256_of, writer_lock
 from nearest.index.approximate import ApproximateIndex

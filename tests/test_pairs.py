@@ -21,8 +21,9 @@ from nearest.build.importing import ImportOptions, import_store
 from nearest.build.reproduce import reproduction_problems
 from nearest.corpus.batches import batch_windows
 from nearest.encode import encoder
-from nearest.encode.identity import load_model_and_tokenizer, token_rules
+from nearest.encode.identity import token_rules
 from nearest.encode.layers import find_key_layer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.store import journal as unfinished
 from nearest.store.verify import verify

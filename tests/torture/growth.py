@@ -17,7 +17,7 @@ import numpy as np
 from nearest import Document, Memory, evaluate
 from nearest.demo.corpus import split_topics
 from nearest.demo.run import MODEL
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 
 ADDITIONS, DOCUMENTS, CHARACTERS = 100, 20, 3_300  # an addition is about 20,000 tokens
 METHODS = ("knn", "retomaton", "suffix")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,14 @@ from nearest.corpus.documents import Document
 from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
-from nearest.encode.identity import (
-    model_fingerprint,
-    model_name,
-    token_rules,
+from nearest.encode.fingerprint import (
+    function_hash,
+    probe_of,
     tokenizer_fingerprint,
+    weights_hash,
 )
-from nearest.encode.layers import LanguageModel, find_key_layer
+from nearest.encode.identity import model_name, token_rules
+from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import SettingError
 from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, RECALL
@@ -36,6 +37,7 @@ from nearest.store.manifest import (
     FORMAT,
     MANIFEST,
     ComputedIn,
+    FunctionRecord,
     KeysRecord,
     Manifest,
     ModelRecord,
@@ -124,19 +126,24 @@ def build_memory(
 def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
     """A first generation that has no segment yet."""
     rules = token_rules(model, tokenizer)
+    probe = None
+    if keys is not None:
+        entry = model.get_submodule(keys.module)
+        probe = probe_of(model, KeyLayer(keys.layer, keys.module, entry, keys.dim))
     return Manifest(
         format=FORMAT,
         generation=1,
         created_by=f"nearest {__version__}",
         model=ModelRecord(
             name=model_name(model),
-            fingerprint=model_fingerprint(model),
+            fingerprint=weights_hash(model) or function_hash(model, probe),
             tokenizer_fingerprint=tokenizer_fingerprint(
                 tokenizer, rules.encoder_vocab_size is not None
             ),
             vocab_size=rules.vocab_size,
             start_token=rules.start_token,
             source_vocab_size=rules.encoder_vocab_size,
+            function=None if probe is None else FunctionRecord(**asdict(probe)),
         ),
         keys=keys,
         segments=[],

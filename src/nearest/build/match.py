@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from nearest.corpus.tokens import TokenRules
-from nearest.encode.identity import (
-    model_fingerprint,
-    reads_sources,
-    source_positions,
-    tokenizer_fingerprint,
-)
+from nearest.encode.fingerprint import Probe, departure, tokenizer_fingerprint, weights_hash
+from nearest.encode.identity import reads_sources, source_positions
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import ModelError, SettingError
-from nearest.store.manifest import Manifest
+from nearest.store.manifest import KeysRecord, Manifest, ModelRecord
 
 
 class _Opened(Protocol):
@@ -98,10 +96,10 @@ def matching_key_layer(
     if force:
         return layer
     cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
-    if keys is not None and model_fingerprint(model) != record.fingerprint:
+    if keys is not None and (reason := _departure(record, keys, model, layer)) is not None:
         raise ModelError(
-            f"this model's weights (or their precision) are not those that built {memory.path}, "
-            f"so its states and the stored keys cannot be compared. {cure} meaningless neighbours"
+            f"this model is not the one that built {memory.path}: {reason}, so its states and the "
+            f"stored keys cannot be compared. {cure} meaningless neighbours"
         )
     if tokenizer is not None and record.tokenizer_fingerprint != tokenizer_fingerprint(
         tokenizer, record.reads_sources
@@ -110,9 +108,24 @@ def matching_key_layer(
             f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
             f"mean the same text. {cure} wrong words"
         )
-    if keys is not None and layer.path != keys.module:
-        raise ModelError(
-            f"the key layer {keys.layer} is {layer.path!r} in this model but was {keys.module!r} "
-            f"when {memory.path} was built. {cure} meaningless neighbours"
-        )
     return layer
+
+
+def _departure(
+    record: ModelRecord, keys: KeysRecord, model: LanguageModel, layer: KeyLayer
+) -> str | None:
+    """How a model departs from the one that made a memory's keys; None if it computes the same."""
+    if record.function is not None:
+        probe = Probe(**msgspec.structs.asdict(record.function))
+        return departure(model, layer, record.fingerprint, probe)
+    weights = weights_hash(model)
+    if weights is None:
+        return (
+            "the memory knows it by a hash of its weights, and these are offloaded or quantised "
+            "here and cannot be hashed"
+        )
+    if weights != record.fingerprint:
+        return "its weights, or their precision, differ"
+    if layer.path != keys.module:
+        return f"its key layer {keys.layer} is {layer.path!r} and was {keys.module!r}"
+    return None

@@ -100,7 +100,7 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
     """Open a memory and load the model that built it, or the one named instead."""
-    from nearest.encode.identity import load_model_and_tokenizer
+    from nearest.encode.loading import load_model_and_tokenizer
     from nearest.memory import Memory
     from nearest.verbs.change import name_of_model
 

@@ -22,7 +22,8 @@ from nearest.corpus.reading import read_documents
 from nearest.demo.corpus import Split, split_topics, write_jsonl
 from nearest.demo.passage import score_passage, typical_document
 from nearest.demo.report import Story, Writing, render
-from nearest.encode.identity import load_model_and_tokenizer, model_fingerprint
+from nearest.encode.fingerprint import model_fingerprint
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, require
 from nearest.folder import disk_errors_explained, write_atomically
 from nearest.memory import Memory

@@ -1,8 +1,12 @@
-"""What a model computes in, and on which device."""
+"""What a model computes in and on which device, and how its weights are quantised."""
 
-from typing import Literal
+import json
+import re
+from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nearest.errors import SettingError
 
@@ -58,3 +62,37 @@ def fast_on_cpu(dtype: torch.dtype) -> bool:
     """
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype == torch.bfloat16 and any(found.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """How weights are quantised, such as "bitsandbytes 4 bits"; None if they are not.
+
+    The config says it of a model that was loaded so; of one that was quantised since, the classes
+    that hold its weights do.
+    """
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None:
+        found = config if isinstance(config, dict) else config.to_dict()
+        method = str(found.get("quant_method")).rpartition(".")[2].lower()
+        return f"{method} {4 if _names_few_bits(json.dumps(found, default=str)) else 8} bits"
+    kinds = set()
+    for weight in model.parameters():
+        held: Any = weight
+        if is_traceable_wrapper_subclass(held):
+            kinds.add(type(held.data).__name__)
+        elif not weight.is_floating_point():
+            kinds.add(type(held).__name__)
+    if not kinds:
+        return None
+    names = " ".join(sorted(kinds))
+    return f"{names} {4 if _names_few_bits(names) else 8} bits"
+
+
+def few_bits(quantised: str) -> bool:
+    """Whether weights that are quantised so (`quantisation`) have fewer than 8 bits."""
+    return quantised.endswith(" 4 bits")
+
+
+def _names_few_bits(description: str) -> bool:
+    fewer = r"in_4bit\W+true|\bbits\W+[2-6]\b|int4|4bit|qbits|qint[24]|gguf|awq"
+    return re.search(fewer, description, re.IGNORECASE) is not None

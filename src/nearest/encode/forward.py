@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nearest.corpus.batches import EncoderInputs
+from nearest.encode.identity import input_device
 from nearest.encode.layers import KeyLayer, captured_input, of_this_thread
 from nearest.encode.view import LmView, lm_view
 
@@ -26,7 +27,7 @@ class Scored(NamedTuple):
     view: LmView | None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode breaks weights that are quantised or offloaded
 def encode_keys(
     model: PreTrainedModel,
     layer: KeyLayer,
@@ -53,7 +54,7 @@ def encode_keys(
     return _rows(seen[0], inputs.shape, torch.from_numpy(wanted))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode breaks weights that are quantised or offloaded
 def encode_and_score(
     model: PreTrainedModel,
     layer: KeyLayer,
@@ -66,7 +67,7 @@ def encode_and_score(
     """Keys, and the model's log-probability of each target in nats; float32, on the CPU."""
     mask = torch.from_numpy(wanted)
     slices = "logits_to_keep" in inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": mask.to(model.device)} if slices else {}
+    keep = {"logits_to_keep": mask.to(input_device(model))} if slices else {}
     with captured_input(layer.module) as seen:
         logits = model(**_arguments(model, inputs, encoder_inputs), **keep).logits
     if not slices:
@@ -84,12 +85,13 @@ def _arguments(
     encoder_inputs: EncoderInputs | None,
 ) -> dict[str, Any]:
     """What a model is called with, to read windows of text and what an encoder reads with them."""
-    text = torch.from_numpy(inputs).to(model.device)
+    device = input_device(model)
+    text = torch.from_numpy(inputs).to(device)
     if encoder_inputs is None:
         return {"input_ids": text, "use_cache": False}
     return {
-        "input_ids": torch.from_numpy(encoder_inputs.tokens).to(model.device),
-        "attention_mask": torch.from_numpy(encoder_inputs.mask).to(model.device),
+        "input_ids": torch.from_numpy(encoder_inputs.tokens).to(device),
+        "attention_mask": torch.from_numpy(encoder_inputs.mask).to(device),
         "decoder_input_ids": text,
         "use_cache": False,
     }

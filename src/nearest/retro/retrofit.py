@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-from nearest.encode.identity import model_fingerprint, model_name, vocabulary_size
+from nearest.encode.fingerprint import model_fingerprint
+from nearest.encode.identity import model_name, vocabulary_size
 from nearest.encode.layers import blocks_of
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically

@@ -21,6 +21,7 @@ _UNSIGNED = "0" * 64
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Base64 = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9+/]+=*$", max_length=1 << 14)]
 ComputedIn = Literal["float64", "float32", "bfloat16", "float16"]
 
 
@@ -71,11 +72,31 @@ class NewFiles:
         return self.record(name)
 
 
+class FunctionRecord(_Record, frozen=True):
+    """What the model makes of a fixed probe text (`encode.fingerprint.Probe`)."""
+
+    structure: Digest
+    dtype: ComputedIn
+    quantisation: str | None
+    vocab_size: Positive
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=1_024)]
+    sensitivity: Annotated[float, msgspec.Meta(ge=0)]
+    settings: dict[str, Any]
+    states: Base64
+    logits: Base64
+
+    def __post_init__(self) -> None:
+        if len(self.states) % 4 or len(self.states) != len(self.logits):
+            raise ValueError("the states and logits of the probe are not of one shape")
+
+
 class ModelRecord(_Record, frozen=True, omit_defaults=True):
     """Which model and tokenizer made the keys and the tokens.
 
-    `source_vocab_size`: number of token ids that the encoder of an encoder–decoder reads; None for
-    a causal model, which has none.
+    `fingerprint` is a hash of the model's weights; `function` is what it computes, which decides
+    where weights differ; None without keys, and in memories of before. `source_vocab_size`: number
+    of token ids that the encoder of an encoder–decoder reads; None for a causal model, which has
+    none.
     """
 
     name: str
@@ -84,6 +105,7 @@ class ModelRecord(_Record, frozen=True, omit_defaults=True):
     vocab_size: Positive
     start_token: Count
     source_vocab_size: Positive | None = None
+    function: FunctionRecord | None = None
 
     @property
     def reads_sources(self) -> bool:

@@ -9,7 +9,7 @@ from nearest.build.plan import BuildPlan
 from nearest.corpus.reading import Corpus, read_documents
 from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.memory import Memory
 from nearest.store.change import check_new
 

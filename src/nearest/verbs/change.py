@@ -7,7 +7,7 @@ from typing import Any
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text_files import EncodingErrors
 from nearest.encode.dtype import DtypeName
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import ModelError
 from nearest.memory import Memory
 

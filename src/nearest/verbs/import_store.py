@@ -5,7 +5,7 @@ from typing import Any
 
 from nearest.build.importing import ImportOptions
 from nearest.build.importing import import_store as write_import
-from nearest.encode.identity import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.memory import Memory
 from nearest.store.change import check_new
 

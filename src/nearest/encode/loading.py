@@ -1,0 +1,99 @@
+"""Load a model and its tokenizer by name: a folder, a GGUF file, or a name on the hub."""
+
+import json
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from nearest.encode.dtype import DtypeName, chosen_device, chosen_dtype
+from nearest.encode.fingerprint import weights_kept_known
+from nearest.errors import ModelError
+
+
+def load_model_and_tokenizer(
+    name: str, dtype: DtypeName = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """Load a language model, causal or encoder–decoder, and its tokenizer.
+
+    Args:
+        name: a folder, a .gguf file, or a name on the hub; an adapter is loaded with its base.
+        dtype: what it is to compute in (`chosen_dtype`); quantised weights stay as they are.
+        device: where (`chosen_device`).
+
+    Raises:
+        ModelError: it cannot be found or read, with the library's own reason.
+        SettingError: there is no such device.
+    """
+    place = chosen_device(device)
+    try:
+        where, options = _source(name)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        loader, more = _loader(where, options, place)
+        loaded: Any = loader.from_pretrained(
+            where, dtype="auto", output_loading_info=True, **options, **more
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers: each raises its own kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face "
+            "language model, causal or encoder–decoder, a .gguf file, or the name of a model on "
+            "the hub"
+        ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model {name!r} cannot be used: its files hold no weights for {missing[0]} "
+            f"({len(missing)} in all), which would be random: give a folder with a whole language "
+            "model"
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
+        )
+    if more:  # quantised: it stands where it is to be, and cannot be cast
+        return model.eval(), tokenizer
+    wanted = chosen_dtype(dtype, model.dtype, place.type)
+    rounds = wanted not in (model.dtype, torch.float32)
+    with weights_kept_known(model) if rounds else nullcontext():
+        model.to(place, wanted)
+    return model.eval(), tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is given: a GGUF file is its folder and an option."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ModelError(
+            f"model {name!r} is a GGUF file, and gguf, which reads it, is missing: "
+            "pip install 'nearest[gguf]'"
+        )
+    if not path.is_file():
+        raise ModelError(f"model {name!r} does not exist: give the path of a .gguf file")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _loader(where: str, options: dict[str, str], place: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a model, and what quantised weights need besides."""
+    adapter = find_adapter_config_file(where)
+    if adapter is not None:
+        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        return _loader(base, {}, place)
+    config = AutoConfig.from_pretrained(where, **options)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    quantised = getattr(config, "quantization_config", None) is not None and not options
+    return loader, {"device_map": {"": place}} if quantised else {}
