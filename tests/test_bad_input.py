@@ -481,10 +481,10 @@ def test_a_memory_of_another_key_layer(world: SimpleNamespace, memory: Path) -> 
         (["--lam", "nan"], "lam must lie inside [0, 1], got nan"),
         (["--k", "0"], "k must be at least 1, got 0"),
         (["--k", "-3"], "k must be at least 1, got -3"),
-        (["--temperature", "0"], "temperature must be above 0 and finite, got 0"),
-        (["--temperature", "-1"], "temperature must be above 0 and finite, got -1"),
-        (["--temperature", "inf"], "temperature must be above 0 and finite, got inf"),
-        (["--temperature", "nan"], "temperature must be above 0 and finite, got nan"),
+        (["--knn-temperature", "0"], "temperature must be above 0 and finite, got 0"),
+        (["--knn-temperature", "-1"], "temperature must be above 0 and finite, got -1"),
+        (["--knn-temperature", "inf"], "temperature must be above 0 and finite, got inf"),
+        (["--knn-temperature", "nan"], "temperature must be above 0 and finite, got nan"),
     ],
 )
 def test_settings_out_of_range(

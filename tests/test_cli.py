@@ -320,7 +320,7 @@ def test_eval_prints_what_the_library_measures(
 ) -> None:
     settings = {"lam": 0.4, "temperature": 30.0, "k": 5}
     base, knn = json_lines(
-        "eval", world.memory, "--text", world.text, "--lam", 0.4, "--temperature", 30, "--k", 5
+        "eval", world.memory, "--text", world.text, "--lam", 0.4, "--knn-temperature", 30, "--k", 5
     )
     assert list(base) == list(knn) == EVAL_KEYS + CHECK_KEYS
     expected = evaluate(

@@ -33,7 +33,9 @@ SUFFIX = {"lam": 0.6, "temperature": 40.0, "suffix_k": 9, "length_power": 2.5}
 
 
 def as_options(settings: dict[str, Any]) -> list[Any]:
-    return [part for name, v in settings.items() for part in (f"--{name.replace('_', '-')}", v)]
+    flags = {name: f"--{name.replace('_', '-')}" for name in settings}
+    flags |= {"temperature": "--knn-temperature"}
+    return [part for name, value in settings.items() for part in (flags[name], value)]
 
 
 @pytest.mark.parametrize(

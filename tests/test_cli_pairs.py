@@ -53,7 +53,7 @@ def test_a_text_of_pairs_is_tuned_on_and_scored(world: Any) -> None:
 
 def test_a_source_is_answered_with_its_documents(world: Any) -> None:
     document = DOCUMENTS[2]
-    options = ["--lam", "1", "--temperature", "0.001", "--k", "1", "--sources"]
+    options = ["--lam", "1", "--knn-temperature", "0.001", "--k", "1", "--sources"]
     prompt = ["--prompt", document.encoder_text, "--max-new-tokens", "70"]
     (answer,) = json_lines("generate", world.memory, *prompt, *options)
     assert answer["text"] == document.text

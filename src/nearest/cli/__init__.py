@@ -4,7 +4,7 @@ Reports go to stdout (`--json`: one object a line), logs and progress to stderr.
 user's is one message and exit code 2, never a traceback. Heavy imports wait for their command.
 """
 
-from nearest.cli import generating, importing, keys, memories, methods, serving
+from nearest.cli import chat, generating, importing, keys, memories, methods, serving
 from nearest.cli.app import Command, app, register
 
 _COMMANDS: dict[str, Command] = {
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Command] = {
     "eval": methods.evaluate,
     "sweep": methods.sweep,
     "generate": generating.generate,
+    "chat": chat.chat,
     "serve": serving.serve,
     "demo": generating.demo,
 }

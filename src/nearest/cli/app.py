@@ -25,7 +25,6 @@ Command = Callable[..., None]
 app = typer.Typer(
     help="A memory for language models: look a corpus up while predicting, with sources.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = Console(highlight=False, emoji=False)

@@ -1,6 +1,7 @@
 """Commands that continue a prompt, and that show everything."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,67 +11,131 @@ from nearest import reports
 from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
 from nearest.cli.options import (
     AsJson,
+    Encoding,
     Force,
     MemoryPath,
     MethodSettings,
     MoreMemories,
     Opening,
+    Sampling,
     given,
     numbers,
 )
+from nearest.errors import NearestError
 
 
 def generate(
     memory: MemoryPath,
     prompt: Annotated[
-        str, typer.Option(help="Text to continue; the source, of an encoder–decoder.")
-    ],
+        str | None,
+        typer.Option(help='Text to continue, or an encoder\'s input; "-" reads standard input.'),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File that holds the prompt, in place of --prompt.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
     ] = "knn",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask the prompt by the tokenizer's chat template.")
+    ] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Read <|endoftext|> and its like as tokens, not as text."
+        ),
+    ] = False,
+    heal: Annotated[
+        bool,
+        typer.Option("--heal/--no-heal", help="Leave spaces at the prompt's end to the model."),
+    ] = True,
     sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
     *,
+    sampling: Sampling,
     opening: Opening,
     settings: MethodSettings,
     beside: MoreMemories,
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
+    encoding_errors: Encoding = "strict",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt; with --sources, shade each token by how much the memory decided it."""
     quiet_libraries()
+    arguments = sampling.arguments()
+    text = _prompt(prompt, prompt_file, encoding_errors)
     import torch
 
     from nearest.verbs.generate import generate as continue_prompt
 
     opened, loaded, tokenizer = open_with_model(memory, opening)
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
+    streams = not (as_json or sources) and sampling.num_beams == 1
+    if streams and not chat:
+        out.print(text, style="bold", end="", markup=False, soft_wrap=True)
+    if heal and not chat and text.endswith(" "):
+        err.print(
+            "[yellow]note:[/] the prompt's last spaces are left to the first new token "
+            "(--no-heal keeps them)",
+            soft_wrap=True,
+        )
     generation = continue_prompt(
         loaded,
         tokenizer,
         opened_beside(opened, beside),
-        prompt,
+        [{"role": "user", "content": text}] if chat else text,
         method=method,
         weights=numbers(beside.weights, "weights", "0.7,0.3"),
         sources=sources,
         force=force,
         replay=int(replay) if replay.isdecimal() else replay,
-        settings=given(**vars(settings)),
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=sample,
+        settings=given(**settings.named()),
+        special_tokens=special_tokens,
+        heal=heal,
+        stream=shown_as_it_comes if streams else None,
+        **arguments,
     )
     if as_json:
         typer.echo(json.dumps(generation.to_dict()))
+    elif streams:
+        out.print()
     else:
         out.print(reports.shaded_generation(generation, show))
+
+
+def shown_as_it_comes(text: str) -> None:
+    """Print a piece of a continuation at once."""
+    out.print(text, end="", markup=False, soft_wrap=True)
+    out.file.flush()
+
+
+def _prompt(prompt: str | None, file: Path | None, errors: str) -> str:
+    """The prompt, from wherever it is given.
+
+    Raises:
+        NearestError: it is given twice or not at all, cannot be read, or is not UTF-8.
+    """
+    if (prompt is None) == (file is None):
+        raise NearestError(
+            'give the prompt either as --prompt TEXT ("-": standard input) or as a --prompt-file'
+        )
+    if file is None and prompt is not None and prompt != "-":
+        return prompt
+    where = "standard input" if file is None else str(file)
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    except OSError as error:
+        raise NearestError(f"the prompt in {where} cannot be read ({error.strerror})") from error
+    try:
+        return data.decode(errors=errors).removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise NearestError(
+            f"the prompt in {where} is not UTF-8 (at byte {error.start:,}): encode it anew, or "
+            "replace what cannot be read (--encoding-errors replace)"
+        ) from error
 
 
 def demo(

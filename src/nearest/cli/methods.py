@@ -175,7 +175,7 @@ def evaluate(
             records=records,
             progress=progress,
             **vars(reading),
-            **vars(settings),
+            **settings.named(),
         )
     if as_json:
         for result in results:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from nearest.errors import NearestError
+from nearest.errors import NearestError, SettingError
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
 CorpusPaths = Annotated[
@@ -163,9 +163,67 @@ class MethodSettings(FixedSettings):
     """Every setting of a method; as tuned where not given."""
 
     lam: Annotated[float | None, typer.Option("--lam", help="Weight of the memory, 0 to 1.")] = None
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the neighbours' softmax.")
+    knn_temperature: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the softmax over the neighbours' distances."),
     ] = None
+
+    def named(self) -> dict[str, Any]:
+        """The settings under their names in Python."""
+        settings = vars(self).copy()
+        settings["temperature"] = settings.pop("knn_temperature")
+        return settings
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How new tokens are chosen, named as transformers names it."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 60
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search.")] = 1
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample; also by any of the next three. Else greedy.")
+    ] = False
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits before sampling.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this probability.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many likeliest tokens.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Divides the scores of tokens that came before; 1: none.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `model.generate`.
+
+        Raises:
+            SettingError: a number is out of range.
+        """
+        chosen = given(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise SettingError(
+                f"--temperature must be above 0, got {self.temperature:g}: leave it out for the "
+                "likeliest token at every step"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SettingError(f"--top-p must be above 0 and at most 1, got {self.top_p:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise SettingError(f"--top-k must be at least 1, got {self.top_k}")
+        penalty = given(repetition_penalty=self.repetition_penalty)
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise SettingError(
+                f"--repetition-penalty must be above 0, got {self.repetition_penalty:g}"
+            )
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.sample or bool(chosen),
+            **chosen,
+            **penalty,
+        }
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -222,6 +222,6 @@ def _commands(story: Story) -> str:
             "nearest tune my.memory --text corpus/tuning.jsonl",
             "nearest eval my.memory --text corpus/test.jsonl",
             f"nearest generate my.memory --prompt {shlex.quote(story.writings[0].knn.prompt)} "
-            f"--sources --temperature {story.writing_temperature:g}",
+            f"--sources --knn-temperature {story.writing_temperature:g}",
         )
     )

@@ -179,7 +179,7 @@ class _Steps:
         return results
 
     def write(self, prompt: str) -> Writing:
-        options = ("--sources", "--temperature", f"{TEMPERATURE:g}")
+        options = ("--sources", "--knn-temperature", f"{TEMPERATURE:g}")
         _show(self.out, "nearest", "generate", str(self.path), "--prompt", prompt, *options)
         memory = Memory.open(self.path)
         base, knn = (

@@ -1,22 +1,20 @@
 """Continue a prompt with a memory attached, and name the documents that carried each token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from nearest.corpus.documents import Document
-from nearest.corpus.tokens import tokenise_encoder_texts
-from nearest.encode.identity import max_positions, reads_sources, start_token, token_rules
-from nearest.errors import SettingError
+from nearest.encode.identity import input_device, reads_sources, start_token
 from nearest.memory import Memory
 from nearest.models.attach import attach
 from nearest.models.sources import Source, TokenSources
 from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.settings import BASE, check_method
+from nearest.verbs.prompt import FirstToken, Messages, Streamer, prompt_tokens
 
 _CONTEXT_TOKENS = 12
 _SOURCES_A_TOKEN = 5
@@ -54,8 +52,8 @@ class DocumentShare:
 class Generation:
     """A prompt's continuation; tokens and documents only where sources were asked for.
 
-    `continues`: whether the text goes on where the prompt ends. An encoder–decoder's does not: the
-    prompt is what its encoder reads.
+    `prompt` is the last message of a chat. `continues`: whether the text goes on where the prompt
+    ends. An answer in a chat does not, nor does what an encoder–decoder makes of its input.
     """
 
     prompt: str
@@ -73,7 +71,7 @@ def generate(
     model: PreTrainedModel,
     tokenizer: Any,
     memory: Memories,
-    prompt: str,
+    prompt: str | Messages,
     *,
     method: str = "knn",
     weights: Sequence[float] | None = None,
@@ -81,6 +79,9 @@ def generate(
     force: bool = False,
     replay: int | str = 0,
     settings: Mapping[str, Any] | None = None,
+    special_tokens: bool = False,
+    heal: bool = False,
+    stream: Callable[[str], None] | None = None,
     **generation: Any,
 ) -> Generation:
     """Continue `prompt` with `model.generate`, the memory attached.
@@ -88,13 +89,16 @@ def generate(
     Args:
         model, tokenizer: those that built the memory.
         memory: what to look up; several are given as a list.
-        prompt: may be empty, but for an encoder–decoder, whose source it is.
+        prompt: text, which may be empty but for an encoder–decoder, whose encoder reads it; or
+            messages with "role" and "content", for the tokenizer's chat template.
         method: "base", or one that uses the memory.
         weights: of several memories, as in `attach`.
         sources: name, for every token, what the memory gave it.
         force: accept another model than the one that built the memory.
         replay: positions of the prompt that are looked up before the last, or "full".
         settings: of the method; else as tuned.
+        special_tokens, heal: how a text is read (`prompt.prompt_tokens`).
+        stream: is given the continuation piece by piece, as it comes; not with beams.
         **generation: passed on to `model.generate` (max_new_tokens, num_beams, do_sample, …).
 
     Raises:
@@ -102,14 +106,23 @@ def generate(
     """
     check_method(method)
     memories = memories_of(memory)
-    continues = not reads_sources(model)
-    inputs, text = _inputs(model, tokenizer, prompt)
-    _check_length(model, len(text), generation.get("max_new_tokens"))
-    ids = torch.tensor([inputs], device=model.device)
+    continues = isinstance(prompt, str) and not reads_sources(model)
+    read = prompt_tokens(model, tokenizer, prompt, special_tokens=special_tokens, heal=heal)
+    read.check_length(model, generation.get("max_new_tokens"))
+    if read.first is not None:
+        processors = [
+            *generation.pop("logits_processor", []),
+            FirstToken(len(read.text), read.first),
+        ]
+        generation["logits_processor"] = LogitsProcessorList(processors)
+    if stream is not None:
+        generation["streamer"] = Streamer(tokenizer, stream, read.spaces)
+    text = read.text
+    ids = torch.tensor([read.inputs], device=input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        **({"pad_token_id": start_token(tokenizer)} if continues else {}),
+        **({} if reads_sources(model) else {"pad_token_id": start_token(tokenizer)}),
         **generation,
     }
     if method == BASE:
@@ -130,9 +143,10 @@ def generate(
             named = session.sources(0) if sources else []
     new, before = output[0, len(text) :].tolist(), text[1:]
     pieces = decode_pieces(tokenizer, before, [token.token for token in named])
+    pieces[:1] = [piece.removeprefix(read.spaces) for piece in pieces[:1]]
     return Generation(
-        prompt,
-        _text_after(tokenizer, before, new),
+        prompt if isinstance(prompt, str) else prompt[-1]["content"],
+        _text_after(tokenizer, before, new).removeprefix(read.spaces),
         [
             GeneratedToken(text, token.memory_weight, token.sources[:_SOURCES_A_TOKEN])
             for text, token in zip(pieces, named, strict=True)
@@ -140,26 +154,6 @@ def generate(
         _document_shares(tokenizer, memories, named),
         continues,
     )
-
-
-def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
-    """What generate() is given for a prompt, and the text that it then goes on from."""
-    if reads_sources(model):
-        rules = token_rules(model, tokenizer)
-        document = Document("", "", origin="the prompt", encoder_text=prompt)
-        (read,) = tokenise_encoder_texts([document], tokenizer, rules)
-        return read.tolist(), [rules.start_token]
-    ids = [start_token(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    return ids, ids
-
-
-def _check_length(model: PreTrainedModel, prompt: int, new: int | None) -> None:
-    positions = max_positions(model)
-    if positions is not None and prompt + (new or 0) > positions:
-        raise SettingError(
-            f"the prompt's {prompt} tokens and {new} new ones exceed the model's {positions} "
-            "positions: shorten the prompt, or ask for fewer (--max-new-tokens)"
-        )
 
 
 def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:

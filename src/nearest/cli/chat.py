@@ -1,0 +1,121 @@
+"""The command that chats with a model and its memory."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from nearest import reports
+from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
+from nearest.cli.generating import shown_as_it_comes
+from nearest.cli.options import (
+    Force,
+    MemoryPath,
+    MethodSettings,
+    MoreMemories,
+    Opening,
+    Sampling,
+    given,
+    numbers,
+)
+from nearest.errors import NearestError
+
+if TYPE_CHECKING:
+    from nearest.verbs.chat import Chat
+
+_HELP = """/sources      where the last answer came from
+/off, /on     answer without the memory, and with it again
+/method NAME  knn, retomaton, suffix, hybrid …
+/forget       begin a new conversation
+/quit         leave (as does the end of input)"""
+
+
+def chat(
+    memory: MemoryPath,
+    method: Annotated[
+        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
+    ] = "knn",
+    system: Annotated[str | None, typer.Option(help="System message before the first.")] = None,
+    show: Annotated[int, typer.Option(min=1, help="Documents /sources shows at most.")] = 5,
+    *,
+    sampling: Sampling,
+    opening: Opening,
+    settings: MethodSettings,
+    beside: MoreMemories,
+    force: Force = False,
+) -> None:
+    """Chat with the model, which looks the memory up while it answers; /help lists commands."""
+    quiet_libraries()
+    arguments = sampling.arguments()
+    import torch
+
+    from nearest.verbs.chat import Chat
+
+    opened, loaded, tokenizer = open_with_model(memory, opening)
+    torch.manual_seed(sampling.seed)
+    talk = Chat(
+        loaded,
+        tokenizer,
+        opened_beside(opened, beside),
+        method,
+        system=system,
+        weights=numbers(beside.weights, "weights", "0.7,0.3"),
+        settings=given(**settings.named()),
+        force=force,
+        **arguments,
+    )
+    err.print(
+        f"{escape(opened.manifest.model.name)} with {escape(str(memory))}; /help lists commands"
+    )
+    for line in _lines():
+        try:
+            if line in ("/quit", "/exit"):
+                break
+            if line.startswith("/"):
+                _command(talk, line, show)
+            else:
+                talk.say(line, shown_as_it_comes if sampling.num_beams == 1 else None)
+                out.print("" if sampling.num_beams == 1 else talk.answer)
+        except NearestError as error:  # a line that cannot be answered ends no conversation
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, without empty ones, until the input ends."""
+    import contextlib
+    import sys
+
+    with contextlib.suppress(ImportError):  # where it is, arrow keys edit and recall lines
+        import readline  # noqa: F401
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _command(talk: "Chat", line: str, show: int) -> None:
+    name, _, value = line[1:].partition(" ")
+    if name == "help":
+        out.print(_HELP, markup=False)
+    elif name == "sources":
+        if talk.last is None:
+            raise NearestError("there is no answer yet: ask something first")
+        out.print(reports.shaded_generation(talk.last, show))
+    elif name in ("off", "on"):
+        talk.remembers = name == "on"
+        out.print(f"the memory is {name}")
+    elif name == "method" and value:
+        talk.use(value.strip())
+        out.print(f"method {talk.method}")
+    elif name == "method":
+        out.print(f"method {talk.method}; another: /method NAME")
+    elif name == "forget":
+        talk.forget()
+        out.print("forgotten")
+    else:
+        raise NearestError(f"/{name} is unknown: /help lists commands")
