@@ -223,7 +223,7 @@ def test_adapters_are_part_of_the_model(name: str, build_memory: Callable[..., M
     if not np.isnan(expected).any():
         assert result.document_nll[0] == pytest.approx(expected.sum(), rel=1e-4)
     assert torch.equal(generate(model, prompt).sequences, generate(model, prompt).sequences)
-    with pytest.raises(ModelError, match="not those that built"):  # it lacks the adapter
+    with pytest.raises(ModelError, match="is not the one that built"):  # it lacks the adapter
         attach(make_model("llama"), memory)
 
 

@@ -401,7 +401,7 @@ def test_another_model_is_refused_unless_forced(world: SimpleNamespace) -> None:
     other = make_model(world.model.config.model_type)
     with torch.no_grad():
         next(iter(other.parameters())).add_(0.01)
-    with pytest.raises(ModelError, match="not those that built"):
+    with pytest.raises(ModelError, match="is not the one that built"):
         attach(other, world.memory)
     attach(other, world.memory, force=True).detach()
 

@@ -444,7 +444,7 @@ def test_a_memory_of_another_model_or_tokenizer(
     message = refused(verb, memory, *arguments, "--model", other)
     assert f"Load '{Path(world.model).resolve()}', build a memory with this one, or" in message
     assert "--force" in message
-    expected = "not those that built" if difference == "weights" else "tokenizer differs"
+    expected = "is not the one that built" if difference == "weights" else "tokenizer differs"
     assert expected in message
     works(verb, memory, *arguments, "--model", other, "--force")
 

@@ -356,7 +356,7 @@ REFUSED: dict[str, tuple[Callable[[Memory, Any, Any], Any], type[Exception], str
     "another model": (
         lambda memory, _, tokenizer: memory.add(make_model("llama"), tokenizer, ["text"]),
         ModelError,
-        "not those that built",
+        "is not the one that built",
     ),
 }
 

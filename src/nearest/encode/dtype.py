@@ -77,11 +77,8 @@ def quantisation(model: nn.Module) -> str | None:
         return f"{method} {4 if _names_few_bits(json.dumps(found, default=str)) else 8} bits"
     kinds = set()
     for weight in model.parameters():
-        held: Any = weight
-        if is_traceable_wrapper_subclass(held):
-            kinds.add(type(held.data).__name__)
-        elif not weight.is_floating_point():
-            kinds.add(type(held).__name__)
+        if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+            kinds.add(type(weight).__name__)
     if not kinds:
         return None
     names = " ".join(sorted(kinds))
