@@ -44,6 +44,7 @@ from nearest.store.verify import verify
 if TYPE_CHECKING:
     from nearest.build.build import BuildOptions
     from nearest.build.lifecycle import AddOptions
+    from nearest.build.search_text import Passage
 
 _Options = TypeVar("_Options", "BuildOptions", "AddOptions")
 DISTANCES = get_args(By)
@@ -140,6 +141,73 @@ class Memory:
         if tune:
             self_tune(model, memory, tokenizer, asked.progress)
         return memory
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_or_path: str | Path, *, search_on: str = "cpu", **options: Any
+    ) -> "Memory":
+        """Open a memory folder, or one on the Hugging Face hub, which is downloaded once.
+
+        Args:
+            repo_or_path: the folder, or "owner/name" on the hub.
+            search_on: as in `open`.
+            **options: of `huggingface_hub.snapshot_download`, such as revision, token, repo_type.
+
+        Raises:
+            FolderError: it cannot be found or downloaded, or is no memory.
+        """
+        from nearest.build.hub import downloaded
+
+        return cls.open(downloaded(repo_or_path, **options), search_on)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        license: str | None = None,  # noqa: A002  (the name that cards use)
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        repo_type: str = "model",
+    ) -> str:
+        """Upload the memory to the Hugging Face hub with a card, and return its address.
+
+        The documents are uploaded too, in full: they can be read by whoever can read the
+        repository.
+
+        Args:
+            repo: "owner/name"; made where it does not exist.
+            license: of the documents, for the card, such as "cc-by-4.0".
+            base_model: name of the model on the hub, where the memory was built with a folder.
+            private: whether a new repository is private; as the account's settings when None.
+            token: of the account; the one that is logged in when None.
+            repo_type: "model" or "dataset".
+
+        Raises:
+            FolderError: it cannot be uploaded, or removed documents are in its files still.
+        """
+        from nearest.build.hub import push
+
+        return push(self.snapshot, repo, license, base_model, private, token, repo_type)
+
+    def search_text(
+        self, model: Any, tokenizer: Any, text: str, k: int = 10, *, force: bool = False
+    ) -> "list[Passage]":
+        """The k places of the corpus that a model is in the most similar state at, nearest first.
+
+        Args:
+            model, tokenizer: those that built the memory.
+            text: what the model reads; the state at its last token is looked up.
+            k: number of places.
+            force: accept another model than the one that built the memory.
+
+        Raises:
+            NearestError: the model does not fit, or the memory has no keys.
+        """
+        from nearest.build.search_text import search_text
+        from nearest.encode.identity import bare_model
+
+        return search_text(self, bare_model(model), tokenizer, text, k, force=force)
 
     def refresh(self) -> "Memory":
         """The present generation: this memory itself, unless a writer has published another.

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from nearest.encode.dtype import DtypeName, chosen_device, chosen_dtype
 from nearest.encode.fingerprint import weights_kept_known
-from nearest.errors import ModelError
+from nearest.errors import ModelError, NearestError, require
 
 
 def load_model_and_tokenizer(
@@ -43,7 +42,7 @@ def load_model_and_tokenizer(
         loaded: Any = loader.from_pretrained(
             where, dtype="auto", output_loading_info=True, **options, **more
         )
-    except ModelError:
+    except NearestError:
         raise
     except Exception as error:  # transformers, safetensors, tokenizers: each raises its own kinds
         reason = str(error).strip().split("\n")[0]
@@ -77,11 +76,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     path = Path(name)
     if path.suffix != ".gguf":
         return name, {}
-    if find_spec("gguf") is None:
-        raise ModelError(
-            f"model {name!r} is a GGUF file, and gguf, which reads it, is missing: "
-            "pip install 'nearest[gguf]'"
-        )
+    require("gguf", "gguf")
     if not path.is_file():
         raise ModelError(f"model {name!r} does not exist: give the path of a .gguf file")
     return str(path.parent), {"gguf_file": path.name}

@@ -23,6 +23,7 @@ from nearest.store.manifest import (
     Manifest,
     NewFiles,
     SegmentRecord,
+    hub_blobs,
     read_manifest,
     write_manifest,
 )
@@ -181,6 +182,11 @@ def changing(path: Path) -> Iterator[Change]:
         FolderError: the folder is no memory, cannot be written, or another process writes it.
     """
     read_manifest(path)  # what is no memory is told apart from what is locked
+    if hub_blobs(path) is not None:
+        raise FolderError(
+            f"{path} is in the hub's cache, which is not to be changed: copy the memory first "
+            f"(cp -rL {path} my.memory)"
+        )
     with writer_lock(path), disk_errors_explained(path):
         try:
             _remove_unnamed_files(path, read_manifest(path))

@@ -1,6 +1,7 @@
 """The manifest: the one file that says which others live, and what they are."""
 
 import hashlib
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nearest.index.product import product_parts
 FORMAT = 5
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
+_HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -282,6 +284,24 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
         return "keys" if tuned < self.keys_of else "documents"
 
 
+def hub_blobs(folder: Path) -> Path | None:
+    """Where the Hugging Face hub's cache keeps the files that a snapshot's links lead to.
+
+    None for a folder that is not of the cache: models--owner--name/snapshots/commit, or below.
+    """
+    for parent in folder.resolve().parents:
+        if parent.name == "snapshots" and _HUB_REPO.fullmatch(parent.parent.name):
+            return parent.parent / "blobs"
+    return None
+
+
+def _in_hub_cache(folder: Path, path: Path) -> bool:
+    """Whether a file of a snapshot in the hub's cache leads to the repository's own files."""
+    blobs, real = hub_blobs(folder), folder.resolve()
+    inside = path.parent.resolve() == real / path.parent.relative_to(folder)
+    return blobs is not None and inside and path.resolve().parent == blobs
+
+
 class _FormatOnly(msgspec.Struct):
     format: int
 
@@ -308,7 +328,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
-        if path.is_symlink():
+        if path.is_symlink() and not _in_hub_cache(folder, path):
             raise FolderError(f"{path} is a link: put the manifest itself there, or do not use it")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -371,7 +391,7 @@ def check_file(folder: Path, record: FileRecord) -> None:
         )
     path = folder / relative
     try:
-        linked = path.resolve() != folder.resolve() / relative
+        linked = path.resolve() != folder.resolve() / relative and not _in_hub_cache(folder, path)
         status = path.stat()
     except (OSError, ValueError):
         raise FolderError(f"{path} is missing: restore it from a copy, or rebuild") from None
