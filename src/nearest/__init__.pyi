@@ -16,6 +16,7 @@ from nearest.models.memorizing.layers import memorize as memorize
 from nearest.models.memorizing.memory import AttentionMemory as AttentionMemory
 from nearest.models.scoring import read_text as read_text
 from nearest.retrieval.settings import Settings as Settings
+from nearest.verbs.callback import MemoryCallback as MemoryCallback
 from nearest.verbs.evaluate import evaluate as evaluate
 from nearest.verbs.sweep import sweep as sweep
 from nearest.verbs.tune import tune as tune

@@ -76,6 +76,7 @@ def quantisation(model: nn.Module) -> str | None:
         method = str(found.get("quant_method")).rpartition(".")[2].lower()
         return f"{method} {4 if _names_few_bits(json.dumps(found, default=str)) else 8} bits"
     kinds = set()
+    weight: Any  # mypy holds that no parameter can be a wrapper subclass
     for weight in model.parameters():
         if not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
             kinds.add(type(weight).__name__)

@@ -46,8 +46,7 @@ class Chat:
         self._model, self._tokenizer, self._memory = model, tokenizer, memory
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._messages: list[dict[str, str]] = []
-        self._options = {"weights": weights, "force": force}
-        self._settings = settings
+        self._weights, self._settings, self._force = weights, settings, force
         self._generation = {"max_new_tokens": _NEW_TOKENS, **generation}
         prompt_tokens(model, tokenizer, [*self._system, {"role": "user", "content": "?"}])
 
@@ -70,9 +69,10 @@ class Chat:
             self._memory,
             [*self._system, *messages],
             method=self.method if remembers else BASE,
+            weights=self._weights,
+            force=self._force,
             settings=self._settings,
             stream=stream,
-            **self._options,
             **self._generation,
         )
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
