@@ -126,6 +126,7 @@ def _positions(config: Any, own_name: str) -> int | None:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """The hub name a model was loaded by, or its folder's absolute path."""
+    """The hub name a model was loaded by, or the absolute path of its folder or GGUF file."""
     name = str(model.config._name_or_path)
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    here = Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file())
+    return str(Path(name).resolve()) if name and here else name

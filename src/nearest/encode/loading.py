@@ -62,6 +62,8 @@ def load_model_and_tokenizer(
         raise ModelError(
             f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
         )
+    if options:
+        model.config._name_or_path = name
     if more:  # quantised: it stands where it is to be, and cannot be cast
         return model.eval(), tokenizer
     wanted = chosen_dtype(dtype, model.dtype, place.type)

@@ -13,7 +13,7 @@ from nearest.memory import Memory
 from nearest.verbs.evaluate import evaluate
 
 
-class MemoryCallback(TrainerCallback):  # type: ignore[misc]
+class MemoryCallback(TrainerCallback):
     """Measures a model with a memory at every evaluation of a `transformers.Trainer`.
 
     Keys are a model's states, so a model that learns needs a new memory each time: one of `corpus`
