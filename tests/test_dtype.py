@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import make_documents
+from conftest import make_documents, make_model
 from nearest import Memory
 from nearest.cli import app
 from nearest.encode import dtype as dtype_module
-from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu
+from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu, few_bits, quantisation
 from nearest.encode.fingerprint import model_fingerprint
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import SettingError
@@ -114,3 +114,25 @@ def test_a_memory_is_read_in_any_dtype(made_in: str, model_folder: str, tmp_path
     more.write_text(json.dumps({"text": "one more"}))
     (info,) = run("add", memory, more, "--dtype", "bfloat16")
     assert info["documents"] == 11
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "gptq", "bits": 4}, 4),
+        ({"quant_method": "gptq", "bits": 8}, 8),
+        ({"quant_method": "awq", "bits": 4}, 4),
+        ({"quant_method": "gguf", "gguf_file": "m.gguf"}, 4),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, 8),
+        ({"quant_method": "quanto", "weights": "int4"}, 4),
+        ({"quant_method": "quanto", "weights": "int8"}, 8),
+    ],
+)
+def test_how_weights_are_quantised_is_known(config: dict[str, Any], expected: int) -> None:
+    model = make_model()
+    assert quantisation(model) is None
+    model.config.quantization_config = config
+    assert quantisation(model) == f"{config['quant_method']} {expected} bits"
+    assert few_bits(f"x {expected} bits") is (expected == 4)

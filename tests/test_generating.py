@@ -180,6 +180,20 @@ def test_a_chat_keeps_what_was_said_and_leaves_the_oldest_out(world: SimpleNames
         talk.say("x" * 60)
 
 
+def test_a_prompt_that_begins_with_two_start_tokens_is_noted(world: SimpleNamespace) -> None:
+    ids = torch.tensor([[0, 0, 5, 6]])
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 1}
+    with attach(world.model, world.memory):
+        with pytest.warns(UserWarning, match="two start tokens"):
+            world.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        world.model.generate(ids, attention_mask=torch.tensor([[0, 1, 1, 1]]), **options)
+    typed = ["--prompt", "<bos>the", "--special-tokens", "--model", world.folder / "model"]
+    noted = run("generate", world.memory.path, *typed, "--max-new-tokens", 2)
+    assert "two start tokens" in noted.err
+    plain = run("generate", world.memory.path, *typed[:2], *typed[3:], "--max-new-tokens", 2)
+    assert plain.err == ""
+
+
 def test_the_chat_command_takes_lines_and_commands(world: SimpleNamespace) -> None:
     lines = ["/sources", "ab", "/sources", "/off", "ab", "/method suffix", "/method none", "/nope"]
     options = ["--model", world.folder / "model", "--max-new-tokens", 3]

@@ -74,7 +74,7 @@ def quantisation(model: nn.Module) -> str | None:
     if config is not None:
         found = config if isinstance(config, dict) else config.to_dict()
         method = str(found.get("quant_method")).rpartition(".")[2].lower()
-        return f"{method} {4 if _names_few_bits(json.dumps(found, default=str)) else 8} bits"
+        return f"{method} {_bits_of(found)} bits"
     kinds = set()
     weight: Any  # mypy holds that no parameter can be a wrapper subclass
     for weight in model.parameters():
@@ -91,6 +91,16 @@ def few_bits(quantised: str) -> bool:
     return quantised.endswith(" 4 bits")
 
 
+def _bits_of(config: dict[str, Any]) -> int:
+    """Bits of a weight, 8 or 4 (for fewer than 8), by a quantisation config."""
+    if config.get("load_in_8bit"):
+        return 8
+    if config.get("load_in_4bit"):
+        return 4
+    if isinstance(config.get("bits"), int):
+        return 8 if config["bits"] >= 8 else 4
+    return 4 if _names_few_bits(json.dumps(config, default=str)) else 8
+
+
 def _names_few_bits(description: str) -> bool:
-    fewer = r"in_4bit\W+true|\bbits\W+[2-6]\b|int4|4bit|qbits|qint[24]|gguf|awq"
-    return re.search(fewer, description, re.IGNORECASE) is not None
+    return re.search(r"int[1-6]\b|4bit|qbits|gguf|awq|fp4|nf4", description, re.I) is not None

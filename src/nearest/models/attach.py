@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from nearest.encode.identity import AnyModel, bare_model
 from nearest.encode.layers import input_hook
 from nearest.errors import ModelError, NearestError, SettingError
 from nearest.models.arguments import TextArguments
-from nearest.models.generated import Generated, Prompt
+from nearest.models.generated import Generated, Prompt, begins_twice
 from nearest.models.mixing import logits_needed, mix_rows, mix_states
 from nearest.models.prefixes import LookupSpans, Prefixes, Sequences, row_hashes
 from nearest.models.sources import TokenSources, token_sources
@@ -35,6 +36,11 @@ from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 
+_TWO_STARTS = (
+    "the prompt begins with two start tokens (BOS), where a memory's documents begin with one, so "
+    "that hardly any stored state is near: leave the tokenizer's or your own out "
+    "(add_special_tokens=False)"
+)
 _BATCHING = "init_continuous_batching"  # what generate_batch and its kin begin with
 
 
@@ -108,6 +114,7 @@ class Session:
         refuse_attached(model)
         self._ensemble = ensemble
         memories = [lookup.memory for lookup in ensemble.lookups]
+        self._start_token = memories[0].manifest.model.start_token
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
         self._here = _Here()
@@ -321,6 +328,8 @@ class Session:
                 named = signature.bind_partial(*args, **kwargs).arguments
                 named |= named.pop("kwargs", {})
                 prompt = Prompt.of(self._text, named)
+                if begins_twice(prompt, named, self._start_token):
+                    warnings.warn(_TWO_STARTS, stacklevel=2)
                 ensemble = None if here.base_only or not self.ensemble.used else self.ensemble
                 with self._following(prompt):
                     output = original(*args, **kwargs)

@@ -52,6 +52,15 @@ class Prompt:
         return cls(tokens.shape[1], starts, None, True)
 
 
+def begins_twice(prompt: Prompt, named: Mapping[str, Any], start_token: int) -> bool:
+    """Whether a causal model's row begins with two start tokens, where documents have one."""
+    given = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
+    if prompt.encoder_inputs is not None or not prompt.first or given is None:
+        return False
+    rows = zip(given, prompt.first, strict=True)
+    return any(row[at : at + 2].tolist() == [start_token] * 2 for row, at in rows)
+
+
 def _decoder_prompt(text: TextArguments, named: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Columns of the decoder's prompt, and where given rows start.
 
