@@ -4,8 +4,11 @@ Reports go to stdout (`--json`: one object a line), logs and progress to stderr.
 user's is one message and exit code 2, never a traceback. Heavy imports wait for their command.
 """
 
+import typer
+
 from nearest.cli import chat, generating, importing, keys, memories, methods, serving
 from nearest.cli.app import Command, app, register
+from nearest.cli.retro import COMMANDS as RETRO_COMMANDS
 
 _COMMANDS: dict[str, Command] = {
     "build": memories.build,
@@ -29,6 +32,13 @@ _COMMANDS: dict[str, Command] = {
 }
 for _name, _function in _COMMANDS.items():
     register(_name, _function)
+
+_retro = typer.Typer(
+    no_args_is_help=True, help="Chunks of documents and their neighbours, for RETRO."
+)
+for _name, _function in RETRO_COMMANDS.items():
+    register(_name, _function, _retro)
+app.add_typer(_retro, name="retro")
 
 
 def main() -> None:

@@ -41,9 +41,9 @@ def _prepare() -> None:
     warnings.showwarning = note  # type: ignore[assignment]
 
 
-def register(name: str, function: Command) -> None:
-    """Make a function a command of this name."""
-    app.command(name)(_explained(_flat(function)))
+def register(name: str, function: Command, group: typer.Typer = app) -> None:
+    """Make a function a command of this name, of the application or of a group of commands."""
+    group.command(name)(_explained(_flat(function)))
 
 
 def _explained(function: Command) -> Command:

@@ -54,7 +54,7 @@ class Bm25:
         return found
 
     def search(self, queries: Int[np.ndarray, "q m"], k: int) -> Neighbours:
-        """The k nearest chunks of each query, those equally far by their ids.
+        """The k nearest chunks of each query; ties in the random order of ids.
 
         Chunks that share no token with the query are not found: id −1.
 
@@ -111,7 +111,7 @@ def _score(queries: Any, rows: Any, ids: Any, idf: Any, norms: Any, out: Any) ->
 def fused(lists: list[Neighbours], k: int) -> Neighbours:
     """Reciprocal-rank fusion: each list gives 1 / (60 + rank) to what it found.
 
-    Distances are the sums negated; of equal ones the smaller id comes first.
+    Distances are the sums negated.
     """
     ids = np.concatenate([found.ids for found in lists], axis=1)
     shares = [

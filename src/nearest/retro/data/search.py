@@ -95,7 +95,7 @@ class ChunkIndex:
             nprobe = min(2 * nprobe, lists)
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest of each query, those equally far by their ids; fewer where there are."""
+        """The k nearest of each query, fewer where there are; ties in the random order of ids."""
         k = min(k, self.entries)
         if not k:
             return Neighbours.none(len(queries))

@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -368,17 +368,3 @@ def differing_rows(
         same = (found.ids == table.ids[ids]) & (found.distances == table.distances[ids])
         wrong += ids[~same.all(1)].tolist()
     return wrong
-
-
-def tokenizer_of(
-    database: ChunkDatabase, named: str | None, load: Callable[[str], Any], model: str | None = None
-) -> Any:
-    """The tokenizer that decodes a database's chunks, by the name given or the one kept.
-
-    Raises:
-        SettingError: neither names one.
-    """
-    name = named or database.record.get("tokenizer") or model
-    if not name:
-        raise SettingError(f"{database.path} does not name its tokenizer: give --tokenizer NAME")
-    return load(name)
