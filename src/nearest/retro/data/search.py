@@ -13,7 +13,8 @@ from nearest.index.building import build_index, check_spec
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Float16Keys, Float32Keys, Keys
-from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
+from nearest.index.neighbours import NO_ENTRY, Neighbours
+from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import recall as share_found
 from nearest.retro.data.filters import KEPT, REASONS, Judge
 
@@ -41,12 +42,13 @@ class ChunkIndex:
         self.record = record
         self.faiss_index = faiss_index
         self.entries, self.dim = embeddings.shape
-        self._keys = _keys(embeddings)
-        self._index = (
-            ExactIndex(self._keys, np.arange(self.entries))
+        keys = _keys(embeddings)
+        backend = (
+            ExactIndex(keys, np.arange(self.entries))
             if faiss_index is None
             else ApproximateIndex(faiss_index, "l2", record.nprobe)
         )
+        self._searcher = Searcher([Searched(backend, self.entries, _RERANKED)], keys)
 
     @classmethod
     def build(
@@ -96,13 +98,7 @@ class ChunkIndex:
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest of each query, fewer where there are; ties in the random order of ids."""
-        k = min(k, self.entries)
-        if not k:
-            return Neighbours.none(len(queries))
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        found = self._index.search(queries, min(k + _RERANKED, self.entries))
-        distances = self._keys.distances(queries, found.ids)
-        return sort_nearest_first(Neighbours(found.ids, distances.astype(np.float32)), k)
+        return self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
 
 def _keys(embeddings: Float[np.ndarray, "n dim"]) -> Keys:
