@@ -469,11 +469,11 @@ def test_what_the_inputs_do_not_say_is_not_learnt_by_heart() -> None:
     network = train_network(
         inputs,
         loss,
-        np.array([0.25]),
+        noise.mean()[None].numpy(),
         folds_of(np.repeat(np.arange(30), 20)),
         progress=lambda _stage, done, _total: steps.append(done),
     )
-    assert np.abs(network(inputs) - 0.25).mean() < 0.2
+    assert network(inputs).std() < 0.3
     assert max(steps[:-1]) < STEPS  # it has stopped early, and told so
     assert steps[-1] == STEPS
 

@@ -99,7 +99,13 @@ def fit_mixture(
 
     start = gains.mean(0, keepdim=True).numpy()
     search = train_network(
-        first.before, error, start, folds, progress=progress, stage="train its searches"
+        first.before,
+        error,
+        start,
+        folds,
+        may_stay_untrained=False,  # equal estimates would save no search
+        progress=progress,
+        stage="train its searches",
     )
     estimates = search(first.before)[:, 0]
     quantiles = quantiles_of(estimates)

@@ -134,6 +134,7 @@ def train_network(
     steps: int | None = None,
     seed: int = 0,
     emphasis: Float[np.ndarray, " inputs"] | None = None,
+    may_stay_untrained: bool = True,
     progress: Progress = no_progress,
     stage: str = "train",
 ) -> Network:
@@ -148,6 +149,7 @@ def train_network(
         steps: at most so many, fewer when left-out predictions get worse; STEPS when None.
         seed: of weights and batches.
         emphasis: standard deviation of each input as the first layer sees it; 1 when None.
+        may_stay_untrained: whether `start` alone is the result where training makes it worse.
         progress, stage: told the stage, steps done, and all steps.
     """
     steps = STEPS if steps is None else steps
@@ -163,7 +165,8 @@ def train_network(
     optimiser = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     best, least, since = [one[-1].clone() for one in averaged], np.inf, 0
     for step in range(steps + 1):
-        if step % _CHECK_EVERY == 0 or step == steps:
+        check = step % _CHECK_EVERY == 0 or step == steps
+        if check and (step or may_stay_untrained):
             progress(stage, step, steps)
             error = _left_out_loss(standard, averaged, loss, left_out)
             since += 1
