@@ -82,7 +82,7 @@ def main() -> None:
     path = options.work / "exactness.memory"
     shutil.rmtree(path, ignore_errors=True)
     train = list(first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens))
-    memory = Memory.build(model, tokenizer, train, path, index="exact")
+    memory = Memory.build(model, tokenizer, train, path, keys="fp16", index="exact")
     test = list(first_documents(law / "test.jsonl", tokenizer, options.test_tokens))
     seconds, ours = timed(
         lambda: evaluate(

@@ -63,7 +63,7 @@ def main() -> None:
     path = options.work / f"law-{options.memory_tokens}.memory"
     if not is_built(path):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
-        spent, _ = timed(lambda: Memory.build(there, tokenizer, train, path))
+        spent, _ = timed(lambda: Memory.build(there, tokenizer, train, path, keys="fp16"))
         report(built_on="cuda", seconds=spent)
     paths = {"auto": path}
     for spec in filter(None, options.indexes.split(";")):

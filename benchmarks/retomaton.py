@@ -71,7 +71,7 @@ def main() -> None:
     if not is_built(path):
         train = first_documents(law / "train-2m.jsonl", tokenizer, options.memory_tokens)
         text = "\n".join(document.text for document in train)
-        Memory.build(model, tokenizer, [text], path, index=SPEC, nprobe=NPROBE)
+        Memory.build(model, tokenizer, [text], path, keys="fp16", index=SPEC, nprobe=NPROBE)
     memory = Memory.open(path)
     test = first_documents(law / "test.jsonl", tokenizer, options.windows * 512)
     documents = stream_of_windows(test, tokenizer, 512)[: options.windows]

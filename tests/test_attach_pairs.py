@@ -39,7 +39,8 @@ def world_of(name: str, path: Any) -> SimpleNamespace:
     """A model, an untouched copy for the oracle, and a memory."""
     model = make_pair_model(name)
     layer = "last_hidden" if name == "t5" else "last_ffn_input"
-    memory = Memory.build(model, TOKENIZER, DOCUMENTS, path, key_layer=layer, window=64, stride=32)
+    options = {"keys": "fp16", "key_layer": layer, "window": 64, "stride": 32}
+    memory = Memory.build(model, TOKENIZER, DOCUMENTS, path, **options)
     keys = stored_pairs(memory)[1][:40]
     temperature = float(((keys[:, None] - keys) ** 2).sum(-1).mean()) / 8
     start = token_rules(model, TOKENIZER).start_token
@@ -389,7 +390,8 @@ def with_lora(model: PreTrainedModel) -> Any:
 
 def test_adapters_are_attached_with_their_model(t5: Any, tmp_path: Any) -> None:
     wrapped = with_lora(make_pair_model("t5"))
-    memory = Memory.build(wrapped, TOKENIZER, DOCUMENTS, tmp_path / "m", key_layer="last_hidden")
+    options = {"keys": "fp16", "key_layer": "last_hidden"}
+    memory = Memory.build(wrapped, TOKENIZER, DOCUMENTS, tmp_path / "m", **options)
     with attach(wrapped, memory, **t5.knn):
         output = generate(wrapped)
     bare = with_lora(make_pair_model("t5")).get_base_model()

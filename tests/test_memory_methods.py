@@ -40,6 +40,13 @@ def test_options_are_typed_and_their_fields_can_be_given_alone(
     assert dataclasses.replace(options, window=16).keys == other.keys_record.format
 
 
+def test_keys_are_int8_unless_asked_otherwise(
+    tmp_path: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    memory = Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:2], tmp_path / "m")
+    assert memory.keys_record.format == BuildOptions().keys == "int8"
+
+
 def test_an_unknown_option_is_named_with_those_there_are(
     memory: Memory,
     tmp_path: Path,

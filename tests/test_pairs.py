@@ -50,7 +50,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = make_pair_model(request.param)
     layer = "last_hidden" if request.param == "t5" else "last_ffn_input"
     path = tmp_path_factory.mktemp("pairs") / "m"
-    memory = Memory.build(model, TOKENIZER, DOCUMENTS, path, key_layer=layer, window=32, stride=16)
+    options = {"keys": "fp16", "key_layer": layer, "window": 32, "stride": 16}
+    memory = Memory.build(model, TOKENIZER, DOCUMENTS, path, **options)
     start = token_rules(model, TOKENIZER).start_token
     return SimpleNamespace(model=model, memory=memory, layer=layer, start=start)
 
@@ -58,7 +59,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model, path = make_pair_model(), tmp_path_factory.mktemp("pairs") / "m"
-    return SimpleNamespace(model=model, memory=Memory.build(model, TOKENIZER, DOCUMENTS, path))
+    memory = Memory.build(model, TOKENIZER, DOCUMENTS, path, keys="fp16")
+    return SimpleNamespace(model=model, memory=memory)
 
 
 # --- keys and scores ------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def test_a_memory_is_tuned_swept_and_planned(t5: Any, tmp_path: Path) -> None:
 
 def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> None:
     """What is left after all of it is what would be built of it; removed sources are erased."""
-    memory = Memory.build(t5.model, TOKENIZER, DOCUMENTS[:5], tmp_path / "m")
+    memory = Memory.build(t5.model, TOKENIZER, DOCUMENTS[:5], tmp_path / "m", keys="fp16")
     secret = Document("pair-2", "new text", encoder_text="the source of the new text")
     memory = memory.add(t5.model, TOKENIZER, DOCUMENTS[5:])
     memory = memory.update(t5.model, TOKENIZER, [secret]).remove(["pair-2", "pair-0"])
@@ -212,7 +214,7 @@ def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> No
     compact_memory(memory.path)
     memory = memory.refresh()
     left = [d for d in DOCUMENTS if d.id not in ("pair-0", "pair-2")]
-    once = Memory.build(t5.model, TOKENIZER, left, tmp_path / "once")
+    once = Memory.build(t5.model, TOKENIZER, left, tmp_path / "once", keys="fp16")
     (segment,), (expected,) = memory.segments, once.segments
     for name in ("tokens", "suffixes", "offsets"):
         np.testing.assert_array_equal(getattr(segment, name), getattr(expected, name))

@@ -57,7 +57,7 @@ _ROOM = 1 << 18  # bytes, that a gate and the next manifest take at most
 class BuildOptions:
     """How a memory is built; every default is what the command line uses."""
 
-    keys: str = "fp16"  # fp16, int8 or none
+    keys: str = "int8"  # int8, fp16 or none
     key_layer: str = "last_ffn_input"
     window: int | None = None  # 512, or the model's positions where those are fewer
     stride: int | None = None  # half the window

@@ -36,7 +36,7 @@ def build(
     keys: Annotated[
         Literal["fp16", "int8", "none"],
         typer.Option(help="How keys are stored; none: no forward pass, for suffix matching only."),
-    ] = "fp16",
+    ] = "int8",
     *,
     keying: Keying,
     nprobe: Nprobe = None,
