@@ -183,7 +183,7 @@ def test_keys_that_were_read_in_other_windows_are_told(
     write: Write, imported: Import, tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:  # fmt: skip
-    (told,) = reproduction_problems(imported(write().folder).snapshot, tiny_model, tiny_tokenizer)
+    (told,) = reproduction_problems(imported(write().folder), tiny_model, tiny_tokenizer)
     assert "keys differ from what the model makes: imported" in told
     assert "windows than 64 tokens, 32 new" in told
 

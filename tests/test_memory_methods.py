@@ -113,6 +113,17 @@ def test_settings_are_stale_after_what_they_were_found_with_has_changed(
     assert memory.compact().settings_stale("knn") == "keys"
 
 
+def test_settings_found_before_another_writer_changed_the_keys_are_stale(memory: Memory) -> None:
+    """As when a long tuning ends after a `compress` that began later."""
+    memory.compress(pca=8)
+    store_settings(memory.path, "knn", {"lam": 0.5}, found_in=memory.manifest)
+    assert memory.refresh().settings("knn") == {"lam": 0.5}
+    assert memory.refresh().settings_stale("knn") == "keys"
+    present = memory.refresh()
+    store_settings(memory.path, "knn", {"lam": 0.5}, found_in=present.manifest)
+    assert present.refresh().settings_stale("knn") is None
+
+
 def test_values_are_read_from_the_tokens_alone(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,7 +81,7 @@ def test_keys_are_the_decoders_states_after_reading_the_source(world: Any) -> No
             window = torch.tensor(tokens[begin : position + 1])
             keys, _ = keys_and_logits(world.model, window, world.layer, source)
             np.testing.assert_allclose(stored[position], keys[-1], rtol=2e-3, atol=2e-3)
-    assert reproduction_problems(world.memory.snapshot, world.model, TOKENIZER) == []
+    assert reproduction_problems(world.memory, world.model, TOKENIZER) == []
     assert verify(world.memory.path) == []
 
 
@@ -184,9 +184,9 @@ def test_sources_and_targets_are_tokenised_apart(tmp_path: Path) -> None:
     memory = Memory.build(model, tokenizer, pairs, tmp_path / "m")
     assert TOKENIZER.decode(memory.document_tokens(0)[1:-1]) == "tEXT"
     assert TOKENIZER.decode(memory.segments[0].source_of(0)[:-1]) == "Source"
-    assert reproduction_problems(memory.snapshot, model, tokenizer) == []
+    assert reproduction_problems(memory, model, tokenizer) == []
     with pytest.raises(ModelError, match="this tokenizer differs"):
-        reproduction_problems(memory.snapshot, model, TOKENIZER)
+        reproduction_problems(memory, model, TOKENIZER)
 
 
 def test_a_memory_is_tuned_swept_and_planned(t5: Any, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> No
     secret = Document("pair-2", "new text", encoder_text="the source of the new text")
     memory = memory.add(t5.model, TOKENIZER, DOCUMENTS[5:])
     memory = memory.update(t5.model, TOKENIZER, [secret]).remove(["pair-2", "pair-0"])
-    assert reproduction_problems(memory.snapshot, t5.model, TOKENIZER) == []
+    assert reproduction_problems(memory, t5.model, TOKENIZER) == []
     compact_memory(memory.path)
     memory = memory.refresh()
     left = [d for d in DOCUMENTS if d.id not in ("pair-0", "pair-2")]
@@ -284,7 +284,7 @@ def test_other_sources_are_found_by_the_model(t5: Any, tmp_path: Path) -> None:
     sources = np.load(folder / SEGMENT / "sources.npy")
     replaced(folder, f"{SEGMENT}/sources.npy", np.where(sources > 1, 257 - sources, sources))
     assert verify(folder) == []
-    problems = "; ".join(reproduction_problems(Memory.open(folder).snapshot, t5.model, TOKENIZER))
+    problems = "; ".join(reproduction_problems(Memory.open(folder), t5.model, TOKENIZER))
     assert "the source of a document gives other tokens" in problems
     assert "keys differ from what the model makes" in problems
 

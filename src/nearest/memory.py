@@ -1,43 +1,32 @@
-"""A memory, opened for reading: search its entries, and say where each comes from.
+"""What users hold: a memory that is opened, searched and changed.
 
-An entry is a position of the corpus. Its key is the model's hidden state there, its value the next
-token of the same document, so values and provenance need no arrays of their own. Entry ids are
-int64 and count through all segments.
+Reading what it stores is `store.snapshot`; this adds the model's queries and the searcher, what was
+tuned, and the changes, each of which is a function of `build/`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from nearest.corpus.documents import Document
-from nearest.corpus.tokens import Tokens
 from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
-from nearest.index.clusters import Clusters
 from nearest.index.gpu import SearchOn, checked_search_on
-from nearest.index.keys import Keys
-from nearest.index.neighbours import NO_ENTRY, Neighbours
-from nearest.index.ngrams import Ngrams, ngrams
-from nearest.index.sample import SuffixArray
+from nearest.index.neighbours import Neighbours
 from nearest.index.search import By, Searcher
-from nearest.index.spans import equal_documents, spans_stand
-from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.progress import Progress, no_progress
 from nearest.store.info import memory_info
-from nearest.store.manifest import KeysRecord, read_manifest
-from nearest.store.parts.corpus import pair_bytes
+from nearest.store.manifest import read_manifest
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.index import IndexChoice
 from nearest.store.parts.keys import open_projection
 from nearest.store.search import searcher_of
-from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
 from nearest.store.verify import verify
 
@@ -50,13 +39,6 @@ _Options = TypeVar("_Options", "BuildOptions", "AddOptions")
 DISTANCES = get_args(By)
 
 
-class Place(NamedTuple):
-    """Where an entry stands: its document's number in the memory, and the position in it."""
-
-    document: int
-    position: int
-
-
 def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, Any]) -> _Options:
     """Options as given, with some fields instead; a SettingError names a field there is not."""
     names = [field.name for field in dataclasses.fields(kind)]
@@ -65,26 +47,16 @@ def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, 
     return kind(**fields) if given is None else dataclasses.replace(given, **fields)
 
 
-class _Tokens(NamedTuple):
-    tokens: Tokens
-    first: int
-
-
-class Memory:
-    """A corpus with its access paths, as of one generation."""
+class Memory(Snapshot):
+    """A snapshot of a memory folder that is searched, and the changes that lead to the next one."""
 
     def __init__(self, snapshot: Snapshot, search_on: SearchOn = "cpu") -> None:
-        self.snapshot = snapshot
+        super().__init__(snapshot.path, snapshot.manifest, snapshot.segments)
         self.search_on = search_on
-        self.path, self.manifest = snapshot.path, snapshot.manifest
-        self.segments = snapshot.segments
         self._reading = Lock()
         self._searcher: Searcher | None = None
         self._gates = open_gates(self.path, self.manifest)
         self._projection = open_projection(self.path, self.manifest.keys)
-        self._first_entry = snapshot.bounds
-        documents = [s.record.documents - s.record.removed for s in self.segments]
-        self._first_document = np.cumsum([0, *documents])
 
     @classmethod
     def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
@@ -188,7 +160,7 @@ class Memory:
         """
         from nearest.build.hub import push
 
-        return push(self.snapshot, repo, license, base_model, private, token, repo_type)
+        return push(self, repo, license, base_model, private, token, repo_type)
 
     def search_text(
         self, model: Any, tokenizer: Any, text: str, k: int = 10, *, force: bool = False
@@ -395,7 +367,7 @@ class Memory:
 
     def info(self) -> dict[str, Any]:
         """What the memory holds, how it is searched and what was tuned, as `nearest info` says."""
-        return memory_info(self.snapshot)
+        return memory_info(self)
 
     def __repr__(self) -> str:
         keys = self.manifest.keys
@@ -408,26 +380,6 @@ class Memory:
     def __len__(self) -> int:
         """Number of entries."""
         return self.entries
-
-    @property
-    def entries(self) -> int:
-        """Number of entries: tokens that have a successor in their document."""
-        return sum(segment.entry_count for segment in self.segments)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, each document's context token included."""
-        return self.entries + self.documents
-
-    @property
-    def positions(self) -> int:
-        """Entry ids are below this; positions of removed documents are counted too."""
-        return int(self._first_entry[-1])
-
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return int(self._first_document[-1])
 
     def search(
         self,
@@ -483,67 +435,14 @@ class Memory:
         """
         return self.keys.distances(self._stored(queries), ids)
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether some entries stand for others that were merged into them."""
-        return any(segment.weights is not None for segment in self.segments)
-
-    def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-        """Log of the number of entries that each stands for (float32), to be added to −d/T.
-
-        0 unless entries have been merged (`nearest compress --merge`); also for entries that were
-        merged into another, which a search does not find, and for id -1.
-        """
-        weights = np.zeros(ids.shape, np.float32)
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            if segment.weights is None:
-                continue
-            inside = (ids >= first) & (ids < first + segment.record.tokens)
-            counts = np.maximum(segment.weights[ids[inside] - first], 1)
-            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
-        return weights
-
     def index_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
         """As `key_distances`, but to the index's own codes, as its searches measure them."""
         queries = self._stored(queries)
         if self.has_weights:
-            ids = self._heads(ids)
+            ids = self.heads(ids)
         return self.searcher.distances(queries, ids)
-
-    def _heads(self, ids: Int[np.ndarray, "q k"]) -> Int[np.ndarray, "q k"]:
-        """The entries whose keys some have or share."""
-        heads = ids.copy()
-        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
-            inside = (ids >= first) & (ids < first + segment.record.tokens)
-            local = segment.heads(ids[inside] - first)
-            heads[inside] = np.where(local < 0, NO_ENTRY, local + first)
-        return heads
-
-    @property
-    def keys(self) -> Keys:
-        """The stored keys of all segments (SettingError when the memory has none)."""
-        return self.snapshot.keys
-
-    @property
-    def keys_record(self) -> KeysRecord:
-        """What the keys are (SettingError when the memory has none)."""
-        return self.snapshot.keys_record
-
-    @cached_property
-    def clusters(self) -> Clusters | None:
-        """Which entries share a state; None where `nearest cluster` has not been run.
-
-        Those of several segments, or without removed documents, are put together in memory once.
-        """
-        record = self.manifest.clusters
-        if record is None:
-            return None
-        if len(self.segments) == 1:
-            return self.segments[0].clusters
-        labels = np.concatenate([segment.labels for segment in self.segments])
-        return Clusters.from_labels(labels, record.clusters)
 
     def _stored(self, queries: Float[np.ndarray, "q dim"]) -> Float[np.ndarray, "q stored_dim"]:
         """Queries as keys are stored."""
@@ -553,161 +452,6 @@ class Memory:
                 "them with the model and key layer that built the memory"
             )
         return queries if self._projection is None else self._projection.apply(queries)
-
-    def valued_entries(self) -> Int[np.ndarray, " m"]:
-        """The ids of all entries that have a value, ascending."""
-        parts = zip(self.segments, self._first_entry.tolist(), strict=False)
-        return np.concatenate([segment.entries + first for segment, first in parts])
-
-    def keyed_entries(self) -> Int[np.ndarray, " m"]:
-        """The ids of all entries that have a key, ascending."""
-        return self.snapshot.keyed_entries()
-
-    def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
-        """Up to `most` entries whose left context shares the longest suffix with each query's.
-
-        There are fewer columns if the memory holds fewer entries.
-
-        Args:
-            context: int64 token ids; a match never reaches back beyond a start token.
-            ends: query i is context[: ends[i] + 1].
-            most: number of entries wanted.
-        """
-        start_token, most = self.manifest.model.start_token, min(most, max(1, self.entries))
-        return longest_matches(self._suffix_arrays, start_token, context, ends, most)
-
-    @cached_property
-    def _tokens(self) -> list[_Tokens]:
-        """What values are read from; suffix arrays are not touched."""
-        firsts = self._first_entry.tolist()
-        return [_Tokens(s.tokens, first) for s, first in zip(self.segments, firsts, strict=False)]
-
-    @cached_property
-    def _suffix_arrays(self) -> list[SuffixArray]:
-        return [
-            SuffixArray(segment.tokens, segment.suffixes, first)
-            for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False)
-        ]
-
-    def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
-        """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
-
-        `context` and `ends` as in `longest_matches`.
-        """
-        start_token = self.manifest.model.start_token
-        return ngrams(self._suffix_arrays, start_token, context, ends, longest)
-
-    def match_lengths(
-        self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]
-    ) -> Int[np.ndarray, "q k"]:
-        """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
-        start_token = self.manifest.model.start_token
-        return match_lengths(self._tokens, start_token, ids, context, ends)
-
-    def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """The entry after each one; -1 for id -1 and where the next position has no value."""
-        after = np.where(ids < 0, NO_ENTRY, ids + 1)
-        for segment, first in zip(self.segments, self._first_entry, strict=False):
-            own = (after >= first) & (after < first + segment.record.tokens)
-            local = after[own] - first
-            ends = segment.offsets[np.searchsorted(segment.offsets, local, side="right")] - 1
-            after[own] = np.where(local == ends, NO_ENTRY, after[own])
-        return after
-
-    def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
-        """The token that follows each entry (int64); -1 for id -1."""
-        return values_of(self._tokens, ids)
-
-    def place(self, entry: int) -> Place:
-        """The document and position of an entry."""
-        documents, positions = self.places(np.array([entry]))
-        return Place(int(documents[0]), int(positions[0]))
-
-    def places(
-        self, entries: Int[np.ndarray, " n"]
-    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """The document and the position in it of each entry."""
-        documents, positions = np.empty_like(entries), np.empty_like(entries)
-        numbers = np.searchsorted(self._first_entry, entries, side="right") - 1
-        for number in np.unique(numbers).tolist():
-            own, segment = numbers == number, self.segments[number]
-            local = entries[own] - self._first_entry[number]
-            stored = np.searchsorted(segment.offsets, local, side="right") - 1
-            live = np.searchsorted(segment.numbers, stored)
-            documents[own] = self._first_document[number] + live
-            positions[own] = local - segment.offsets[stored]
-        return documents, positions
-
-    def document(self, number: int) -> Document:
-        """A document's id, text and metadata."""
-        segment, stored = self._stored_document(number)
-        return segment.stored_documents[stored]
-
-    def entries_of(self, number: int) -> range:
-        """The ids of a document's entries: of its positions but the last, which has no value."""
-        segment, stored = self._stored_document(number)
-        place = next(i for i, one in enumerate(self.segments) if one is segment)
-        first, stop = (self._first_entry[place] + segment.offsets[stored : stored + 2]).tolist()
-        return range(first, stop - 1)
-
-    def document_tokens(self, number: int) -> Tokens:
-        """A document's token ids, its context token first."""
-        segment, stored = self._stored_document(number)
-        return segment.tokens_of(stored)
-
-    def first_entries(
-        self, documents: Sequence[Tokens], sources: Sequence[Tokens] | None = None
-    ) -> Int[np.ndarray, " documents"]:
-        """The first entry of the document that has exactly these tokens; -1 where there is none.
-
-        Where sources are given, it has exactly the same source, too.
-
-        Raises:
-            SettingError: entries have been merged, so that they cannot be told apart.
-        """
-        if self.has_weights:
-            raise SettingError(
-                f"entries of {self.path} were merged into others, so that a text's own cannot be "
-                "left out: use the memory from before `nearest compress --merge`"
-            )
-        if sources is None:
-            return self.equal_documents(documents)
-        wanted = [pair_bytes(*pair) for pair in zip(documents, sources, strict=True)]
-        found = dict.fromkeys(wanted, NO_ENTRY)
-        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
-            for number in segment.numbers.tolist():
-                pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
-                if found.get(pair) == NO_ENTRY:
-                    found[pair] = first + int(segment.offsets[number])
-        return np.array([found[pair] for pair in wanted], dtype=np.int64)
-
-    def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
-        """As `first_entries`, of any memory."""
-        arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
-        found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
-        for segment, first in zip(self.segments, self._first_entry.tolist(), strict=False):
-            at = equal_documents(segment.tokens, segment.suffixes, segment.offsets, arrays)
-            found = np.where((found < 0) & (at >= 0), at + first, found)
-        return found
-
-    def spans_stand(
-        self, context: Tokens, ends: Int[np.ndarray, " q"], length: int
-    ) -> Bool[np.ndarray, " q"]:
-        """Whether the `length` tokens that end at each of `ends` stand in a document.
-
-        They stand so in `context`, int64 token ids, and none of them is the start token.
-        """
-        found = np.zeros(len(ends), dtype=bool)
-        for segment in self.segments:
-            found |= spans_stand(segment.tokens, segment.suffixes, context, ends, length)
-        return found
-
-    def _stored_document(self, number: int) -> tuple[Segment, int]:
-        if not 0 <= number < self.documents:
-            raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
-        segment = int(np.searchsorted(self._first_document, number, side="right")) - 1
-        local = number - int(self._first_document[segment])
-        return self.segments[segment], int(self.segments[segment].numbers[local])
 
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""

@@ -246,15 +246,29 @@ def check_writable(path: Path) -> None:
 
 
 def store_settings(
-    path: Path, method: str, settings: Mapping[str, Any], gate: NewGate | None = None
+    path: Path,
+    method: str,
+    settings: Mapping[str, Any],
+    gate: NewGate | None = None,
+    *,
+    found_in: Manifest | None = None,
 ) -> None:
-    """Remember what was tuned for a method, its gate included."""
+    """Remember what was tuned for a method, its gate included.
+
+    Args:
+        path: the memory's folder.
+        method: that was tuned.
+        settings, gate: what was found.
+        found_in: the snapshot in which they were found, where that may not be the one that stands:
+            if another writer has changed keys or documents since, they are known as stale.
+    """
     with changing(path) as change:
         gates = dict(change.manifest.gates)
         if gate is not None:
             gates[method] = write_gate(change.files(), method, gate)
+        found_at = change.number if found_in is None else found_in.generation
         change.publish(
             settings={**change.manifest.settings, method: dict(settings)},
             gates=gates,
-            tuned_at={**change.manifest.tuned_at, method: change.number},
+            tuned_at={**change.manifest.tuned_at, method: found_at},
         )

@@ -51,7 +51,7 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
             found = _by_kmeans(memory, how, progress)
         else:
             found = _by_merging(memory, how, progress)
-        count, bounds = len(found.offsets) - 1, memory.snapshot.bounds
+        count, bounds = len(found.offsets) - 1, memory.bounds
         segments = []
         for segment, (first, stop) in zip(change.segments, pairwise(bounds), strict=True):
             own = Clusters.from_labels(found.of[first:stop], count)

@@ -206,7 +206,7 @@ def verify(
 
         quiet_libraries()
         opened, *with_model = open_with_model(memory, Opening(model, dtype, device))
-        problems = reproduction_problems(opened.snapshot, *with_model)
+        problems = reproduction_problems(opened, *with_model)
     if as_json:
         typer.echo(json.dumps({"memory": str(memory), "sound": not problems, "problems": problems}))
     elif not problems:

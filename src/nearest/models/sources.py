@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearest.memory import Memory, Place
+from nearest.memory import Memory
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.step import steps
+from nearest.store.snapshot import Place
 
 
 @dataclass(frozen=True)

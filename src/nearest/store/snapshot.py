@@ -1,28 +1,59 @@
-"""A state of a memory folder, opened for reading; a writer that replaces it does not disturb it."""
+"""A state of a memory folder, opened for reading; a writer that replaces it does not disturb it.
 
-from dataclasses import dataclass
+An entry is a position of the corpus. Its key is the model's hidden state there, its value the next
+token of the same document, so values and provenance need no arrays of their own. Entry ids are
+int64 and count through all segments; positions of removed documents are counted, too.
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
-from nearest.errors import FolderError
+from nearest.corpus.documents import Document
+from nearest.corpus.tokens import Tokens
+from nearest.errors import FolderError, SettingError
+from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
+from nearest.index.neighbours import NO_ENTRY
+from nearest.index.ngrams import Ngrams, ngrams
+from nearest.index.sample import SuffixArray
+from nearest.index.spans import equal_documents, spans_stand
+from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
 from nearest.store.manifest import KeysRecord, Manifest, read_manifest
+from nearest.store.parts.corpus import pair_bytes
 from nearest.store.segment import Segment, no_keys
 
 
-@dataclass(frozen=True)
+class Place(NamedTuple):
+    """Where an entry stands: its document's number in the memory, and the position in it."""
+
+    document: int
+    position: int
+
+
+class _Run(NamedTuple):
+    tokens: Tokens
+    first: int
+
+
 class Snapshot:
-    """The segments of a memory, as one manifest describes them.
+    """The segments of a memory, as one manifest describes them."""
 
-    Entry ids are int64 and count through all segments; positions of removed documents count, too.
-    """
-
-    path: Path
-    manifest: Manifest
-    segments: list[Segment]
+    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.segments = segments
+        self.bounds: Int[np.ndarray, " segments_plus_1"] = np.cumsum(
+            [0, *(segment.record.tokens for segment in segments)]
+        )
+        """The first entry id of each segment, and the id after the last."""
+        self._first_document = np.cumsum(
+            [0, *(s.record.documents - s.record.removed for s in segments)]
+        )
 
     @classmethod
     def open(cls, path: Path) -> "Snapshot":
@@ -39,10 +70,87 @@ class Snapshot:
                 if read_manifest(path).generation == manifest.generation:
                     raise  # else a writer has published meanwhile, and deleted the files of before
 
-    @cached_property
-    def bounds(self) -> Int[np.ndarray, " segments_plus_1"]:
-        """The first entry id of each segment, and the id after the last."""
-        return np.cumsum([0, *(segment.record.tokens for segment in self.segments)])
+    # --- numbers ----------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> int:
+        """Number of entries: tokens that have a successor in their document."""
+        return sum(segment.entry_count for segment in self.segments)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, each document's context token included."""
+        return self.entries + self.documents
+
+    @property
+    def positions(self) -> int:
+        """Entry ids are below this; positions of removed documents are counted too."""
+        return int(self.bounds[-1])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return int(self._first_document[-1])
+
+    # --- entries ----------------------------------------------------------------------------------
+
+    def _located(self) -> Iterator[tuple[Segment, int]]:
+        """Each segment, with its first entry id."""
+        return zip(self.segments, self.bounds[:-1].tolist(), strict=True)
+
+    def valued_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a value, ascending."""
+        return np.concatenate([segment.entries + first for segment, first in self._located()])
+
+    def keyed_entries(self) -> Int[np.ndarray, " m"]:
+        """The ids of all entries that have a key, ascending.
+
+        All have one, except those merged into an entry whose document was removed since.
+        """
+        return np.concatenate([segment.keyed + first for segment, first in self._located()])
+
+    def values(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The token that follows each entry (int64); -1 for id -1."""
+        return values_of(self._runs, ids)
+
+    def successors(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The entry after each one; -1 for id -1 and where the next position has no value."""
+        after = np.where(ids < 0, NO_ENTRY, ids + 1)
+        for segment, first in self._located():
+            own = (after >= first) & (after < first + segment.record.tokens)
+            local = after[own] - first
+            ends = segment.offsets[np.searchsorted(segment.offsets, local, side="right")] - 1
+            after[own] = np.where(local == ends, NO_ENTRY, after[own])
+        return after
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether some entries stand for others that were merged into them."""
+        return any(segment.weights is not None for segment in self.segments)
+
+    def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """Log of the number of entries that each stands for (float32), to be added to −d/T.
+
+        0 unless entries have been merged (`nearest compress --merge`); also for entries that were
+        merged into another, which a search does not find, and for id -1.
+        """
+        weights = np.zeros(ids.shape, np.float32)
+        for segment, first in self._located():
+            if segment.weights is None:
+                continue
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
+        return weights
+
+    def heads(self, ids: Int[np.ndarray, "q k"]) -> Int[np.ndarray, "q k"]:
+        """The entries whose keys some have or share; -1 where there is none."""
+        heads = ids.copy()
+        for segment, first in self._located():
+            inside = (ids >= first) & (ids < first + segment.record.tokens)
+            local = segment.heads(ids[inside] - first)
+            heads[inside] = np.where(local < 0, NO_ENTRY, local + first)
+        return heads
 
     @cached_property
     def keys(self) -> Keys:
@@ -57,10 +165,151 @@ class Snapshot:
             raise no_keys(self.path)
         return self.manifest.keys
 
-    def keyed_entries(self) -> Int[np.ndarray, " m"]:
-        """The ids of all entries that have a key, ascending.
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """Which entries share a state; None where `nearest cluster` has not been run.
 
-        All have one, except those merged into an entry whose document was removed since.
+        Those of several segments, or without removed documents, are put together in memory once.
         """
-        parts = zip(self.segments, self.bounds.tolist(), strict=False)
-        return np.concatenate([segment.keyed + first for segment, first in parts])
+        record = self.manifest.clusters
+        if record is None:
+            return None
+        if len(self.segments) == 1:
+            return self.segments[0].clusters
+        labels = np.concatenate([segment.labels for segment in self.segments])
+        return Clusters.from_labels(labels, record.clusters)
+
+    # --- documents --------------------------------------------------------------------------------
+
+    def place(self, entry: int) -> Place:
+        """The document and position of an entry."""
+        documents, positions = self.places(np.array([entry]))
+        return Place(int(documents[0]), int(positions[0]))
+
+    def places(
+        self, entries: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The document and the position in it of each entry."""
+        documents, positions = np.empty_like(entries), np.empty_like(entries)
+        numbers = np.searchsorted(self.bounds, entries, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            own, segment = numbers == number, self.segments[number]
+            local = entries[own] - self.bounds[number]
+            stored = np.searchsorted(segment.offsets, local, side="right") - 1
+            live = np.searchsorted(segment.numbers, stored)
+            documents[own] = self._first_document[number] + live
+            positions[own] = local - segment.offsets[stored]
+        return documents, positions
+
+    def document(self, number: int) -> Document:
+        """A document's id, text and metadata."""
+        segment, stored = self._stored_document(number)
+        return segment.stored_documents[stored]
+
+    def document_tokens(self, number: int) -> Tokens:
+        """A document's token ids, its context token first."""
+        segment, stored = self._stored_document(number)
+        return segment.tokens_of(stored)
+
+    def entries_of(self, number: int) -> range:
+        """The ids of a document's entries: of its positions but the last, which has no value."""
+        place, stored = self._where(number)
+        first, stop = self.segments[place].offsets[stored : stored + 2] + self.bounds[place]
+        return range(int(first), int(stop) - 1)
+
+    def _stored_document(self, number: int) -> tuple[Segment, int]:
+        place, stored = self._where(number)
+        return self.segments[place], stored
+
+    def _where(self, number: int) -> tuple[int, int]:
+        """Which segment a document is in, and its stored number there."""
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
+        place = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        return place, int(self.segments[place].numbers[number - int(self._first_document[place])])
+
+    # --- text -------------------------------------------------------------------------------------
+
+    @cached_property
+    def _runs(self) -> list[_Run]:
+        """What values are read from; suffix arrays are not touched."""
+        return [_Run(segment.tokens, first) for segment, first in self._located()]
+
+    @cached_property
+    def _suffix_arrays(self) -> list[SuffixArray]:
+        return [SuffixArray(s.tokens, s.suffixes, first) for s, first in self._located()]
+
+    def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
+        """Up to `most` entries whose left context shares the longest suffix with each query's.
+
+        There are fewer columns if the memory holds fewer entries.
+
+        Args:
+            context: int64 token ids; a match never reaches back beyond a start token.
+            ends: query i is context[: ends[i] + 1].
+            most: number of entries wanted.
+        """
+        start_token, most = self.manifest.model.start_token, min(most, max(1, self.entries))
+        return longest_matches(self._suffix_arrays, start_token, context, ends, most)
+
+    def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
+        """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
+
+        `context` and `ends` as in `longest_matches`.
+        """
+        start_token = self.manifest.model.start_token
+        return ngrams(self._suffix_arrays, start_token, context, ends, longest)
+
+    def match_lengths(
+        self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]
+    ) -> Int[np.ndarray, "q k"]:
+        """Tokens of left context (int16) that query i shares with entry ids[i, j]; 0 for id -1."""
+        start_token = self.manifest.model.start_token
+        return match_lengths(self._runs, start_token, ids, context, ends)
+
+    def first_entries(
+        self, documents: Sequence[Tokens], sources: Sequence[Tokens] | None = None
+    ) -> Int[np.ndarray, " documents"]:
+        """The first entry of the document that has exactly these tokens; -1 where there is none.
+
+        Where sources are given, it has exactly the same source, too.
+
+        Raises:
+            SettingError: entries have been merged, so that they cannot be told apart.
+        """
+        if self.has_weights:
+            raise SettingError(
+                f"entries of {self.path} were merged into others, so that a text's own cannot be "
+                "left out: use the memory from before `nearest compress --merge`"
+            )
+        if sources is None:
+            return self.equal_documents(documents)
+        wanted = [pair_bytes(*pair) for pair in zip(documents, sources, strict=True)]
+        found = dict.fromkeys(wanted, NO_ENTRY)
+        for segment, first in self._located():
+            for number in segment.numbers.tolist():
+                pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
+                if found.get(pair) == NO_ENTRY:
+                    found[pair] = first + int(segment.offsets[number])
+        return np.array([found[pair] for pair in wanted], dtype=np.int64)
+
+    def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
+        """As `first_entries`, of any memory."""
+        arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
+        found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
+        for segment, first in self._located():
+            at = equal_documents(segment.tokens, segment.suffixes, segment.offsets, arrays)
+            found = np.where((found < 0) & (at >= 0), at + first, found)
+        return found
+
+    def spans_stand(
+        self, context: Tokens, ends: Int[np.ndarray, " q"], length: int
+    ) -> Bool[np.ndarray, " q"]:
+        """Whether the `length` tokens that end at each of `ends` stand in a document.
+
+        They stand so in `context`, int64 token ids, and none of them is the start token.
+        """
+        found = np.zeros(len(ends), dtype=bool)
+        for segment in self.segments:
+            found |= spans_stand(segment.tokens, segment.suffixes, context, ends, length)
+        return found

@@ -67,7 +67,8 @@ def self_tune(
         tuned = best_settings(wide, (_held_out(one, own, kept, most) for one in examples))
         settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
         stored = replace(tuned, settings=settings).as_json()
-        store_settings(memory.path, method, {**stored, **found_on(memory), SELF_TUNED: True})
+        stored = {**stored, **found_on(memory), SELF_TUNED: True}
+        store_settings(memory.path, method, stored, found_in=memory.manifest)
     memory.take_over_settings()
     return True
 

@@ -139,7 +139,7 @@ def store_tuned(memory: Memory, tuned: Tuned | TunedGate) -> None:
     gate = to_store(tuned.gate, memory, method) if isinstance(tuned, TunedGate) else None
     settings = {**tuned.as_json(), **found_on(memory)}
     try:
-        store_settings(memory.path, method, settings, gate)
+        store_settings(memory.path, method, settings, gate, found_in=memory.manifest)
     except (NearestError, OSError) as error:
         raise NotStoredError(
             f"what was found for {method} could not be stored ({error}): {tuned.as_json()}. Mend "
