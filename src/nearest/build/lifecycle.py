@@ -77,12 +77,12 @@ def add_documents(
             None if encoder is None else EncodedKeys(encoder),
             among_others=True,
         )
-        known, replaced = _Ids(change.snapshot), list[Stored]()
+        known, replaced = _Ids(change.snapshot), list[str]()
         rules = rules_of(change.manifest, model)
         checked = incoming_documents(documents, rules)
         checked = _replacing(known, checked, replaced) if replace else _new(known, checked)
         added = write_added(change, plan, tokenise(checked, tokenizer, rules))
-        segments = [*_without(change, replaced), *added]
+        segments = [*_without(change, known.stored(replaced)), *added]
         segments = _with_tail_merged(change, segments, options.progress)
         change.publish(segments=segments, documents_of=change.number)
 
@@ -169,22 +169,45 @@ class _Ids:
         self._segment = np.repeat(np.arange(len(numbers)), list(map(len, numbers)))[order]
         self._number = np.concatenate(numbers)[order]
 
-    def find(self, document_id: str) -> Stored | None:
-        """Where the document with this id is stored; None where there is none (any more)."""
+    def has_hash_of(self, document_id: str) -> bool:
+        """Whether a document has this id, or another with the same hash; reads no document."""
         wanted = id_hash(document_id)
         at = int(np.searchsorted(self._hashes, wanted))
-        while at < len(self._hashes) and self._hashes[at] == wanted:
-            found = Stored(int(self._segment[at]), int(self._number[at]))
-            if self._segments[found.segment].stored_documents[found.number].id == document_id:
-                return found
-            at += 1  # another id with the same hash
-        return None
+        return at < len(self._hashes) and bool(self._hashes[at] == wanted)
+
+    def find(self, ids: Sequence[str]) -> list[Stored | None]:
+        """Where the document with each id is stored; None where there is none (any more).
+
+        Documents are read in the order in which they are stored, for they are compressed together.
+        """
+        wanted = np.array([id_hash(document_id) for document_id in ids], self._hashes.dtype)
+        bounds = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        candidates = [
+            (Stored(int(self._segment[at]), int(self._number[at])), i)
+            for i, (start, stop) in enumerate(zip(*bounds, strict=True))
+            for at in range(start, stop)  # more than one where different ids have one hash
+        ]
+        found: list[Stored | None] = [None] * len(ids)
+        for stored, i in sorted(candidates):
+            if self._segments[stored.segment].stored_documents[stored.number].id == ids[i]:
+                found[i] = stored
+        return found
+
+    def stored(self, ids: Sequence[str]) -> list[Stored]:
+        """As `find`; a CorpusError where a document is not there."""
+        places = self.find(ids)
+        if None in places:
+            raise CorpusError(
+                f"{self.path} has no document with the id {ids[places.index(None)]!r}: "
+                "nothing was changed"
+            )
+        return [place for place in places if place is not None]
 
 
 def _new(known: _Ids, documents: Iterable[Document]) -> Iterator[Document]:
     """Pass documents through, refusing one whose id the memory has."""
     for document in documents:
-        if known.find(document.id) is not None:
+        if known.has_hash_of(document.id) and known.find([document.id]) != [None]:
             raise CorpusError(
                 f"document id {document.id!r} in {document.origin} is in {known.path} already: "
                 "replace that document (`nearest update`), or give this one another id"
@@ -193,17 +216,16 @@ def _new(known: _Ids, documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _replacing(
-    known: _Ids, documents: Iterable[Document], replaced: list[Stored]
+    known: _Ids, documents: Iterable[Document], replaced: list[str]
 ) -> Iterator[Document]:
-    """Pass documents through, noting which stored ones they replace."""
+    """Pass documents through, refusing one whose id the memory lacks, and note their ids."""
     for document in documents:
-        found = known.find(document.id)
-        if found is None:
+        if not known.has_hash_of(document.id):
             raise CorpusError(
                 f"document id {document.id!r} in {document.origin} is not in {known.path}: add it "
                 "(`nearest add`), or give it the id of the document that it replaces"
             )
-        replaced.append(found)
+        replaced.append(document.id)
         yield document
 
 
@@ -213,7 +235,7 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
     A value of metadata that is not text is compared as JSON.
 
     Returns:
-        What was removed.
+        What was removed, in the order in which it was stored.
 
     Raises:
         CorpusError: an id is not there, no document fits, or none would be left.
@@ -224,7 +246,7 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
         raise SettingError("say which documents: either by id (--doc) or by metadata (--where)")
     with changing(path) as change:
         memory = change.snapshot
-        removed = _with_ids(memory, ids) if ids else _with_metadata(memory, where)
+        removed = sorted(_Ids(memory).stored(ids) if ids else _with_metadata(memory, where))
         documents = [memory.segments[s].stored_documents[number] for s, number in removed]
         segments = _without(change, removed)
         left = (Segment(path, change.manifest, record).entry_count for record in segments)
@@ -234,18 +256,6 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
             )
         change.publish(segments=segments, documents_of=change.number)
     return documents
-
-
-def _with_ids(memory: Snapshot, ids: Iterable[str]) -> list[Stored]:
-    known, removed = _Ids(memory), list[Stored]()
-    for document_id in ids:
-        found = known.find(document_id)
-        if found is None:
-            raise CorpusError(
-                f"{memory.path} has no document with the id {document_id!r}: nothing was removed"
-            )
-        removed.append(found)
-    return removed
 
 
 def _with_metadata(memory: Snapshot, where: Mapping[str, str]) -> list[Stored]:
