@@ -335,7 +335,7 @@ REFUSED: dict[str, tuple[Callable[[Memory, Any, Any], Any], type[Exception], str
     "an id to be removed": (
         lambda memory, *_: memory.remove(["doc-1", "doc-99"]),
         CorpusError,
-        "no document with the id 'doc-99': nothing was removed",
+        "no document with the id 'doc-99'",
     ),
     "metadata": (
         lambda memory, *_: memory.remove(where={"half": "0", "secret": "x"}),
