@@ -187,7 +187,7 @@ def test_what_cannot_be_stored_is_not_lost(
     tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise FolderError("the disk is full")
 
     with monkeypatch.context() as patched:
