@@ -7,9 +7,9 @@ from jaxtyping import Int
 
 from nearest.corpus.tokens import Tokens
 from nearest.index.ids import random_order
+from nearest.index.matches import Matches
 from nearest.index.neighbours import NO_ENTRY
-from nearest.index.sample import SuffixArray
-from nearest.index.suffix import MAX_MATCH, Matches
+from nearest.index.suffix import MAX_MATCH, SuffixArray
 
 
 def longest_matches_reference(

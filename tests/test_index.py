@@ -612,8 +612,8 @@ WITHOUT_FAISS = """
 import sys
 sys.modules["faiss"] = None
 import numpy as np, torch
-from nearest.index.sample import SuffixArray
-from nearest.index.suffix import longest_matches, sort_suffixes
+from nearest.index.matches import longest_matches
+from nearest.index.suffix import SuffixArray, sort_suffixes
 torch.set_num_threads(2)
 tokens = np.array([0, 1, 2, 1, 2, 3], np.uint16)
 array = SuffixArray(tokens, sort_suffixes(tokens, np.arange(6) < 5))

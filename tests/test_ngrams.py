@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from nearest import Memory
 from nearest.index import ngrams
 from nearest.index.ngrams import Ngrams
-from nearest.index.sample import SuffixArray
-from nearest.index.suffix import sort_suffixes
+from nearest.index.suffix import SuffixArray, sort_suffixes
 from nearest.store.parts.corpus import valued_mask
 
 START = 0

@@ -5,8 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nearest.index.sample import SuffixArray, random_order, sample
-from nearest.index.suffix import longest_matches, sort_suffixes
+from nearest.index.ids import random_order
+from nearest.index.matches import longest_matches
+from nearest.index.sample import sample
+from nearest.index.suffix import SuffixArray, sort_suffixes
 from nearest.store.parts.corpus import valued_mask
 from suffix_oracle import longest_matches_reference
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearest.index import suffix
-from nearest.index.sample import SuffixArray
-from nearest.index.suffix import longest_matches, sort_suffixes
+from nearest.index.matches import longest_matches
+from nearest.index.ngrams import ngrams
+from nearest.index.suffix import SuffixArray, sort_suffixes
 from nearest.store.parts.corpus import valued_entries, valued_mask
 from suffix_oracle import longest_matches_reference
 
@@ -89,6 +90,70 @@ def test_matches_in_several_parts_equal_a_scan(
     truth = longest_matches_reference(arrays, START, context, ends, most)
     for ours, theirs in zip(found, truth, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+documents_with_dead = st.lists(
+    st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=12), st.booleans()),
+    min_size=1,
+    max_size=20,
+)
+
+
+def with_dead(
+    documents: list[tuple[list[int], bool]], first: int = 0
+) -> tuple[SuffixArray, SuffixArray, np.ndarray]:
+    """An array that skips dead documents, one that lacks their entries, and all offsets."""
+    tokens, entries = corpus([document for document, _ in documents])
+    offsets = np.cumsum([0, *(len(document) + 1 for document, _ in documents)])
+    alive = np.repeat([not dead for _, dead in documents], np.diff(offsets))
+    suffixes = sort_suffixes(tokens, mask(tokens, entries))
+    filtered = SuffixArray(tokens, suffixes[alive[suffixes]], first)
+    return SuffixArray(tokens, suffixes, first, alive), filtered, offsets
+
+
+@given(
+    parts=st.lists(documents_with_dead, min_size=1, max_size=3),
+    query=st.lists(st.integers(0, 4), min_size=0, max_size=15),
+    most=st.integers(1, 30),
+)
+@settings(max_examples=150)
+def test_dead_entries_are_skipped_as_if_the_array_lacked_them(
+    parts: list[list[tuple[list[int], bool]]], query: list[int], most: int
+) -> None:
+    arrays: list[SuffixArray] = []
+    filtered: list[SuffixArray] = []
+    for documents in parts:
+        skipping, lacking, _ = with_dead(documents, sum(len(array.tokens) for array in arrays))
+        arrays.append(skipping)
+        filtered.append(lacking)
+    context = np.array([START, *query])
+    ends = np.arange(len(context))
+    found = longest_matches(arrays, START, context, ends, most)
+    for truth in (
+        longest_matches(filtered, START, context, ends, most),
+        longest_matches_reference(filtered, START, context, ends, most),
+    ):
+        for ours, theirs in zip(found, truth, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    counted = (ngrams(one, START, context, ends, 4) for one in (arrays, filtered))
+    for ours, theirs in zip(*counted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_samples_skip_dead_entries() -> None:
+    """Of far more matches than fit, so that lists of early entries are used."""
+    rng = np.random.default_rng(0)
+    documents = [([1] * 9, bool(dead)) for dead in rng.random(2000) < 0.3]
+    skipping, lacking, _ = with_dead(documents)
+    context = np.array([START, 1])
+    ours, theirs = (
+        longest_matches([array], START, context, np.array([0, 1]), 16)
+        for array in (skipping, lacking)
+    )
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    assert (ours.longest > 1000).all()
+    assert skipping.early[1].tolist() == lacking.early[1].tolist() != [0]
+    assert not np.isin(ours.ids, np.flatnonzero(~skipping.alive)).any()
 
 
 @given(documents=small_documents, query=st.lists(st.integers(1, 3), min_size=1, max_size=15))

@@ -1,7 +1,7 @@
-"""How often a corpus has the last tokens of a context, and by how many tokens they are followed.
+"""What a corpus holds of a text: its n-grams, spans of it, and whole documents.
 
-Read off the suffix array, in which all entries whose context ends with the same tokens stand side
-by side.
+Read off the suffix array, in which all entries whose left context ends with the same tokens stand
+side by side, and the token after a span is the value of one of them.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from nearest.corpus.tokens import Tokens
+from nearest.index.matches import values_of
 from nearest.index.neighbours import NO_ENTRY
-from nearest.index.sample import SuffixArray, sample
-from nearest.index.suffix import values_of
+from nearest.index.sample import sample
+from nearest.index.suffix import SuffixArray, count, insertion, position_at, shared_length
 from nearest.index.threads import in_threads
 
 SAMPLED = 256  # entries of an n-gram, at most, whose successors are looked at
@@ -50,7 +51,7 @@ def ngrams(
         queries = len(ends[some])
         lows, highs = (np.zeros((len(arrays), longest, queries), np.int64) for _ in range(2))
         for array, *found in zip(arrays, lows, highs, strict=True):
-            _look_up(array.tokens, array.suffixes, start_token, context, ends[some], *found)
+            _look_up(array.tokens, array.skipping, start_token, context, ends[some], *found)
         counts[some] = (highs - lows).sum(0).T
         for n, wanted in enumerate(np.minimum(counts[some], SAMPLED).T):
             ids = np.full((queries, SAMPLED), NO_ENTRY, dtype=np.int64)
@@ -64,17 +65,57 @@ def ngrams(
     return Ngrams(counts, fertility)
 
 
+def spans_stand(
+    array: SuffixArray,
+    context: Tokens,
+    ends: Int[np.ndarray, " q"],
+    length: int,
+) -> Bool[np.ndarray, " q"]:
+    """Whether context[end − length + 1 : end + 1] stands in one document, for each end.
+
+    Args:
+        context: int64 token ids.
+        ends: at least length − 1; no span may hold a start token.
+        length: at least 2.
+    """
+    found = np.zeros(len(ends), dtype=bool)
+
+    def work(part: slice) -> None:
+        _find_spans(array.tokens, array.skipping, context, ends[part], length, found[part])
+
+    in_threads(work, len(ends))
+    return found
+
+
+def equal_documents(
+    array: SuffixArray,
+    offsets: Int[np.ndarray, " stored_plus_1"],
+    documents: Sequence[Tokens],
+) -> Int[np.ndarray, " documents"]:
+    """Where the first document with exactly the same tokens begins, -1 where there is none.
+
+    Args:
+        offsets: where each document of `array.tokens` begins, and the end of the last.
+        documents: int64 token ids, the start token first.
+    """
+    found = np.full(len(documents), NO_ENTRY, dtype=np.int64)
+    for i, document in enumerate(documents):
+        if len(document) > 1:
+            found[i] = _find_document(array.tokens, array.skipping, offsets, document)
+    return found
+
+
 # fmt: off
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=True)
-def _bound(tokens: Any, suffixes: Any, low: Any, high: Any, depth: Any, token: Any) -> Any:
+def _bound(tokens: Any, array: Any, low: Any, high: Any, depth: Any, token: Any) -> Any:
     """First index in [low, high) whose token `depth` places back is `token` or greater.
 
     All between low and high have the tokens after it in common.
     """
     while low < high:
         middle = (low + high) // 2
-        position = np.int64(suffixes[middle])
+        position = position_at(array, middle)
         if position >= depth and np.int64(tokens[position - depth]) >= token:
             high = middle
         else:
@@ -85,18 +126,59 @@ def _bound(tokens: Any, suffixes: Any, low: Any, high: Any, depth: Any, token: A
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _look_up(
-    tokens: Any, suffixes: Any, start_token: Any, context: Any, ends: Any, lows: Any, highs: Any
+    tokens: Any, array: Any, start_token: Any, context: Any, ends: Any, lows: Any, highs: Any
 ) -> None:
-    """Where the entries of each query's n-grams stand: suffixes[lows[n - 1] : highs[n - 1]]."""
+    """Where the entries of each query's n-grams stand: the places [lows[n - 1] : highs[n - 1]]."""
     for i in range(len(ends)):
-        low, high = 0, len(suffixes)
+        low, high = 0, count(array)
         for depth in range(len(lows)):
             at = ends[i] - depth
             if at < 0 or (depth > 0 and context[at + 1] == start_token):
                 break
-            low = _bound(tokens, suffixes, low, high, depth, context[at])
-            high = _bound(tokens, suffixes, low, high, depth, context[at] + 1)
+            low = _bound(tokens, array, low, high, depth, context[at])
+            high = _bound(tokens, array, low, high, depth, context[at] + 1)
             if low == high:
                 break
             lows[depth, i], highs[depth, i] = low, high
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _find_spans(
+    tokens: Any, array: Any, context: Any, ends: Any, length: Any, found: Any
+) -> None:
+    for i in range(len(ends)):
+        end, limit = ends[i] - 1, length - 1
+        at, longest = insertion(tokens, array, context, end, limit)
+        if longest < limit:
+            continue
+        while at < count(array):
+            position = position_at(array, at)
+            if shared_length(tokens, position, context, end, 0, limit) < limit:
+                break
+            if tokens[position + 1] == context[end + 1]:
+                found[i] = True
+                break
+            at += 1
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _find_document(tokens: Any, array: Any, offsets: Any, document: Any) -> Any:
+    limit = len(document) - 1
+    at, longest = insertion(tokens, array, document, limit - 1, limit)
+    first = np.int64(-1)
+    if longest < limit:
+        return first
+    while at < count(array):
+        position = position_at(array, at)
+        if shared_length(tokens, position, document, limit - 1, 0, limit) < limit:
+            break
+        begin = position - limit + 1
+        number = np.searchsorted(offsets, begin)
+        whole = offsets[number] == begin and offsets[number + 1] == position + 2
+        if whole and tokens[position + 1] == document[limit] and (first < 0 or begin < first):
+            first = begin
+        at += 1
+    return first
 # fmt: on

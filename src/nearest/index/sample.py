@@ -1,55 +1,19 @@
 """Samples of entries that are the same however a corpus is divided into parts.
 
-A sample is what comes first in the random order of `ids`. To find a few of very many entries
-without looking at each, an array keeps lists of its early entries: an eighth, an eighth of that,
-and so on.
+A sample is what comes first in the random order of `ids`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, no_type_check
 
 import numba
 import numpy as np
 from jaxtyping import Int
 
-from nearest.corpus.tokens import Tokens
-from nearest.index.ids import position_dtype, random_order
+from nearest.index.ids import random_order
+from nearest.index.suffix import EARLY_BITS, SuffixArray, position_at
 
-_BITS = 3  # each list has one of 2^3 entries of the one before
-_SHORT = 64  # entries; lists end there
 _LAST = np.uint64(2**64 - 1)
-_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class SuffixArray:
-    """The sorted entries of a part of a corpus, with ids that count from `first`."""
-
-    tokens: Tokens
-    suffixes: Int[np.ndarray, " m"]
-    first: int = 0
-
-    @cached_property
-    def early(self) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, " lists_plus_1"]]:
-        """Where the first 1/8, 1/64 … of the order stand in `suffixes`, and these lists' bounds."""
-        bits, lists = 64 - _BITS, []
-        blocks = range(0, len(self.suffixes), _BLOCK)
-        every = (np.arange(at, min(at + _BLOCK, len(self.suffixes))) for at in blocks)
-        places = np.concatenate([np.zeros(0, np.int64), *(self._early(p, bits) for p in every)])
-        places = places.astype(position_dtype(len(self.tokens)))
-        while len(places) >= _SHORT:
-            lists.append(places)
-            bits -= _BITS
-            places = self._early(places, bits)
-        return np.concatenate([*lists, places[:0]]), np.cumsum([0, *map(len, lists)])
-
-    def _early(self, places: Int[np.ndarray, " n"], bits: int) -> Int[np.ndarray, "_"]:
-        """Those whose place in the order is below 2^bits."""
-        order = random_order(self.suffixes[places].astype(np.int64) + self.first)
-        early: Int[np.ndarray, "_"] = places[order >> np.uint64(bits) == 0]
-        return early
 
 
 def sample(
@@ -75,7 +39,7 @@ def sample(
     while wanted.any():
         found = np.zeros_like(wanted)
         for array, *runs in zip(arrays, begins, ends, strict=True):
-            own = array.suffixes, array.first, *array.early
+            own = array.skipping, array.first, *array.early
             _sample(*own, *runs, wanted, columns, limits, found, ids)
         wanted = np.where(found < wanted, wanted, 0)
         limits = np.full_like(limits, _LAST)
@@ -85,7 +49,7 @@ def sample(
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=True)
 def _sample(
-    suffixes: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,
+    array: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,
     wanted: Any, columns: Any, limits: Any, found: Any, ids: Any,
 ) -> None:
     """Let the entries of one array into the samples, of which found[i] are of arrays before it.
@@ -100,8 +64,10 @@ def _sample(
             continue
         kept[:count] = ids[i, column : column + count]
         level = 0  # the shortest list that holds all below the limit; 0 is the array itself
-        while level < len(bounds) - 1 and limits[i] >> np.uint64(64 - _BITS * (level + 1)) == 0:
+        bits = 64 - EARLY_BITS
+        while level < len(bounds) - 1 and limits[i] >> np.uint64(bits) == 0:
             level += 1
+            bits -= EARLY_BITS
         for run in range(len(begins)):
             begin, end = begins[run, i], ends[run, i]
             if level > 0:
@@ -110,7 +76,7 @@ def _sample(
                 begin = low + np.searchsorted(listed, begin)
                 end = low + np.searchsorted(listed, end)
             for at in range(begin, end):
-                entry = np.int64(suffixes[at if level == 0 else places[at]]) + first
+                entry = position_at(array, at if level == 0 else places[at]) + first
                 if random_order(entry) <= limits[i]:
                     kept[count] = entry
                     count += 1

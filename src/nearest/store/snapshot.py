@@ -18,11 +18,10 @@ from nearest.corpus.tokens import Tokens
 from nearest.errors import FolderError, SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
+from nearest.index.matches import Matches, longest_matches, match_lengths, values_of
 from nearest.index.neighbours import NO_ENTRY
-from nearest.index.ngrams import Ngrams, ngrams
-from nearest.index.sample import SuffixArray
-from nearest.index.spans import equal_documents, spans_stand
-from nearest.index.suffix import Matches, longest_matches, match_lengths, values_of
+from nearest.index.ngrams import Ngrams, equal_documents, ngrams, spans_stand
+from nearest.index.suffix import SuffixArray
 from nearest.store.manifest import KeysRecord, Manifest, read_manifest
 from nearest.store.parts.corpus import pair_bytes
 from nearest.store.segment import Segment, no_keys
@@ -237,7 +236,10 @@ class Snapshot:
 
     @cached_property
     def _suffix_arrays(self) -> list[SuffixArray]:
-        return [SuffixArray(s.tokens, s.suffixes, first) for s, first in self._located()]
+        return [
+            SuffixArray(s.tokens, s.stored_suffixes, first, ~s.gone if len(s.removed) else None)
+            for s, first in self._located()
+        ]
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.
@@ -297,9 +299,9 @@ class Snapshot:
         """As `first_entries`, of any memory."""
         arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
         found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
-        for segment, first in self._located():
-            at = equal_documents(segment.tokens, segment.suffixes, segment.offsets, arrays)
-            found = np.where((found < 0) & (at >= 0), at + first, found)
+        for segment, suffixes in zip(self.segments, self._suffix_arrays, strict=True):
+            at = equal_documents(suffixes, segment.offsets, arrays)
+            found = np.where((found < 0) & (at >= 0), at + suffixes.first, found)
         return found
 
     def spans_stand(
@@ -310,6 +312,6 @@ class Snapshot:
         They stand so in `context`, int64 token ids, and none of them is the start token.
         """
         found = np.zeros(len(ends), dtype=bool)
-        for segment in self.segments:
-            found |= spans_stand(segment.tokens, segment.suffixes, context, ends, length)
+        for suffixes in self._suffix_arrays:
+            found |= spans_stand(suffixes, context, ends, length)
         return found
