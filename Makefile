@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow torture lint clean
+.PHONY: setup demo serve-demo test test-slow torture lint clean
 
 setup: $(STAMP)
 
@@ -14,6 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/nearest demo --out demo
+
+# The demo's memory, served: open the address that is printed.
+serve-demo: demo
+	$(BIN)/nearest serve demo/*.memory
 
 # Ruff's cache does not see that a new file changed where the imports of another belong.
 lint: setup

@@ -72,7 +72,7 @@ def serving(model: Any, tokenizer: Any, memories: list[Any], **options: Any) -> 
     server = Server(service, chosen, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 180
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server did not start in time"

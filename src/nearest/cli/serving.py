@@ -31,6 +31,13 @@ def serve(
             help="Key that every route but /health asks for; required beyond the loopback.",
         ),
     ] = None,
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let documents be added and removed over HTTP.")
+    ] = False,
+    write_key: Annotated[
+        str | None,
+        typer.Option(envvar="NEAREST_WRITE_KEY", help="Key that changes ask for (--writable)."),
+    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja template, in place of the model's.")
     ] = None,
@@ -56,7 +63,12 @@ def serve(
     from nearest.serve.engine import Limits
     from nearest.serve.run import Server, check_exposure, log_to
 
-    check_exposure(host, api_key)
+    if writable != (write_key is not None):
+        raise NearestError(
+            "changes over HTTP need both --writable and a key of their own: give --write-key (or "
+            "NEAREST_WRITE_KEY) with --writable"
+        )
+    check_exposure(host, api_key, write_key)
     template = None
     if chat_template is not None:
         try:
@@ -70,6 +82,7 @@ def serve(
         method=method,
         settings=given(**vars(settings)),
         api_key=api_key,
+        write_key=write_key,
         chat_template=template,
         limits=Limits(max_running, max_waiting),
         timeout=timeout,

@@ -139,7 +139,7 @@ def _about(service: Service) -> dict[str, Any]:
         },
         "chat": service.vocabulary.chat_template is not None,
         "max_model_len": service.positions,
-        "writable": service.writable,
+        "writable": service.writer is not None,
         "uptime": time.time() - service.started,
         "memories": [
             {
@@ -157,7 +157,7 @@ def _listed(service: Service, name: str, start: int) -> dict[str, Any]:
     """Documents of a memory, some at a time."""
     memory = service.library.memory(name)
     numbers = range(start, min(memory.documents, start + _DOCUMENTS_A_PAGE))
-    documents = (service.library.document(name, memory, number) for number in numbers)
+    documents = (service.library.document(memory, number) for number in numbers)
     return {
         "memory": name,
         "version": version_of(memory),
@@ -180,7 +180,7 @@ def _document(service: Service, name: str, document_id: str) -> dict[str, Any]:
     number = service.library.number(memory, document_id)
     if number is None:
         raise ApiError(404, f"memory {name!r} has no document {document_id!r}", param="id")
-    document = service.library.document(name, memory, number)
+    document = service.library.document(memory, number)
     tokens = memory.document_tokens(number).tolist()
     return {
         "memory": name,

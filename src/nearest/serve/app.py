@@ -23,7 +23,7 @@ from nearest.encode.identity import (
 from nearest.encode.layers import LanguageModel
 from nearest.errors import ModelError, SettingError
 from nearest.memory import Memory
-from nearest.serve import about, completions
+from nearest.serve import about, completions, living, retrieval
 from nearest.serve.engine import Engine, Limits
 from nearest.serve.errors import ApiError, of_http, of_validation
 from nearest.serve.guards import LOOPBACK, AccessLog, KeyGuard, SlowClients
@@ -43,6 +43,7 @@ class ServeOptions:
         method: that requests get which name none; hybrid, knn or suffix, what the memory has.
         settings: of that method; as tuned when not given.
         api_key: asked for on every route but `/health`.
+        write_key: with it, documents may be added and removed; None: they may not.
         hosts: names by which the server may be called without a key.
         chat_template: in place of the tokenizer's own.
         limits: how much runs and waits.
@@ -57,6 +58,7 @@ class ServeOptions:
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | None = None
+    write_key: str | None = None
     hosts: Sequence[str] = LOOPBACK
     chat_template: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -103,6 +105,7 @@ def make_service(
         max_positions(model),
         options.timeout,
         time.time(),
+        model if options.write_key is not None else None,
     )
 
 
@@ -126,11 +129,16 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         telemetry={"auto_configure": False},
     )
     app.include_router(completions.router(service))
+    app.include_router(retrieval.router(service))
     app.include_router(about.router(service))
+    if service.writer is not None:
+        app.include_router(living.router(service, service.writer))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_middleware(KeyGuard, key=options.api_key, hosts=options.hosts)
+    app.add_middleware(
+        KeyGuard, key=options.api_key, write_key=options.write_key, hosts=options.hosts
+    )
     app.add_middleware(SlowClients, seconds=options.slow_client)
     app.add_middleware(AccessLog, metrics=service.metrics)
     return app

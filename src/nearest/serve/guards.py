@@ -32,40 +32,52 @@ class KeyGuard:
     that no web page can reach the server under a name of its own.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Sequence[str] = LOOPBACK) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str | None,
+        write_key: str | None = None,
+        hosts: Sequence[str] = LOOPBACK,
+    ) -> None:
         self._app = app
         self._key = None if key is None else key.encode()
+        self._write_key = None if write_key is None else write_key.encode()
         self._hosts = tuple(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what is allowed."""
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
-            refusal = self._refusal(headers)
-            if refusal is None and scope["method"] not in ("GET", "HEAD"):
+            reads = scope["method"] in ("GET", "HEAD")
+            writes = not reads and scope["path"].startswith("/v1/nearest/")
+            refusal = self._refusal(headers, writes=writes)
+            if refusal is None and not reads:
                 refusal = _not_from_page(headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> ApiError | None:
-        if self._key is None:
+    def _refusal(self, headers: Headers, *, writes: bool) -> ApiError | None:
+        """Why a request is not allowed; the write key opens everything."""
+        given = _given_key(headers.get("authorization", ""))
+        may_write = self._write_key is not None and hmac.compare_digest(given, self._write_key)
+        if self._key is None and not may_write:
             host = headers.get("host", "")
             name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-            if name.strip("[]") in self._hosts:
-                return None
-            return ApiError(
-                403,
-                f"the host {name!r} is not this server's: call it by a loopback address, or start "
-                "it with --api-key to serve other hosts",
-            )
-        given = _given_key(headers.get("authorization", ""))
-        if hmac.compare_digest(given, self._key):
+            if name.strip("[]") not in self._hosts:
+                return ApiError(
+                    403,
+                    f"the host {name!r} is not this server's: call it by a loopback address, or "
+                    "start it with --api-key to serve other hosts",
+                )
+        may_read = self._key is None or hmac.compare_digest(given, self._key)
+        if may_write or (may_read and not (writes and self._write_key is not None)):
             return None
+        which = "write key" if writes and self._write_key is not None else "API key"
         return ApiError(
             401,
-            "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+            f"the {which} is missing or wrong: send it as `Authorization: Bearer KEY`",
             code="invalid_api_key",
             headers={"WWW-Authenticate": 'Basic realm="nearest", charset="UTF-8"'},
         )

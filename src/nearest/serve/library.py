@@ -4,14 +4,18 @@ A request keeps the memories that it began with; writers that publish a new vers
 that is under way. Requests that ask for the same share one `Ensemble`, and with it their searches.
 """
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from msgspec import structs
 
 from nearest.corpus.documents import Document
 from nearest.errors import NearestError, SettingError
@@ -21,6 +25,8 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
 from nearest.serve.errors import ApiError
 from nearest.serve.schema import NearestOptions
+from nearest.store.segment import Segment
+from nearest.store.snapshot import Snapshot
 
 _KEPT_ENSEMBLES = 64
 _KEPT_DOCUMENTS = 4096
@@ -90,7 +96,7 @@ class Library:
         self.method = method
         self._settings = dict(settings)
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
-        self._documents: OrderedDict[tuple[str, int, int], Document] = OrderedDict()
+        self._documents: WeakKeyDictionary[Memory, dict[int, Document]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self.retrieval(
             method, None
@@ -159,18 +165,14 @@ class Library:
                 self._ensembles.popitem(last=False)
             return made
 
-    def document(self, name: str, memory: Memory, number: int) -> Document:
+    def document(self, memory: Memory, number: int) -> Document:
         """A document of a memory, kept for a while since answers name the same ones again."""
-        key = name, version_of(memory), number
         with self._lock:
-            if (known := self._documents.get(key)) is not None:
-                self._documents.move_to_end(key)
-                return known
-        document = memory.document(number)
-        with self._lock:
-            self._documents[key] = document
-            if len(self._documents) > _KEPT_DOCUMENTS:
-                self._documents.popitem(last=False)
+            kept = self._documents.setdefault(memory, {})
+            if len(kept) > _KEPT_DOCUMENTS:
+                kept.clear()
+        if (document := kept.get(number)) is None:
+            kept[number] = document = memory.document(number)
         return document
 
     def number(self, memory: Memory, document_id: str) -> int | None:
@@ -182,6 +184,26 @@ class Library:
                 return first + int(np.searchsorted(segment.numbers, stored))
             first += len(segment.numbers)
         return None
+
+    def _without(self, memory: Memory, name: str, ids: Sequence[str]) -> Memory:
+        """A memory as it would be without some documents; nothing is written."""
+        if not ids:
+            return memory
+        found = {one: [segment.find(one) for segment in memory.segments] for one in ids}
+        for one, numbers in found.items():
+            if all(number is None for number in numbers):
+                raise ApiError(
+                    400, f"memory {name!r} has no document {one!r}", param="nearest.without"
+                )
+        if len(ids) >= memory.documents:
+            raise ApiError(
+                400, f"nothing of memory {name!r} would be left", param="nearest.without"
+            )
+        segments = [
+            _hidden(segment, [n for numbers in found.values() if (n := numbers[at]) is not None])
+            for at, segment in enumerate(memory.segments)
+        ]
+        return Memory(Snapshot(memory.path, memory.manifest, segments), memory.search_on)
 
     def _can(self, method: str) -> bool:
         try:
@@ -226,10 +248,14 @@ class Library:
     ) -> Retrieval:
         if len(set(names)) < len(names):
             raise ApiError(400, "a memory is named twice", param="nearest.memories")
-        if without:
+        if unknown := {name for name, _ in without} - set(names):
             raise ApiError(
-                400, "leaving documents out is not supported yet", param="nearest.without"
+                400, f"no memory {min(unknown)!r} is looked up here", param="nearest.without"
             )
+        memories = tuple(
+            self._without(memory, name, [i for n, i in without if n == name])
+            for name, memory in zip(names, memories, strict=True)
+        )
         try:
             ensemble = Ensemble.of(list(memories), method, weights, **settings)
         except (SettingError, TypeError, ValueError) as error:
@@ -242,3 +268,18 @@ def _stamp(memory: Memory) -> tuple[int, int, int]:
     """Changes whenever a writer publishes; costs one system call."""
     status = (memory.path / "manifest.json").stat()
     return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _hidden(segment: Segment, numbers: list[int]) -> Segment:
+    """A segment as if some of its documents had been removed; what is stored is shared."""
+    if not numbers:
+        return segment
+    hidden = copy.copy(segment)
+    for name in [*vars(hidden)]:
+        derived = isinstance(getattr(Segment, name, None), cached_property)
+        if derived and not name.startswith("stored_") and name not in ("tokens", "offsets"):
+            del vars(hidden)[name]
+    removed = np.union1d(segment.removed, np.array(numbers, dtype=segment.removed.dtype))
+    vars(hidden)["removed"] = removed
+    hidden.record = structs.replace(segment.record, removed=len(removed))
+    return hidden

@@ -190,7 +190,7 @@ class Provenance:
 
     def _document(self, memory: int, number: int) -> dict[str, Any]:
         name = self._retrieval.names[memory]
-        document = self._library.document(name, self._retrieval.memories[memory], number)
+        document = self._library.document(self._retrieval.memories[memory], number)
         return {
             "memory": name,
             "document": document.id,

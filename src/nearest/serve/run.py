@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
     """Ends what is under way within the grace period before the connections are closed."""
 
     def __init__(self, service: Service, options: ServeOptions, host: str, port: int) -> None:
-        check_exposure(host, options.api_key)
+        check_exposure(host, options.api_key, options.write_key)
         self._service = service
         self._grace = options.grace
         config = uvicorn.Config(
@@ -55,15 +55,16 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
-    """Refuse to serve other machines without a key (SettingError)."""
+def check_exposure(host: str, api_key: str | None, write_key: str | None = None) -> None:
+    """Refuse to serve other machines without a key, and keys that can be guessed (SettingError)."""
     if api_key is None and host not in LOOPBACK:
         raise SettingError(
             f"serving on {host} without an API key would let anyone on the network use the model "
             "and read the memories: give --api-key (or NEAREST_API_KEY), or serve on 127.0.0.1"
         )
-    if api_key is not None and len(api_key) < 8:
-        raise SettingError("an API key must have at least 8 characters")
+    for name, key in (("API key", api_key), ("write key", write_key)):
+        if key is not None and len(key) < 8:
+            raise SettingError(f"the {name} is shorter than 8 characters: give a longer one")
 
 
 def log_to(stream: Any) -> None:

@@ -45,34 +45,34 @@ Tokens = Annotated[list[int], Field(min_length=1)]
 Prompts = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No unknown fields, no conversion between types, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class MemoryWeight(_Strict):
+class MemoryWeight(Strict):
     """A memory to look up, and its weight; weights sum to at most 1, equal ones if not given."""
 
     name: Text
     weight: float | None = Field(None, ge=0, le=1)
 
 
-class DocumentName(_Strict):
+class DocumentName(Strict):
     """A document of a memory."""
 
     memory: Text
     id: Text
 
 
-class NearestOptions(_Strict):
+class NearestOptions(Strict):
     """The `nearest` object of a request; every field has a default.
 
     Attributes:
@@ -97,7 +97,7 @@ class NearestOptions(_Strict):
     alternatives: int = Field(5, ge=0, le=MAX_TOP_LOGPROBS)
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """What completions and chat have in common."""
 
     model: Text
@@ -166,14 +166,14 @@ class CompletionRequest(Sampling):
         return self.prompt
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message; images and sounds are not supported."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -218,7 +218,7 @@ class ChatRequest(Sampling):
         return self
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """`POST /tokenize`."""
 
     prompt: Text
@@ -226,7 +226,7 @@ class TokenizeRequest(_Strict):
     model: str | None = None
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=1_000_000)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from starlette.requests import Request
 
+from nearest.encode.layers import LanguageModel
 from nearest.serve.answers import Choice
 from nearest.serve.engine import Engine
 from nearest.serve.errors import ApiError
@@ -33,7 +34,7 @@ class Service:
         positions: the longest sequence that the model reads, None without limit.
         timeout: seconds that a request may take in all.
         started: when, in seconds since 1970.
-        writable: whether documents may be added and removed.
+        writer: the model that reads documents to be added; None where the memories stay as are.
     """
 
     model_name: str
@@ -44,7 +45,7 @@ class Service:
     positions: int | None
     timeout: float = 600.0
     started: float = 0.0
-    writable: bool = False
+    writer: LanguageModel | None = None
 
     @property
     def model_names(self) -> list[str]:
@@ -140,11 +141,14 @@ class Service:
         ]
 
     async def warm_up(self) -> None:
-        """Generate two tokens with the server's method."""
+        """Answer once with the server's method, and name the answer's sources."""
         retrieval = self.library.retrieval(None, None)
-        wanted = Wanted(2, temperature=0, sources=True)
-        async for _ in self.news([[self.vocabulary.start_token]], [wanted], retrieval):
-            pass
+        wanted = Wanted(4, temperature=0, sources=True)
+        provenance = Provenance(retrieval, self.library, self.vocabulary, "")
+        async for _, news in self.news([[self.vocabulary.start_token]], [wanted], retrieval):
+            for told in news.told:
+                await in_thread(provenance.token, told)
+        await in_thread(provenance.summary)
 
     async def news(
         self, prompts: Sequence[Sequence[int]], wanted: Sequence[Wanted], retrieval: Retrieval

@@ -31,7 +31,8 @@ export class Answer {
       tabIndex: 0,
       aria: { role: "listbox", label: `${title}, token by token` },
     });
-    this.node = element("article", { className: "answer" }, this.name, this.box);
+    this.flow = element("div", { className: "flow" }, this.box);
+    this.node = element("article", { className: "answer" }, this.name, this.flow);
     this.box.addEventListener("click", (event) => {
       const node = event.target.closest(".t");
       if (node) this.choose(Number(node.dataset.n));
@@ -40,7 +41,7 @@ export class Answer {
   }
 
   context(text) {
-    this.node.insertBefore(element("p", { className: "tokens prompt" }, text), this.box);
+    this.flow.prepend(element("span", { className: "prompt" }, text));
   }
 
   add(told, compared = false) {

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { element, percent, shown } from "./answer.js";
 
+const SHOWN = 6; // documents, before the rest is folded away
 const $ = (id) => document.getElementById(id);
 const KINDS = { dense: "a similar state", pointers: "following a passage", suffix: "the same words before" };
 const probability = (logprob) => (logprob === null ? 0 : Math.exp(logprob));
@@ -75,7 +76,7 @@ export function showDocuments(summary, actions) {
     return;
   }
   const strongest = Math.max(...documents.map((one) => one.weight));
-  const items = documents.slice(0, 30).map((one) => {
+  const items = documents.map((one) => {
     const name = element("button", { type: "button", className: "name", aria: { pressed: "false" } }, one.title);
     name.addEventListener("click", () => {
       const on = name.getAttribute("aria-pressed") !== "true";
@@ -92,7 +93,10 @@ export function showDocuments(summary, actions) {
   panel.replaceChildren(
     element("h2", {}, `Documents (${documents.length})`),
     element("p", { className: "quiet" }, "A document's name outlines its tokens. “Without it” runs again as if it were not there."),
-    element("ul", { className: "list" }, ...items));
+    element("ul", { className: "list" }, ...items.slice(0, SHOWN)),
+    ...(items.length > SHOWN
+      ? [element("details", {}, element("summary", {}, `${items.length - SHOWN} more, which carried little`), element("ul", { className: "list" }, ...items.slice(SHOWN)))]
+      : []));
 }
 
 export function showVerbatim(summary, actions) {

@@ -1,0 +1,79 @@
+"""Documents added, replaced and removed over HTTP, where the server was started as writable.
+
+Writes are made one after another, in threads of their own. A request under way keeps the version
+that it began with; the next one reads the new version.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from nearest.corpus.documents import Document
+from nearest.encode.layers import LanguageModel
+from nearest.errors import CorpusError, FolderError, NearestError
+from nearest.memory import Memory
+from nearest.serve.errors import ApiError
+from nearest.serve.library import version_of
+from nearest.serve.schema import Strict, Text
+from nearest.serve.service import Service, in_thread
+
+_AT_ONCE = 1000
+
+
+class NewDocument(Strict):
+    """A document to add; metadata such as title, url and licence are told with sources."""
+
+    id: Text = Field(min_length=1, max_length=4096)
+    text: Text = Field(min_length=1)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class NewDocuments(Strict):
+    """`POST /v1/nearest/documents/{memory}`: all are added, or none."""
+
+    documents: list[NewDocument] = Field(min_length=1, max_length=_AT_ONCE)
+    replace: bool = False
+
+
+def router(service: Service, model: LanguageModel) -> APIRouter:
+    """The routes that change memories."""
+    routes = APIRouter()
+    tokenizer = service.vocabulary.tokenizer
+    one_writer = asyncio.Lock()
+
+    async def changed(name: str, change: Callable[[Memory], Memory]) -> dict[str, Any]:
+        async with one_writer:
+            memory = await in_thread(service.library.memory, name)
+            try:
+                after = await in_thread(change, memory)
+            except FolderError as error:
+                raise ApiError(409, str(error), code="not_writable") from error
+            except CorpusError as error:
+                raise ApiError(400, str(error), param="documents") from error
+            except NearestError as error:
+                raise ApiError(400, str(error)) from error
+            await in_thread(service.library.memory, name)  # readers find the new version open
+        return {"memory": name, "version": version_of(after), "documents": after.documents}
+
+    @routes.post("/v1/nearest/documents/{memory}")
+    async def add(memory: str, body: NewDocuments) -> dict[str, Any]:
+        documents = [Document(one.id, one.text, one.metadata, one.id) for one in body.documents]
+        return await changed(
+            memory, lambda old: old.add(model, tokenizer, documents, replace=body.replace)
+        )
+
+    @routes.delete("/v1/nearest/documents/{memory}")
+    async def remove(
+        memory: str,
+        document_ids: Annotated[list[str], Query(alias="id", min_length=1, max_length=_AT_ONCE)],
+    ) -> dict[str, Any]:
+        return await changed(memory, lambda old: old.remove(document_ids))
+
+    @routes.post("/v1/nearest/compact/{memory}")
+    async def compact(memory: str) -> dict[str, Any]:
+        return await changed(memory, lambda old: old.compact())
+
+    return routes

@@ -1,0 +1,210 @@
+"""Requests that run together: each gets what it would get alone, while others come and go."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import make_documents, make_model
+from nearest import Memory
+from nearest.serve.vocabulary import Stops
+from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+
+WRITE_KEY = "a-key-to-write"
+METHODS = ("base", "knn", "retomaton", "suffix")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return roomy_model()
+
+
+@pytest.fixture
+def server(
+    model: PreTrainedModel,
+    build_memory: Callable[..., Memory],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Iterator[Running]:
+    memory = build_memory(model, make_documents(12, 30))
+    with serving(
+        model, tiny_tokenizer, [memory], chat_template=CHAT_TEMPLATE, write_key=WRITE_KEY
+    ) as running:
+        yield running
+
+
+def asked(server: Running, number: int) -> dict[str, Any]:
+    """A request of its own length, method and options."""
+    rng = np.random.default_rng(number)
+    prompt = [0, *rng.integers(60, 120, size=int(rng.integers(1, 90))).tolist()]
+    body: dict[str, Any] = {
+        "model": f"tiny@{METHODS[number % len(METHODS)]}",
+        "prompt": prompt,
+        "max_tokens": int(rng.integers(1, 24)),
+        "temperature": 0,
+        "logprobs": 2,
+        "echo": number % 5 == 0,
+    }
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    told: dict[str, Any] = response.json()["choices"][0]["logprobs"]
+    return told
+
+
+def assert_same(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    """Log-probabilities within 1e-4, and the same tokens wherever the choice was clear."""
+    for n, (one, other) in enumerate(zip(alone["tokens"], together["tokens"], strict=True)):
+        if one != other:
+            best = sorted(alone["top_logprobs"][n].values(), reverse=True)
+            assert best[0] - best[1] <= 1e-4
+            return  # what follows goes on from another token
+        if alone["token_logprobs"][n] is not None:
+            assert together["token_logprobs"][n] == pytest.approx(
+                alone["token_logprobs"][n], abs=1e-4
+            )
+
+
+def test_what_else_runs_changes_nothing(server: Running) -> None:
+    count = 24
+    alone = [asked(server, number) for number in range(count)]
+    with ThreadPoolExecutor(12) as clients:
+        together = list(clients.map(lambda number: asked(server, number), range(count)))
+    for one, other in zip(alone, together, strict=True):
+        assert_same(one, other)
+
+
+def test_writers_and_leaving_clients_disturb_nobody(server: Running) -> None:
+    """Each answer is that of one version: of memory before, or after, some of the writes."""
+    count = 12
+    headers = {"Authorization": f"Bearer {WRITE_KEY}"}
+    done = threading.Event()
+
+    def write() -> int:
+        for number in itertools.count():
+            if done.is_set():
+                return number
+            document = {"id": f"new-{number}", "text": "~" * 5}  # far from every prompt
+            answer = server.post(
+                "/v1/nearest/documents/test", {"documents": [document]}, headers=headers
+            )
+            assert answer.status_code == 200, answer.text
+
+    def leave(number: int) -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "stream": True, "seed": number}
+        with server.client.stream("POST", "/v1/completions", json=body) as stream:
+            next(stream.iter_lines())
+
+    numbers = [n for n in range(4 * count) if METHODS[n % 4] in ("base", "suffix")][:count]
+    alone = [asked(server, number) for number in numbers]
+    with ThreadPoolExecutor(8) as clients:
+        writing = clients.submit(write)
+        leaving = [clients.submit(leave, number) for number in range(6)]
+        together = list(clients.map(lambda number: asked(server, number), numbers))
+        for one in leaving:
+            one.result()
+        done.set()
+        assert writing.result() > 0
+    for number, one, other in zip(numbers, alone, together, strict=True):
+        assert len(one["tokens"]) == len(other["tokens"])
+        if METHODS[number % 4] == "base":
+            assert_same(one, other)
+
+
+def test_documents_are_added_replaced_and_removed(server: Running) -> None:
+    url, key = "/v1/nearest/documents/test", {"Authorization": f"Bearer {WRITE_KEY}"}
+    new = {"documents": [{"id": "é/1", "text": "zebra zebra", "metadata": {"licence": "CC0"}}]}
+    assert server.post(url, new).status_code == 401
+    added = server.post(url, new, headers=key).json()
+    assert (added["version"], added["documents"]) == (2, 13)
+    assert server.post(url, new, headers=key).status_code == 400  # the id is there
+    answer = server.complete("zebra ze", max_tokens=3, model="tiny@suffix", nearest={})
+    assert answer["choices"][0]["text"] == "bra"
+    source = answer["choices"][0]["nearest"]["tokens"][0]["sources"][0]
+    assert (source["document"], source["licence"]) == ("é/1", "CC0")
+    assert answer["choices"][0]["nearest"]["memories"][0]["version"] == 2
+    changed = {"documents": [{"id": "é/1", "text": "zebra zeal"}], "replace": True}
+    assert server.post(url, changed, headers=key).status_code == 200
+    assert server.complete("zebra ze", max_tokens=2, model="tiny@suffix")["choices"][0][
+        "text"
+    ].startswith("al")
+    gone = server.client.delete(url, params={"id": "é/1"}, headers=key)
+    assert gone.json()["documents"] == 12
+    assert server.client.get(url, params={"id": "é/1"}).status_code == 404
+    assert server.post("/v1/nearest/compact/test", {}, headers=key).status_code == 200
+    assert server.client.delete(url, params={"id": "no"}, headers=key).status_code == 400
+
+
+def test_without_a_document_is_as_if_it_were_removed(server: Running) -> None:
+    key = {"Authorization": f"Bearer {WRITE_KEY}"}
+    for method in ("knn", "retomaton", "suffix"):
+        options = {"model": f"tiny@{method}", "max_tokens": 12, "logprobs": 1}
+        found = server.complete("the court", **options, nearest={})["choices"][0]["nearest"]
+        used = found["documents"][0]["document"]
+        without = {"without": [{"memory": "test", "id": used}]}
+        masked = server.complete("the court", **options, nearest=without)["choices"][0]
+        assert used not in [one["document"] for one in masked["nearest"]["documents"]]
+        url = "/v1/nearest/documents/test"
+        server.client.delete(url, params={"id": used}, headers=key).raise_for_status()
+        removed = server.complete("the court", **options)["choices"][0]
+        assert removed["logprobs"]["tokens"] == masked["logprobs"]["tokens"]
+        np.testing.assert_allclose(
+            removed["logprobs"]["token_logprobs"], masked["logprobs"]["token_logprobs"], atol=1e-4
+        )
+
+
+def test_verbatim_runs_are_found(server: Running) -> None:
+    key = {"Authorization": f"Bearer {WRITE_KEY}"}
+    text = "0123456789 quick brown foxes jump"
+    document = {"id": "copied", "text": text, "metadata": {"license": "MIT"}}
+    server.post("/v1/nearest/documents/test", {"documents": [document]}, headers=key)
+    options = {"memories": [{"name": "test", "weight": 1}], "settings": {"lam": 1}}
+    answer = server.complete("0123456", max_tokens=20, model="tiny@suffix", nearest=options)[
+        "choices"
+    ][0]
+    assert answer["text"] == text[7:27]
+    run = answer["nearest"]["verbatim"][0]
+    assert (run["document"], run["licence"], run["tokens"]) == ("copied", "MIT", 20)
+    assert answer["text"][run["start"] : run["end"]] == text[7:27]
+    assert run["position"] == 8  # of the text's tokens, after the start token
+
+
+def test_models_without_padding_positions_run_alone(
+    build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model("llama")
+    memory = build_memory(model)
+    with serving(model, tiny_tokenizer, [memory]) as running:
+        alone = running.complete([0, 70, 71], max_tokens=8)["choices"][0]["text"]
+        several = running.complete([[0, 70, 71], [0, 90], [0, 80, 81, 82]], max_tokens=8)
+        assert several["choices"][0]["text"] == alone
+
+
+@given(
+    st.text("ab", max_size=12),
+    st.lists(st.integers(1, 3), min_size=1),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_are_found_however_the_text_is_cut(
+    text: str, sizes: list[int], stops: list[str]
+) -> None:
+    finder, final, at = Stops(stops), 0, 0
+    for size in itertools.cycle(sizes):
+        if at >= len(text) or finder.found is not None:
+            break
+        final = finder.push(text[at : at + size])
+        at += size
+        assert final <= min(at, len(text))
+        begins = [n for stop in stops if (n := text[:at].find(stop)) >= 0]
+        assert final <= min(begins, default=len(text))  # nothing of a stop string is given out
+    ends = sorted(n + len(stop) for stop in stops if (n := text.find(stop)) >= 0)
+    if ends:
+        assert finder.found is not None
+        assert any(text.startswith(stop, finder.found) for stop in stops)
+    else:
+        assert finder.found is None

@@ -1,0 +1,226 @@
+"""The viewer in Chromium: every control, by mouse and by keyboard, and axe's rules."""
+
+import base64
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect, sync_playwright
+from transformers import PreTrainedTokenizerFast
+
+from conftest import make_documents
+from nearest import Memory
+from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+WRITE_KEY = "a-key-to-write"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def server(
+    build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Running]:
+    model = roomy_model()
+    memory = build_memory(model, make_documents(12, 30))
+    with serving(
+        model, tiny_tokenizer, [memory], chat_template=CHAT_TEMPLATE, write_key=WRITE_KEY
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Page]:
+    errors: list[str] = []
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900},
+        http_credentials={"username": "me", "password": WRITE_KEY, "send": "always"},
+        accept_downloads=True,
+    )
+    opened = context.new_page()
+    opened.set_default_timeout(60_000)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    outside: list[str] = []
+    opened.on("request", lambda r: r.url.startswith(server.url) or outside.append(r.url))
+    opened.goto(server.url)
+    expect(opened.locator("#serving")).to_contain_text("test (12 documents, version")
+    yield opened
+    context.close()
+    assert not errors
+    assert not [url for url in outside if not url.startswith(("data:", "blob:"))]
+
+
+def ran(page: Page, prompt: str = "the court shall", mode: str = "prompt") -> None:
+    """Run a prompt and wait for the whole answer."""
+    page.click(f'[data-mode="{mode}"]')
+    page.fill("#input", prompt)
+    page.click("#run")
+    complete(page)
+
+
+def complete(page: Page) -> None:
+    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_a_token_shows_what_the_memory_did(page: Page) -> None:
+    ran(page)
+    tokens = page.locator(".t")
+    assert tokens.count() == 60
+    tokens.nth(4).click()
+    card = page.locator("#token-card")
+    expect(card).to_contain_text("odel alone")
+    expect(card).to_contain_text("decided by memory")
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(5)).to_have_attribute("aria-selected", "true")
+    page.keyboard.press("Home")
+    expect(tokens.nth(0)).to_have_attribute("aria-selected", "true")
+    widths = {t.evaluate("e => getComputedStyle(e).borderBottomWidth") for t in tokens.all()}
+    assert len(widths) > 1  # a cue beside colour
+
+
+def test_documents_and_tokens_are_linked_both_ways(page: Page) -> None:
+    ran(page)
+    first = page.locator("#documents .list > li").first
+    first.locator(".name").click()
+    assert page.locator(".t.of").count() > 0
+    page.locator(".t.of").first.click()
+    assert page.locator('#documents .name[aria-pressed="true"]').count() > 0
+    first.get_by_text("Open").click()
+    expect(page.locator("#document")).to_be_visible()
+    expect(page.locator("#document-about")).to_contain_text("doc-")
+    page.keyboard.press("Escape")
+    expect(page.locator("#document")).to_be_hidden()
+    page.locator("#token-card .list .name").first.click()
+    expect(page.locator("#document-text mark")).to_be_visible()
+    page.click("#document-close")
+
+
+def test_without_a_document_runs_again_and_compares(page: Page) -> None:
+    ran(page)
+    name = page.locator("#documents .list > li .name").first.inner_text()
+    page.locator("#documents .list > li").first.get_by_text("Without it").click()
+    complete(page)
+    expect(page.locator("#without")).to_contain_text(name)
+    assert page.locator(".answer").count() == 2
+    names = page.locator("#documents .list > li .name").all_inner_texts()
+    assert name not in names
+    page.locator("#without button").click()
+    complete(page)
+    expect(page.locator("#without")).to_be_hidden()
+
+
+def test_settings_act_at_once(page: Page) -> None:
+    ran(page)
+    page.click("#more summary")
+    page.locator("#lam").fill("0")
+    expect(page.locator("#lam-shown")).to_have_text("0")
+    expect(page.locator(".answer h2").first).to_contain_text("no memory was used")
+    complete(page)
+    page.locator("#tokens").fill("10")
+    expect(page.locator(".t")).to_have_count(10)
+    complete(page)
+    page.select_option("#method", "suffix")
+    expect(page.locator(".answer h2").first).to_contain_text("suffix")
+    complete(page)
+    page.check("#compare")
+    expect(page.locator(".answer")).to_have_count(2)
+    complete(page)
+
+
+def test_a_text_is_read_under_model_and_memory(page: Page) -> None:
+    ran(page, "the court shall the law", mode="text")
+    assert page.locator(".t").count() == len("the court shall the law")
+    expect(page.locator(".answer h2")).to_contain_text("perplexity")
+
+
+def test_chat_goes_on(page: Page) -> None:
+    ran(page, "the mayor", mode="chat")
+    page.fill("#input", "and the law")
+    page.click("#run")
+    complete(page)
+    assert page.locator(".answer.said").count() == 3
+    page.click("#new-chat")
+    assert page.locator(".answer").count() == 0
+
+
+def test_export_and_link(page: Page, server: Running) -> None:
+    ran(page)
+    text = "".join(page.locator(".t").all_text_contents())
+    with page.expect_download() as download:
+        page.click("#save-json")
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved["answers"][0]["text"] == text
+    assert saved["answers"][0]["memories"][0]["name"] == "test"
+    with page.expect_download() as download:
+        page.click("#save-html")
+    html = Path(download.value.path()).read_text()
+    assert "<script" not in html
+    assert 'class="t' in html
+    page.click("#link")
+    link = page.url
+    other = page.context.new_page()
+    other.set_default_timeout(60_000)
+    other.goto(link)
+    expect(other.locator(".t")).to_have_count(60)
+    complete(other)
+    assert "".join(other.locator(".t").all_text_contents()) == text
+    kept = link.split("#")[1].replace("-", "+").replace("_", "/")
+    state = json.loads(base64.b64decode(kept + "=" * (-len(kept) % 4)))
+    state["versions"]["test"] = 99
+    moved = base64.b64encode(json.dumps(state).encode()).decode()
+    third = page.context.new_page()
+    third.goto(f"{server.url}/#{moved}")
+    expect(third.locator("#outdated")).to_contain_text("another version of test")
+
+
+def test_documents_are_added_and_removed(page: Page) -> None:
+    page.click("#view-library")
+    expect(page.locator("#library-list > li")).to_have_count(12)
+    page.fill("#add-id", "new-one")
+    page.fill("#add-text", "a person of the council")
+    page.get_by_text("Add document").click()
+    expect(page.locator("#library-list > li")).to_have_count(13, timeout=60_000)
+    row = page.locator("#library-list > li").last
+    row.get_by_text("Remove").click()
+    row.get_by_text("Really remove?").click()
+    expect(page.locator("#library-list > li")).to_have_count(12, timeout=60_000)
+
+
+def test_a_refusal_is_shown(page: Page) -> None:
+    page.click('[data-mode="text"]')
+    page.fill("#input", "x" * 2000)
+    page.click("#run")
+    expect(page.locator("#problem")).to_contain_text("at most 512 tokens")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (320, "light")])
+def test_accessible_at_every_width(browser: Any, server: Running, width: int, scheme: str) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
+    )
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(server.url)
+    expect(page.locator("#serving")).to_contain_text("test")
+    ran(page)
+    page.locator(".t").nth(3).click()
+    page.click("#more summary")
+    found = Axe().run(page)
+    assert not found.response["violations"], found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
