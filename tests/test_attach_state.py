@@ -3,6 +3,7 @@
 Each expected distribution is computed from the whole prefix anew, without cache or state.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,49 +75,58 @@ class World:
         return oracle.predict(*states_of(self.copy, sequence, self.layer), sequence, first)
 
 
-KINDS = [("gpt2", "last_ffn_input"), ("llama", "last_hidden")]
+LAYERS = {"gpt2": "last_ffn_input", "llama": "last_hidden"}
+# Every method with one model; with the other, whose key layer cuts its states, those of most state.
+WORLDS = [*(("gpt2", method) for method in METHODS), ("llama", "retomaton"), ("llama", "hybrid")]
+Made = Callable[[str], tuple[PreTrainedModel, PreTrainedModel, str, Memory]]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
-def made(
-    request: pytest.FixtureRequest, build_memory: Callable[..., Memory]
-) -> tuple[PreTrainedModel, PreTrainedModel, str, Memory]:
-    kind, layer = request.param
-    model = make_model(kind)
-    memory = build_memory(model, DOCUMENTS, key_layer=layer)
-    cluster_memory(memory.path, KMeans(80))
-    for method, given in METHODS.values():
-        if method_named(method).gate is not None:
-            opened = Memory.open(memory.path)
-            with gates_trained_at_once():
-                tune(model, opened, TUNING, method=method, tokenizer=TOKENIZER, **given)
-    return model, make_model(kind), layer, Memory.open(memory.path)
+@pytest.fixture(scope="module")
+def made(build_memory: Callable[..., Memory]) -> Made:
+    """A model, an untouched copy, its key layer, and a memory with clusters and gates, by kind."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[PreTrainedModel, PreTrainedModel, str, Memory]:
+        model = make_model(kind)
+        memory = build_memory(model, DOCUMENTS, key_layer=LAYERS[kind])
+        cluster_memory(memory.path, KMeans(80))
+        for method, given in (METHODS[name] for of, name in WORLDS if of == kind):
+            if method_named(method).gate is not None:
+                opened = Memory.open(memory.path)
+                with gates_trained_at_once():
+                    tune(model, opened, TUNING, method=method, tokenizer=TOKENIZER, **given)
+        return model, make_model(kind), LAYERS[kind], Memory.open(memory.path)
+
+    return make
 
 
-@pytest.fixture(params=METHODS)
-def world(request: pytest.FixtureRequest, made: Any) -> World:
-    method, given = METHODS[request.param]
-    return World(*made, Corpus(made[-1]), method, given)
+def world_of(made: Made, kind: str, name: str) -> World:
+    return World(*made(kind), Corpus(made(kind)[-1]), *METHODS[name])
 
 
-STATES: list[tuple[str, int | str]] = [  # a replay is of no use to what keeps no state
-    ("retomaton", 0),
-    ("retomaton", 3),
-    ("retomaton", "full"),
-    ("retomaton that measures matches", "full"),
-    ("suffix", "full"),
-    ("hybrid", 3),
-    ("hybrid", "full"),
-    ("adaptret", "full"),
+@pytest.fixture(params=WORLDS, ids="-".join)
+def world(request: pytest.FixtureRequest, made: Made) -> World:
+    return world_of(made, *request.param)
+
+
+STATES: list[tuple[tuple[str, str], int | str]] = [  # a replay is of no use without state
+    (("gpt2", "retomaton"), 0),
+    (("llama", "retomaton"), 3),
+    (("gpt2", "retomaton"), "full"),
+    (("gpt2", "retomaton that measures matches"), "full"),
+    (("gpt2", "suffix"), "full"),
+    (("gpt2", "hybrid"), 3),
+    (("llama", "hybrid"), "full"),
+    (("gpt2", "adaptret"), "full"),
 ]
 REPLAYED = {"0": 0, "3": 3, "full": 1000}
 with_replays = pytest.mark.parametrize(("world", "replay"), STATES, indirect=["world"])
 
 
 @pytest.fixture
-def follower(made: Any) -> World:
+def follower(made: Made) -> World:
     """The method with the most to remember."""
-    return World(*made, Corpus(made[-1]), *METHODS["retomaton"])
+    return world_of(made, "llama", "retomaton")
 
 
 def prompt_of(memory: Memory, document: int, start: int, length: int) -> Tensor:
@@ -163,20 +173,20 @@ def check(
             np.testing.assert_allclose(found[row].exp(), np.exp(one.log_probs), atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        SAMPLING,
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 4},
-        {"prompt_lookup_num_tokens": 4},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-@with_replays
+OPTIONS: list[dict[str, Any]] = [
+    SAMPLING,
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"prefill_chunk_size": 4},
+    {"prompt_lookup_num_tokens": 4},
+]
+# Every way of generating with three or more of the states, every state with two of the ways.
+PAIRS = [(*state, OPTIONS[(n + m) % 5]) for n, state in enumerate(STATES) for m in (0, 2)]
+
+
+@pytest.mark.parametrize(("world", "replay", "options"), PAIRS, indirect=["world"])
 def test_every_step_equals_the_oracle(
-    world: World, options: dict[str, Any], replay: int | str
+    world: World, replay: int | str, options: dict[str, Any]
 ) -> None:
     prompt = prompt_of(world.memory, 2, 5, 11)[None]
     torch.manual_seed(1)
