@@ -1,32 +1,26 @@
 """What users hold: a memory that is opened, searched and changed.
 
-Reading what it stores is `store.snapshot`; this adds the model's queries and the searcher, what was
-tuned, and the changes, each of which is a function of `build/`.
+`store.snapshot` reads what it stores and `store.searched` searches it; this adds what was trained
+for it, and the changes, each of which is a function of `build/`.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import numpy as np
-from jaxtyping import Float, Int
 
 from nearest.corpus.documents import Document
 from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.gpu import SearchOn, checked_search_on
-from nearest.index.neighbours import Neighbours
-from nearest.index.search import By, Searcher
 from nearest.progress import Progress, no_progress
 from nearest.store.info import memory_info
 from nearest.store.manifest import read_manifest
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.index import IndexChoice
-from nearest.store.parts.keys import open_projection
-from nearest.store.search import searcher_of
+from nearest.store.searched import SearchedSnapshot
 from nearest.store.snapshot import Snapshot
 from nearest.store.verify import verify
 
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
     from nearest.build.search_text import Passage
 
 _Options = TypeVar("_Options", "BuildOptions", "AddOptions")
-DISTANCES = get_args(By)
 
 
 def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, Any]) -> _Options:
@@ -47,16 +40,12 @@ def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, 
     return kind(**fields) if given is None else dataclasses.replace(given, **fields)
 
 
-class Memory(Snapshot):
-    """A snapshot of a memory folder that is searched, and the changes that lead to the next one."""
+class Memory(SearchedSnapshot):
+    """A snapshot of a memory folder, what was tuned for it, and the changes that follow it."""
 
     def __init__(self, snapshot: Snapshot, search_on: SearchOn = "cpu") -> None:
-        super().__init__(snapshot.path, snapshot.manifest, snapshot.segments)
-        self.search_on = search_on
-        self._reading = Lock()
-        self._searcher: Searcher | None = None
+        super().__init__(snapshot, search_on)
         self._gates = open_gates(self.path, self.manifest)
-        self._projection = open_projection(self.path, self.manifest.keys)
 
     @classmethod
     def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
@@ -368,102 +357,6 @@ class Memory(Snapshot):
     def info(self) -> dict[str, Any]:
         """What the memory holds, how it is searched and what was tuned, as `nearest info` says."""
         return memory_info(self)
-
-    def __repr__(self) -> str:
-        keys = self.manifest.keys
-        form = "no keys" if keys is None else f"{keys.format} keys"
-        return (
-            f"<Memory {str(self.path)!r}: {self.documents:,} documents, "
-            f"{self.entries:,} entries, {form}>"
-        )
-
-    def __len__(self) -> int:
-        """Number of entries."""
-        return self.entries
-
-    def search(
-        self,
-        queries: Float[np.ndarray, "q dim"],
-        k: int,
-        distances: str = "keys",
-        rerank: int = 0,
-        *,
-        ordered: bool = True,
-    ) -> Neighbours:
-        """The k nearest entries of each query (fewer columns if the memory holds fewer).
-
-        Args:
-            queries: float32 hidden states of the memory's key layer.
-            k: number of neighbours, at least 1.
-            distances: "keys" re-ranks the index's candidates by the stored keys; "index" keeps the
-                index's own order and distances, as earlier implementations do.
-            rerank: re-rank at least so many; k and the margin that the index was tuned to
-                when these are more.
-            ordered: nearest first. Otherwise as they come, which is quicker.
-
-        Raises:
-            SettingError: k, the distances or the queries' dimension make no sense, or there are no
-                keys.
-        """
-        if distances not in DISTANCES:
-            raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
-        if k < 1:
-            raise SettingError(f"k must be at least 1, got {k}")
-        return self.searcher.search(
-            self._stored(queries), k, cast(By, distances), rerank, ordered=ordered
-        )
-
-    def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
-        """The k entries nearest to each of some entries by the stored keys, itself among them."""
-        return self.searcher.search(self.keys.rows(ids), k)
-
-    @property
-    def searcher(self) -> Searcher:
-        """What searches the memory; indexes are read at the first use, by one thread."""
-        with self._reading:
-            if self._searcher is None:
-                self._searcher = searcher_of(self.segments, self.keys, self.search_on)
-            return self._searcher
-
-    def key_distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
-    ) -> Float[np.ndarray, "q k"]:
-        """Distance of query i to the stored key of entry ids[i, j] (float32); id -1 gives +inf.
-
-        Raises:
-            SettingError: the memory has no keys, or the queries another dimension.
-        """
-        return self.keys.distances(self._stored(queries), ids)
-
-    def index_distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
-    ) -> Float[np.ndarray, "q k"]:
-        """As `key_distances`, but to the index's own codes, as its searches measure them."""
-        queries = self._stored(queries)
-        if self.has_weights:
-            ids = self.heads(ids)
-        return self.searcher.distances(queries, ids)
-
-    def _stored(self, queries: Float[np.ndarray, "q dim"]) -> Float[np.ndarray, "q stored_dim"]:
-        """Queries as keys are stored."""
-        if queries.shape[1] != self.keys_record.dim:
-            raise SettingError(
-                f"queries have {queries.shape[1]} dims, the keys {self.keys_record.dim}: make "
-                "them with the model and key layer that built the memory"
-            )
-        return queries if self._projection is None else self._projection.apply(queries)
-
-    def settings(self, method: str) -> dict[str, Any]:
-        """What `tune` found for a method; empty when it was not tuned."""
-        return dict(self.manifest.settings.get(method, {}))
-
-    def settings_stale(self, method: str) -> Literal["keys", "documents"] | None:
-        """What has changed since a method was tuned; None if nothing has, or it was not tuned.
-
-        "keys": keys or indexes were rewritten (`compress`, `reindex`): distances mean something
-        else, and a gate trained on them must not be used. "documents": some came or went.
-        """
-        return self.manifest.stale(method)
 
     def gate(self, method: str) -> GateFile | None:
         """The gate that was trained for a method; None when none was."""

@@ -9,11 +9,11 @@ from jaxtyping import Int
 
 from nearest.index.clusters import Clusters, check_neighbours, greedy_merge, kmeans_clusters
 from nearest.index.neighbours import NO_ENTRY
-from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.store.change import changing
 from nearest.store.manifest import ClustersRecord
 from nearest.store.parts.clusters import write_arrays
+from nearest.store.searched import SearchedSnapshot
 
 _SEED = 0
 _SAMPLE_A_CLUSTER = 32
@@ -46,7 +46,7 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
         FolderError: the folder is no memory, or cannot be written.
     """
     with changing(path) as change:
-        memory = Memory.open(path)
+        memory = SearchedSnapshot(change.snapshot)
         if isinstance(how, KMeans):
             found = _by_kmeans(memory, how, progress)
         else:
@@ -65,7 +65,7 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
         )
 
 
-def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
+def _by_kmeans(memory: SearchedSnapshot, how: KMeans, progress: Progress) -> Clusters:
     sample = _SAMPLE_A_CLUSTER * how.clusters if how.sample is None else how.sample
     return kmeans_clusters(
         memory.keys,
@@ -79,7 +79,7 @@ def _by_kmeans(memory: Memory, how: KMeans, progress: Progress) -> Clusters:
     )
 
 
-def _by_merging(memory: Memory, how: GreedyMerge, progress: Progress) -> Clusters:
+def _by_merging(memory: SearchedSnapshot, how: GreedyMerge, progress: Progress) -> Clusters:
     entries = memory.keyed_entries()
     values = np.full(memory.positions, NO_ENTRY)
     values[entries] = memory.values(entries)

@@ -8,8 +8,9 @@ from numbers import Integral, Real
 from typing import Any
 
 from nearest.errors import SettingError
-from nearest.memory import DISTANCES, Memory
+from nearest.memory import Memory
 from nearest.retrieval.candidates import KINDS
+from nearest.store.searched import DISTANCES
 
 BASE = "base"
 _INFINITE = "inf"

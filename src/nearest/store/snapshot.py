@@ -8,7 +8,7 @@ int64 and count through all segments; positions of removed documents are counted
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -54,8 +54,8 @@ class Snapshot:
             [0, *(s.record.documents - s.record.removed for s in segments)]
         )
 
-    @classmethod
-    def open(cls, path: Path) -> "Snapshot":
+    @staticmethod
+    def open(path: Path) -> "Snapshot":
         """Open the present snapshot of a memory folder; files are checked as they are first used.
 
         Raises:
@@ -64,10 +64,35 @@ class Snapshot:
         while True:
             manifest = read_manifest(path)
             try:
-                return cls(path, manifest, [Segment(path, manifest, r) for r in manifest.segments])
+                segments = [Segment(path, manifest, record) for record in manifest.segments]
+                return Snapshot(path, manifest, segments)
             except (FolderError, FileNotFoundError):
                 if read_manifest(path).generation == manifest.generation:
                     raise  # else a writer has published meanwhile, and deleted the files of before
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """What `tune` found for a method; empty when it was not tuned."""
+        return dict(self.manifest.settings.get(method, {}))
+
+    def settings_stale(self, method: str) -> Literal["keys", "documents"] | None:
+        """What has changed since a method was tuned; None if nothing has, or it was not tuned.
+
+        "keys": keys or indexes were rewritten (`compress`, `reindex`): distances mean something
+        else, and a gate trained on them must not be used. "documents": some came or went.
+        """
+        return self.manifest.stale(method)
+
+    def __repr__(self) -> str:
+        keys = self.manifest.keys
+        form = "no keys" if keys is None else f"{keys.format} keys"
+        return (
+            f"<{type(self).__name__} {str(self.path)!r}: {self.documents:,} documents, "
+            f"{self.entries:,} entries, {form}>"
+        )
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return self.entries
 
     # --- numbers ----------------------------------------------------------------------------------
 
