@@ -413,7 +413,7 @@ def test_two_segments_are_compressed_alike(
     assert verify(path) == []
     memory = Memory.open(path)
     entries = memory.valued_entries()
-    weights = np.concatenate([segment.weights for segment in memory.segments])
+    weights = np.concatenate([segment.merged.weights for segment in memory.segments])
     np.testing.assert_allclose(
         memory.log_weights(entries), np.log(np.maximum(weights[entries], 1.0)), rtol=1e-6
     )

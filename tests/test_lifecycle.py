@@ -291,7 +291,7 @@ def test_merged_entries_of_removed_documents(folder: Path, add: Any) -> None:
     memory = add(Memory.open(folder), DOCUMENTS[5:7])
     (first, second) = memory.segments
     assert (first.weights is None, second.weights is None) == (False, True)
-    stored_rows, stored_weights = np.array(first.rows), np.array(first.weights)
+    stored_rows, stored_weights = np.array(first.merged.rows), np.array(first.merged.weights)
     memory = memory.remove(["doc-1", "doc-6"])
     for compacted in (False, True):
         if compacted:
@@ -305,9 +305,9 @@ def test_merged_entries_of_removed_documents(folder: Path, add: Any) -> None:
         heads = np.flatnonzero(stored_weights)
         for entry in first.entries.tolist():
             head = heads[stored_rows[entry]]
-            if segment.gone[entry]:
+            if not segment.alive[entry]:
                 assert entry not in segment.entries
-            elif segment.gone[head]:
+            elif not segment.alive[head]:
                 assert entry not in segment.keyed
                 assert (
                     memory.key_distances(np.zeros((1, 32), np.float32), np.array([[entry]]))
@@ -315,8 +315,8 @@ def test_merged_entries_of_removed_documents(folder: Path, add: Any) -> None:
                 )
             else:
                 sharing = [e for e in first.entries if stored_rows[e] == stored_rows[entry]]
-                left = sum(not segment.gone[e] for e in sharing)
-                assert segment.weights[head] == left
+                left = sum(segment.alive[e] for e in sharing)
+                assert segment.merged.weights[head] == left
     assert verify(folder) == []
 
 
@@ -446,9 +446,9 @@ def traces_of(memory: Memory, number: int) -> dict[str, list[bytes]]:
     if memory.manifest.keys is not None:
         entries = np.arange(segment.offsets[number], segment.offsets[number + 1] - 1)
         stored = np.load(segment.paths["keys"])
-        if segment.rows is not None:
+        if segment.merged is not None:
             heads = segment.searched
-            entries = segment.rows[heads[np.isin(heads, entries)]]
+            entries = segment.merged.rows[heads[np.isin(heads, entries)]]
         traces["keys"] = [stored[row].tobytes() for row in entries[2:]]
     return traces
 

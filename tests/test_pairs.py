@@ -219,8 +219,8 @@ def test_documents_come_and_go_with_their_sources(t5: Any, tmp_path: Path) -> No
     for name in ("tokens", "suffixes", "offsets"):
         np.testing.assert_array_equal(getattr(segment, name), getattr(expected, name))
     for name in ("tokens", "offsets"):
-        found = getattr(segment.stored_sources, name)
-        np.testing.assert_array_equal(found, getattr(expected.stored_sources, name))
+        found = getattr(segment.sources, name)
+        np.testing.assert_array_equal(found, getattr(expected.sources, name))
     np.testing.assert_allclose(
         memory.keys.rows(memory.valued_entries()), once.keys.rows(once.valued_entries()), atol=0.02
     )

@@ -189,7 +189,7 @@ class _Ids:
         ]
         found: list[Stored | None] = [None] * len(ids)
         for stored, i in sorted(candidates):
-            if self._segments[stored.segment].stored_documents[stored.number].id == ids[i]:
+            if self._segments[stored.segment].documents[stored.number].id == ids[i]:
                 found[i] = stored
         return found
 
@@ -247,7 +247,7 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
     with changing(path) as change:
         memory = change.snapshot
         removed = sorted(_Ids(memory).stored(ids) if ids else _with_metadata(memory, where))
-        documents = [memory.segments[s].stored_documents[number] for s, number in removed]
+        documents = [memory.segments[s].documents[number] for s, number in removed]
         segments = _without(change, removed)
         left = (Segment(path, change.manifest, record).entry_count for record in segments)
         if not any(left):
@@ -262,7 +262,7 @@ def _with_metadata(memory: Snapshot, where: Mapping[str, str]) -> list[Stored]:
     removed = []
     for number, segment in enumerate(memory.segments):
         for stored in segment.numbers.tolist():
-            metadata = segment.stored_documents[stored].metadata
+            metadata = segment.documents[stored].metadata
             if all(key in metadata and _is(metadata[key], where[key]) for key in where):
                 removed.append(Stored(number, stored))
     if not removed:

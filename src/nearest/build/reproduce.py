@@ -60,8 +60,8 @@ def reproduction_problems(
 
 def _stored_document(segment: Segment, number: int) -> Document:
     """A document as it was tokenised; early memories kept the encoder text as metadata."""
-    document = segment.stored_documents[number]
-    if segment.stored_sources is None or document.encoder_text is not None:
+    document = segment.documents[number]
+    if segment.sources is None or document.encoder_text is not None:
         return document
     return replace(document, encoder_text=document.metadata.get("source"))
 
@@ -88,7 +88,7 @@ def _near(
     own = np.zeros(segment.record.tokens, dtype=bool)
     own[segment.searched] = True  # others share the key of one that they were merged into
     texts: list[Tokens] = [segment.tokens_of(number) for number in sample]
-    read = segment.stored_sources
+    read = segment.sources
     sources = None if read is None else [read[number] for number in sample]
     for batch, made in encoder.keys(texts, sources):
         entries = segment.offsets[np.array(sample)[batch.documents]] + batch.positions

@@ -156,7 +156,7 @@ def merge_segments(plan: SegmentPlan) -> SegmentRecord:
     def documents() -> Iterator[TokenisedDocument]:
         for segment in plan.merged:
             for number in segment.numbers.tolist():
-                document = segment.stored_documents[number]
+                document = segment.documents[number]
                 yield TokenisedDocument(
                     document, segment.tokens_of(number), segment.source_of(number)
                 )

@@ -41,7 +41,7 @@ def searcher_of(segments: "Sequence[Segment]", keys: Keys, search_on: SearchOn =
             together.setdefault(record.filled_from or alone, []).append(number)
     alive = None
     if any(len(segment.removed) for segment in segments):
-        alive = ~np.concatenate([segment.gone for segment in segments])
+        alive = np.concatenate([segment.alive for segment in segments])
     return Searcher(
         [_searched(segments, numbers, bounds, keys, search_on) for numbers in together.values()],
         keys,

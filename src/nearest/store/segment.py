@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer, UInt8
+from jaxtyping import Bool, Int, Integer
 
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
-from nearest.folder import open_array
 from nearest.index.approximate import read_index
 from nearest.index.clusters import NO_CLUSTER, Clusters
 from nearest.index.exact import ExactIndex
-from nearest.index.ids import position_dtype
 from nearest.index.keys import Keys, MergedKeys
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.search import Searcher
@@ -24,7 +22,7 @@ from nearest.store.documents import DocumentReader
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
 from nearest.store.parts.clusters import open_clusters
 from nearest.store.parts.corpus import StoredSources, open_corpus, valued_entries
-from nearest.store.parts.keys import open_keys, stored_format
+from nearest.store.parts.keys import Merged, open_keys, open_merged, stored_format
 from nearest.store.parts.suffix import open_suffixes
 from nearest.store.search import searcher_of
 
@@ -32,14 +30,13 @@ from nearest.store.search import searcher_of
 class Segment:
     """Tokens, documents, keys, index and clusters of one segment; ids here count from 0.
 
-    Queries and keys are as stored: after the projection, where the memory has one. Where entries
-    were merged (`nearest compress`), `weights` counts what each stands for, 0 for those merged into
-    another, and `rows` is the row of the key that each has or shares, -1 where there is none.
+    Queries and keys are as stored: after the projection, where the memory has one.
 
-    Documents that were removed still stand in the files until `nearest compact`. Everything here
-    but what is called `stored` leaves them out, so that no access path leads to them: each is
-    filtered in one place, where it is opened. An entry that was merged into one of a removed
-    document has no key any more.
+    Documents that were removed stand in the files until `nearest compact`: in what the corpus holds
+    (`tokens`, `offsets`, `documents`, `sources`) and in `suffixes`. `alive` says which positions
+    are left; whoever searches goes by it. What is derived here (`entries`, `searched`, `merged`,
+    `clusters`) has them left out. An entry that was merged into one of a removed document has no
+    key any more.
 
     Every file is opened at once, so that a reader keeps its generation even when a writer replaces
     it; the index is read on the first search.
@@ -51,8 +48,7 @@ class Segment:
         self._vocab_size = manifest.model.vocab_size
         self._source_vocab_size = manifest.model.source_vocab_size
         self._keys: Keys | None = None
-        self._weights: UInt8[np.ndarray, " n"] | None = None
-        self._rows: Int[np.ndarray, " n"] | None = None
+        self._merged: Merged | None = None
         self.paths = {name: folder / file.path for name, file in record.files.items()}
         paths = self.paths
         try:
@@ -67,7 +63,7 @@ class Segment:
                 self._keys = self._open_keys(manifest.keys)
             self._suffixes = open_suffixes(paths, manifest, record)
             self._clusters = open_clusters(paths, manifest, record)
-            self.stored_documents = DocumentReader(
+            self.documents = DocumentReader(
                 self._held_open(paths["documents"]), corpus.frames, record.documents
             )
         except KeyError as error:
@@ -82,8 +78,7 @@ class Segment:
         record, form = self.record, stored_format(self._folder, keys)
         if record.kept is None:
             return open_keys(self.paths, form, keys.stored_dim, record.tokens, keys.metric)
-        self._weights = open_array(self.paths["weights"], np.dtype(np.uint8), (record.tokens,))
-        self._rows = open_array(self.paths["rows"], position_dtype(record.tokens), (record.tokens,))
+        self._merged = open_merged(self.paths, record)
         return open_keys(self.paths, form, keys.stored_dim, record.kept, keys.metric)
 
     def _held_open(self, path: Path) -> BufferedReader:
@@ -105,7 +100,7 @@ class Segment:
         return self._rising("offsets", self._offsets, self.record.tokens)
 
     @cached_property
-    def stored_sources(self) -> StoredSources | None:
+    def sources(self) -> StoredSources | None:
         """What the encoder read for each document; None for a model without one."""
         found = self._sources
         if found is not None:
@@ -126,20 +121,14 @@ class Segment:
         return self._within("suffixes", self._suffixes, 0, self.record.tokens - 1)
 
     @cached_property
-    def stored_rows(self) -> Int[np.ndarray, " n"] | None:
-        """The row of each position's key; None where each has its own."""
-        if self._rows is None:
-            return None
-        return self._within("rows", self._rows, NO_ENTRY, self.record.kept or 0)
-
-    @cached_property
-    def stored_weights(self) -> UInt8[np.ndarray, " n"] | None:
-        """How many entries each stood for when they were merged; None where each is for itself."""
-        if self._weights is not None and self.stored_rows is not None:
-            heads = np.flatnonzero(self._weights)
-            if not np.array_equal(self.stored_rows[heads], np.arange(self.record.kept or 0)):
+    def stored_merged(self) -> Merged | None:
+        """Which entries share a key, those of removed documents too; None where none do."""
+        found = self._merged
+        if found is not None:
+            self._within("rows", found.rows, NO_ENTRY, self.record.kept or 0)
+            if not np.array_equal(found.rows[found.heads], np.arange(self.record.kept or 0)):
                 raise self._damaged("weights", "do not count the entries that share a key")
-        return self._weights
+        return found
 
     @cached_property
     def stored_clusters(self) -> Clusters | None:
@@ -178,12 +167,12 @@ class Segment:
     # --- what is left of the corpus ---------------------------------------------------------------
 
     @cached_property
-    def gone(self) -> Bool[np.ndarray, " n"]:
-        """Which positions are of documents that were removed."""
-        gone = np.zeros(self.record.tokens, dtype=bool)
+    def alive(self) -> Bool[np.ndarray, " n"]:
+        """Which positions are of documents that were not removed."""
+        alive = np.ones(self.record.tokens, dtype=bool)
         for number in self.removed.tolist():
-            gone[self.offsets[number] : self.offsets[number + 1]] = True
-        return gone
+            alive[self.offsets[number] : self.offsets[number + 1]] = False
+        return alive
 
     @cached_property
     def numbers(self) -> Int[np.ndarray, " documents"]:
@@ -191,14 +180,9 @@ class Segment:
         return np.delete(np.arange(self.record.documents), self.removed)
 
     @cached_property
-    def stored_entries(self) -> Int[np.ndarray, " stored_entries"]:
-        """Positions that have a value, those of removed documents too."""
-        return valued_entries(self.offsets)
-
-    @cached_property
     def entries(self) -> Int[np.ndarray, " m"]:
         """Positions that have a value: all but the last of each document."""
-        return self._left(self.stored_entries)
+        return self._left(valued_entries(self.offsets))
 
     @cached_property
     def entry_count(self) -> int:
@@ -209,13 +193,13 @@ class Segment:
     def find(self, document_id: str) -> int | None:
         """The stored number of the document with this id; None where there is none (any more)."""
         for number in np.flatnonzero(self.id_hashes == id_hash(document_id)).tolist():
-            if number not in self.removed and self.stored_documents[number].id == document_id:
+            if number not in self.removed and self.documents[number].id == document_id:
                 return int(number)
         return None
 
     def _left(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
         """Those of some entries that are not of removed documents."""
-        return ids[~self.gone[ids]] if len(self.removed) else ids
+        return ids[self.alive[ids]] if len(self.removed) else ids
 
     def removed_entries(self) -> Int[np.ndarray, " m"]:
         """Entries of removed documents, from the files alone: `verify` compares what is served."""
@@ -231,49 +215,33 @@ class Segment:
         return self._left(self.stored_suffixes)
 
     @cached_property
-    def rows(self) -> Int[np.ndarray, " n"] | None:
-        """The row of the key that each position has or shares; None where each has its own."""
-        if self.stored_rows is None or self.stored_weights is None or not len(self.removed):
-            return self.stored_rows
-        rows = np.where(self.gone, NO_ENTRY, self.stored_rows)
-        heads = np.flatnonzero(self.stored_weights)
-        lost = np.zeros(len(heads) + 1, dtype=bool)  # the last is that of row -1
-        lost[self.stored_rows[heads[self.gone[heads]]]] = True
-        return np.where(lost[rows], NO_ENTRY, rows).astype(self.stored_rows.dtype)
-
-    @cached_property
-    def weights(self) -> UInt8[np.ndarray, " n"] | None:
-        """How many entries each stands for; None where each stands for itself."""
-        if self.stored_weights is None or self.rows is None or not len(self.removed):
-            return self.stored_weights
-        heads = self.searched
-        counts = np.bincount(self.rows[self.rows >= 0], minlength=self.record.kept or 0)
-        weights = np.zeros_like(self.stored_weights)
-        weights[heads] = counts[self.rows[heads]]
-        return weights
+    def merged(self) -> Merged | None:
+        """Which entries share a key; None where each has its own."""
+        found = self.stored_merged
+        return found if found is None or not len(self.removed) else found.left(self.alive)
 
     @cached_property
     def searched(self) -> Int[np.ndarray, " s"]:
         """Entries that a search finds: all, or those that others have been merged into."""
-        if self.stored_weights is None:
-            return self.entries
-        return self._left(np.flatnonzero(self.stored_weights))
+        return self.entries if self.merged is None else self.merged.heads
 
     @cached_property
     def keyed(self) -> Int[np.ndarray, " m"]:
         """Entries that have a key, be it shared."""
-        return self.entries if self.rows is None else self.entries[self.rows[self.entries] >= 0]
+        if self.merged is None:
+            return self.entries
+        return self.entries[self.merged.rows[self.entries] >= 0]
 
     @cached_property
     def searched_count(self) -> int:
         """Number of entries that a search can find."""
-        return self.entry_count if self.stored_weights is None else len(self.searched)
+        return self.entry_count if self.merged is None else len(self.searched)
 
     @cached_property
     def keys(self) -> Keys:
         """The stored keys (SettingError when the memory has none)."""
         keys = self.stored_keys
-        return keys if self.rows is None else MergedKeys(keys, self.rows)
+        return keys if self.merged is None else MergedKeys(keys, self.merged.rows)
 
     @property
     def stored_keys(self) -> Keys:
@@ -288,7 +256,7 @@ class Segment:
         if self.stored_clusters is None:
             return np.full(self.record.tokens, NO_CLUSTER, np.int32)
         of = self.stored_clusters.of
-        return np.where(self.gone, np.int32(NO_CLUSTER), of) if len(self.removed) else of
+        return np.where(self.alive, of, np.int32(NO_CLUSTER)) if len(self.removed) else of
 
     @cached_property
     def clusters(self) -> Clusters | None:
@@ -328,10 +296,10 @@ class Segment:
 
     def heads(self, ids: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The entries into which some were merged, themselves where they stand for themselves."""
-        if self.rows is None or self.stored_weights is None:
+        if self.merged is None or self.stored_merged is None:
             return ids
-        rows = np.where(ids < 0, NO_ENTRY, self.rows[ids])
-        return np.where(rows < 0, NO_ENTRY, np.flatnonzero(self.stored_weights)[rows])
+        rows = np.where(ids < 0, NO_ENTRY, self.merged.rows[ids])
+        return np.where(rows < 0, NO_ENTRY, self.stored_merged.heads[rows])
 
     def tokens_of(self, number: int) -> Tokens:
         """The token ids of a document by its stored number."""
@@ -339,7 +307,7 @@ class Segment:
 
     def source_of(self, number: int) -> Tokens | None:
         """What the encoder read for a document, by its stored number; None where there is none."""
-        return None if self.stored_sources is None else self.stored_sources[number]
+        return None if self.sources is None else self.sources[number]
 
 
 def no_keys(folder: Path) -> SettingError:

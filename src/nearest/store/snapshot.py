@@ -150,7 +150,7 @@ class Snapshot:
     @property
     def has_weights(self) -> bool:
         """Whether some entries stand for others that were merged into them."""
-        return any(segment.weights is not None for segment in self.segments)
+        return any(segment.merged is not None for segment in self.segments)
 
     def log_weights(self, ids: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """Log of the number of entries that each stands for (float32), to be added to −d/T.
@@ -160,10 +160,10 @@ class Snapshot:
         """
         weights = np.zeros(ids.shape, np.float32)
         for segment, first in self._located():
-            if segment.weights is None:
+            if segment.merged is None:
                 continue
             inside = (ids >= first) & (ids < first + segment.record.tokens)
-            counts = np.maximum(segment.weights[ids[inside] - first], 1)
+            counts = np.maximum(segment.merged.weights[ids[inside] - first], 1)
             weights[inside] = np.log(counts, dtype=np.float32)  # of bytes it would be a float16
         return weights
 
@@ -228,7 +228,7 @@ class Snapshot:
     def document(self, number: int) -> Document:
         """A document's id, text and metadata."""
         segment, stored = self._stored_document(number)
-        return segment.stored_documents[stored]
+        return segment.documents[stored]
 
     def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""

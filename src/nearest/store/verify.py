@@ -89,7 +89,7 @@ def _repeated_ids(segments: Sequence[Segment]) -> list[str]:
     for segment in segments:
         own = segment.numbers[np.isin(segment.id_hashes[segment.numbers], shared)]
         for number in own.tolist():
-            document_id = segment.stored_documents[number].id
+            document_id = segment.documents[number].id
             if document_id in ids:
                 return [f"segment {segment.record.name}: a document id stands twice"]
             ids.add(document_id)

@@ -57,7 +57,7 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
     if clusters is None:
         return record
     if new.plan.merged:
-        labels = np.concatenate([segment.labels[~segment.gone] for segment in new.plan.merged])
+        labels = np.concatenate([segment.labels[segment.alive] for segment in new.plan.merged])
     else:
         labels = np.full(record.tokens, NO_CLUSTER, np.int32)
         if clusters.made_by == "k-means":
@@ -85,8 +85,8 @@ def _nearest_clusters(
         if segment.clusters is None:
             continue
         for some, members in segment.clusters.samples(_MEMBERS_PER_MEAN):
-            if segment.rows is not None:  # some have lost the key that they shared
-                keyed = segment.rows[members] >= 0
+            if segment.merged is not None:  # some have lost the key that they shared
+                keyed = segment.merged.rows[members] >= 0
                 some, members = some[keyed], members[keyed]
             sums[some] += segment.keys.rows(members)
             counts[some] += 1
@@ -107,4 +107,4 @@ def check(segment: "Segment") -> list[str]:
     """Whether labels and members agree."""
     if segment.stored_clusters is None:
         return []
-    return segment.stored_clusters.problems(segment.stored_entries)
+    return segment.stored_clusters.problems(valued_entries(segment.offsets))

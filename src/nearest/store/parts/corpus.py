@@ -190,9 +190,9 @@ def check(segment: "Segment", manifest: Manifest) -> list[str]:
     problems = []
     if (segment.tokens[segment.offsets[:-1]] != manifest.model.start_token).any():
         problems.append("a document does not begin with the start token")
-    _ = segment.stored_sources  # checks their values
+    _ = segment.sources  # checks their values
     for number in segment.numbers.tolist():
-        if segment.id_hashes[number] != id_hash(segment.stored_documents[number].id):
+        if segment.id_hashes[number] != id_hash(segment.documents[number].id):
             problems.append("a document cannot be found by its id")
             break
     return problems

@@ -265,11 +265,11 @@ def write_all(
 
 def served(segment: "Segment") -> Int[np.ndarray, " _"]:
     """What a search finds where removed entries would be the nearest: at their own keys."""
-    heads, rows = segment.removed_entries(), segment.stored_rows
+    heads, merged = segment.removed_entries(), segment.stored_merged
     if segment.record.index is None or not len(heads) or not segment.searched_count:
         return np.empty(0, np.int64)
     chosen = np.random.default_rng(_SEED).choice(heads, min(_SERVED, len(heads)), replace=False)
-    own = chosen if rows is None else rows[chosen]
+    own = chosen if merged is None else merged.rows[chosen]
     queries = segment.stored_keys.rows(own[own >= 0])
     ids = segment.searcher.search(queries, _SERVED, "index").ids
     return ids[ids >= 0]

@@ -5,11 +5,13 @@ All segments share the format of their keys, and the projection and centroids th
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from nearest.folder import ArrayFile, open_array
 from nearest.index.ids import position_dtype
@@ -29,6 +31,34 @@ LAYOUT = {**ARRAYS, "rows": "rows.npy", "weights": "weights.npy"}
 SHARED = {"projection": "projection.npy", "codebooks": "codebooks.npy"}
 _FLOAT = np.dtype(np.float32)
 _BLOCK = 16_384  # rows that are copied at once
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Which entries of a segment share a key, where some were merged (`nearest compress`).
+
+    Attributes:
+        rows: the row of the key that each position has or shares, -1 where there is none.
+        weights: how many entries each position stands for, 0 for those merged into another.
+    """
+
+    rows: Int[np.ndarray, " n"]
+    weights: UInt8[np.ndarray, " n"]
+
+    @cached_property
+    def heads(self) -> Int[np.ndarray, " heads"]:
+        """The entries that others have been merged into, ascending."""
+        return np.flatnonzero(self.weights)
+
+    def left(self, alive: Bool[np.ndarray, " n"]) -> "Merged":
+        """Without removed entries, and without the keys that they shared with others."""
+        has_key = np.append(alive[self.heads], False)  # the last is that of row -1
+        rows = np.where(alive & has_key[self.rows], self.rows, NO_ENTRY).astype(self.rows.dtype)
+        heads = self.heads[alive[self.heads]]
+        counts = np.bincount(rows[rows >= 0], minlength=len(self.heads))
+        weights = np.zeros_like(self.weights)
+        weights[heads] = counts[self.rows[heads]]
+        return Merged(rows, weights)
 
 
 class KeyWriter:
@@ -119,6 +149,12 @@ def stored_format(folder: Path, record: KeysRecord) -> KeyFormat:
     return ProductFormat(open_array(folder / record.codebooks.path, _FLOAT, shape))
 
 
+def open_merged(paths: Paths, record: SegmentRecord) -> Merged:
+    """Map the arrays of merged entries (KeyError or FolderError as `open_key_arrays`)."""
+    rows = open_array(paths["rows"], position_dtype(record.tokens), (record.tokens,))
+    return Merged(rows, open_array(paths["weights"], np.dtype(np.uint8), (record.tokens,)))
+
+
 def open_projection(folder: Path, record: KeysRecord | None) -> Projection | None:
     """What keys and queries go through, if anything.
 
@@ -138,7 +174,7 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
         return record
     form, files = stored_format(new.files.root, keys), dict[str, FileRecord]()
     rows, kept = record.tokens, None
-    shared = any(segment.stored_weights is not None for segment in plan.merged)
+    shared = any(segment.merged is not None for segment in plan.merged)
     if shared:
         row_of, weights, kept = _shared_rows(plan.merged)
         files = {
@@ -158,8 +194,8 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
 def _copied_rows(segment: "Segment", shared: bool) -> Int[np.ndarray, " m"]:
     """The stored rows of a merged segment that go over, in their new order."""
     if not shared:
-        return np.flatnonzero(~segment.gone)
-    return segment.searched if segment.rows is None else segment.rows[segment.searched]
+        return np.flatnonzero(segment.alive)
+    return segment.searched if segment.merged is None else segment.merged.rows[segment.searched]
 
 
 def _copy(
@@ -185,16 +221,14 @@ def _shared_rows(
     row_of, weights, first = [], [], 0
     for segment in merged:
         heads = segment.searched
-        old = np.arange(segment.record.tokens) if segment.rows is None else segment.rows
+        old, counts = np.arange(segment.record.tokens), np.zeros(segment.record.tokens, np.uint8)
+        counts[heads] = 1
+        if segment.merged is not None:
+            old, counts = segment.merged.rows, segment.merged.weights
         number = np.full(int(old.max()) + 2, NO_ENTRY)  # the last is that of row -1
         number[old[heads]] = first + np.arange(len(heads))
-        counts = segment.weights
-        if counts is None:
-            counts = np.zeros(segment.record.tokens, np.uint8)
-            counts[heads] = 1
-        left = ~segment.gone
-        row_of.append(number[old[left]])
-        weights.append(counts[left])
+        row_of.append(number[old[segment.alive]])
+        weights.append(counts[segment.alive])
         first += len(heads)
     rows = np.concatenate(row_of)
     return rows.astype(position_dtype(len(rows))), np.concatenate(weights), first
@@ -214,15 +248,10 @@ def check(segment: "Segment") -> list[str]:
 
 def _merge_problems(segment: "Segment") -> list[str]:
     """Whether each kept entry has a key of its own, and counts those that share it."""
-    weights, rows = segment.stored_weights, segment.stored_rows
-    if weights is None or rows is None:
+    merged = segment.stored_merged  # has checked that each kept entry has a row of its own
+    if merged is None:
         return []
-    kept = np.flatnonzero(weights)
-    shared = rows[rows != NO_ENTRY]
-    sound = (
-        len(kept) == segment.record.kept
-        and np.array_equal(rows[kept], np.arange(len(kept)))
-        and ((shared >= 0) & (shared < len(kept))).all()
-        and np.array_equal(np.bincount(shared, minlength=len(kept)), weights[kept])
-    )
+    shared = merged.rows[merged.rows != NO_ENTRY]
+    counts = np.bincount(shared, minlength=len(merged.heads))
+    sound = np.array_equal(counts, merged.weights[merged.heads])
     return [] if sound else ["the weights of merged entries do not count those that share a key"]

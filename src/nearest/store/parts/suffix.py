@@ -9,7 +9,7 @@ from nearest.folder import open_array
 from nearest.index.ids import position_dtype
 from nearest.index.suffix import sort_suffixes
 from nearest.store.manifest import Manifest, SegmentRecord
-from nearest.store.parts.corpus import Paths, valued_mask
+from nearest.store.parts.corpus import Paths, valued_entries, valued_mask
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment
@@ -45,7 +45,7 @@ def check(segment: "Segment") -> list[str]:
     no such predecessor and are in any order.
     """
     suffixes, tokens = segment.stored_suffixes, segment.tokens
-    if not np.array_equal(np.sort(suffixes), segment.stored_entries):
+    if not np.array_equal(np.sort(suffixes), valued_entries(segment.offsets)):
         return ["the suffix array does not hold every entry once"]
     rank = np.full(len(tokens), -1)
     rank[suffixes] = np.arange(len(suffixes))
