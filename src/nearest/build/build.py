@@ -41,9 +41,9 @@ from nearest.store.manifest import (
     KeysRecord,
     Manifest,
     ModelRecord,
-    NewFiles,
     write_manifest,
 )
+from nearest.store.new_files import NewFiles
 from nearest.store.new_segment import SegmentPlan, segment_tokens
 from nearest.store.parts.gates import NewGate, write_gate
 from nearest.store.parts.index import IndexChoice, write_all

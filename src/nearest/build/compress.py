@@ -26,10 +26,10 @@ from nearest.store.manifest import (
     FileRecord,
     KeysRecord,
     Manifest,
-    NewFiles,
     ProjectionRecord,
     SegmentRecord,
 )
+from nearest.store.new_files import NewFiles
 from nearest.store.parts.index import IndexChoice, write_all
 from nearest.store.parts.keys import (
     ARRAYS,

@@ -7,9 +7,10 @@ from dataclasses import replace
 import msgspec
 
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.store.change import Change, segment_files
+from nearest.store.change import Change
 from nearest.store.journal import CorpusRecord, Journal
 from nearest.store.manifest import SegmentRecord
+from nearest.store.new_files import segment_files
 from nearest.store.new_segment import (
     SegmentPlan,
     begin_segment,

@@ -25,8 +25,9 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
-from nearest.store.change import new_folder, segment_files
+from nearest.store.change import new_folder
 from nearest.store.manifest import ClustersRecord, SegmentRecord, write_manifest
+from nearest.store.new_files import segment_files
 from nearest.store.new_segment import SegmentPlan, write_segment
 from nearest.store.parts.clusters import write_arrays
 from nearest.store.parts.corpus import valued_mask

@@ -23,7 +23,8 @@ from nearest.errors import CorpusError, SettingError
 from nearest.index.choice import EXACT, EXACT_BELOW
 from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
-from nearest.store.manifest import NewFiles, SegmentRecord
+from nearest.store.manifest import SegmentRecord
+from nearest.store.new_files import NewFiles
 from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
 from nearest.store.parts.corpus import LAYOUT
 from nearest.store.parts.index import IndexChoice

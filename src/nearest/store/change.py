@@ -21,12 +21,12 @@ from nearest.store.journal import JOURNAL
 from nearest.store.manifest import (
     MANIFEST,
     Manifest,
-    NewFiles,
     SegmentRecord,
     hub_blobs,
     read_manifest,
     write_manifest,
 )
+from nearest.store.new_files import NewFiles, segment_files
 from nearest.store.parts import GATE_SUFFIX, SEGMENT_FILES, SHARED_FILES
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -93,11 +93,6 @@ class Change:
         write_manifest(
             self.path, msgspec.structs.replace(self.manifest, generation=self.number, **fields)
         )
-
-
-def segment_files(path: Path, name: str) -> NewFiles:
-    """Where the files of a new segment go."""
-    return NewFiles(path, f"segments/{name}")
 
 
 def check_new(path: Path) -> None:

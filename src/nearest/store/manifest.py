@@ -4,15 +4,13 @@ import hashlib
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 
 from nearest.errors import FolderError
-from nearest.folder import ArrayFile, sha256_of, write_atomically
+from nearest.folder import sha256_of, write_atomically
 from nearest.index.product import product_parts
 
 FORMAT = 5
@@ -42,36 +40,6 @@ class FileRecord(_Record, frozen=True):
     def of(cls, folder: Path, path: str) -> "FileRecord":
         """Describe a file that is completely written."""
         return cls(path, (folder / path).stat().st_size, sha256_of(folder / path))
-
-
-@dataclass(frozen=True)
-class NewFiles:
-    """Where a writer puts new files: beside the live ones, never over them.
-
-    Attributes:
-        root: the memory folder.
-        folder: below it, such as "segments/000001"; "" for files that all segments share.
-        prefix: what their names begin with, such as "g000002." of the second snapshot.
-    """
-
-    root: Path
-    folder: str = ""
-    prefix: str = ""
-
-    def path(self, name: str) -> Path:
-        """Where a file of this name goes."""
-        return self.root / self.folder / (self.prefix + name)
-
-    def record(self, name: str) -> FileRecord:
-        """Describe a file that is completely written."""
-        return FileRecord.of(self.root, self.path(name).relative_to(self.root).as_posix())
-
-    def write(self, name: str, array: np.ndarray) -> FileRecord:
-        """Write an array, and describe its file."""
-        path = self.path(name)
-        with ArrayFile(path, array.dtype, array.shape[1:], rows=len(array)) as file:
-            file.write(0, array)
-        return self.record(name)
 
 
 class FunctionRecord(_Record, frozen=True):

@@ -12,7 +12,8 @@ from nearest.index.choice import AUTO, bytes_an_entry
 from nearest.index.keys import KeyFormat
 from nearest.progress import Progress
 from nearest.store.journal import Journal
-from nearest.store.manifest import KeysRecord, Manifest, NewFiles, SegmentRecord
+from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
+from nearest.store.new_files import NewFiles
 from nearest.store.parts import PARTS
 from nearest.store.parts.corpus import StoredSources, open_corpus, write_corpus
 from nearest.store.parts.index import IndexChoice

@@ -12,9 +12,9 @@ from nearest.store.manifest import (
     ClustersRecord,
     FileRecord,
     Manifest,
-    NewFiles,
     SegmentRecord,
 )
+from nearest.store.new_files import NewFiles
 from nearest.store.parts.corpus import Paths, valued_entries
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from nearest.errors import CorpusError
 from nearest.folder import ArrayFile, open_array
 from nearest.progress import Progress
 from nearest.store.documents import FRAME_DTYPE, DocumentWriter
-from nearest.store.manifest import Manifest, ModelRecord, NewFiles, SegmentRecord
+from nearest.store.manifest import Manifest, ModelRecord, SegmentRecord
+from nearest.store.new_files import NewFiles
 
 if TYPE_CHECKING:
     from nearest.store.segment import Segment

@@ -11,7 +11,8 @@ from safetensors.numpy import load, save
 
 from nearest.errors import FolderError
 from nearest.folder import write_atomically
-from nearest.store.manifest import GateRecord, Manifest, NewFiles
+from nearest.store.manifest import GateRecord, Manifest
+from nearest.store.new_files import NewFiles
 
 SUFFIX = ".gate.safetensors"  # after the name of the method
 

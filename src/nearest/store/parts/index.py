@@ -32,7 +32,8 @@ from nearest.index.keys import Keys
 from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search
 from nearest.progress import Progress
-from nearest.store.manifest import FileRecord, IndexRecord, Manifest, NewFiles, SegmentRecord
+from nearest.store.manifest import FileRecord, IndexRecord, Manifest, SegmentRecord
+from nearest.store.new_files import NewFiles
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment

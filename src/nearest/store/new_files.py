@@ -1,0 +1,44 @@
+"""Where a writer puts new files: beside the live ones, never over them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nearest.folder import ArrayFile
+from nearest.store.manifest import FileRecord
+
+
+@dataclass(frozen=True)
+class NewFiles:
+    """Names for the files of a segment, or of the memory, that are to be written.
+
+    Attributes:
+        root: the memory folder.
+        folder: below it, such as "segments/000001"; "" for files that all segments share.
+        prefix: what their names begin with, such as "g000002." of the second snapshot.
+    """
+
+    root: Path
+    folder: str = ""
+    prefix: str = ""
+
+    def path(self, name: str) -> Path:
+        """Where a file of this name goes."""
+        return self.root / self.folder / (self.prefix + name)
+
+    def record(self, name: str) -> FileRecord:
+        """Describe a file that is completely written."""
+        return FileRecord.of(self.root, self.path(name).relative_to(self.root).as_posix())
+
+    def write(self, name: str, array: np.ndarray) -> FileRecord:
+        """Write an array, and describe its file."""
+        path = self.path(name)
+        with ArrayFile(path, array.dtype, array.shape[1:], rows=len(array)) as file:
+            file.write(0, array)
+        return self.record(name)
+
+
+def segment_files(path: Path, name: str) -> NewFiles:
+    """Where the files of a new segment go."""
+    return NewFiles(path, f"segments/{name}")
