@@ -228,9 +228,8 @@ class Segment:
     @cached_property
     def keyed(self) -> Int[np.ndarray, " m"]:
         """Entries that have a key, be it shared."""
-        if self.merged is None:
-            return self.entries
-        return self.entries[self.merged.rows[self.entries] >= 0]
+        entries = self.entries
+        return entries if self.merged is None else entries[self.merged.rows[entries] >= 0]
 
     @cached_property
     def searched_count(self) -> int:
