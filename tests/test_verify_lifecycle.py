@@ -84,9 +84,9 @@ def test_a_reader_that_ignores_what_was_removed_is_found(
     assert verify(folder) == []
 
     def ignored(segment: Segment) -> np.ndarray:
-        return np.zeros(segment.record.tokens, dtype=bool)
+        return np.ones(segment.record.tokens, dtype=bool)
 
-    monkeypatch.setattr(Segment, "gone", property(ignored))
+    monkeypatch.setattr(Segment, "alive", property(ignored))
     found = "; ".join(verify(folder))
     for part in PARTS:
         assert f"segment 000001: the {part.name} leads to a document that was removed" in found

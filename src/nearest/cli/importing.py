@@ -37,13 +37,14 @@ def import_store(
 ) -> None:
     """Make a memory of a datastore that knn-transformers or RetoMaton wrote."""
     quiet_libraries()
-    from nearest.verbs.import_store import import_store as import_into
+    from nearest.build import importing
+    from nearest.encode.loading import load_model_and_tokenizer
+    from nearest.memory import Memory
+    from nearest.store.change import check_new
 
+    check_new(out_path)  # before a model is loaded for nothing
     with reports.live_progress(err) as progress:
-        memory = import_into(
-            store,
-            model,
-            out_path,
+        options = importing.ImportOptions(
             entries=entries,
             split=split,
             trust=trust,
@@ -52,4 +53,5 @@ def import_store(
             progress=progress,
             **vars(keying),
         )
-    show_info(memory, as_json)
+        importing.import_store(store, out_path, *load_model_and_tokenizer(model), options)
+    show_info(Memory.open(out_path), as_json)
