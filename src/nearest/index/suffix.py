@@ -52,6 +52,18 @@ class SuffixArray:
         dead = np.concatenate(places)
         return self.suffixes, (dead - np.arange(len(dead))).astype(position_dtype(len(self.tokens)))
 
+    @property
+    def size(self) -> int:
+        """Number of alive entries."""
+        return len(self.suffixes) - len(self.skipping[1])
+
+    def positions(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The positions of alive entries, given their places among them."""
+        suffixes, skips = self.skipping
+        if len(skips):
+            places = places + np.searchsorted(skips, places, side="right")
+        return suffixes[places]
+
     @cached_property
     def early(self) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, " lists_plus_1"]]:
         """Places of the alive entries that come in the first 1/8, 1/64 … of the random order.
@@ -60,9 +72,8 @@ class SuffixArray:
         entries without a look at each.
         """
         bits, lists = 64 - EARLY_BITS, []
-        size = len(self.suffixes) - len(self.skipping[1])
-        blocks = range(0, size, _BLOCK)
-        every = (np.arange(at, min(at + _BLOCK, size)) for at in blocks)
+        blocks = range(0, self.size, _BLOCK)
+        every = (np.arange(at, min(at + _BLOCK, self.size)) for at in blocks)
         places = np.concatenate([np.zeros(0, np.int64), *(self._early(p, bits) for p in every)])
         places = places.astype(position_dtype(len(self.tokens)))
         while len(places) >= _SHORT:
@@ -73,9 +84,7 @@ class SuffixArray:
 
     def _early(self, places: Int[np.ndarray, " n"], bits: int) -> Int[np.ndarray, "_"]:
         """Those whose rank in the random order is below 2^bits."""
-        suffixes, skips = self.skipping
-        stored = places + np.searchsorted(skips, places, side="right") if len(skips) else places
-        order = random_order(suffixes[stored].astype(np.int64) + self.first)
+        order = random_order(self.positions(places).astype(np.int64) + self.first)
         early: Int[np.ndarray, "_"] = places[order >> np.uint64(bits) == 0]
         return early
 

@@ -116,7 +116,7 @@ class Segment:
         return self._within("removed", self._removed, 0, self.record.documents)
 
     @cached_property
-    def stored_suffixes(self) -> Int[np.ndarray, " stored_entries"]:
+    def suffixes(self) -> Int[np.ndarray, " stored_entries"]:
         """All entries by their reversed left context."""
         return self._within("suffixes", self._suffixes, 0, self.record.tokens - 1)
 
@@ -208,11 +208,6 @@ class Segment:
         return np.concatenate([np.empty(0, np.int64), *runs])
 
     # --- access paths -----------------------------------------------------------------------------
-
-    @cached_property
-    def suffixes(self) -> Int[np.ndarray, " m"]:
-        """Entries by their reversed left context."""
-        return self._left(self.stored_suffixes)
 
     @cached_property
     def merged(self) -> Merged | None:

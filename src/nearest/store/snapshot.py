@@ -24,6 +24,7 @@ from nearest.index.ngrams import Ngrams, equal_documents, ngrams, spans_stand
 from nearest.index.suffix import SuffixArray
 from nearest.store.manifest import KeysRecord, Manifest, read_manifest
 from nearest.store.parts.corpus import pair_bytes
+from nearest.store.parts.suffix import suffix_array
 from nearest.store.segment import Segment, no_keys
 
 
@@ -261,10 +262,7 @@ class Snapshot:
 
     @cached_property
     def _suffix_arrays(self) -> list[SuffixArray]:
-        return [
-            SuffixArray(s.tokens, s.stored_suffixes, first, ~s.gone if len(s.removed) else None)
-            for s, first in self._located()
-        ]
+        return [suffix_array(segment, first) for segment, first in self._located()]
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.

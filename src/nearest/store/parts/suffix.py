@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from nearest.folder import open_array
 from nearest.index.ids import position_dtype
-from nearest.index.suffix import sort_suffixes
+from nearest.index.suffix import SuffixArray, sort_suffixes
 from nearest.store.manifest import Manifest, SegmentRecord
 from nearest.store.parts.corpus import Paths, valued_entries, valued_mask
 
@@ -32,9 +32,16 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
     return record.with_files({"suffixes": file})
 
 
+def suffix_array(segment: "Segment", first: int = 0) -> SuffixArray:
+    """What matches are found in: the array, and which of its entries are left."""
+    alive = segment.alive if len(segment.removed) else None
+    return SuffixArray(segment.tokens, segment.suffixes, first, alive)
+
+
 def served(segment: "Segment") -> Int[np.ndarray, " _"]:
     """The entries that matches are found among."""
-    return segment.suffixes
+    array = suffix_array(segment)
+    return array.positions(np.arange(array.size))
 
 
 def check(segment: "Segment") -> list[str]:
@@ -44,7 +51,7 @@ def check(segment: "Segment") -> list[str]:
     entry before the first stands before the entry before the second. Documents' first entries have
     no such predecessor and are in any order.
     """
-    suffixes, tokens = segment.stored_suffixes, segment.tokens
+    suffixes, tokens = segment.suffixes, segment.tokens
     if not np.array_equal(np.sort(suffixes), valued_entries(segment.offsets)):
         return ["the suffix array does not hold every entry once"]
     rank = np.full(len(tokens), -1)
