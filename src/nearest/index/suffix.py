@@ -62,7 +62,8 @@ class SuffixArray:
         suffixes, skips = self.skipping
         if len(skips):
             places = places + np.searchsorted(skips, places, side="right")
-        return suffixes[places]
+        positions: Int[np.ndarray, " n"] = suffixes[places]
+        return positions
 
     @cached_property
     def early(self) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, " lists_plus_1"]]:
