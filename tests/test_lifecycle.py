@@ -290,7 +290,7 @@ def test_merged_entries_of_removed_documents(folder: Path, add: Any) -> None:
     """What is left counts only what is left; what shared the key of one removed has none."""
     memory = add(Memory.open(folder), DOCUMENTS[5:7])
     (first, second) = memory.segments
-    assert (first.weights is None, second.weights is None) == (False, True)
+    assert (first.merged is None, second.merged is None) == (False, True)
     stored_rows, stored_weights = np.array(first.merged.rows), np.array(first.merged.weights)
     memory = memory.remove(["doc-1", "doc-6"])
     for compacted in (False, True):
