@@ -42,7 +42,7 @@ def main() -> None:
         report(tuned="hybrid", text=name, tokens=tuned.tokens, seconds=seconds, nll=tuned.nll)
         for skip in (0.0, 0.5) if name == "all" else ():
             result = evaluate(model, memory, test, "hybrid", tokenizer=tokenizer, skip=skip)
-            report(text="test", skip=skip, **result.as_json())
+            report(text="test", skip=skip, **result.to_dict())
     if "self" not in options.only:
         return
     memories = {name: copied(path, name) for name in ("paper", "self-tuned", "tuned")}
@@ -52,7 +52,7 @@ def main() -> None:
         tune(model, memories["tuned"], valid, method=method, tokenizer=tokenizer)
         for name, memory in memories.items():
             result = evaluate(model, memory, test, method, tokenizer=tokenizer)
-            report(settings=name, text="test", **result.as_json())
+            report(settings=name, text="test", **result.to_dict())
 
 
 def copied(path: Path, name: str) -> Memory:

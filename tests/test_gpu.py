@@ -16,7 +16,7 @@ from nearest.errors import SettingError
 from nearest.index import approximate, gpu
 from nearest.index.gpu import GpuScan
 from nearest.index.keys import Float32Keys
-from nearest.index.neighbours import Metric
+from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
 DOCUMENTS = list(random_documents())[:4]
 QUERIES = np.random.default_rng(0).normal(scale=3, size=(5, 32)).astype(np.float32)
@@ -65,6 +65,28 @@ def test_a_scan_equals_brute_force(
     np.testing.assert_allclose(
         scan.distances(queries, ids[None, :9].repeat(20, 0)), exact[:, :9], rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_a_scan_is_exact_where_torch_may_round_products(
+    metric: Metric, precision: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with TF32: the keys differ by less than their products are rounded."""
+    centre = rng.normal(size=64)
+    keys, queries = (
+        (centre + 0.001 * rng.normal(size=(n, 64))).astype(np.float32) for n in (3000, 20)
+    )
+    bits = {"high": 13, "medium": 16}[precision]  # of the 23 of a float32, dropped
+    scan = GpuScan(Float32Keys(keys, metric), np.arange(3000), torch.device("cpu"))
+    scan._rows = torch.from_numpy((keys.view(np.uint32) >> bits << bits).view(np.float32))
+    everything = np.arange(3000)[None].repeat(20, 0)
+    measured = Neighbours(everything, scan.distances(queries, everything))
+    truth = sort_nearest_first(measured, 8)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    np.testing.assert_array_equal(scan.search(queries, 8).ids, truth.ids)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert (scan.search(queries, 8).ids != truth.ids).any()  # the rounding does matter here
 
 
 @pytest.mark.parametrize("index", SCANNED)

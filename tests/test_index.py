@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import faiss
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from nearest.errors import FolderError, SettingError
 from nearest.folder import sha256_of
+from nearest.index import building
 from nearest.index.approximate import ApproximateIndex, read_index
 from nearest.index.building import (
     build_index,
@@ -28,7 +31,7 @@ from nearest.index.choice import explained, resolve_spec
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
 from nearest.index.ids import random_order
-from nearest.index.keys import Float16Keys
+from nearest.index.keys import Float16Keys, Float32Keys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.threads import in_threads
 from nearest.index.tuning import recall, tune_search
@@ -551,7 +554,7 @@ import os, numpy as np
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float16Keys
+from nearest.index.keys import Float16Keys, Float32Keys
 keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)
 stored = Float16Keys(keys, 'l2')
 ids, queries = np.arange(3000), keys[:64].astype(np.float32)
@@ -639,3 +642,41 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MemoryError):
         in_threads(work, 200)
     assert sorted(done) == [0, 100, 150]  # and nobody still works on what is given up
+
+
+def test_threads_that_share_work_again_do_not_wait_for_each_other() -> None:
+    """Even when every thread of the pool does so at once."""
+    done = np.zeros((8, 64, 200), int)
+
+    def rows_of(i: int, j: int) -> Callable[[slice], None]:
+        def work(rows: slice) -> None:
+            done[i, j, rows] += 1
+
+        return work
+
+    def work(i: int) -> Callable[[slice], None]:
+        def share_again(some: slice) -> None:
+            for j in range(64)[some]:
+                in_threads(rows_of(i, j), 200)
+
+        return share_again
+
+    callers = [Thread(target=in_threads, args=(work(i), 64), daemon=True) for i in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert (done == 1).all()
+
+
+def test_inner_products_with_long_keys_are_settled_by_the_stored_keys() -> None:
+    """Keys far longer than their products with the queries, which cancel in float32."""
+    rng = np.random.default_rng(0)
+    queries = np.concatenate([np.ones((20, 32)), rng.normal(size=(20, 32))], 1).astype(np.float32)
+    keys = np.concatenate([rng.normal(size=(3000, 32)), 1e-3 * rng.normal(size=(3000, 32))], 1)
+    keys[:, :32] = (keys[:, :32] - keys[:, :32].mean(1, keepdims=True)) * 1e5
+    index = ExactIndex(Float32Keys(keys.astype(np.float32), "ip"), np.arange(3000))
+    found = index.search(queries, 50)
+    for row, query in enumerate(queries):  # one query is measured by the stored keys alone
+        np.testing.assert_array_equal(found.ids[row], index.search(query[None], 50).ids[0])

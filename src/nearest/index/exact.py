@@ -1,6 +1,7 @@
 """Exhaustive search: all keys compared. Every other index is measured against it."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,9 +13,12 @@ from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, t
 BLOCK_BYTES = 1 << 26  # of float32 keys that are compared at once
 _FEW = 16  # queries; for more it pays to decode the keys
 _SLICES = 64  # of the keys, shared among threads
-SPARE = 16  # entries fetched beyond k by rounded distances
+# Entries fetched beyond k by rounded distances. Only if the farthest of them is farther than the
+# k-th by more than rounding can explain is nothing nearer missing; without any, none would be.
+SPARE = 16
 MORE = 8  # times as many where these leave the k nearest in doubt
-_ROUNDING = 8 * 2.0**-24  # of a product of float32 vectors, by its length and sqrt(dim)
+FLOAT32 = 2.0**-24  # unit roundoff
+_ROUNDINGS = 8  # that a product of two vectors adds up, at most, times sqrt(dim)
 
 
 class ExactIndex:
@@ -48,7 +52,17 @@ class ExactIndex:
             k,
             self.entries,
             lambda rows: self._search(queries[rows], k, MORE * spare),
+            self._longest,
         )
+
+    @cached_property
+    def _longest(self) -> float:
+        """Length of the longest key; of no use, and 0, for L2."""
+        if self._keys.metric == "l2":
+            return 0.0
+        block = max(1, BLOCK_BYTES // (4 * self._keys.dim))
+        blocks = (self._ids[at : at + block] for at in range(0, self.entries, block))
+        return max(float(lengths_of(self._keys.rows(ids)).max()) for ids in blocks)
 
     def _search_one(self, query: Float[np.ndarray, " dim"], k: int) -> Neighbours:
         """Measure all keys as they are stored."""
@@ -91,20 +105,37 @@ def settled(
     k: int,
     entries: int,
     search_wider: Callable[[Int[np.ndarray, " rows"]], Neighbours],
+    longest: float,
+    roundoff: float = FLOAT32,
 ) -> Neighbours:
     """The k nearest by the stored keys, of more than k that are nearest by rounded distances.
 
-    Where an entry that was not found may be as near as the k-th, as where many keys are equal,
-    `search_wider` is called with the numbers of those queries.
+    Args:
+        found: more than k entries a query.
+        keys, queries: what distances are measured between.
+        k: number of neighbours.
+        entries: how many could be found.
+        search_wider: called with the numbers of those queries for which an entry that was not found
+            may be as near as the k-th, as where many keys are equal.
+        longest: length of the longest key; only the inner product needs it, since keys that are
+            near by L2 are not much longer than the query.
+        roundoff: of the factors of the products that `found` was measured by.
     """
     by_keys = Neighbours(found.ids, keys.distances(queries, found.ids))
     nearest = sort_nearest_first(by_keys, k).padded(k)
     if found.ids.shape[1] < entries:
         farthest = nearest.distances[:, -1]
-        lengths = np.einsum("qd,qd->q", queries, queries) + np.abs(farthest)
-        error = _ROUNDING * np.sqrt(keys.dim) * lengths
+        lengths = lengths_of(queries)
+        size = lengths**2 + farthest if keys.metric == "l2" else lengths * longest
+        error = _ROUNDINGS * roundoff * np.sqrt(keys.dim) * size
         rows = np.flatnonzero(found.distances.max(axis=1) - error <= farthest)
         if len(rows):
             wider = search_wider(rows)
             nearest.ids[rows], nearest.distances[rows] = wider
     return nearest
+
+
+def lengths_of(rows: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:
+    """Euclidean length of each row."""
+    lengths: Float[np.ndarray, " n"] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return lengths

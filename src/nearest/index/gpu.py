@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.errors import SettingError
-from nearest.index.exact import MORE, SPARE, settled
+from nearest.index.exact import FLOAT32, MORE, SPARE, lengths_of, settled
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Neighbours
@@ -21,6 +21,8 @@ SearchOn = Literal["cpu", "gpu"]
 MOST_IN_LISTS = 2048  # neighbours that FAISS finds on a GPU at once
 _SCORES = 1 << 28  # float32 that are held at once: a gigabyte
 _READ = 65_536  # rows
+# What torch may do to the factors of a matrix product: nothing, or cut them to TF32 or bfloat16.
+_ROUNDOFF = {"highest": FLOAT32, "high": 2.0**-10, "medium": 2.0**-7}
 
 
 def checked_search_on(name: str) -> SearchOn:
@@ -69,12 +71,14 @@ class GpuScan:
         device = device or gpu_device()
         self._keys = keys
         self.entries = self.most = len(ids)
+        self._longest = 0.0
         try:
             self._rows = torch.empty(len(ids), keys.dim, device=device)
             self._ids = torch.from_numpy(ids).to(device)
             for start in range(0, len(ids), _READ):
-                rows = torch.from_numpy(keys.rows(ids[start : start + _READ]))
-                self._rows[start : start + _READ] = rows
+                rows = keys.rows(ids[start : start + _READ])
+                self._rows[start : start + _READ] = torch.from_numpy(rows)
+                self._longest = max(self._longest, float(lengths_of(rows).max()))
             self._squares = self._rows.square().sum(1) if keys.metric == "l2" else None
         except torch.OutOfMemoryError as error:
             raise SettingError(
@@ -87,6 +91,8 @@ class GpuScan:
         return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
 
     def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
+        import torch
+
         return settled(
             self._scan(queries, min(k + spare, self.entries)),
             self._keys,
@@ -94,10 +100,12 @@ class GpuScan:
             k,
             self.entries,
             lambda rows: self._search(queries[rows], k, MORE * spare),
+            self._longest,
+            _ROUNDOFF[torch.get_float32_matmul_precision()],
         )
 
     def _scan(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """By float32 products; ties are broken anyhow."""
+        """By matrix products, in the precision that torch is set to; ties in any order."""
         import torch
 
         found = Neighbours(
