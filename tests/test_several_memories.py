@@ -108,7 +108,7 @@ def test_sources_share_the_token_as_the_weights_say(
         with attach(tiny_model, which, method, **settings, **more) as session:
             out = tiny_model.generate(prompt, **how)
             if sequence is not None:  # read the same tokens, whatever this would have written
-                session._generated.sequences.copy_(sequence)
+                session._last.sequences.copy_(sequence)
                 out = sequence
             probabilities = log_probs(tiny_model, out).exp()[0]
             named = session.sources(0)
@@ -192,7 +192,7 @@ def test_memories_that_do_not_go_together_are_refused(
         attach(tiny_model, [memories[0], other])
     torch.manual_seed(5)
     foreign = build_memory(make_model("llama"), make_documents(3, 9))
-    with pytest.raises(ModelError, match="weights"):
+    with pytest.raises(ModelError, match="not the one that built"):
         attach(tiny_model, [memories[0], foreign])
     bare = build_memory(tiny_model, make_documents(3, 9), keys="none")
     with attach(tiny_model, [bare, other], "suffix"):
