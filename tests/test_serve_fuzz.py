@@ -1,0 +1,110 @@
+"""Whatever a client sends gets an answer that is no fault of the server's."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from transformers import PreTrainedTokenizerFast
+
+from conftest import make_documents
+from nearest import Memory
+from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+
+# 5,000 cases over all operations: NEAREST_FUZZ_CASES=400
+CASES = int(os.environ.get("NEAREST_FUZZ_CASES", "25"))
+
+
+@pytest.fixture(scope="module")
+def server(
+    build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Running]:
+    model = roomy_model()
+    memory = build_memory(model, make_documents(12, 30))
+    with serving(
+        model, tiny_tokenizer, [memory], chat_template=CHAT_TEMPLATE, timeout=20
+    ) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_generated_requests_get_no_server_error(server: Running) -> None:
+    schema = schemathesis.openapi.from_dict(server.client.get("/openapi.json").json())
+    schema.config.update(base_url=server.url)
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) >= 12
+    seen: set[int] = set()
+
+    def tried(operation: Any) -> None:
+        @settings(
+            max_examples=CASES,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            response = case.call()
+            seen.add(response.status_code)
+            assert response.status_code < 500, (case.as_curl_command(), response.text)
+
+        check()
+
+    for operation in operations:
+        tried(operation)
+    assert 200 in seen
+    assert 400 in seen
+    assert server.service.engine.alive
+
+
+BROKEN = [
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
+    b"\x16\x03\x01\x02\x00\x01",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", BROKEN)
+def test_broken_connections_harm_nobody(server: Running, sent: bytes) -> None:
+    port = int(server.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(sent)
+        connection.settimeout(2)
+        try:
+            answer = connection.recv(100)
+        except (TimeoutError, ConnectionError):
+            answer = b""
+    assert not answer.startswith(b"HTTP/1.1 5")
+    server.complete("x", max_tokens=1)
+
+
+def test_a_client_that_stops_reading_is_disconnected(
+    build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = roomy_model()
+    memory = build_memory(model, make_documents(4, 10))
+    with serving(model, tiny_tokenizer, [memory], slow_client=1.0) as running:
+        port = int(running.url.rsplit(":", 1)[1])
+        body = (
+            b'{"model": "tiny", "prompt": "x", "n": 32, "max_tokens": 400, "stream": true,'
+            b' "nearest": {"alternatives": 20}, "temperature": 2}'
+        )
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", port))
+            slow.sendall(head.encode() + body)
+            deadline = time.monotonic() + 60
+            running.complete("x", max_tokens=3)  # nobody else waits for it
+            while running.service.engine.busy:
+                assert time.monotonic() < deadline, "the work goes on for a client that left"
+                time.sleep(0.05)
