@@ -1,4 +1,4 @@
-"""Write generations of a memory: build one, give it another index or clusters, store settings."""
+"""Build a memory, give it another index, and store what was tuned: each as one snapshot."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -124,7 +124,7 @@ def build_memory(
 
 
 def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
-    """A first generation that has no segment yet."""
+    """A first snapshot that has no segment yet."""
     rules = token_rules(model, tokenizer)
     probe = None
     if keys is not None:

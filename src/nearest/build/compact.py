@@ -80,7 +80,7 @@ def plan_compaction(path: Path) -> CompactionPlan:
 def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     """Write anew what is left, in segments no larger than a build's; then delete the old files.
 
-    Readers that have the memory open go on with the old generation. What is copied is what was
+    Readers that have the memory open go on with the old snapshot. What is copied is what was
     stored; suffix arrays and indexes are made anew. A segment that has lost nothing and has no room
     for a neighbour stays as it is.
 

@@ -1,4 +1,4 @@
-"""What parts of the work on a memory cost, tried on a little of it."""
+"""Costs of the stages of a build, measured on a sample."""
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ _LISTS_GROW = 1.4  # room that inverted lists take while they grow, by what they
 
 
 class IndexCost(NamedTuple):
-    """What an index takes: seconds to build, bytes on the disk, and bytes of memory meanwhile."""
+    """Cost of an index: seconds to build, bytes on disk, peak bytes of RAM."""
 
     seconds: float
     bytes_needed: int
@@ -42,20 +42,20 @@ class IndexCost(NamedTuple):
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
+    """Seconds that a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def hashing() -> float:
-    """Seconds to checksum a byte."""
+    """Seconds to checksum one byte."""
     data = bytes(_HASHED)
     return timed(lambda: hashlib.sha256(data)) / len(data)
 
 
 def sorting(tokens: Tokens, wanted: int) -> float:
-    """Seconds to sort the suffixes of so many tokens; it grows faster than their number."""
+    """Seconds to sort the suffixes of `wanted` tokens; the growth is superlinear."""
 
     def seconds(count: int) -> float:
         return timed(lambda: sort_suffixes(tokens[:count], np.ones(count, bool)))

@@ -1,4 +1,4 @@
-"""What building a memory will take, from one reading of the corpus and a sample of the work."""
+"""Estimate what a build takes, from one pass over the corpus and a sample of the work."""
 
 import hashlib
 import math
@@ -187,7 +187,7 @@ def _existing(path: Path) -> Path:
 
 
 def _held() -> int:
-    """Bytes of memory that the process holds itself, mapped files left out."""
+    """Bytes of RAM that the process holds, without mapped files."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
@@ -197,7 +197,7 @@ def _held() -> int:
 
 @contextmanager
 def _most_held(beyond: int) -> Iterator[list[int]]:
-    """The most bytes of memory that are held, beyond so many, while the context lasts."""
+    """Peak RAM above `beyond` bytes while the context is open."""
     most, done = [0], Event()
 
     def watch() -> None:
@@ -214,7 +214,7 @@ def _most_held(beyond: int) -> Iterator[list[int]]:
 
 
 def _compressed(documents: list[Document]) -> tuple[int, float]:
-    """Bytes that documents take when they are stored, and seconds to make them."""
+    """Compressed size of documents in bytes, and seconds to compress them."""
     started = time.perf_counter()
     lines = b"".join(map(document_line, documents))
     hashlib.sha256(lines)
@@ -225,7 +225,7 @@ def _compressed(documents: list[Document]) -> tuple[int, float]:
 
 
 def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:
-    """Tokens that the model will read, those of overlapping windows each time."""
+    """Tokens that the model reads; overlaps of windows count each time."""
     window, stride = encoder.window, encoder.stride
     further = np.ceil(np.maximum(counts - window, 0) / stride)
     return float((counts + further * (window - stride)).sum())
@@ -234,7 +234,7 @@ def _inputs(counts: Float[np.ndarray, " documents"], encoder: Encoder) -> float:
 def _encoding(
     encoder: Encoder, form: KeyFormat, documents: list[Tokens], sources: list[Tokens]
 ) -> float:
-    """Seconds an input; padding, what the encoder reads, and rounding of the keys included."""
+    """Seconds per input token, with padding, encoder passes and key encoding."""
     lengths = [len(tokens) for tokens in documents]
     real = sum(w.length for n in lengths for w in windows(n, encoder.window, encoder.stride))
     batches = list(encoder.batches(documents, sources or None))

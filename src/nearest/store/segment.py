@@ -1,4 +1,4 @@
-"""One part of a memory's corpus with its access paths, opened for reading."""
+"""A segment of a memory, opened for reading: a shard of the corpus with its index structures."""
 
 import weakref
 from functools import cached_property
@@ -38,7 +38,7 @@ class Segment:
     `clusters`) has them left out. An entry that was merged into one of a removed document has no
     key any more.
 
-    Every file is opened at once, so that a reader keeps its generation even when a writer replaces
+    Every file is opened at once, so that a reader keeps its snapshot even when a writer replaces
     it; the index is read on the first search.
     """
 
@@ -87,7 +87,7 @@ class Segment:
         weakref.finalize(self, file.close)
         return file
 
-    # --- what is stored: looked at once, at its first use, for compiled kernels check no index ----
+    # --- as stored; ranges are checked at the first use, because compiled kernels do not ----------
 
     @cached_property
     def tokens(self) -> Integer[np.ndarray, " n"]:
@@ -198,7 +198,7 @@ class Segment:
         return None
 
     def _left(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-        """Those of some entries that are not of removed documents."""
+        """Drop entries of removed documents."""
         return ids[self.alive[ids]] if len(self.removed) else ids
 
     def removed_entries(self) -> Int[np.ndarray, " m"]:

@@ -1,4 +1,4 @@
-"""The index of a segment: which kind, built over its keys, tuned, written, and checked."""
+"""The index of a segment: choosing, building, tuning, writing and checking it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -265,7 +265,7 @@ def write_all(
 
 
 def served(segment: "Segment") -> Int[np.ndarray, " _"]:
-    """What a search finds where removed entries would be the nearest: at their own keys."""
+    """What a search returns for queries at the keys of removed entries."""
     heads, merged = segment.removed_entries(), segment.stored_merged
     if segment.record.index is None or not len(heads) or not segment.searched_count:
         return np.empty(0, np.int64)
@@ -277,7 +277,7 @@ def served(segment: "Segment") -> Int[np.ndarray, " _"]:
 
 
 def check(segment: "Segment") -> list[str]:
-    """Whether it can be read, holds what it should, and still finds what it did when built."""
+    """Whether the index loads, has the recorded size, and still reaches its recall at building."""
     if segment.record.index is None:
         return []
     # A FolderError when the index cannot be read, or holds something else.

@@ -1,4 +1,4 @@
-"""The keys of a segment: how they are written, opened, copied and checked.
+"""The keys of a segment: writing, opening, copying and checking them.
 
 All segments share the format of their keys, and the projection and centroids that it may need.
 """
@@ -169,7 +169,7 @@ def open_projection(folder: Path, record: KeysRecord | None) -> Projection | Non
 
 
 def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
-    """Encode new text, or copy what is left of merged segments, as it is stored."""
+    """Encode new text, or copy the stored keys of live entries from the segments being merged."""
     plan, keys = new.plan, new.plan.manifest.keys
     if keys is None:
         return record
@@ -193,7 +193,7 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
 
 
 def _copied_rows(segment: "Segment", shared: bool) -> Int[np.ndarray, " m"]:
-    """The stored rows of a merged segment that go over, in their new order."""
+    """Rows of one merged segment that are copied, in their new order."""
     if not shared:
         return np.flatnonzero(segment.alive)
     return segment.searched if segment.merged is None else segment.merged.rows[segment.searched]
@@ -218,7 +218,7 @@ def _copy(
 def _shared_rows(
     merged: "Sequence[Segment]",
 ) -> tuple[Int[np.ndarray, " n"], UInt8[np.ndarray, " n"], int]:
-    """The row of the key of each position left, how many entries each stands for, and all rows."""
+    """Rows and weights of all live positions after the merge, and the number of rows."""
     row_of, weights, first = [], [], 0
     for segment in merged:
         heads = segment.searched

@@ -45,7 +45,7 @@ def served(segment: "Segment") -> Int[np.ndarray, " _"]:
 
 
 def check(segment: "Segment") -> list[str]:
-    """Whether the array holds every entry once, and in order.
+    """Whether the array holds every entry once, in order.
 
     Two neighbours are in order if the first has the lower token, or if the tokens are equal and the
     entry before the first stands before the entry before the second. Documents' first entries have
