@@ -28,7 +28,7 @@ def main() -> None:
     if not is_built(whole):
         seconds, _ = timed(
             lambda: Memory.build(
-                model, tokenizer, documents(range(options.stored)), whole, keys="none"
+                model, tokenizer, documents(range(options.stored)), whole, keys="none", tune=False
             )
         )
         report(built=whole.name, seconds=seconds)
