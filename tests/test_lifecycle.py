@@ -24,6 +24,7 @@ from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.index import ngrams
 from nearest.store import new_segment
+from nearest.store.documents import DocumentReader
 from nearest.store.parts import index as index_files
 from nearest.store.verify import verify
 
@@ -572,3 +573,48 @@ def test_many_additions_leave_few_segments(folder: Path, add: Any) -> None:
     names = [f"n{number}" for number in range(9) if number != 1]
     assert ids_of(memory) == [*(d.id for d in DOCUMENTS[:5]), *names]
     assert b"1 times the law" not in everything_in(folder)
+
+
+def test_documents_whose_ids_have_one_hash_are_told_apart(
+    tmp_path: Path,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("nearest.build.lifecycle", "nearest.store.parts.corpus"):
+        monkeypatch.setattr(f"{module}.id_hash", lambda name: np.uint64(len(name)))
+    model = tiny_model, tiny_tokenizer
+    documents = [Document(name, f"text of {name}") for name in ("aa", "bb", "ccc", "dd")]
+    memory = Memory.build(*model, documents, tmp_path / "m", keys="none", tune=False)
+    memory = memory.add(*model, [Document("ee", "new")]).remove(["dd", "aa"])
+    memory = memory.update(*model, [Document("bb", "another")])
+    with pytest.raises(CorpusError, match="'ff'"):
+        memory.update(*model, [Document("ff", "not there")])
+    with pytest.raises(CorpusError, match="'ff'"):
+        memory.remove(["ff"])
+    left = {d.id: d.text for d in map(memory.refresh().document, range(memory.documents))}
+    assert left == {"ccc": "text of ccc", "ee": "new", "bb": "another"}
+
+
+def test_frames_of_documents_are_read_once_whatever_the_order_of_the_ids(
+    tmp_path: Path,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nearest.store.documents._FRAME_BYTES", 256)
+    model = tiny_model, tiny_tokenizer
+    documents = [Document(f"doc-{i}", f"text {i}") for i in range(60)]
+    memory = Memory.build(*model, documents, tmp_path / "m", keys="none", tune=False)
+    frames, read = memory.segments[0].record.frames, list[int]()
+    assert frames > 10
+
+    def counted(reader: DocumentReader, frame: int) -> list[bytes]:
+        read.append(frame)
+        return read_frame(reader, frame)
+
+    read_frame = DocumentReader._read_frame
+    monkeypatch.setattr(DocumentReader, "_read_frame", counted)
+    order = np.random.default_rng(0).permutation(60)[:40]
+    memory.update(*model, [Document(f"doc-{i}", "new") for i in order])
+    assert len(read) <= frames + 1

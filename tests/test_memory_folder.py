@@ -846,7 +846,7 @@ def killed(
     folder = tmp_path_factory.mktemp("killed")
     model, documents = (tiny_model, tiny_tokenizer), make_documents(12, 30)
     changes = {
-        "build": lambda path: Memory.build(*model, documents, path, index="IVF4,SQ8"),
+        "build": lambda path: Memory.build(*model, documents, path, keys="fp16", index="IVF4,SQ8"),
         "index": lambda path: rebuild_index(path, IndexChoice("IVF8,Flat")),
     }
     for moment in INDEX_KILLS:
@@ -870,7 +870,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
     assert not (path / "manifest.json").exists()
     with pytest.raises(FolderError, match="an interrupted build leaves none"):
         Memory.open(path)
-    Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path)
+    Memory.build(tiny_model, tiny_tokenizer, DOCUMENTS[:3], path, keys="fp16")
     assert verify(path) == []
     assert Memory.open(path).documents == 3
     assert files(path) == {
