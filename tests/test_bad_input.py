@@ -121,10 +121,10 @@ def save(
 GOOD = b'{"id": "good", "text": "a good line"}\n'
 BAD_CORPORA: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "missing path": ({}, "missing.txt", ["missing.txt does not exist", "check the path"]),
-    "empty file": ({"a.txt": b""}, "a.txt", ["a.txt is empty", "give it text"]),
-    "empty file in a folder": ({"f/a.txt": b"", "f/b.txt": b"b"}, "f", ["f/a.txt is empty"]),
-    "empty folder": ({"f/x.pdf": b"x"}, "f", ["f holds no .txt, .md, .jsonl (or"]),
-    "unknown kind": ({"a.pdf": b"%PDF"}, "a.pdf", ["a.pdf is none of .txt, .md, .jsonl"]),
+    "empty file": ({"a.txt": b""}, "a.txt", ["a.txt holds no documents", "1 empty"]),
+    "empty files in a folder": ({"f/a.txt": b"", "f/b.md": b""}, "f", ["2 empty", "f/a.txt"]),
+    "empty folder": ({"f/x.odt": b"x"}, "f", ["f holds no file of a kind", "1 .odt", "--suffix"]),
+    "unknown kind": ({"a.odt": b"x"}, "a.odt", ["a.odt is of no kind", "--format text"]),
     "not UTF-8": (
         {"a.txt": "12345 é".encode("latin-1")},
         "a.txt",
@@ -139,16 +139,24 @@ BAD_CORPORA: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "malformed line": (
         {"a.jsonl": GOOD * 1 + b"\n{text}\n"},
         "a.jsonl",
-        ["a.jsonl:3 is not JSON", "mend or remove the line"],
+        ["a.jsonl:3 is not JSON", "mend it"],
     ),
     "line of another kind": ({"a.jsonl": b"[1]"}, "a.jsonl", ["a.jsonl:1 is not a JSON object"]),
     "no text": (
         {"a.jsonl": GOOD + b'{"txt": "b"}'},
         "a.jsonl",
-        ["a.jsonl:2 has no 'text' string", "every document needs one"],
+        ["a.jsonl:2 has no field 'text'", "it has 'txt'", "--text-field"],
     ),
-    "text is a number": ({"a.jsonl": b'{"text": 5}'}, "a.jsonl", ["a.jsonl:1 has no 'text'"]),
-    "empty text": ({"a.jsonl": b'{"text": ""}'}, "a.jsonl", ["a.jsonl:1 has an empty 'text'"]),
+    "text is a number": (
+        {"a.jsonl": b'{"text": 5}'},
+        "a.jsonl",
+        ["a.jsonl:1 has no text in its field 'text'"],
+    ),
+    "empty text": (
+        {"a.jsonl": b'{"text": ""}'},
+        "a.jsonl",
+        ["a.jsonl holds no documents", "1 empty"],
+    ),
     "lone surrogate": (
         {"a.jsonl": b'{"text": "a\\ud800"}'},
         "a.jsonl",
@@ -179,8 +187,10 @@ BAD_CORPORA: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("verb", ["build", "eval"])
-@pytest.mark.parametrize("case", BAD_CORPORA)
+@pytest.mark.parametrize(
+    ("verb", "case"),
+    [*(("build", case) for case in BAD_CORPORA), ("eval", "not UTF-8"), ("eval", "one id twice")],
+)
 def test_a_bad_corpus(
     tmp_path: Path, world: SimpleNamespace, out: Path, verb: str, case: str
 ) -> None:

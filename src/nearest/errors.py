@@ -36,9 +36,9 @@ class SettingsWarning(UserWarning):
     """Settings in use that nobody tuned, or that were tuned before the memory changed."""
 
 
-def require(module: str, extra: str) -> None:
+def require(module: str, extra: str, package: str | None = None) -> None:
     """Fail where an optional dependency is used, with the cure, unless it is installed."""
     if find_spec(module) is None:
         raise NearestError(
-            f"{module} is needed here but not installed: pip install 'nearest[{extra}]'"
+            f"{package or module} is needed here but not installed: pip install 'nearest[{extra}]'"
         )

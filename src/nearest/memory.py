@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from nearest.corpus.documents import Document
+from nearest.corpus.incoming import Documents
 from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.gpu import SearchOn, checked_search_on
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nearest.build.build import BuildOptions
     from nearest.build.lifecycle import AddOptions
     from nearest.build.search_text import Passage
+    from nearest.build.sync import Synced
 
 _Options = TypeVar("_Options", "BuildOptions", "AddOptions")
 
@@ -67,7 +68,7 @@ class Memory(SearchedSnapshot):
         cls,
         model: Any,
         tokenizer: Any,
-        documents: Iterable[Document | str],
+        documents: Documents,
         path: str | Path,
         options: "BuildOptions | None" = None,
         *,
@@ -194,9 +195,10 @@ class Memory(SearchedSnapshot):
         self,
         model: Any,
         tokenizer: Any,
-        documents: Iterable[Document | str],
+        documents: Documents,
         *,
         replace: bool = False,
+        if_exists: Literal["error", "skip", "replace"] = "error",
         **options: Any,
     ) -> "Memory":
         """Add documents as a new generation, and open it; this one stays what it was.
@@ -205,6 +207,8 @@ class Memory(SearchedSnapshot):
             model, tokenizer: those that built the memory.
             documents: as in `build`; what is done costs time for these, not for those there are.
             replace: each takes the place of the document with its id, which must be there.
+            if_exists: what becomes of a document whose id is there: an error, or it is skipped, or
+                takes the place of the other.
             **options: batch_size, force, progress, as in `AddOptions`.
 
         Raises:
@@ -221,17 +225,54 @@ class Memory(SearchedSnapshot):
             tokenizer,
             _options(AddOptions, None, options),
             replace=replace,
+            if_exists=if_exists,
         )
         return self.refresh()
 
-    def update(
-        self, model: Any, tokenizer: Any, documents: Iterable[Document | str], **options: Any
-    ) -> "Memory":
+    def sync(
+        self,
+        model: Any,
+        tokenizer: Any,
+        documents: Documents,
+        *,
+        dry_run: bool = False,
+        **options: Any,
+    ) -> "tuple[Memory, Synced]":
+        """Make the memory hold exactly these documents, in one snapshot, and open it.
+
+        Files are told by their paths, rows by their ids. What is equal is not touched, what differs
+        is replaced, what is not among the documents is removed, and what is new is added.
+
+        Args:
+            model, tokenizer: those that built the memory; not needed for a dry run.
+            documents: as in `build`; all that the memory is to hold.
+            dry_run: only say what would be done.
+            **options: batch_size, force, progress, as in `add`.
+
+        Returns:
+            The memory, and the counts.
+
+        Raises:
+            NearestError: something cannot be used, or nothing would be left; the memory stays as it
+                was.
+        """
+        from nearest.build.sync import compare_documents, sync_documents
+
+        if dry_run:
+            return self, compare_documents(self.path, documents)
+        from nearest.build.lifecycle import AddOptions
+        from nearest.encode.identity import bare_model
+
+        chosen = _options(AddOptions, None, options)
+        synced = sync_documents(self.path, documents, bare_model(model), tokenizer, chosen)
+        return self.refresh(), synced
+
+    def update(self, model: Any, tokenizer: Any, documents: Documents, **options: Any) -> "Memory":
         """Replace documents under their ids, in one generation; otherwise as `add`."""
         return self.add(model, tokenizer, documents, replace=True, **options)
 
     def remove(
-        self, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None
+        self, ids: Iterable[str] = (), *, where: Mapping[str, Any] | None = None
     ) -> "Memory":
         """Take documents back as a new generation, and open it.
 
@@ -239,7 +280,7 @@ class Memory(SearchedSnapshot):
 
         Args:
             ids: of documents, all of which must be there.
-            where: metadata that documents must have, all of it; other values than text as JSON.
+            where: metadata that documents must have, all of it.
 
         Raises:
             NearestError: nothing fits, or nothing would be left; the memory stays as it was.

@@ -1,7 +1,7 @@
 """Build a memory, give it another index, and store what was tuned: each as one snapshot."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +13,7 @@ from nearest.build.corpus_segments import write_segments
 from nearest.build.keys import EncodedKeys
 from nearest.build.plan import BuildPlan, plan_build
 from nearest.corpus.batches import check_batch_size
-from nearest.corpus.documents import Document
-from nearest.corpus.incoming import incoming_documents
+from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.fingerprint import (
@@ -91,7 +90,7 @@ class BuildOptions:
 
 def build_memory(
     path: Path,
-    documents: Iterable[Document | str],
+    documents: Documents,
     model: LanguageModel,
     tokenizer: Any,
     options: BuildOptions,
@@ -105,7 +104,7 @@ def build_memory(
     encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys)
     rules = token_rules(model, tokenizer)
-    incoming = incoming_documents(documents, rules)
+    incoming = incoming_documents(documents, rules, path)
     with new_folder(path):
         journal = Journal.of(path, _arguments(manifest, model, encoder, options))
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
@@ -157,7 +156,7 @@ def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) 
 
 def planned_memory(
     path: Path,
-    documents: Iterable[Document | str],
+    documents: Documents,
     model: LanguageModel,
     tokenizer: Any,
     options: BuildOptions,

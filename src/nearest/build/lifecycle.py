@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ from nearest.build.corpus_segments import write_added
 from nearest.build.keys import EncodedKeys
 from nearest.build.match import matching_key_layer, refuse_attached, rules_of
 from nearest.corpus.documents import Document
-from nearest.corpus.incoming import incoming_documents
+from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
 from nearest.corpus.unique import id_hash
 from nearest.encode.encoder import Encoder
@@ -32,6 +32,9 @@ from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
 
 _SEGMENTS_OF_A_SIZE = 4
+
+
+IfExists = Literal["error", "skip", "replace"]
 
 
 class Stored(NamedTuple):
@@ -52,43 +55,47 @@ class AddOptions:
 
 def add_documents(
     path: Path,
-    documents: Iterable[Document | str],
+    documents: Documents,
     model: LanguageModel,
     tokenizer: Any,
     options: AddOptions,
     *,
     replace: bool = False,
+    if_exists: IfExists = "error",
 ) -> None:
     """Write documents as new segments, with everything that the others have.
 
-    With `replace`, each takes the place of the document with its id.
+    With `replace`, each takes the place of the document with its id, which must be there.
+    Otherwise `if_exists` says what becomes of a document whose id is there.
 
     Raises:
         NearestError: model, documents or folder cannot be used, or an id is there already (or, to
             replace, is not); the memory stays as it was.
     """
-    with changing(path) as change:
-        encoder = _encoder(change.snapshot, model, tokenizer, options)
-        plan = SegmentPlan(
-            NewFiles(path),
-            "",
-            change.manifest,
-            IndexChoice.of(change.manifest),
-            options.progress,
-            None if encoder is None else EncodedKeys(encoder),
-            among_others=True,
+    if if_exists not in get_args(IfExists):
+        raise SettingError(
+            f"if_exists {if_exists!r} is unknown: choose of {', '.join(get_args(IfExists))}"
         )
-        known, replaced = _Ids(change.snapshot), list[str]()
+    with changing(path) as change:
+        encoder = encoder_of(change.snapshot, model, tokenizer, options)
+        plan = plan_of_additions(change, encoder, options)
+        known, replaced = StoredIds(change.snapshot), list[str]()
         rules = rules_of(change.manifest, model)
         checked = incoming_documents(documents, rules)
-        checked = _replacing(known, checked, replaced) if replace else _new(known, checked)
-        added = write_added(change, plan, tokenise(checked, tokenizer, rules))
-        segments = [*_without(change, known.stored(replaced)), *added]
-        segments = _with_tail_merged(change, segments, options.progress)
+        taken = _taken(known, checked, replaced, if_exists, replace=replace)
+        first = next(taken, None)
+        if first is None:
+            if if_exists == "skip" and not replace:
+                return  # all are there already
+            raise CorpusError("there are no documents to add: give at least one")
+        taken = itertools.chain([first], taken)
+        added = write_added(change, plan, tokenise(taken, tokenizer, rules))
+        segments = [*without(change, known.stored(replaced)), *added]
+        segments = merged_tail(change, segments, options.progress)
         change.publish(segments=segments, documents_of=change.number)
 
 
-def _with_tail_merged(
+def merged_tail(
     change: Change, records: list[SegmentRecord], progress: Progress
 ) -> list[SegmentRecord]:
     """Segments with the last ones made one where they are many and small."""
@@ -144,7 +151,7 @@ def _power(size: int) -> int:
     return (size.bit_length() - 1) // 2  # of four
 
 
-def _encoder(
+def encoder_of(
     memory: Snapshot, model: LanguageModel, tokenizer: Any, options: AddOptions
 ) -> Encoder | None:
     """What made the memory's keys, to make others alike; None where it has none."""
@@ -156,7 +163,20 @@ def _encoder(
     return Encoder.of(model, layer, keys.window, keys.stride, options.batch_size)
 
 
-class _Ids:
+def plan_of_additions(change: Change, encoder: Encoder | None, options: AddOptions) -> SegmentPlan:
+    """How segments are written that come to those of a memory."""
+    return SegmentPlan(
+        NewFiles(change.path),
+        "",
+        change.manifest,
+        IndexChoice.of(change.manifest),
+        options.progress,
+        None if encoder is None else EncodedKeys(encoder),
+        among_others=True,
+    )
+
+
+class StoredIds:
     """The ids of all documents of a memory, sorted by their hashes once for all look-ups."""
 
     def __init__(self, memory: Snapshot) -> None:
@@ -205,35 +225,46 @@ class _Ids:
         return [place for place in places if place is not None]
 
 
-def _new(known: _Ids, documents: Iterable[Document]) -> Iterator[Document]:
-    """Pass documents through, refusing one whose id the memory has."""
-    for document in documents:
-        if known.has_hash_of(document.id) and known.find([document.id]) != [None]:
-            raise CorpusError(
-                f"document id {document.id!r} in {document.origin} is in {known.path} already: "
-                "replace that document (`nearest update`), or give this one another id"
-            )
-        yield document
-
-
-def _replacing(
-    known: _Ids, documents: Iterable[Document], replaced: list[str]
+def _taken(
+    known: StoredIds,
+    documents: Iterable[Document],
+    replaced: list[str],
+    if_exists: IfExists,
+    *,
+    replace: bool,
 ) -> Iterator[Document]:
-    """Pass documents through, refusing one whose id the memory lacks, and note their ids."""
+    """The documents that are to be written, noting the ids of those that they replace.
+
+    To replace documents that must be there, only hashes are compared: who looks the noted ids up
+    finds out whether one is not.
+    """
     for document in documents:
-        if not known.has_hash_of(document.id):
+        there = known.has_hash_of(document.id)
+        if there and not replace:
+            there = known.find([document.id]) != [None]
+        if not there and replace:
             raise CorpusError(
                 f"document id {document.id!r} in {document.origin} is not in {known.path}: add it "
-                "(`nearest add`), or give it the id of the document that it replaces"
+                "(`nearest add`), give it the id of the document that it replaces, or let "
+                "`nearest sync` make the memory hold what a folder holds"
             )
-        replaced.append(document.id)
+        if there and not replace and if_exists == "error":
+            raise CorpusError(
+                f"document id {document.id!r} in {document.origin} is in {known.path} already: "
+                "replace or skip it (--if-exists), give this one another id, or let `nearest sync` "
+                "make the memory hold what a folder holds"
+            )
+        if there and not replace and if_exists == "skip":
+            continue
+        if there:
+            replaced.append(document.id)
         yield document
 
 
-def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -> list[Document]:
+def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, Any]) -> list[Document]:
     """Take documents back: those with these ids, or with all of this metadata.
 
-    A value of metadata that is not text is compared as JSON.
+    A text in `where` also means the value of metadata that it is the JSON of: "2020" means 2020.
 
     Returns:
         What was removed, in the order in which it was stored.
@@ -247,9 +278,9 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
         raise SettingError("say which documents: either by id (--doc) or by metadata (--where)")
     with changing(path) as change:
         memory = change.snapshot
-        removed = sorted(_Ids(memory).stored(ids) if ids else _with_metadata(memory, where))
+        removed = sorted(StoredIds(memory).stored(ids) if ids else _with_metadata(memory, where))
         documents = [memory.segments[s].documents[number] for s, number in removed]
-        segments = _without(change, removed)
+        segments = without(change, removed)
         left = (Segment(path, change.manifest, record).entry_count for record in segments)
         if not any(left):
             raise CorpusError(
@@ -259,7 +290,7 @@ def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, str]) -
     return documents
 
 
-def _with_metadata(memory: Snapshot, where: Mapping[str, str]) -> list[Stored]:
+def _with_metadata(memory: Snapshot, where: Mapping[str, Any]) -> list[Stored]:
     removed = []
     for number, segment in enumerate(memory.segments):
         for stored in segment.numbers.tolist():
@@ -272,11 +303,18 @@ def _with_metadata(memory: Snapshot, where: Mapping[str, str]) -> list[Stored]:
     return removed
 
 
-def _is(value: Any, wanted: str) -> bool:
-    return wanted == (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether metadata has a value, or the text by which the command line names it."""
+    if value == wanted and isinstance(value, bool) == isinstance(wanted, bool):
+        return True
+    return (
+        isinstance(wanted, str)
+        and not isinstance(value, str)
+        and wanted == json.dumps(value, ensure_ascii=False)
+    )
 
 
-def _without(change: Change, removed: Iterable[Stored]) -> list[SegmentRecord]:
+def without(change: Change, removed: Iterable[Stored]) -> list[SegmentRecord]:
     """The segments, of which those that hold removed documents say so."""
     records = list(change.manifest.segments)
     own: dict[int, list[int]] = {}

@@ -6,7 +6,7 @@ import resource
 import shutil
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from nearest.build.costs import hashing, indexing, sorting, timed
 from nearest.corpus.documents import Document
-from nearest.corpus.incoming import incoming_documents
+from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.long_text import LONG
 from nearest.corpus.tokens import (
     TokenisedDocument,
@@ -100,7 +100,7 @@ class _Sample:
 
 def plan_build(
     path: Path,
-    documents: Iterable[Document | str],
+    documents: Documents,
     tokenizer: Any,
     rules: TokenRules,
     manifest: Manifest,
@@ -118,7 +118,7 @@ def plan_build(
     """
     keys = manifest.keys
     sample, started, before = _Sample(), time.perf_counter(), _held()
-    for document in incoming_documents(documents, rules):
+    for document in incoming_documents(documents, rules, path):
         sample.see(document)
     reading = time.perf_counter() - started
     if not sample.lengths:

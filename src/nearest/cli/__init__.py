@@ -15,6 +15,7 @@ _COMMANDS: dict[str, Command] = {
     "import": importing.import_store,
     "add": memories.add,
     "update": memories.update,
+    "sync": memories.sync,
     "remove": memories.remove,
     "compact": memories.compact,
     "info": memories.info,

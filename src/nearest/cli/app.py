@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from nearest.cli.options import MoreMemories, Opening
+from nearest.corpus.report import CorpusWarning
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nearest.corpus.reading import Corpus
     from nearest.memory import Memory
 
 Command = Callable[..., None]
@@ -39,6 +41,7 @@ def _prepare() -> None:
         err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
 
     warnings.showwarning = note  # type: ignore[assignment]
+    warnings.simplefilter("ignore", CorpusWarning)  # each command says it itself
 
 
 def register(name: str, function: Command, group: typer.Typer = app) -> None:
@@ -106,6 +109,12 @@ def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrained
     opened = Memory.open(memory, opening.search_on)
     name = opening.model or name_of_model(opened)
     return opened, *load_model_and_tokenizer(name, opening.dtype, opening.device)
+
+
+def say_what_was_read(corpus: "Corpus") -> None:
+    """Say what of a corpus was left out or not taken as it stands, if anything."""
+    if corpus.report.notable or corpus.report.encoder_field is not None:
+        err.print(f"[yellow]note:[/] {escape(str(corpus.report))}", soft_wrap=True)
 
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, out, quiet_libraries
+from nearest.cli.app import err, open_with_model, out, quiet_libraries, say_what_was_read
 from nearest.cli.options import (
     Adding,
     AsJson,
@@ -16,7 +16,7 @@ from nearest.cli.options import (
     CorpusPaths,
     Device,
     Dtype,
-    Encoding,
+    FileOptions,
     Keying,
     MemoryPath,
     ModelName,
@@ -26,6 +26,7 @@ from nearest.cli.options import (
 from nearest.errors import NearestError
 
 if TYPE_CHECKING:
+    from nearest.corpus.reading import Corpus
     from nearest.memory import Memory
 
 
@@ -43,7 +44,7 @@ def build(
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    encoding_errors: Encoding = "strict",
+    files: FileOptions,
     tune: Annotated[
         bool,
         typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
@@ -58,7 +59,6 @@ def build(
     from nearest.verbs import build as verb
 
     options: dict[str, Any] = {
-        "encoding_errors": encoding_errors,
         "dtype": dtype,
         "device": device,
         "keys": keys,
@@ -66,16 +66,18 @@ def build(
         "nprobe": nprobe,
         "batch_size": batch_size,
     }
+    documents = files.corpus(corpus)
     if plan:
-        needs = verb.plan(model, corpus, out_path, **options)
+        needs = verb.plan(model, documents, out_path, **options)
         if as_json:
-            typer.echo(json.dumps(needs.as_json()))
+            typer.echo(json.dumps(needs.as_json() | {"corpus": documents.report.to_dict()}))
         else:
             out.print(reports.plan_table(needs))
+        say_what_was_read(documents)
         return
     with reports.live_progress(err) as progress:
-        memory = verb.build(model, corpus, out_path, progress=progress, tune=tune, **options)
-    show_info(memory, as_json)
+        memory = verb.build(model, documents, out_path, progress=progress, tune=tune, **options)
+    show_info(memory, as_json, documents)
 
 
 def info(memory: MemoryPath, as_json: AsJson = False) -> None:
@@ -89,11 +91,16 @@ def add(
     memory: MemoryPath,
     corpus: CorpusPaths,
     *,
+    if_exists: Annotated[
+        Literal["error", "skip", "replace"],
+        typer.Option(help="What becomes of a document whose id is in the memory."),
+    ] = "error",
     adding: Adding,
+    files: FileOptions,
     as_json: AsJson = False,
 ) -> None:
     """Add documents to a memory, as a new generation; the others are not touched."""
-    _add(memory, corpus, adding, as_json, replace=False)
+    _add(memory, files.corpus(corpus), adding, as_json, if_exists=if_exists)
 
 
 def update(
@@ -101,13 +108,62 @@ def update(
     corpus: CorpusPaths,
     *,
     adding: Adding,
+    files: FileOptions,
     as_json: AsJson = False,
 ) -> None:
     """Replace documents under their ids, in one new generation."""
-    _add(memory, corpus, adding, as_json, replace=True)
+    _add(memory, files.corpus(corpus), adding, as_json, replace=True)
 
 
-def _add(memory: Path, corpus: list[str], adding: Adding, as_json: bool, *, replace: bool) -> None:
+def sync(
+    memory: MemoryPath,
+    corpus: CorpusPaths,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")
+    ] = False,
+    adding: Adding,
+    files: FileOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Make a memory hold what a corpus holds: replace what changed, remove what is gone, add the
+    rest.
+
+    Files are told by their paths below CORPUS, rows by their ids. All is one new snapshot.
+    """
+    quiet_libraries()
+    from nearest.verbs.change import sync as sync_memory
+
+    documents = files.corpus(corpus)
+    with reports.live_progress(err) as progress:
+        opened, synced = sync_memory(
+            memory,
+            documents,
+            model_name=adding.model,
+            dtype=adding.dtype,
+            device=adding.device,
+            dry_run=dry_run,
+            batch_size=adding.batch_size,
+            force=adding.force,
+            progress=progress,
+        )
+    if as_json:
+        counts = {**synced.to_dict(), "dry_run": dry_run, "corpus": documents.report.to_dict()}
+        typer.echo(json.dumps(opened.info() | counts))
+    else:
+        out.print(f"{'would be: ' if dry_run else ''}{synced}", soft_wrap=True)
+    say_what_was_read(documents)
+
+
+def _add(
+    memory: Path,
+    corpus: "Corpus",
+    adding: Adding,
+    as_json: bool,
+    *,
+    replace: bool = False,
+    if_exists: Literal["error", "skip", "replace"] = "error",
+) -> None:
     quiet_libraries()
     from nearest.verbs.change import add as add_to_memory
 
@@ -119,12 +175,12 @@ def _add(memory: Path, corpus: list[str], adding: Adding, as_json: bool, *, repl
             dtype=adding.dtype,
             device=adding.device,
             replace=replace,
-            encoding_errors=adding.encoding_errors,
+            if_exists=if_exists,
             batch_size=adding.batch_size,
             force=adding.force,
             progress=progress,
         )
-    show_info(changed, as_json)
+    show_info(changed, as_json, corpus)
 
 
 def remove(
@@ -217,9 +273,12 @@ def verify(
         )
 
 
-def show_info(memory: "Memory", as_json: bool) -> None:
-    """Print what a memory holds."""
+def show_info(memory: "Memory", as_json: bool, corpus: "Corpus | None" = None) -> None:
+    """Print what a memory holds, and what was read of the corpus that went into it."""
     if as_json:
-        typer.echo(json.dumps(memory.info()))
+        read = {} if corpus is None else {"corpus": corpus.report.to_dict()}
+        typer.echo(json.dumps(memory.info() | read))
     else:
         out.print(reports.info_table(memory))
+    if corpus is not None:
+        say_what_was_read(corpus)

@@ -10,10 +10,18 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries, say_settings
+from nearest.cli.app import (
+    err,
+    open_with_model,
+    opened_beside,
+    out,
+    quiet_libraries,
+    say_settings,
+    say_what_was_read,
+)
 from nearest.cli.options import (
     AsJson,
-    Encoding,
+    FileOptions,
     FixedSettings,
     LeaveOneOut,
     MemoryPath,
@@ -56,8 +64,8 @@ def tune(
         ),
     ] = None,
     reading: Reading,
+    files: FileOptions,
     leave_one_out: LeaveOneOut = False,
-    encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
     """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
@@ -66,10 +74,10 @@ def tune(
     trained instead, and the method is then called knn+buckets, suffix+mixture and so on.
     """
     quiet_libraries()
-    from nearest.corpus.reading import read_documents
     from nearest.verbs.tune import tune as tune_memory
 
     name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
+    texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     if more:
         if gate != "none" or leave_one_out:
@@ -78,15 +86,15 @@ def tune(
                 "and leave --gate and --leave-one-out out"
             )
         memories = opened_beside(opened, MoreMemories(more))
-        texts = read_documents(text, encoding_errors=encoding_errors)
         options = {**vars(reading), **given(**vars(settings))}
         _tune_weights(loaded, tokenizer, memories, texts, method, options, as_json=as_json)
+        say_what_was_read(texts)
         return
     with reports.live_progress(err) as progress:
         tuned = tune_memory(
             loaded,
             opened,
-            read_documents(text, encoding_errors=encoding_errors),
+            texts,
             method=name,
             tokenizer=tokenizer,
             leave_one_out=leave_one_out,
@@ -102,6 +110,7 @@ def tune(
             f"{name}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
             f"with {found}; stored"
         )
+    say_what_was_read(texts)
 
 
 def _tune_weights(
@@ -144,20 +153,20 @@ def evaluate(
     settings: MethodSettings,
     beside: MoreMemories,
     reading: Reading,
+    files: FileOptions,
     score_eos: ScoreEos = False,
     leave_one_out: LeaveOneOut = False,
     stream: Stream = False,
     records: Annotated[
         Path | None, typer.Option(help="Parquet file for what each token was predicted with.")
     ] = None,
-    encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
     """Measure how well text is predicted, by the base model and with the memory."""
     quiet_libraries()
-    from nearest.corpus.reading import read_documents
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
+    texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     memories, methods = opened_beside(opened, beside), with_commas(method)
     say_settings(memories, methods)
@@ -165,7 +174,7 @@ def evaluate(
         results = evaluate_memory(
             loaded,
             memories,
-            read_documents(text, encoding_errors=encoding_errors),
+            texts,
             methods,
             weights=numbers(beside.weights, "weights", "0.7,0.3"),
             tokenizer=tokenizer,
@@ -182,6 +191,7 @@ def evaluate(
             typer.echo(json.dumps(result.to_dict()))
     else:
         out.print(reports.results_table(results))
+    say_what_was_read(texts)
     for doubt in reports.doubts(results):
         err.print(f"[yellow]note:[/] {escape(doubt)}", soft_wrap=True)
 
@@ -208,8 +218,8 @@ def sweep(
     *,
     opening: Opening,
     reading: Reading,
+    files: FileOptions,
     score_eos: ScoreEos = False,
-    encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
     """Draw perplexity against saved searches and against time, for every method.
@@ -217,7 +227,6 @@ def sweep(
     The model reads the text once, and each dense search is made once for all.
     """
     quiet_libraries()
-    from nearest.corpus.reading import read_documents
     from nearest.pages.published import published_named
     from nearest.pages.sweep import check_folder, write_report
     from nearest.verbs.sweep import sweep as sweep_memory
@@ -228,12 +237,13 @@ def sweep(
         numbers(skip, "skip", "0,0.5,1"),
     )
     check_folder(out_path)
+    texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     with reports.live_progress(err) as progress:
         swept = sweep_memory(
             loaded,
             opened,
-            read_documents(text, encoding_errors=encoding_errors),
+            texts,
             None if methods is None else with_commas(methods),
             tokenizer=tokenizer,
             score_eos=score_eos,
@@ -248,4 +258,5 @@ def sweep(
             typer.echo(json.dumps(point.to_dict()))
     else:
         out.print(reports.sweep_table(swept.points))
+    say_what_was_read(texts)
     err.print(f"see {escape(str(out_path / 'sweep.html'))}", soft_wrap=True)

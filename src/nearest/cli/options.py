@@ -2,19 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from nearest.errors import NearestError, SettingError
 
+if TYPE_CHECKING:
+    from nearest.corpus.reading import Corpus
+
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
 CorpusPaths = Annotated[
     list[str],
-    typer.Argument(metavar="CORPUS...", help="Files, folders, or hf://owner/name[:split]."),
+    typer.Argument(
+        metavar="CORPUS...", help="Files, folders, pipes (- for stdin), or hf://owner/name[:split]."
+    ),
 ]
 TextPaths = Annotated[
-    list[str], typer.Option("--text", help="Text to score: files, folders, or hf://….")
+    list[str], typer.Option("--text", help="Text to score: files, folders, pipes, or hf://….")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Window = Annotated[
@@ -46,9 +51,6 @@ LeaveOneOut = Annotated[
 Stream = Annotated[
     bool, typer.Option("--stream", help="Read all documents as one sequence, as older tools do.")
 ]
-Encoding = Annotated[
-    Literal["strict", "replace"], typer.Option(help="What to do with text that is not UTF-8.")
-]
 Spec = Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_factory string.')]
 Nprobe = Annotated[
     int | None, typer.Option(help="Lists to probe; found by the recall target when not given.")
@@ -56,6 +58,50 @@ Nprobe = Annotated[
 Recall = Annotated[
     float, typer.Option(help="Recall@1024 after re-ranking, to choose and tune the index by.")
 ]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How files become documents."""
+
+    text_field: Annotated[
+        str, typer.Option(help='Field of rows with the text; "a.b" reaches into objects.')
+    ] = "text"
+    id_field: Annotated[str, typer.Option(help="Field of rows with the document's id.")] = "id"
+    encoder_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that the encoder of an encoder–decoder reads, in rows without "
+            "encoder_text.  [default: source]"
+        ),
+    ] = None
+    suffix: Annotated[
+        list[str] | None,
+        typer.Option(help="Further suffix of files to read as plain text, as .py; repeatable."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help='Pattern of files or folders to leave out, as "*.min.js"; repeatable.'),
+    ] = None
+    format: Annotated[
+        Literal["text", "jsonl", "json", "csv", "tsv", "html"] | None,
+        typer.Option(help="Read named files and pipes as this, whatever their suffix."),
+    ] = None
+    encoding: Annotated[
+        str,
+        typer.Option(help="Encoding of text files; auto: detect it in those that are not UTF-8."),
+    ] = "utf-8"
+    encoding_errors: Annotated[
+        Literal["strict", "replace"], typer.Option(help="What to do with bytes that are not text.")
+    ] = "strict"
+
+    def corpus(self, paths: list[str]) -> "Corpus":
+        """Open files, folders, pipes and datasets; raises as `read_documents`."""
+        from nearest.corpus.reading import read_documents
+
+        options = dict(vars(self))
+        suffixes, exclude = options.pop("suffix") or (), options.pop("exclude") or ()
+        return read_documents(paths, suffixes=suffixes, exclude=exclude, **options)
 
 
 @dataclass(frozen=True)
@@ -95,7 +141,6 @@ class Adding:
     dtype: Dtype = "auto"
     device: Device = "auto"
     batch_size: BatchSize = None
-    encoding_errors: Encoding = "strict"
     force: Force = False
 
 

@@ -1,19 +1,30 @@
 """What a document is, and what it may hold.
 
-A document's id is the one given with it, or else made of its path below the corpus and a hash of
-its text (and of its encoder text), so that the same file gives the same id on every machine.
+The id of a text file is its path below the corpus; a row without an id gets one made of its file's
+path and a hash of its texts. So the same corpus gives the same ids on every machine.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from nearest.errors import CorpusError
 
 # Bytes of one document's text, or of the line it stands on: what is ever held of it at once.
 LARGEST_DOCUMENT = 1 << 30
+
+
+class UnfitFileError(CorpusError):
+    """A whole file that is no document; a folder may hold it, and it is left out and counted.
+
+    `reason` is a few words for the count.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Document:
         origin: where the document was read, for messages.
         encoder_text: what an encoder–decoder's encoder reads before `text` is predicted; other
             models ignore it.
+        made_id: whether the library made the id, and may number it where it is repeated.
     """
 
     id: str
@@ -34,30 +46,17 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given in memory"
     encoder_text: str | None = None
-
-
-def as_documents(documents: Iterable[Document | str]) -> Iterator[Document]:
-    """Let plain strings stand for documents; their ids are made of their text."""
-    for document in documents:
-        if isinstance(document, str):
-            document = Document("", document)
-        if not document.text:
-            raise CorpusError("a document is empty: leave it out, or give it text")
-        check_storable(document.text, document.origin)
-        check_storable(document.encoder_text or "", document.origin)
-        check_storable([document.id, dict(document.metadata)], document.origin)
-        if not document.id:
-            made = content_id("text", document.text, document.encoder_text)
-            document = replace(document, id=made)
-        yield document
+    made_id: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Fields:
     """Which fields of a row become what; every other field becomes metadata.
 
+    A dotted name, such as "message.content", reaches into nested objects.
+
     Attributes:
-        text: the field with the text. A dotted name reaches into nested objects.
+        text: the field with the text.
         id: the field with the id.
         encoder_text: the field that an encoder reads, in rows without `encoder_text`.
     """
@@ -75,6 +74,8 @@ def document_of(
 ) -> Document:
     """A document from the fields of a row; `record` is emptied of what is not metadata.
 
+    A text that is null becomes "", as a document without text.
+
     Args:
         record: the row.
         name: path of its file below the corpus, for an id made here.
@@ -82,24 +83,56 @@ def document_of(
         fields: which of them become what.
 
     Raises:
-        CorpusError: there is no text, or a field has a wrong type.
+        CorpusError: there is no such text field, or a field has a wrong type.
     """
-    text = record.pop(fields.text, None)
-    if not isinstance(text, str):
-        raise CorpusError(f"{origin} has no {fields.text!r} string: every document needs one")
-    if not text:
-        raise CorpusError(f"{origin} has an empty {fields.text!r}: remove it, or give it text")
-    given = record.pop(fields.id, None)
-    if given is not None and not isinstance(given, str | int):
-        raise CorpusError(f"{origin} has an id that is neither text nor a whole number: change it")
+    names = ", ".join(map(repr, record)) or "none"
+    found, text = _taken(record, fields.text)
+    if not found:
+        raise UnfitFileError(
+            f"{origin} has no field {fields.text!r} (it has {names}): name the field that holds "
+            "the text (--text-field; in Python text_field)",
+            f"without a field {fields.text!r}",
+        )
+    if not isinstance(text, str | None):
+        raise CorpusError(
+            f"{origin} has no text in its field {fields.text!r}, but {_kind(text)}: change it, or "
+            "name another field (--text-field)"
+        )
+    _, given = _taken(record, fields.id)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+        raise CorpusError(
+            f"{origin} has in its field {fields.id!r} neither text nor a whole number, but "
+            f"{_kind(given)}: change it, or name another field (--id-field)"
+        )
     encoder_text = record.pop("encoder_text", None)
     if encoder_text is None and fields.encoder_text is not None:
-        encoder_text = record.pop(fields.encoder_text, None)
+        _, encoder_text = _taken(record, fields.encoder_text)
     if not isinstance(encoder_text, str | None):
-        field = fields.encoder_text or "encoder_text"
-        raise CorpusError(f"{origin} has a field {field!r} that is not text: change it")
-    document_id = content_id(name, text, encoder_text) if given is None else str(given)
-    return Document(document_id, text, record, origin, encoder_text)
+        raise CorpusError(
+            f"{origin} has no text in its field {fields.encoder_text or 'encoder_text'!r}, but "
+            f"{_kind(encoder_text)}: change it"
+        )
+    text = text or ""
+    if given is None or given == "":
+        made = content_id(name, text, encoder_text)
+        return Document(made, text, record, origin, encoder_text, made_id=True)
+    return Document(str(given), text, record, origin, encoder_text)
+
+
+def _taken(record: dict[str, Any], field_name: str) -> tuple[bool, Any]:
+    """Whether there is such a field, and its value, which leaves the record."""
+    if field_name in record:
+        return True, record.pop(field_name)
+    outer, dot, inner = field_name.partition(".")
+    if not dot or not isinstance(record.get(outer), dict):
+        return False, None
+    record[outer] = nested = dict(record[outer])
+    return _taken(nested, inner)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", bytes: "bytes"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else "another value")
 
 
 def encoder_text_of(document: Document) -> str:

@@ -24,12 +24,8 @@ def read_hub(given: str, fields: Fields) -> Iterator[Document]:
     if not all(parts) or len(parts) > 3:
         raise CorpusError(f"{given} names no dataset: write hf://owner/name, or …:split after it")
     name, config = "/".join(parts[:2]), (parts[2] if len(parts) == 3 else None)
-    number = 0
-    for row in _rows(given, name, config, split or None):
-        number += 1
+    for number, row in enumerate(_rows(given, name, config, split or None), 1):
         yield row_document(row, place, f"{given}:{number}", fields)
-    if not number:
-        raise CorpusError(f"{given} has no rows: name another dataset or split")
 
 
 def _rows(given: str, name: str, config: str | None, split: str | None) -> Iterator[dict[str, Any]]:

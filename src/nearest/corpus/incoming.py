@@ -1,25 +1,104 @@
 """Documents on their way in: from whatever a caller gives to what is tokenised."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from nearest.corpus.documents import Document, as_documents
-from nearest.corpus.reading import Corpus
+from nearest.corpus.documents import Document, check_storable, content_id
+from nearest.corpus.reading import Corpus, read_documents
+from nearest.corpus.report import CorpusReport
+from nearest.corpus.settled import settled
+from nearest.corpus.tables import row_document
 from nearest.corpus.tokens import TokenRules
-from nearest.corpus.unique import with_unique_ids
+from nearest.errors import CorpusError
+
+# What is taken as documents: a corpus that `read_documents` opened; documents, texts and rows in
+# any iterable, such as a list, a `datasets.Dataset` or a column; a DataFrame; a path.
+Documents = Iterable[Document | str | Mapping[str, Any]] | Path
 
 
 def incoming_documents(
-    documents: Iterable[Document | str], rules: TokenRules
+    documents: Documents, rules: TokenRules, out: Path | None = None
 ) -> Iterator[Document]:
-    """Check documents one by one as they are read.
+    """Take what a caller gives as documents, and check them one by one as they are read.
+
+    Empty documents are left out, and ids that the library makes are numbered where they are
+    repeated; a CorpusWarning says so at the end.
 
     Args:
-        documents: documents, plain strings, or a corpus that `read_documents` opened.
+        documents: a corpus; an iterable of documents, texts or rows (mappings with a `text`); a
+            DataFrame or an Arrow table; or a path.
         rules: of the model; for an encoder–decoder, rows of a corpus give what its encoder reads.
+        out: the folder that is being written, which is no part of a corpus around it.
 
     Raises:
-        CorpusError: a document is empty or cannot be stored, or an id stands twice.
+        CorpusError: it is none of these, a document cannot be stored, or an id that was given is
+            repeated.
     """
-    if isinstance(documents, Corpus) and rules.encoder_vocab_size is not None:
-        documents = documents.for_encoder()
-    return with_unique_ids(as_documents(documents))
+    if isinstance(documents, Path):
+        documents = read_documents(documents)
+    if isinstance(documents, Corpus):
+        if out is not None:
+            documents.leave_out(out)
+        return documents.read(for_encoder=rules.encoder_vocab_size is not None)
+    rows = _rows(documents)
+    again = rows if isinstance(rows, list | tuple) else ()
+    return settled(_documents(rows), CorpusReport(), lambda: _documents(again))
+
+
+def _rows(given: Any) -> Iterable[Any]:
+    """What stands for one document each."""
+    kind = type(given).__name__
+    if isinstance(given, str | bytes):
+        raise CorpusError(
+            "the documents are given as one string: give a list, [text], for a text, or "
+            "read_documents(path) for a file or folder"
+        )
+    if isinstance(given, Document):
+        raise CorpusError("one document is given: give a list of documents")
+    if isinstance(given, Mapping):
+        names = ", ".join(map(repr, given)) or "nothing"
+        raise CorpusError(
+            f"the documents are given as a {kind} of {names}: give one of its values (of a dataset "
+            "one split), or a list of rows"
+        )
+    if hasattr(given, "iter_rows"):  # polars
+        return list(given.iter_rows(named=True))
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):  # pandas
+        return [
+            {name: value for name, value in row.items() if value == value}  # NaN: no value
+            for row in given.to_dict("records")
+        ]
+    if hasattr(given, "to_pylist"):  # Arrow
+        found: list[Any] = given.to_pylist()
+        return found
+    if not isinstance(given, Iterable):
+        raise CorpusError(f"the documents are given as {kind}: give a list of them")
+    return given
+
+
+def _documents(rows: Iterable[Any]) -> Iterator[Document]:
+    for number, row in enumerate(rows, 1):
+        yield _document(row, f"document {number:,}")
+
+
+def _document(row: Any, origin: str) -> Document:
+    if isinstance(row, str):
+        check_storable(row, origin)
+        return Document(content_id("text", row), str(row), origin=origin, made_id=True)
+    if isinstance(row, Mapping):
+        return row_document(dict(row), "row", origin)
+    if not isinstance(row, Document):
+        raise CorpusError(
+            f"{origin} is given as {type(row).__name__}: give a Document, a string, or a row (a "
+            "dictionary with 'text')"
+        )
+    if not isinstance(row.text, str):
+        raise CorpusError(f"{origin} has a text of type {type(row.text).__name__}: give a string")
+    check_storable(row.text, row.origin)
+    check_storable(row.encoder_text or "", row.origin)
+    check_storable([row.id, dict(row.metadata)], row.origin)
+    if row.id:
+        return row
+    return replace(row, id=content_id("text", row.text, row.encoder_text), made_id=True)

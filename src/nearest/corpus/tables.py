@@ -10,7 +10,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from nearest.corpus.documents import DEFAULT_FIELDS, Document, Fields, check_storable, document_of
+import numpy as np
+
+from nearest.corpus.documents import (
+    DEFAULT_FIELDS,
+    Document,
+    Fields,
+    UnfitFileError,
+    check_storable,
+    document_of,
+)
+from nearest.corpus.text_files import CorpusFile
 from nearest.errors import CorpusError, require
 
 _ROWS = 64  # of Parquet, decoded at once
@@ -19,48 +29,47 @@ _STATE = "state.json"
 _SPLITS = "dataset_dict.json"
 
 
-def read_parquet(path: Path, name: str, fields: Fields) -> Iterator[Document]:
+def read_parquet(file: CorpusFile) -> Iterator[Document]:
     """The documents of a Parquet file, row by row.
 
-    Args:
-        path: the file.
-        name: its path below the corpus.
-
     Raises:
-        CorpusError: it is damaged, has no column `text`, no rows, or a row that is no document.
+        UnfitFileError: it has no column with the text.
+        CorpusError: it is damaged, or has a row that is no document.
         NearestError: pyarrow is not installed.
     """
     require("pyarrow", "data")
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            _check_columns(file.schema_arrow.names, path, fields)
-            yield from _documents(file.iter_batches(_ROWS), path, name, fields)
+        with pyarrow.parquet.ParquetFile(
+            file.path, buffer_size=_BUFFER, pre_buffer=False
+        ) as parquet:
+            _check_columns(parquet.schema_arrow.names, file)
+            yield from _documents(parquet.iter_batches(_ROWS), file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(file, error) from error
 
 
-def read_arrow(path: Path, name: str, fields: Fields) -> Iterator[Document]:
+def read_arrow(file: CorpusFile) -> Iterator[Document]:
     """The documents of an Arrow file, as `datasets` saves them or as pyarrow does; see above."""
     require("pyarrow", "data")
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        with pyarrow.memory_map(str(file.path)) as source:
             stream = source.read(6) != b"ARROW1"
             source.seek(0)
             if stream:
                 with pyarrow.ipc.open_stream(source) as reader:
-                    _check_columns(reader.schema.names, path, fields)
-                    yield from _documents(_valid(reader), path, name, fields)
+                    _check_columns(reader.schema.names, file)
+                    yield from _documents(_valid(reader), file)
             else:
                 with pyarrow.ipc.open_file(source) as reader:
-                    _check_columns(reader.schema.names, path, fields)
+                    _check_columns(reader.schema.names, file)
                     batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-                    yield from _documents(_valid(batches), path, name, fields)
+                    yield from _documents(_valid(batches), file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(file, error) from error
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
@@ -91,19 +100,17 @@ def row_document(
     return document
 
 
-def _documents(batches: Iterable[Any], path: Path, name: str, fields: Fields) -> Iterator[Document]:
+def _documents(batches: Iterable[Any], file: CorpusFile) -> Iterator[Document]:
     number = 0
     for batch in batches:
         for index in range(batch.num_rows):
             number += 1
-            origin = f"{path}:{number}"
+            origin = f"{file.origin}:{number}"
             try:
                 row = batch.slice(index, 1).to_pylist()[0]
             except (UnicodeDecodeError, ValueError, OverflowError) as error:
                 raise CorpusError(f"{origin} cannot be read ({error}): mend the row") from error
-            yield row_document(row, name, origin, fields)
-    if not number:
-        raise CorpusError(f"{path} has no rows: remove it from the corpus, or give it documents")
+            yield row_document(row, file.name, origin, file.fields)
 
 
 def _valid(batches: Iterable[Any]) -> Iterator[Any]:
@@ -113,12 +120,19 @@ def _valid(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _check_columns(names: list[str], path: Path, fields: Fields) -> None:
-    if names.count(fields.text) != 1 or len(set(names)) != len(names):
-        found = ", ".join(names) or "none"
+def _check_columns(names: list[str], file: CorpusFile) -> None:
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
         raise CorpusError(
-            f"{path} must have one column {fields.text!r}, and every other once (it has {found}): "
-            "rename its columns"
+            f"{file.origin} has the column {min(repeated)!r} more than once: rename one"
+        )
+    wanted = file.fields.text
+    if wanted not in names and wanted.partition(".")[0] not in names:
+        found = ", ".join(map(repr, names)) or "none"
+        raise UnfitFileError(
+            f"{file.origin} has no column {wanted!r} (it has {found}): name the column that holds "
+            "the text (--text-field; in Python text_field)",
+            f"without a field {wanted!r}",
         )
 
 
@@ -127,6 +141,8 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal):
         return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -147,6 +163,6 @@ def _strings(path: Path, choose: Any) -> list[str]:
     return list(names)
 
 
-def _damaged(path: Path, error: Exception) -> CorpusError:
+def _damaged(file: CorpusFile, error: Exception) -> CorpusError:
     reason = str(error).strip().partition("\n")[0]
-    return CorpusError(f"{path} is damaged or cut short ({reason}): fetch or save it again")
+    return CorpusError(f"{file.origin} is damaged or cut short ({reason}): fetch or save it again")

@@ -1,14 +1,13 @@
 """A text to be scored: its documents as tokens, with the counts that perplexities divide by."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int
 
-from nearest.corpus.documents import Document
-from nearest.corpus.incoming import incoming_documents
+from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import (
     Tokenizer,
     TokenRules,
@@ -82,7 +81,7 @@ class Text:
     @classmethod
     def from_documents(
         cls,
-        documents: Iterable[Document | str],
+        documents: Documents,
         tokenizer: Tokenizer,
         rules: TokenRules,
         end_token: int | None = None,

@@ -1,11 +1,10 @@
 """Add documents from files to a memory, or replace some, with the model that built it."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nearest.corpus.reading import read_documents
-from nearest.corpus.text_files import EncodingErrors
+from nearest.build.sync import Synced
+from nearest.corpus.reading import Corpus
 from nearest.encode.dtype import DtypeName
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import ModelError
@@ -14,35 +13,58 @@ from nearest.memory import Memory
 
 def add(
     path: str | Path,
-    corpus: Sequence[str | Path],
+    corpus: Corpus,
     *,
     model_name: str | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
     replace: bool = False,
-    encoding_errors: EncodingErrors = "strict",
+    if_exists: Literal["error", "skip", "replace"] = "error",
     **options: Any,
 ) -> Memory:
     """Read documents and add them to a memory as a new generation.
 
     Args:
         path: the memory's folder.
-        corpus: as in `read_documents`.
+        corpus: what `read_documents` opened.
         model_name: the model that built it, where it is not where it was then.
         dtype: what the model is to compute in.
         device: where ("auto": on CUDA's GPU, if there is one).
         replace: each document takes the place of the one with its id.
-        encoding_errors: what to do with text that is not UTF-8.
         **options: as in `Memory.add`.
 
     Raises:
         NearestError: the model, corpus or folder cannot be used; the memory stays as it was.
     """
     memory = Memory.open(path)
-    documents = read_documents(corpus, encoding_errors=encoding_errors)
     name = model_name or name_of_model(memory)
     model, tokenizer = load_model_and_tokenizer(name, dtype, device)
-    return memory.add(model, tokenizer, documents, replace=replace, **options)
+    return memory.add(model, tokenizer, corpus, replace=replace, if_exists=if_exists, **options)
+
+
+def sync(
+    path: str | Path,
+    corpus: Corpus,
+    *,
+    model_name: str | None = None,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    **options: Any,
+) -> tuple[Memory, Synced]:
+    """Make a memory hold what a corpus holds, as one new snapshot, and say what that took.
+
+    The arguments are those of `add`; a dry run loads no model and changes nothing.
+
+    Raises:
+        NearestError: the model, corpus or folder cannot be used; the memory stays as it was.
+    """
+    memory = Memory.open(path)
+    if dry_run:
+        return memory.sync(None, None, corpus, dry_run=True)
+    name = model_name or name_of_model(memory)
+    model, tokenizer = load_model_and_tokenizer(name, dtype, device)
+    return memory.sync(model, tokenizer, corpus, **options)
 
 
 def name_of_model(memory: Memory) -> str:

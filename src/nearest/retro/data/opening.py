@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from nearest.corpus.reading import read_documents
-from nearest.corpus.text_files import EncodingErrors
+from nearest.corpus.decoding import EncodingErrors
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.memory import Memory
 from nearest.retro.data.database import ChunkDatabase, Decode

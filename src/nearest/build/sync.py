@@ -1,0 +1,206 @@
+"""Make a memory hold what a corpus holds: skip, replace, remove and add, in one snapshot."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearest.build.corpus_segments import write_added
+from nearest.build.lifecycle import (
+    AddOptions,
+    Stored,
+    StoredIds,
+    encoder_of,
+    merged_tail,
+    plan_of_additions,
+    without,
+)
+from nearest.build.match import rules_of
+from nearest.corpus.documents import Document
+from nearest.corpus.incoming import Documents, incoming_documents
+from nearest.corpus.reading import Corpus
+from nearest.corpus.tokens import TokenRules, tokenise
+from nearest.encode.layers import LanguageModel
+from nearest.errors import CorpusError
+from nearest.store.change import changing
+from nearest.store.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Synced:
+    """How many documents a synchronisation found to be what."""
+
+    equal: int
+    replaced: int
+    removed: int
+    added: int
+    kept: int = 0  # of files that are there and could not be read as documents
+
+    @property
+    def changed(self) -> bool:
+        """Whether the memory and the corpus differed."""
+        return bool(self.replaced or self.removed or self.added)
+
+    def to_dict(self) -> dict[str, int]:
+        """A plain dictionary."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept = f", {self.kept:,} kept (their files cannot be read)" if self.kept else ""
+        return (
+            f"{self.equal:,} equal, {self.replaced:,} replaced, {self.removed:,} removed, "
+            f"{self.added:,} added{kept}"
+        )
+
+
+def sync_documents(
+    path: Path,
+    documents: Documents,
+    model: LanguageModel,
+    tokenizer: Any,
+    options: AddOptions,
+) -> Synced:
+    """Make a memory hold exactly these documents; those that are equal are not touched.
+
+    Raises:
+        NearestError: model, documents or folder cannot be used, or nothing would be left; the
+            memory stays as it was.
+    """
+    with changing(path) as change:
+        rules = rules_of(change.manifest, model)
+        compared = _Compared(change.snapshot, documents, rules)
+        encoder = encoder_of(change.snapshot, model, tokenizer, options)
+        new, added = _peeked(compared.changed()), []
+        if new is not None:
+            plan = plan_of_additions(change, encoder, options)
+            added = write_added(change, plan, tokenise(new, tokenizer, rules))
+        synced = compared.result()
+        if synced.changed:
+            records = [*without(change, [*compared.replaced, *compared.gone]), *added]
+            segments = merged_tail(change, records, options.progress)
+            change.publish(segments=segments, documents_of=change.number)
+    return synced
+
+
+def compare_documents(path: Path, documents: Documents) -> Synced:
+    """Say what `sync_documents` would do, without a model; raises as it does."""
+    snapshot = Snapshot.open(path)
+    model = snapshot.manifest.model
+    rules = TokenRules(model.start_token, model.vocab_size, model.source_vocab_size)
+    compared = _Compared(snapshot, documents, rules)
+    for _ in compared.changed():
+        pass
+    return compared.result()
+
+
+def _peeked(documents: Iterator[Document]) -> Iterator[Document] | None:
+    """The documents, or None where there are none."""
+    first = next(documents, None)
+    if first is None:
+        return None
+
+    def all_of_them() -> Iterator[Document]:
+        yield first
+        yield from documents
+
+    return all_of_them()
+
+
+class _Compared:
+    """A memory and a corpus, compared document by document as the corpus is read."""
+
+    def __init__(self, memory: Snapshot, documents: Documents, rules: TokenRules) -> None:
+        self.replaced: list[Stored] = []
+        self.gone: list[Stored] = []
+        self._memory = memory
+        self._documents = documents
+        self._rules = rules
+        self._ids = StoredIds(memory)
+        self._seen = [np.zeros(segment.record.documents, bool) for segment in memory.segments]
+        self._early: dict[str, Stored] | None = None
+        self._equal = self._added = 0
+
+    def changed(self) -> Iterator[Document]:
+        """The documents that are new or differ from those that are stored."""
+        for document in incoming_documents(self._documents, self._rules):
+            found = self._stored(document)
+            if found is None:
+                self._added += 1
+                yield document
+                continue
+            self._seen[found.segment][found.number] = True
+            stored = self._document(found)
+            if _equal(document, stored):
+                self._equal += 1
+            else:
+                self.replaced.append(found)
+                yield document
+
+    def result(self) -> Synced:
+        """The counts, when all documents have been read; finds what is gone.
+
+        Raises:
+            CorpusError: nothing would be left.
+        """
+        unread, kept = _unread(self._documents), 0
+        self.gone = []
+        for number, segment in enumerate(self._memory.segments):
+            for stored in segment.numbers[~self._seen[number][segment.numbers]].tolist():
+                if _is_of(self._document(Stored(number, stored)), unread):
+                    kept += 1
+                else:
+                    self.gone.append(Stored(number, stored))
+        if not self._equal + self._added + len(self.replaced) + kept:
+            raise CorpusError(
+                f"nothing would be left of {self._memory.path}: delete its folder instead, or name "
+                "a corpus with documents"
+            )
+        return Synced(self._equal, len(self.replaced), len(self.gone), self._added, kept)
+
+    def _document(self, stored: Stored) -> Document:
+        return self._memory.segments[stored.segment].documents[stored.number]
+
+    def _stored(self, document: Document) -> Stored | None:
+        """The stored document that this one is a version of."""
+        found = None
+        if self._ids.has_hash_of(document.id):
+            (found,) = self._ids.find([document.id])
+        if found is None and document.made_id and document.metadata.get("path") == document.id:
+            found = self._early_files().get(document.id)
+        if found is not None and self._seen[found.segment][found.number]:
+            return None
+        return found
+
+    def _early_files(self) -> dict[str, Stored]:
+        """Files by their paths, whose ids early memories made of path and hash."""
+        if self._early is None:
+            self._early = {}
+            for number, segment in enumerate(self._memory.segments):
+                for stored in segment.numbers.tolist():
+                    document = self._document(Stored(number, stored))
+                    name = document.metadata.get("path")
+                    if isinstance(name, str) and document.id.startswith(f"{name}#"):
+                        self._early[name] = Stored(number, stored)
+        return self._early
+
+
+def _equal(document: Document, stored: Document) -> bool:
+    """Whether a stored document is this one; early memories kept no hash with a file's path."""
+    if (document.text, document.encoder_text) != (stored.text, stored.encoder_text):
+        return False
+    if document.id != stored.id:
+        return True
+    return dict(document.metadata) == dict(stored.metadata)
+
+
+def _unread(documents: Documents) -> set[str]:
+    return documents.report.unread if isinstance(documents, Corpus) else set()
+
+
+def _is_of(document: Document, names: set[str]) -> bool:
+    """Whether a document came from one of these files."""
+    if not names:
+        return False
+    return document.metadata.get("path") in names or document.id.rpartition("#")[0] in names

@@ -1,0 +1,162 @@
+"""A memory that holds what a corpus holds: `sync`, `add --if-exists`, typed conditions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from conftest import make_tokenizer
+from nearest import Document, Memory, read_documents
+from nearest.errors import CorpusError, SettingError
+from nearest.store.verify import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore::nearest.corpus.report.CorpusWarning")
+TOKENIZER = make_tokenizer()
+
+
+def contents(memory: Memory) -> dict[str, str]:
+    found = map(memory.document, range(memory.documents))
+    return {document.id: document.text for document in found}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of text files and rows."""
+    corpus = tmp_path / "corpus"
+    (corpus / "sub").mkdir(parents=True)
+    for name in ("fee.md", "other.md", "old.md", "sub/deep.txt"):
+        (corpus / name).write_text(f"text of {name}")
+    (corpus / "rows.jsonl").write_text('{"id": 1, "text": "one"}\n{"text": "no id"}\n')
+    return corpus
+
+
+def build(model: PreTrainedModel, folder: Path, **options: Any) -> Memory:
+    return Memory.build(
+        model, TOKENIZER, read_documents(folder), folder.parent / "m", keys="none", **options
+    )
+
+
+def test_sync_skips_replaces_removes_and_adds_in_one_snapshot(
+    folder: Path, tiny_model: PreTrainedModel
+) -> None:
+    memory = build(tiny_model, folder)
+    before = memory.manifest.generation
+    (folder / "fee.md").write_text("the fee is 99 dollars")
+    (folder / "old.md").unlink()
+    (folder / "new.md").write_text("new text")
+    (folder / "rows.jsonl").write_text('{"id": 1, "text": "uno"}\n{"text": "no id"}\n')
+    wanted = {"equal": 3, "replaced": 2, "removed": 1, "added": 1, "kept": 0}
+    same, would = memory.sync(None, None, read_documents(folder), dry_run=True)
+    assert would.to_dict() == wanted
+    assert (same.refresh().manifest.generation, contents(same)) == (before, contents(memory))
+    synced, counts = memory.sync(tiny_model, TOKENIZER, read_documents(folder))
+    assert counts.to_dict() == wanted
+    assert synced.manifest.generation == before + 1
+    assert contents(synced) == {d.id: d.text for d in read_documents(folder)}
+    assert verify(synced.path) == []
+    again, nothing = synced.sync(tiny_model, TOKENIZER, read_documents(folder))
+    assert nothing.to_dict() == dict.fromkeys(wanted, 0) | {"equal": 6}
+    assert again.manifest.generation == before + 1
+
+
+def test_a_synced_memory_predicts_as_one_built_anew(
+    folder: Path, tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Its tokens are those of the folder: what was removed is in no suffix array."""
+    memory = build(tiny_model, folder)
+    (folder / "fee.md").write_text("changed")
+    (folder / "other.md").unlink()
+    synced, _ = memory.sync(tiny_model, TOKENIZER, read_documents(folder))
+    fresh = Memory.build(
+        tiny_model, TOKENIZER, read_documents(folder), tmp_path / "fresh", keys="none"
+    )
+    assert (synced.entries, synced.tokens) == (fresh.entries, fresh.tokens)
+    assert contents(synced.compact()) == contents(fresh)
+
+
+def test_files_of_early_memories_are_told_by_their_paths(
+    folder: Path, tiny_model: PreTrainedModel
+) -> None:
+    """Whose ids were made of path and hash, and changed with the text."""
+    early = [
+        Document("fee.md#0123456789abcdef", "text of fee.md", {"path": "fee.md"}),
+        Document("old.md#0123456789abcdef", "before", {"path": "old.md"}),
+        Document("gone.md#0123456789abcdef", "gone", {"path": "gone.md"}),
+    ]
+    path = folder.parent / "m"
+    memory = Memory.build(tiny_model, TOKENIZER, early, path, keys="none")
+    synced, counts = memory.sync(tiny_model, TOKENIZER, read_documents(folder))
+    assert counts.to_dict() == {"equal": 1, "replaced": 1, "removed": 1, "added": 4, "kept": 0}
+    assert sorted(contents(synced).values()) == sorted(d.text for d in read_documents(folder))
+
+
+def test_what_was_removed_never_returns_through_a_folder_around_the_memory(
+    folder: Path, tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    inside = folder / "docs.memory"
+    memory = Memory.build(tiny_model, TOKENIZER, read_documents(folder), inside, keys="none")
+    memory = memory.remove(["old.md"])
+    (folder / "old.md").unlink()
+    corpus = read_documents(folder)
+    assert "text of old.md" not in [document.text for document in corpus]
+    assert corpus.report.skipped["of our own"] == 1
+    synced, counts = memory.sync(tiny_model, TOKENIZER, corpus)
+    assert not counts.changed
+    assert "old.md" not in contents(synced)
+    for part in (inside, inside / "segments", next(inside.glob("segments/*/documents.jsonl.zst"))):
+        with pytest.raises(CorpusError, match=r"docs\.memory.* and no corpus"):
+            list(read_documents(part))
+
+
+def test_documents_of_files_that_cannot_be_read_are_kept(
+    folder: Path, tiny_model: PreTrainedModel
+) -> None:
+    """Such as those of a PDF where pypdf is not installed any more."""
+    memory = build(tiny_model, folder)
+    (folder / "other.md").write_bytes(b"binary\0")
+    synced, counts = memory.sync(tiny_model, TOKENIZER, read_documents(folder))
+    assert (counts.kept, counts.removed) == (1, 0)
+    assert contents(synced)["other.md"] == "text of other.md"
+
+
+def test_nothing_left_is_refused(folder: Path, tiny_model: PreTrainedModel) -> None:
+    memory = build(tiny_model, folder)
+    with pytest.raises(CorpusError, match="nothing would be left"):
+        memory.sync(tiny_model, TOKENIZER, [])
+
+
+@pytest.mark.parametrize("if_exists", ["error", "skip", "replace"])
+def test_what_becomes_of_an_id_that_is_there(
+    if_exists: Any, folder: Path, tiny_model: PreTrainedModel
+) -> None:
+    memory = build(tiny_model, folder)
+    (folder / "fee.md").write_text("changed")
+    (folder / "new.md").write_text("new")
+    files = read_documents([folder / "fee.md", folder / "new.md"])
+    if if_exists == "error":
+        with pytest.raises(CorpusError, match=r"'fee\.md'.*--if-exists.*sync"):
+            memory.add(tiny_model, TOKENIZER, files, if_exists=if_exists)
+        return
+    before = contents(memory)
+    fee = {"skip": "text of fee.md", "replace": "changed"}[if_exists]
+    memory = memory.add(tiny_model, TOKENIZER, files, if_exists=if_exists)
+    assert contents(memory) == before | {"fee.md": fee, "new.md": "new"}
+    again = memory.add(tiny_model, TOKENIZER, files, if_exists="skip")
+    assert again.manifest.generation == memory.manifest.generation
+    with pytest.raises(SettingError, match="if_exists 'maybe' is unknown"):
+        memory.add(tiny_model, TOKENIZER, files, if_exists="maybe")
+
+
+def test_conditions_compare_values_with_their_types(
+    tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    metadata = [{"year": 2020}, {"year": "2020"}, {"year": 2020.5}, {"year": True}, {"year": None}]
+    documents = [Document(str(n), "text", data) for n, data in enumerate([*metadata, {}])]
+    for where, gone in [(2020, {"0"}), ("2020", {"0", "1"}), (True, {"3"}), (None, {"4"}),
+                        ("true", {"3"}), (2020.5, {"2"})]:  # fmt: skip
+        path = tmp_path / json.dumps(where)
+        memory = Memory.build(tiny_model, TOKENIZER, documents, path, keys="none")
+        left = contents(memory.remove(where={"year": where}))
+        assert set("012345") - left.keys() == gone
