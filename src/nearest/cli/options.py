@@ -59,6 +59,10 @@ Recall = Annotated[
     float, typer.Option(help="Recall@1024 after re-ranking, to choose and tune the index by.")
 ]
 
+Encoding = Annotated[
+    Literal["strict", "replace"], typer.Option(help="What to do with bytes that are not text.")
+]
+
 
 @dataclass(frozen=True)
 class FileOptions:
@@ -91,9 +95,7 @@ class FileOptions:
         str,
         typer.Option(help="Encoding of text files; auto: detect it in those that are not UTF-8."),
     ] = "utf-8"
-    encoding_errors: Annotated[
-        Literal["strict", "replace"], typer.Option(help="What to do with bytes that are not text.")
-    ] = "strict"
+    encoding_errors: Encoding = "strict"
 
     def corpus(self, paths: list[str]) -> "Corpus":
         """Open files, folders, pipes and datasets; raises as `read_documents`."""
