@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from nearest.corpus.reading import read_documents
 from nearest.corpus.decoding import EncodingErrors
+from nearest.corpus.reading import read_documents
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.memory import Memory
 from nearest.retro.data.database import ChunkDatabase, Decode
