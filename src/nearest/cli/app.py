@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from nearest.cli.options import MoreMemories, Opening
+from nearest.cli.output import is_closed, is_of_output, write_in_any_encoding
 from nearest.corpus.report import CorpusWarning
 from nearest.errors import NearestError
 
@@ -40,6 +42,7 @@ def _prepare() -> None:
     def note(message: Warning | str, *_: Any) -> None:
         err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
 
+    write_in_any_encoding()
     warnings.showwarning = note  # type: ignore[assignment]
     warnings.simplefilter("ignore", CorpusWarning)  # each command says it itself
 
@@ -55,7 +58,19 @@ def _explained(function: Command) -> Command:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            return function(*args, **kwargs)
+            function(*args, **kwargs)
+            sys.stdout.flush()  # what cannot be written is found here, and not at the very end
+            return
+        except OSError as error:
+            if not is_of_output(error):
+                raise
+            if is_closed(error):
+                raise typer.Exit(0) from error
+            err.print(
+                f"[bold red]error:[/] standard output cannot be written ({error.strerror}): make "
+                "room there, or write to another place; what the command changed is done",
+                soft_wrap=True,
+            )
         except NearestError as error:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         except KeyboardInterrupt:
