@@ -18,7 +18,7 @@ from nearest.index.clusters import Clusters, kmeans_clusters
 def spread(memory: Memory, clusters: Clusters) -> float:
     """Mean squared distance of entries to the mean of their cluster."""
     entries = memory.valued_entries()
-    labels, rows = clusters.of[entries], memory.keys.rows(entries)
+    labels, rows = clusters.labels[entries], memory.keys.rows(entries)
     counts = np.diff(clusters.offsets)
     means = np.zeros((len(counts), memory.keys.dim), np.float32)
     np.add.at(means, labels, rows)

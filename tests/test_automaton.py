@@ -60,9 +60,9 @@ def test_extending_equals_plain_lists(
     for row in as_lists(pointers):
         found = row[:most]
         if clusters is not None and len(found) < most:
-            own = [c for c in clusters.of[found].tolist() if c >= 0]
+            own = [c for c in clusters.labels[found].tolist() if c >= 0]
             for cluster in sorted(set(own), key=lambda c: (-own.count(c), c)):
-                found += np.flatnonzero(clusters.of == cluster).tolist()
+                found += np.flatnonzero(clusters.labels == cluster).tolist()
         expected.append(found[:most])
     extended = automaton.extend(pointers, clusters, most)
     assert as_lists(extended) == expected

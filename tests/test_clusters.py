@@ -36,15 +36,15 @@ def entries() -> np.ndarray:
 def check_rows(found: Clusters, entries: np.ndarray, clusters: int) -> None:
     """Every entry is in exactly one cluster, which lists it; nothing else is in any."""
     assert len(found.offsets) == clusters + 1
-    assert (found.of.dtype, found.offsets.dtype, found.members.dtype) == (
+    assert (found.labels.dtype, found.offsets.dtype, found.members.dtype) == (
         np.int32,
         np.int64,
         np.int32,
     )
     for cluster in range(clusters):
         members = found.members[found.offsets[cluster] : found.offsets[cluster + 1]]
-        assert members.tolist() == np.flatnonzero(found.of == cluster).tolist()
-    assert np.flatnonzero(found.of != NO_CLUSTER).tolist() == entries.tolist()
+        assert members.tolist() == np.flatnonzero(found.labels == cluster).tolist()
+    assert np.flatnonzero(found.labels != NO_CLUSTER).tolist() == entries.tolist()
     assert found.problems(entries) == []
 
 
@@ -94,7 +94,7 @@ def test_every_entry_is_with_the_nearest_centroid(
     )
     check_rows(found, entries, clusters)
     assert told[-1] == ("clusters", len(entries), len(entries))
-    rows, labels = keys.rows(entries).astype(np.float64), found.of[entries]
+    rows, labels = keys.rows(entries).astype(np.float64), found.labels[entries]
     filled = np.unique(labels)
     means = np.array([rows[labels == cluster].mean(0) for cluster in filled])
     to_means = ((rows[:, None] - means) ** 2).sum(-1)
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_clusters(keys: Keys, entries: np.ndarray) 
     first, same, other = (
         kmeans_clusters(
             keys, entries, TOKENS, 50, np.random.default_rng(seed), sample=500, iterations=3
-        ).of
+        ).labels
         for seed in (4, 4, 5)
     )
     np.testing.assert_array_equal(first, same)
@@ -135,7 +135,7 @@ def test_equal_keys_leave_clusters_empty(exact: bool, monkeypatch: pytest.Monkey
     check_rows(found, entries, 59)
     assert (np.diff(found.offsets) == 0).sum() >= 59 - 3
     for group in range(3):
-        assert len(np.unique(found.of[entries[entries // 20 == group]])) == 1
+        assert len(np.unique(found.labels[entries[entries // 20 == group]])) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,17 +208,29 @@ def test_greedy_merge_equals_the_naive_algorithm(
     together = ids[(found.weights[found.into[ids]] > 1)]
     check_rows(clusters, together, len(clusters.offsets) - 1)
     for cluster, head in enumerate(np.flatnonzero(found.weights > 1)):
-        members = np.flatnonzero(clusters.of == cluster)
+        members = np.flatnonzero(clusters.labels == cluster)
         assert members.tolist() == np.flatnonzero(found.into == head).tolist()
 
 
 LIES: dict[str, tuple[Callable[[Clusters], Clusters], str]] = {
-    "offsets start late": (lambda c: Clusters(c.of, c.offsets + 1, c.members), "do not rise"),
-    "offsets fall": (lambda c: Clusters(c.of, c.offsets[[0, 2, 1, 3]], c.members), "do not rise"),
-    "offsets end early": (lambda c: Clusters(c.of, c.offsets[:-1], c.members), "do not end"),
-    "an unknown cluster": (lambda c: Clusters(c.of + 1, c.offsets, c.members), "does not exist"),
-    "another cluster": (lambda c: Clusters(c.of[::-1].copy(), c.offsets, c.members), "the members"),
-    "another order": (lambda c: Clusters(c.of, c.offsets, c.members[::-1].copy()), "the members"),
+    "offsets start late": (lambda c: Clusters(c.labels, c.offsets + 1, c.members), "do not rise"),
+    "offsets fall": (
+        lambda c: Clusters(c.labels, c.offsets[[0, 2, 1, 3]], c.members),
+        "do not rise",
+    ),
+    "offsets end early": (lambda c: Clusters(c.labels, c.offsets[:-1], c.members), "do not end"),
+    "an unknown cluster": (
+        lambda c: Clusters(c.labels + 1, c.offsets, c.members),
+        "does not exist",
+    ),
+    "another cluster": (
+        lambda c: Clusters(c.labels[::-1].copy(), c.offsets, c.members),
+        "the members",
+    ),
+    "another order": (
+        lambda c: Clusters(c.labels, c.offsets, c.members[::-1].copy()),
+        "the members",
+    ),
 }
 
 

@@ -259,27 +259,27 @@ def test_clusters_take_in_what_is_added_and_lose_what_is_removed(
     assert clusters is not None
     if kind == "k-means":
         assert before.clusters is not None
-        of = before.clusters.of
+        of = before.clusters.labels
         filled = np.unique(of[before.valued_entries()])
         means = np.array([mean_of_some(before, np.flatnonzero(of == c)) for c in filled])
         rows = memory.keys.rows(added)
         nearest = ((rows[:, None] - means) ** 2).sum(-1).argmin(1)
-        np.testing.assert_array_equal(clusters.of[added], filled[nearest])
+        np.testing.assert_array_equal(clusters.labels[added], filled[nearest])
     else:
-        assert (clusters.of[added] == -1).all()
+        assert (clusters.labels[added] == -1).all()
     memory = memory.remove(["doc-2", "doc-5"])
     assert memory.clusters is not None
     np.testing.assert_array_equal(
         np.sort(memory.clusters.members),
-        memory.valued_entries()[memory.clusters.of[memory.valued_entries()] >= 0],
+        memory.valued_entries()[memory.clusters.labels[memory.valued_entries()] >= 0],
     )
     gone = np.setdiff1d(np.arange(memory.positions), memory.valued_entries())
-    assert (memory.clusters.of[gone] == -1).all()
+    assert (memory.clusters.labels[gone] == -1).all()
     kept = memory.valued_entries()
-    labels = memory.clusters.of[kept]
+    labels = memory.clusters.labels[kept]
     memory = memory.compact()
     assert memory.clusters is not None
-    after = memory.clusters.of[memory.valued_entries()]
+    after = memory.clusters.labels[memory.valued_entries()]
     for label in np.unique(labels[labels >= 0]):  # the same entries are still together
         together = np.unique(after[labels == label])
         assert len(together) == 1

@@ -29,15 +29,15 @@ _EVICTIONS_AT_ONCE = 1024  # entries put in order of use in one pass over all
 
 @dataclass(frozen=True)
 class EpisodicSettings:
-    """What an episodic memory is; the defaults are the paper's.
+    """Settings of an episodic memory; the defaults are the paper's.
 
     Attributes:
-        dim: of the keys.
-        capacity: entries kept; the least recently used gives way to a new one.
-        value_dim: of the values.
-        k: neighbours that a lookup averages.
+        dim: dimension of keys.
+        capacity: largest number of entries; a new one then replaces the least recently used.
+        value_dim: dimension of values.
+        k: number of neighbours that a lookup averages.
         delta: δ of the kernel 1/(‖h − h_i‖² + δ).
-        near: a key within this distance (not squared) of a stored one is taken for the same.
+        near: a key within this distance (not squared) of a stored one counts as the same key.
         rate: α of the moving average, value ← value + α·(new − value).
         index: "exact", "auto" (exact below 50,000 entries), or a FAISS index_factory string.
         nprobe: lists that an IVF index probes; FAISS's default is 1.
@@ -71,15 +71,17 @@ class EpisodicSettings:
 
 
 class Lookup(NamedTuple):
-    """What a lookup found.
+    """The result of a lookup.
 
-    Where the memory holds fewer than k entries, the missing have id -1, distance +inf and weight 0;
-    a query for which an approximate index finds none at all has only these, and the value 0.
+    Missing neighbours have id -1, distance +inf and weight 0. A query for which an approximate
+    index finds no neighbour at all gets the value 0.
     """
 
-    values: Float[np.ndarray, "q value_dim"]  # float64, averages by weight
+    values: Float[np.ndarray, "q value_dim"]  # float64, weighted averages
     neighbours: Neighbours  # ids are rows of memory.keys; squared distances, float64
-    weights: Float[np.ndarray, "q k"]  # float64, each row sums to 1, or to 0 where all are missing
+    weights: Float[
+        np.ndarray, "q k"
+    ]  # float64; a row sums to 1, or to 0 if all neighbours are missing
 
 
 def inverse_distance_weights(
@@ -109,8 +111,8 @@ class EpisodicMemory:
     >>> memory.values[1]
     array([41.])
 
-    Batches mean what their rows mean one after another. A lookup uses its neighbours, the nearest
-    most recently; a write uses its entry. Where neighbours are equally far, either may be taken.
+    A batch has the same effect as its rows one after another. A lookup counts as a use of its
+    neighbours, of the nearest last; a write counts as a use of its entry.
     """
 
     def __init__(self, settings: EpisodicSettings) -> None:
@@ -134,12 +136,12 @@ class EpisodicMemory:
 
     @property
     def keys(self) -> Float[np.ndarray, "n dim"]:
-        """The stored keys, float32, not to be written to."""
+        """The stored keys, float32, read-only."""
         return _read_only(self._keys[: self._size])
 
     @property
     def values(self) -> Float[np.ndarray, "n value_dim"]:
-        """The stored values, float64, not to be written to."""
+        """The stored values, float64, read-only."""
         return _read_only(self._values[: self._size])
 
     def lookup(self, keys: Float[np.ndarray, "..."], *, touch: bool = True) -> Lookup:
@@ -147,7 +149,7 @@ class EpisodicMemory:
 
         Args:
             keys: [q, dim].
-            touch: count the neighbours as used; False leaves the memory as it is.
+            touch: count the neighbours as used. False leaves the memory unchanged.
 
         Raises:
             SettingError: the keys are of another shape, or not finite.
@@ -169,17 +171,17 @@ class EpisodicMemory:
     def write(
         self, keys: Float[np.ndarray, "..."], values: Float[np.ndarray, "..."]
     ) -> Int[np.ndarray, " n"]:
-        """Update the entry nearest to each key if it is `near`, or add one.
+        """Update the entry nearest to each key if it is within `near`, else add one.
 
-        An update moves the value and leaves the stored key. A full memory drops the entry that has
-        been unused for longest.
+        An update moves the value and keeps the stored key. A full memory drops the least recently
+        used entry.
 
         Args:
             keys: [n, dim].
             values: [n, value_dim].
 
         Returns:
-            The row of `memory.keys` that each pair went to; a later one may have taken its place.
+            The row of `memory.keys` that each pair was written to; a later pair may replace it.
 
         Raises:
             SettingError: the arrays are of another shape, or not finite; nothing is written then.
@@ -189,7 +191,7 @@ class EpisodicMemory:
         new_values = _checked(values, "values", wanted, np.dtype(np.float64))
         find = self._entries_near if self.settings.near else self._entries_equal
         at_once = _SEARCHED_AT_ONCE if self.settings.near else _HASHED_AT_ONCE
-        # No more than the capacity, so that no row drops what another of its batch has used.
+        # At most the capacity, so that no row drops an entry that another row of its batch used.
         at_once = min(at_once, self.settings.capacity)
         written: list[int] = []
         while len(written) < len(rows):
@@ -200,7 +202,7 @@ class EpisodicMemory:
         return np.array(written, dtype=np.int64)
 
     def _entries_equal(self, keys: Float[np.ndarray, "n dim"]) -> tuple[list[int], list[bool]]:
-        """The entry of each key, and whether it is a new one; a hash finds equal keys."""
+        """The entry of each key, found by hash, and whether it is new."""
         entries: list[int] = []
         new: list[bool] = []
         in_use: set[int] = set()
@@ -215,7 +217,7 @@ class EpisodicMemory:
         return entries, new
 
     def _entries_near(self, keys: Float[np.ndarray, "n dim"]) -> tuple[list[int], list[bool]]:
-        """The same by one search, for the first keys, up to one that an earlier bears upon."""
+        """The same by one search, for the keys before the first that depends on an earlier one."""
         limit = self.settings.near**2
         found = self._index.search(keys, self._size, 1)
         known = np.where(found.distances[:, 0] <= limit, found.ids[:, 0], NO_ENTRY).tolist()
@@ -224,7 +226,7 @@ class EpisodicMemory:
         entries: list[int] = []
         new = np.zeros(len(keys), dtype=bool)
         in_use: set[int] = set()
-        replaced: set[int] = set()  # entries that no longer hold what the search found there
+        replaced: set[int] = set()  # entries whose keys are no longer those that the search saw
         for row, entry in enumerate(known):
             if entry in replaced or (close[row] & new).any():
                 break
@@ -243,7 +245,7 @@ class EpisodicMemory:
         entries: Int[np.ndarray, " n"],
         new: Bool[np.ndarray, " n"],
     ) -> None:
-        """Fill new entries, then move the values of known ones, some of which may be of these."""
+        """Fill new entries, then update known ones, which may be among the new."""
         rows = np.flatnonzero(new)
         self._keys[entries[rows]] = keys[rows]
         self._values[entries[rows]] = values[rows]
@@ -254,7 +256,7 @@ class EpisodicMemory:
         self._touch(entries)
 
     def _free_entry(self, in_use: set[int]) -> int:
-        """An entry for a new key: one never used, or the least recently used but for `in_use`."""
+        """An entry for a new key: an empty one, or the least recently used one outside `in_use`."""
         if self._size < self.settings.capacity:
             self._size += 1
             return self._size - 1
@@ -263,10 +265,10 @@ class EpisodicMemory:
         return entry
 
     def _least_recently_used(self, in_use: set[int]) -> int:
-        """The entry unused for longest, found by sorting many at a time.
+        """The least recently used entry outside `in_use`; many are sorted at a time.
 
-        Times only grow, so every entry outside the sorted ones has been used later than all of
-        them, and those used since they were sorted are passed over.
+        Times only grow: entries outside the sorted ones were used later than all of them, and
+        sorted ones that were used since are skipped.
         """
         while True:
             while self._oldest:
@@ -281,11 +283,11 @@ class EpisodicMemory:
 
     def _touch(self, entries: Int[np.ndarray, " n"]) -> None:
         """Count entries as used, one after another."""
-        self._used[entries] = self._time + np.arange(len(entries))  # of repeated ones the last
+        self._used[entries] = self._time + np.arange(len(entries))  # of a repeated entry, the last
         self._time += len(entries)
 
     def save(self, path: Path | str) -> None:
-        """Write the memory as one safetensors file, which appears whole or not at all.
+        """Write the memory to one safetensors file, atomically.
 
         Raises:
             FolderError: it cannot be written.
@@ -300,7 +302,7 @@ class EpisodicMemory:
 
     @classmethod
     def load(cls, path: Path | str) -> "EpisodicMemory":
-        """Read what `save` wrote; the memory goes on as if it had not been away.
+        """Read what `save` wrote; the memory behaves as the saved one did.
 
         Raises:
             FolderError: the file is missing, damaged, or of another kind.
@@ -330,7 +332,7 @@ def _checked(
     shape: tuple[int | None, int],
     dtype: "np.dtype[np.floating]",
 ) -> Float[np.ndarray, "n dim"]:
-    """Finite rows in `dtype`, with no negative zero: it equals zero, but not in its bits."""
+    """Finite rows in `dtype`, without negative zeros, which equal zero but hash differently."""
     wanted = f"[{'n' if shape[0] is None else shape[0]}, {shape[1]}]"
     if array.ndim != 2 or array.shape[1] != shape[1] or shape[0] not in (None, len(array)):
         raise SettingError(
@@ -338,7 +340,7 @@ def _checked(
         )
     with np.errstate(over="ignore"):
         rows: Float[np.ndarray, "n dim"] = array.astype(dtype, order="C") + dtype.type(0)
-        # Distances are at most twice the larger norm, and must not overflow either.
+        # Squared distances are at most 4 times the larger squared norm and must not overflow.
         sound = np.isfinite(4 * np.square(rows).sum(axis=1))
     if not sound.all():
         raise SettingError(

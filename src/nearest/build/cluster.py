@@ -54,7 +54,7 @@ def cluster_memory(path: Path, how: KMeans | GreedyMerge, progress: Progress = n
         count, bounds = len(found.offsets) - 1, memory.bounds
         segments = []
         for segment, (first, stop) in zip(change.segments, pairwise(bounds), strict=True):
-            own = Clusters.from_labels(found.of[first:stop], count)
+            own = Clusters.from_labels(found.labels[first:stop], count)
             files = write_arrays(change.files(segment.record.name), own)
             segments.append(segment.record.with_files(files, members=len(own.members)))
         change.publish(

@@ -1,8 +1,8 @@
-"""FAISS indexes, searched, read and written; `building` makes them.
+"""Search, read and write FAISS indexes; `building` makes them.
 
-The pitfalls of earlier code are met here, each in one place: ids of -1 in short lists, `nprobe` set
-on a wrapper that ignores it, graphs that look at sixteen entries whatever is asked for, inner
-products of the wrong sign, and files of unknown origin.
+Known pitfalls are handled here, each in one place: ids of -1 from short lists, `nprobe` set on a
+wrapper that ignores it, HNSW graphs whose efSearch is below k, the sign of inner products, and
+unverified files.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class ApproximateIndex:
         self._metric = metric
         self.entries = int(index.ntotal)
         self.most = self.entries if most is None else min(most, self.entries)
-        self._lock = Lock()  # of what the index makes for itself when it is first needed
+        self._lock = Lock()  # for what FAISS makes lazily inside the index
         self._graph = _graph_of(index)
         ivf = inverted_lists(index)
         if ivf is not None and nprobe is not None:
@@ -47,10 +47,10 @@ class ApproximateIndex:
                 lists.hnsw.efSearch = max(lists.hnsw.efSearch, 2 * nprobe)
 
     def on_gpu(self) -> "ApproximateIndex | None":
-        """The same on the GPUs there are; None where FAISS has no form for it there.
+        """A copy on the GPUs; None if FAISS cannot search this kind of index there.
 
         Raises:
-            SettingError: they have no room for it.
+            SettingError: it does not fit in their memory.
         """
         if not has_form_in_lists(self._index):
             return None
@@ -58,7 +58,7 @@ class ApproximateIndex:
 
     @property
     def dim(self) -> int:
-        """Dimension of its vectors."""
+        """Dimension of the vectors."""
         return int(self._index.d)
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
@@ -71,12 +71,12 @@ class ApproximateIndex:
             raise ValueError(f"queries have {queries.shape[1]} dims, the index {self.dim}")
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         view = {}
-        if self._graph is not None:  # which gives back no more entries than it keeps in view
+        if self._graph is not None:  # which returns at most efSearch entries
             seen = max(k, self._graph.hnsw.efSearch)
             view = {"params": load_faiss().SearchParametersHNSW(efSearch=seen)}
         distances = np.empty((len(queries), k), dtype=np.float32)
         ids = np.empty((len(queries), k), dtype=np.int64)
-        # What `search` calls after checks and allocations, a twelfth of a single query's time.
+        # Called by `search` after checks and allocations, which take a twelfth of a query's time.
         asked, far, found = map(load_faiss().swig_ptr, (queries, distances, ids))
         self._index.search_c(len(queries), asked, k, far, found, **view)
         if self._metric == "ip":
@@ -89,7 +89,7 @@ class ApproximateIndex:
     ) -> Float[np.ndarray, "q k"]:
         """Distances to the codes of chosen entries, as a search measures them; +inf for id -1.
 
-        Slow beside stored keys: every code is decoded on its own. For parity with earlier systems.
+        Slower than stored keys, since each code is decoded alone. For parity with earlier systems.
 
         Raises:
             SettingError: this kind of index cannot give its vectors back.
@@ -107,24 +107,24 @@ class ApproximateIndex:
         return distances
 
     def _decoded(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
-        """The vectors that the codes of entries stand for."""
+        """Vectors decoded from the codes of entries."""
         faiss = load_faiss()
         index = faiss.downcast_index(self._index)
         if isinstance(index, faiss.IndexIDMap):
             inner: np.ndarray = index.index.reconstruct_batch(np.searchsorted(self._ids, ids))
             return inner
         ivf = inverted_lists(index)
-        if isinstance(ivf, faiss.IndexIVFFastScan):  # which crashes where it was read from a file
+        if isinstance(ivf, faiss.IndexIVFFastScan):  # which crashes if it was read from a file
             raise SettingError(
                 "an index that is scanned fast cannot measure chosen entries: measure by keys, or "
                 "build another one (`nearest index --spec IVF1024,SQ8`)"
             )
         with self._lock:
-            if ivf is not None and ivf.direct_map.no():  # without it, lists find no code by its id
+            if ivf is not None and ivf.direct_map.no():  # needed to find codes by id in lists
                 ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
         try:
             decoded: np.ndarray = index.reconstruct_batch(ids)
-        except RuntimeError as error:  # as of what is on a GPU
+        except RuntimeError as error:  # as an index on a GPU does
             raise SettingError(
                 "this kind of index cannot measure chosen entries: measure by keys, or search on "
                 "the CPU"
@@ -133,7 +133,7 @@ class ApproximateIndex:
 
     @cached_property
     def _ids(self) -> Int[np.ndarray, " n"]:
-        """Of an index inside an id map: the id of each vector; entries are added in their order."""
+        """The ids of an id map, ascending: entries are added in their order."""
         ids: np.ndarray = load_faiss().vector_to_array(
             load_faiss().downcast_index(self._index).id_map
         )
@@ -149,9 +149,9 @@ class ApproximateIndex:
                 try:
                     if not failed:
                         file.write(data)
-                except OSError as error:  # an exception cannot cross FAISS; it is raised below
+                except OSError as error:  # cannot pass through FAISS; raised below
                     failed.append(error)
-                return len(data)  # FAISS does not heed it
+                return len(data)  # FAISS ignores it
 
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, 1 << 20))
             if failed:
@@ -159,7 +159,7 @@ class ApproximateIndex:
 
 
 def _reader(file: BufferedReader) -> Callable[[int], bytes]:
-    """Reads from the start, by an offset of its own: other threads may read the file meanwhile."""
+    """Read from the start with an offset of its own: other threads may read the file too."""
     offset = 0
 
     def read(size: int) -> bytes:
@@ -172,10 +172,10 @@ def _reader(file: BufferedReader) -> Callable[[int], bytes]:
 
 
 def read_index(file: BufferedReader, sha256: str) -> Any:
-    """Read a FAISS index, after the checksum of its file has matched and not before.
+    """Read a FAISS index, only after the checksum of its file has matched.
 
     Raises:
-        FolderError: the file is not the one the manifest describes.
+        FolderError: the file is not the one that the manifest describes.
     """
     faiss, digest, read = load_faiss(), hashlib.sha256(), _reader(file)
     while block := read(_READ_BYTES):
@@ -195,7 +195,7 @@ def read_index(file: BufferedReader, sha256: str) -> Any:
 
 
 def spec_of(index: Any) -> str:
-    """A factory string for an index like this one: its own kind, as far as it is known."""
+    """A factory string for an index like this one; "auto" for a kind that is not known."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIVFPQ):
@@ -206,7 +206,7 @@ def spec_of(index: Any) -> str:
 
 
 def inverted_lists(index: Any) -> Any | None:
-    """The inverted-file index inside any wrapper, or None: `nprobe` counts only there."""
+    """The inverted-file index inside any wrapper, or None; `nprobe` has no effect elsewhere."""
     faiss = load_faiss()
     try:
         return faiss.downcast_index(faiss.extract_index_ivf(faiss.downcast_index(index)))
@@ -215,7 +215,7 @@ def inverted_lists(index: Any) -> Any | None:
 
 
 def _graph_of(index: Any) -> Any | None:
-    """The graph (HNSW) that an index searches, inside any wrapper, or None."""
+    """The HNSW graph inside any wrapper, or None."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):

@@ -1,4 +1,4 @@
-"""FAISS indexes of any factory string: checked, trained, filled, and joined into one."""
+"""Check, train, fill and join FAISS indexes of any factory string."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric
 
 _ADD_ROWS = 65_536
-_ADD_BYTES = 1 << 24  # of rows in float32; FAISS makes as much of them again
+_ADD_BYTES = 1 << 24  # of float32 rows; FAISS allocates as much again
 _TRAINING_BYTES = 1 << 29
 _FEWEST_A_LIST = 39  # rows, FAISS's own minimum
 
 
 def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = None) -> None:
-    """Refuse an index before any key is made for it.
+    """Refuse an index that cannot be built, before any key is encoded.
 
     Raises:
-        SettingError: FAISS does not know the string, it does not fit the dimension or needs more
-            entries, or lists are to be probed where there are none.
+        SettingError: FAISS does not know the string, it does not fit the dimension, it needs more
+            entries, or nprobe is set for an index without lists.
         NearestError: FAISS is not installed.
     """
     load_faiss()
@@ -46,19 +46,19 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
 
 
 def training_rows(spec: str, dim: int) -> int:
-    """Rows that train an index well: enough for each list and each 8-bit code."""
+    """Rows that suffice to train an index: FAISS's minimum for each list and each 8-bit code."""
     return _FEWEST_A_LIST * max(256, number_of_lists(spec, dim))
 
 
 def code_bytes(spec: str, dim: int) -> int:
-    """What an index takes for each entry, without its id."""
+    """Bytes of an index for each entry, without the id."""
     index = _make_index(spec, dim, "l2")
     ivf = inverted_lists(index)
     return int(index.sa_code_size() if ivf is None else ivf.code_size)
 
 
 def number_of_lists(spec: str, dim: int) -> int:
-    """Of an index with inverted lists; 0 of others."""
+    """Number of inverted lists; 0 for an index without them."""
     ivf = inverted_lists(_make_index(spec, dim, "l2"))
     return 0 if ivf is None else int(ivf.nlist)
 
@@ -81,7 +81,7 @@ def _refused(spec: str, dim: int, error: RuntimeError) -> SettingError:
 
 
 def train_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
-    """A FAISS index without entries, trained on the keys of some of `ids`.
+    """An empty FAISS index, trained on a sample of the keys of `ids`.
 
     Raises:
         SettingError: FAISS does not know the factory string, or it does not fit the keys.
@@ -103,7 +103,7 @@ def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) ->
     """Add the keys of `ids` to a trained FAISS index, with those ids.
 
     Raises:
-        SettingError: this kind of index does not take them.
+        SettingError: this kind of index cannot take them.
     """
     try:
         for block in _blocks(keys, ids):
@@ -113,23 +113,23 @@ def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) ->
 
 
 def build_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.random.Generator) -> Any:
-    """A FAISS index, trained and filled; raises as `train_index` and `fill_index` do."""
+    """`train_index` and `fill_index` in one."""
     index = train_index(keys, ids, spec, rng)
     fill_index(index, keys, ids, spec)
     return index
 
 
 def can_be_joined(index: Any) -> bool:
-    """Whether indexes filled from this trained one can become one: inverted lists can."""
+    """Whether `joined` can merge indexes filled from this trained one: only inverted lists."""
     return inverted_lists(index) is not None
 
 
 def joined(parts: Sequence[tuple[Any, int]]) -> Any:
-    """One FAISS index of several that were filled from the same trained one; they are used up.
+    """Merge FAISS indexes that were filled from the same trained one; the inputs are consumed.
 
     Args:
-        parts: indexes, and what is to be added to the ids of each; those that cannot be joined
-            (`can_be_joined`) come alone.
+        parts: indexes, and the offset to add to the ids of each. An index that cannot be merged
+            (`can_be_joined`) must be the only one.
     """
     (whole, first), *others = parts
     if first:
@@ -141,7 +141,7 @@ def joined(parts: Sequence[tuple[Any, int]]) -> Any:
 
 
 def _shift_ids(index: Any, by: int) -> None:
-    """Add to all ids, wherever an index keeps them: in its lists, or in a map around it."""
+    """Add an offset to all ids, in inverted lists or in an id map."""
     faiss, ivf = load_faiss(), inverted_lists(index)
     if ivf is None:
         ids = faiss.downcast_index(index).id_map

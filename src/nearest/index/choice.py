@@ -1,4 +1,4 @@
-"""Which index fits: by entries, dimension, the machine's memory, and the recall that is wanted."""
+"""The index that "auto" chooses, by entries, dimension, RAM and the recall that is wanted."""
 
 import math
 
@@ -6,12 +6,12 @@ from nearest.machine import machine_memory
 
 EXACT = "exact"
 AUTO = "auto"
-EXACT_BELOW = 50_000  # entries; scanning this many costs less than an index is worth
-RECALL = 0.95  # of the 1,024 nearest, after re-ranking, that an index is tuned to find
-_SHARE = 0.5  # of the machine's memory, for the codes of one index
+EXACT_BELOW = 50_000  # entries; fewer are scanned as quickly as an index is searched
+RECALL = 0.95  # of the 1,024 nearest after re-ranking, to which an index is tuned
+_SHARE = 0.5  # of the machine's RAM, for the codes of one index
 _ID_BYTES = 8
 _FEW_DIMS = 256
-_ROUGH = 0.97  # recall; what 4-bit codes reach with a margin that is still quick to re-rank
+_ROUGH = 0.97  # recall that 4-bit codes reach with a margin that is still quick to re-rank
 _BYTES = "SQ8"
 
 
@@ -20,17 +20,17 @@ def resolve_spec(
 ) -> str:
     """Turn "auto" into exact search for small memories, else into inverted lists.
 
-    Their codes are products of 4 bits for two dims, or four of more than 256 dims, which FAISS
-    compares in registers ("fast scan"): far quicker than 8-bit codes, at a fraction of their size.
-    They order candidates roughly, so that more are fetched; by the stored keys they are then in
-    order. Where such codes take more than half of the machine's memory, up to sixteen dims share
-    one. Dims that cannot be cut so get 8-bit codes, and so do all where a recall is wanted that
-    rough codes do not reach, if there is room. A recall of 1 is what exact search has alone.
+    The default codes are product codes: 4 bits for every two dims (four if there are more than 256
+    dims), which FAISS compares in registers ("fast scan"), far quicker than 8-bit codes and
+    smaller. Their order is rough, so more candidates are fetched and re-ranked by the stored keys.
+    If such codes need more than half of the machine's RAM, up to sixteen dims share a code. 8-bit
+    codes are chosen if the dims cannot be divided so, and if rough codes do not reach the recall
+    and there is room. Only exact search has a recall of 1.
 
     Args:
-        spec: what was asked for; all but "auto" stays.
+        spec: any spec but "auto" is returned unchanged.
         entries, dim: number and dimension of keys.
-        memory_bytes: of the machine; looked up when not given.
+        memory_bytes: RAM; the machine's if not given.
         recall: that the index is to be tuned to.
     """
     if spec != AUTO:
@@ -46,18 +46,18 @@ def resolve_spec(
 
 
 def fitting_lists(entries: int) -> int:
-    """How many inverted lists fit so many entries: the power of two nearest their square root."""
+    """The number of inverted lists for so many entries: the power of two nearest sqrt(entries)."""
     return 1 << round(math.log2(entries) / 2)
 
 
 def bytes_an_entry(dim: int) -> int:
-    """What the finest index that "auto" chooses takes for each entry, its id included."""
+    """Bytes an entry of the finest index that "auto" chooses, its id included."""
     dims = _dims_a_code(dim)
     return _ID_BYTES + (dim // dims[0] // 2 if dims else dim)
 
 
 def explained(asked: str, spec: str, entries: int, dim: int, recall: float = RECALL) -> str:
-    """Why an index over so many keys, tuned to a recall, is of this kind, as one sentence."""
+    """One-sentence explanation of why this index was chosen (shown by `nearest info`)."""
     if asked != AUTO:
         if spec == EXACT != asked:
             return f"{asked} was asked for; so few entries, beside others, are scanned"
@@ -81,5 +81,5 @@ def explained(asked: str, spec: str, entries: int, dim: int, recall: float = REC
 
 
 def _dims_a_code(dim: int) -> list[int]:
-    """How many dims may share a code, the fewest first."""
+    """Numbers of dims that may share a code, ascending."""
     return [n for n in range(2 if dim <= _FEW_DIMS else 4, 17) if dim % n == 0]

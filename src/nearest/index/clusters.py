@@ -1,7 +1,7 @@
-"""Which entries share a state: clusters of keys, as RetoMaton follows them (arXiv:2201.12431).
+"""Clusters of entries that share a state of the automaton of RetoMaton (arXiv:2201.12431).
 
-k-means joins entries whose keys are near; greedy merge (arXiv:2109.04212) joins near entries of the
-same value. Both label entries; `Clusters` holds the labels so that members are found at once.
+k-means groups entries with near keys; greedy merge (arXiv:2109.04212) groups near entries with the
+same value. Both give each entry a label; `Clusters` also lists the members of each cluster.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,31 +31,32 @@ class Clusters:
     """Clusters of entries in compressed sparse rows.
 
     Attributes:
-        of: the cluster of each position (int32), -1 where it is in none.
+        labels: the cluster of each position (int32), -1 where it is in none.
         offsets: cluster c holds members[offsets[c] : offsets[c + 1]] (int64).
         members: entry ids, ascending within a cluster (int32, or int64 beyond 2^31 positions).
     """
 
-    of: Int[np.ndarray, " tokens"]
+    labels: Int[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " clusters_plus_1"]
     members: Int[np.ndarray, " members"]
 
     @classmethod
-    def from_labels(cls, of: Int[np.ndarray, " tokens"], clusters: int) -> "Clusters":
-        """Collect the members of `clusters` clusters from each position's label."""
-        clustered = np.flatnonzero(of != NO_CLUSTER)
-        labels = of[clustered]
+    def from_labels(cls, labels: Int[np.ndarray, " tokens"], clusters: int) -> "Clusters":
+        """Collect the members of each cluster from the labels of all positions."""
+        clustered = np.flatnonzero(labels != NO_CLUSTER)
+        numbers = labels[clustered]
         offsets = np.zeros(clusters + 1, np.int64)
-        np.cumsum(np.bincount(labels, minlength=clusters), out=offsets[1:])
-        members = clustered[np.argsort(labels, kind="stable")]
-        return cls(of.astype(np.int32), offsets, members.astype(position_dtype(len(of))))
+        np.cumsum(np.bincount(numbers, minlength=clusters), out=offsets[1:])
+        members = clustered[np.argsort(numbers, kind="stable")]
+        members = members.astype(position_dtype(len(labels)))
+        return cls(labels.astype(np.int32), offsets, members)
 
     def samples(
         self, most: int
     ) -> Iterator[tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"]]]:
-        """Clusters, and one member of each that no other turn gives, spread evenly over it.
+        """Sample up to `most` members of each cluster, spread evenly over it, one at a time.
 
-        There are `most` turns; a cluster of fewer members has a part in as many of them.
+        Turn i yields the clusters with more than i members, and their i-th sampled members.
         """
         counts = np.diff(self.offsets)
         drawn = np.minimum(counts, most)
@@ -65,20 +66,20 @@ class Clusters:
             yield some, self.members[place].astype(np.int64)
 
     def problems(self, entries: Int[np.ndarray, " m"]) -> list[str]:
-        """What is wrong with clusters of these entries, one sentence each."""
+        """Faults in clusters of these entries, one sentence each."""
         count = len(self.offsets) - 1
         if self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
             return ["cluster offsets do not rise from 0"]
         if self.offsets[-1] != len(self.members):
             return ["cluster offsets do not end with the members"]
-        if ((self.of < NO_CLUSTER) | (self.of >= count)).any():
+        if ((self.labels < NO_CLUSTER) | (self.labels >= count)).any():
             return ["an entry is in a cluster that does not exist"]
         problems = []
-        outside = np.ones(len(self.of), dtype=bool)
+        outside = np.ones(len(self.labels), dtype=bool)
         outside[entries] = False
-        if (self.of[outside] != NO_CLUSTER).any():
+        if (self.labels[outside] != NO_CLUSTER).any():
             problems.append("a position without value is in a cluster")
-        expected = Clusters.from_labels(self.of, count)
+        expected = Clusters.from_labels(self.labels, count)
         if not (
             np.array_equal(expected.offsets, self.offsets)
             and np.array_equal(expected.members, self.members)
@@ -98,21 +99,21 @@ def kmeans_clusters(
     iterations: int,
     progress: Progress = no_progress,
 ) -> Clusters:
-    """Clusters of entries whose keys are nearest to the same centroid, by squared L2.
+    """Cluster entries by k-means on their keys (squared L2).
 
-    Centroids are found by k-means on a sample; then every entry is assigned, block by block. Of
-    more than 4,096 centroids only those in the eight nearest inverted lists are compared, which
-    finds the nearest for all but a few entries in a thousand. A cluster may end up empty.
+    Centroids are trained on a sample; then each entry gets the label of its nearest centroid. With
+    more than 4,096 centroids, an entry is compared with those in the eight nearest inverted lists,
+    which finds the nearest for all but a few entries in a thousand. A cluster may be empty.
 
     Args:
         keys: one a position.
-        entries: ascending ids of those to cluster.
+        entries: ascending ids of the entries to cluster.
         tokens: number of positions.
         clusters: number of clusters.
-        rng: for the sample and the first centroids.
-        sample: number of entries to find centroids with, at least one a cluster.
-        iterations: of k-means.
-        progress: told what has been done.
+        rng: draws the sample and the first centroids.
+        sample: number of entries to train centroids on, at least one for each cluster.
+        iterations: number of k-means iterations.
+        progress: called as work is done.
 
     Raises:
         SettingError: there are more clusters than entries, or one of the numbers is too small.
@@ -139,9 +140,9 @@ def kmeans_clusters(
     rows = keys.rows(chosen)
     nearest = _centroid_index(rows, clusters)
     training.train(rows, nearest)
-    of = np.full(tokens, NO_CLUSTER, np.int32)
-    of[entries] = _assigned(nearest, keys, entries, progress)
-    return Clusters.from_labels(of, clusters)
+    labels = np.full(tokens, NO_CLUSTER, np.int32)
+    labels[entries] = _assigned(nearest, keys, entries, progress)
+    return Clusters.from_labels(labels, clusters)
 
 
 def assigned_clusters(
@@ -150,7 +151,7 @@ def assigned_clusters(
     centroids: Float[np.ndarray, "clusters dim"],
     progress: Progress = no_progress,
 ) -> Int[np.ndarray, " m"]:
-    """The cluster of each entry by the centroids of others, found as `kmeans_clusters` finds it."""
+    """The nearest of given centroids for each entry, found as `kmeans_clusters` finds it."""
     rows = np.ascontiguousarray(centroids)
     nearest = _centroid_index(rows, len(rows))
     nearest.add(rows)
@@ -160,16 +161,16 @@ def assigned_clusters(
 def _assigned(
     nearest: Any, keys: Keys, entries: Int[np.ndarray, " m"], progress: Progress
 ) -> Int[np.ndarray, " m"]:
-    of = np.empty(len(entries), np.int32)
+    labels = np.empty(len(entries), np.int32)
     for start in range(0, len(entries), _BLOCK):
         block = entries[start : start + _BLOCK]
-        of[start : start + len(block)] = nearest.search(keys.rows(block), 1)[1][:, 0]
+        labels[start : start + len(block)] = nearest.search(keys.rows(block), 1)[1][:, 0]
         progress("clusters", start + len(block), len(entries))
-    return of
+    return labels
 
 
 def _centroid_index(rows: Float[np.ndarray, "s dim"], clusters: int) -> Any:
-    """An empty index for centroids of these keys, which k-means fills at each iteration."""
+    """An empty index, which k-means fills with the centroids at each iteration."""
     faiss = load_faiss()
     if clusters <= _EXACT_CENTROIDS:
         return faiss.IndexFlatL2(rows.shape[1])
@@ -181,20 +182,19 @@ def _centroid_index(rows: Float[np.ndarray, "s dim"], clusters: int) -> Any:
 
 
 class Merged(NamedTuple):
-    """What a greedy merge leaves.
+    """The result of a greedy merge.
 
     Attributes:
-        into: the entry that stands for each position (int64): itself, or the one it was merged
-            into.
-        weights: number of entries that each position stands for (uint8): 0 for those merged into
-            another, and where there is no value.
+        into: the entry that each position was merged into, else itself (int64).
+        weights: number of entries that each position stands for (uint8); 0 for entries that were
+            merged into another, and for positions that are no entries.
     """
 
     into: Int[np.ndarray, " tokens"]
     weights: Integer[np.ndarray, " tokens"]
 
     def clusters(self) -> Clusters:
-        """Entries that were merged together; those that stand for themselves are in none."""
+        """One cluster for each entry that others were merged into; unmerged entries are in none."""
         heads = np.flatnonzero(self.weights > 1)
         number = np.full(len(self.into), NO_CLUSTER, np.int64)
         number[heads] = np.arange(len(heads))
@@ -202,7 +202,7 @@ class Merged(NamedTuple):
 
 
 def check_neighbours(neighbours: int) -> None:
-    """Refuse a number of neighbours that `greedy_merge` cannot count (SettingError)."""
+    """Raise SettingError if `greedy_merge` cannot count so many neighbours."""
     if not 1 <= neighbours <= _MOST_NEIGHBOURS:
         raise SettingError(f"neighbours must be from 1 to {_MOST_NEIGHBOURS}, got {neighbours}")
 
@@ -216,16 +216,16 @@ def greedy_merge(
 ) -> Merged:
     """Merge near entries of the same value, in random order (He et al., arXiv:2109.04212).
 
-    An entry that has not been merged takes in those of its neighbours that have its value and stand
-    for themselves alone; what they counted is added to its weight.
+    An entry that has not been merged takes in those neighbours that have its value and stand for
+    themselves alone, and adds their weights to its own.
 
     Args:
         values: the value of each position (int64).
-        entries: ids of those to merge.
-        neighbours: nearest entries of each of some entries, nearest first, -1 where there are
-            fewer; an entry itself among them is passed over, and at most 254 others.
-        rng: for the order.
-        progress: told what has been done.
+        entries: ids of the entries to merge.
+        neighbours: returns the nearest entries of each given entry, nearest first, padded with -1;
+            at most 254 beside the entry itself, which is skipped.
+        rng: draws the order.
+        progress: called as work is done.
     """
     into = np.arange(len(values))
     weights = np.zeros(len(values), np.uint8)
@@ -244,7 +244,7 @@ def greedy_merge(
 def _merge(block: Any, neighbours: Any, values: Any, into: Any, weights: Any) -> None:
     for i in range(len(block)):
         entry = block[i]
-        if weights[entry] == 0:  # merged since its neighbours were looked up
+        if weights[entry] == 0:  # merged since its neighbours were searched
             continue
         for other in neighbours[i]:
             if (

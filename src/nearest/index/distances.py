@@ -1,8 +1,8 @@
 """Distances between queries and chosen keys: gather, decode and reduce in one pass.
 
-The keys stay in their files as they are stored: float16, or int8 with a scale a row. Numba has no
-float16, so the kernel reads it as uint16 and lets the processor widen it. Beside each kernel stands
-the same in plain numpy.
+Keys are read from their files as they are stored: float16, or int8 with one scale a row. Numba has
+no float16, so the kernel reads uint16 and converts it by the processor's own instruction. Each
+kernel has a reference in plain numpy.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from numba.extending import intrinsic
 from nearest.index.neighbours import Metric
 from nearest.index.threads import in_threads
 
-AHEAD = 8  # rows; those of scattered entries are asked for so long before they are read
+AHEAD = 8  # rows are prefetched this many entries before they are read
 
 
-class Part(NamedTuple):
-    """Which part of a whole some keys are: ids count from `first`.
+class Shard(NamedTuple):
+    """A shard's offset in the global id space, and the output array it writes into.
 
-    Distances to them are written `into` an array that holds those to other parts; what is none of
-    their ids stays as it is there.
+    Ids from `first` on are rows of the shard. Distances to other ids are left as they are in
+    `into`; without it, a new array is filled with +inf.
     """
 
     first: int = 0
     into: Float[np.ndarray, "q k"] | None = None
 
 
-WHOLE = Part()
+WHOLE = Shard()
 
 
 def key_distances(
@@ -40,15 +40,14 @@ def key_distances(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
-    part: Part = WHOLE,
+    shard: Shard = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
     """Distance of query i to keys[ids[i, j]]: squared L2, or the negated inner product.
 
-    Keys are float16 or float32, queries float32, the result float32; an id that is no row gives
-    +inf.
+    Keys are float16 or float32, queries and distances float32. An id that is no row gives +inf.
     """
     stored = keys.view(np.uint16) if keys.dtype == np.float16 else keys
-    return measured(_distances, (stored,), queries, ids, metric, part)
+    return measured(_distances, (stored,), queries, ids, metric, shard)
 
 
 def scaled_key_distances(
@@ -57,10 +56,10 @@ def scaled_key_distances(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
-    part: Part = WHOLE,
+    shard: Shard = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
-    """As `key_distances`, of keys that are int8 codes times a float32 scale for each row."""
-    return measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric, part)
+    """`key_distances` for keys stored as int8 codes, each row times its own float32 scale."""
+    return measured(_scaled_distances, (codes, scales[:, None]), queries, ids, metric, shard)
 
 
 def measured(
@@ -69,17 +68,17 @@ def measured(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
-    part: Part,
+    shard: Shard,
 ) -> Float[np.ndarray, "q k"]:
     """Run a kernel over all queries, shared among threads."""
-    distances = part.into
+    distances = shard.into
     if distances is None:
         distances = np.full(ids.shape, np.inf, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     ids = np.ascontiguousarray(ids)
 
     def work(some: slice) -> None:
-        kernel(*stored, queries[some], ids[some], part.first, metric == "l2", distances[some])
+        kernel(*stored, queries[some], ids[some], shard.first, metric == "l2", distances[some])
 
     in_threads(work, len(queries))
     return distances
@@ -91,7 +90,7 @@ def distances_reference(
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
-    """What every kernel computes of decoded keys, in numpy and float64."""
+    """The distances that every kernel computes, of decoded keys in float64."""
     wide, queries = rows.astype(np.float64), queries[:, None].astype(np.float64)
     distances = ((wide - queries) ** 2).sum(-1) if metric == "l2" else -(wide * queries).sum(-1)
     return np.where(ids < 0, np.inf, distances).astype(np.float32)
@@ -103,7 +102,7 @@ def key_distances_reference(
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
-    """What `key_distances` computes."""
+    """`key_distances` in numpy."""
     return distances_reference(keys[ids], queries, ids, metric)
 
 
@@ -114,7 +113,7 @@ def scaled_key_distances_reference(
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
 ) -> Float[np.ndarray, "q k"]:
-    """What `scaled_key_distances` computes."""
+    """`scaled_key_distances` in numpy."""
     rows = codes[ids] * scales[ids].astype(np.float64)[..., None]
     return distances_reference(rows, queries, ids, metric)
 
@@ -131,7 +130,7 @@ def _widen_stored(_context: Any, stored: Any) -> Any:
 
 
 def _ask_for(_context: Any, array: Any, row: Any, column: Any) -> Any:
-    """Ask the processor for array[row, column], to be read soon."""
+    """Prefetch array[row, column] into the cache."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         struct = context.make_array(signature.args[0])(context, builder, args[0])

@@ -1,4 +1,4 @@
-"""Exhaustive search: all keys compared. Every other index is measured against it."""
+"""Exhaustive search, the reference for every other index."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -10,9 +10,9 @@ from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
 
-BLOCK_BYTES = 1 << 26  # of float32 keys that are compared at once
-_FEW = 16  # queries; for more it pays to decode the keys
-_SLICES = 64  # of the keys, shared among threads
+BLOCK_BYTES = 1 << 26  # of float32 keys that are decoded at once
+_FEW = 16  # queries; for more, decoding the keys pays
+_SLICES = 64  # of the keys, divided among threads
 # Entries fetched beyond k by rounded distances. Only if the farthest of them is farther than the
 # k-th by more than rounding can explain is nothing nearer missing; without any, none would be.
 SPARE = 16
@@ -22,21 +22,20 @@ _ROUNDINGS = 8  # that a product of two vectors adds up, at most, times sqrt(dim
 
 
 class ExactIndex:
-    """The k nearest by the stored keys, ties included: the same for few queries and for many.
+    """The k nearest by the stored keys; ties too are the same for few queries and for many.
 
-    There is nothing to train, and nothing on disk but the keys.
+    Needs no training, and no file but the keys.
     """
 
     exact = True
 
     def __init__(self, keys: Keys, ids: Int[np.ndarray, " m"]) -> None:
-        """Search the keys of `ids`; other entries are never found."""
+        """Search the entries `ids` alone."""
         self._keys = keys
         self._ids = ids
         self.entries = self.most = len(ids)
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest entries."""
         return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
 
     def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
@@ -75,7 +74,7 @@ class ExactIndex:
         return sort_nearest_first(nearest, k).padded(k)
 
     def _scan(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """Decode the keys block by block. Distances are rounded, ties are broken anyhow."""
+        """Decode the keys block by block. Distances are rounded; ties come in any order."""
         faiss, metric = load_faiss(), self._keys.metric
         kind = faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2
         best = Neighbours.none(len(queries))

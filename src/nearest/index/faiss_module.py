@@ -1,4 +1,4 @@
-"""FAISS, imported on first use, with the cure named where it is absent."""
+"""FAISS, imported on first use."""
 
 import os
 from functools import cache
@@ -9,10 +9,10 @@ from nearest.errors import require
 
 @cache
 def load_faiss() -> Any:
-    """The faiss module; NearestError names the extra to install when it is missing."""
+    """The faiss module (NearestError names the extra to install if it is missing)."""
     require("faiss", "cpu")
     import faiss
 
-    # OpenMP's threads do not survive a fork, and a child that waits for them waits for ever.
+    # OpenMP's threads do not survive a fork; a child that waits for them hangs.
     os.register_at_fork(after_in_child=lambda: faiss.omp_set_num_threads(1))
     return faiss

@@ -1,6 +1,6 @@
-"""Searches on a GPU: all keys scanned by torch, or inverted lists that FAISS has a form for there.
+"""Search on a GPU: an exact scan by torch, or inverted lists by FAISS.
 
-To scan is exact, and quick: a million keys of 256 dims take a millisecond (benchmarks/gpu.py).
+A scan of a million keys of 256 dims takes a millisecond (benchmarks/gpu.py).
 """
 
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     import torch
 
 SearchOn = Literal["cpu", "gpu"]
-MOST_IN_LISTS = 2048  # neighbours that FAISS finds on a GPU at once
-_SCORES = 1 << 28  # float32 that are held at once: a gigabyte
+MOST_IN_LISTS = 2048  # largest k of FAISS on a GPU
+_SCORES = 1 << 28  # float32 held at once: a gigabyte
 _READ = 65_536  # rows
 # What torch may do to the factors of a matrix product: nothing, or cut them to TF32 or bfloat16.
 _ROUNDOFF = {"highest": FLOAT32, "high": 2.0**-10, "medium": 2.0**-7}
 
 
 def checked_search_on(name: str) -> SearchOn:
-    """A place to search on, by its name.
+    """The place to search on, by its name.
 
     Raises:
         SettingError: there is no such place, or no GPU.
@@ -40,7 +40,7 @@ def checked_search_on(name: str) -> SearchOn:
 
 
 def gpu_device() -> "torch.device":
-    """The GPU that torch computes on (SettingError when it finds none)."""
+    """The GPU that torch computes on (SettingError if there is none)."""
     import torch
 
     if torch.cuda.is_available():
@@ -54,14 +54,14 @@ def gpu_device() -> "torch.device":
 
 
 class GpuScan:
-    """`ExactIndex` on a GPU, in whose memory keys take 4 bytes a dimension."""
+    """`ExactIndex` on a GPU, where keys take 4 bytes a dimension."""
 
     exact = True
 
     def __init__(
         self, keys: Keys, ids: Int[np.ndarray, " m"], device: "torch.device | None" = None
     ) -> None:
-        """Copy the keys of `ids`; others are never found.
+        """Copy the keys of `ids` to the GPU.
 
         Raises:
             SettingError: there is no GPU, or not enough memory in it.
@@ -87,7 +87,6 @@ class GpuScan:
             ) from error
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
-        """The k nearest entries."""
         return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
 
     def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
@@ -132,10 +131,10 @@ class GpuScan:
 
 
 def has_form_in_lists(index: Any) -> bool:
-    """Whether this FAISS searches such an index on a GPU that it finds: lists of whole vectors.
+    """Whether FAISS finds a GPU and can search this index on it: only lists of whole vectors.
 
-    It has no codes of 4 bits there, no room for many 8-bit ones, and its lists of scalar codes end
-    the process when a thousand neighbours are asked for (1.15.1 on an H100).
+    On GPUs FAISS lacks 4-bit codes, limits 8-bit product codes, and aborts the process when lists
+    of scalar codes are searched for a thousand neighbours (1.15.1 on an H100).
     """
     faiss = load_faiss()
     index = faiss.downcast_index(index)
@@ -147,12 +146,10 @@ def has_form_in_lists(index: Any) -> bool:
 
 
 def lists_on_gpu(index: Any) -> Any:
-    """A copy of a FAISS index on the GPUs there are; how it is searched stays as it is set.
-
-    Vectors are float16 there.
+    """Copy a FAISS index to all GPUs, with its search parameters and with float16 vectors.
 
     Raises:
-        SettingError: they have no room for it.
+        SettingError: it does not fit in their memory.
     """
     faiss = load_faiss()
     options = faiss.GpuMultipleClonerOptions()

@@ -1,8 +1,8 @@
 """Entry ids: the dtype that stores them, and one random order of all entries.
 
-The order is a hash of the id. It decides wherever some of many equal entries must be chosen: equal
-distances (`neighbours`), equal match lengths (`sample`). The choice is then the same however a
-corpus is divided and however many queries are asked at once, and favours no document.
+The order is that of a hash of the id. It breaks ties between entries: of distances (`neighbours`)
+and of match lengths (`sample`). The result depends neither on how a corpus is divided nor on the
+number of queries, and favours no document.
 """
 
 from typing import Any, no_type_check
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def position_dtype(tokens: int) -> np.dtype[Any]:
-    """int32 if it can number so many positions, else int64."""
+    """int32 if that can number all positions, else int64."""
     return np.dtype(np.int32 if tokens <= np.iinfo(np.int32).max else np.int64)
 
 
@@ -20,7 +20,7 @@ def position_dtype(tokens: int) -> np.dtype[Any]:
 @no_type_check  # numba compiles the bare function
 @numba.vectorize([numba.uint64(numba.int64)], cache=True)
 def random_order(entry: Any) -> Any:
-    """The place of an entry in the random order; no two have the same. -1 (no entry) comes last.
+    """Rank of an entry in the random order, unique; id -1 comes last.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
     """

@@ -22,7 +22,7 @@ from nearest.index.threads import in_threads
 
 
 class _TokenRun(Protocol):
-    """A part of a corpus: its tokens, and the id of its first entry."""
+    """A shard of a corpus: its tokens, and the id of its first entry."""
 
     @property
     def tokens(self) -> Tokens: ...
@@ -31,9 +31,9 @@ class _TokenRun(Protocol):
 
 
 class Matches(NamedTuple):
-    """Entries found for each query, longest match first; id -1 and length 0 where there are none.
+    """The entries that match each query, longest first; missing ones have id -1 and length 0.
 
-    `longest` counts the entries that match as long as the first one does, found or sampled.
+    `longest` counts all entries that match as long as the first one, whether sampled or not.
     """
 
     ids: Int[np.ndarray, "q most"]  # int64
@@ -48,16 +48,15 @@ def longest_matches(
     ends: Int[np.ndarray, " q"],
     most: int,
 ) -> Matches:
-    """For each context, up to `most` entries whose left context shares its longest suffix.
+    """Up to `most` entries for each context, whose left contexts share the longest suffix with it.
 
-    The longest matches come first, then the next shorter ones, down to one token. Of matches of one
-    length that do not all fit, those are taken whose ids come first in a fixed random order: a
-    sample that is the same however the corpus is divided into parts. A match counts at most
-    MAX_MATCH tokens and never reaches back beyond a start token.
+    Longest matches come first, down to one token. If matches of one length do not all fit, those
+    that come first in the random order of ids are taken: a sample that does not depend on how the
+    corpus is divided into shards. A match has at most MAX_MATCH tokens and ends at a start token.
 
     Args:
-        arrays: of a corpus's parts, one after another.
-        start_token: what each document begins with.
+        arrays: the shards of a corpus, in order.
+        start_token: the first token of each document.
         context: int64 token ids.
         ends: query i is context[: ends[i] + 1].
         most: number of entries wanted.
@@ -71,7 +70,7 @@ def longest_matches(
 
     def work(some: slice) -> None:
         queries = len(ends[some])
-        # Levels before queries: those that few queries have then take no memory.
+        # Levels before queries: pages of levels that few queries reach stay untouched.
         counts = np.empty((len(arrays), queries), np.int64)
         lengths = np.empty((len(arrays), most, queries), np.int16)
         lows, highs = (np.empty((len(arrays), most + 1, queries), np.int64) for _ in range(2))
@@ -99,7 +98,7 @@ def match_lengths(
     context: Tokens,
     ends: Int[np.ndarray, " q"],
 ) -> Int[np.ndarray, "q k"]:
-    """Tokens of left context (int16) that each query shares with given entries; 0 for id -1."""
+    """Number of left-context tokens (int16) that query i shares with ids[i, j]; 0 for id -1."""
     lengths = np.zeros(ids.shape, dtype=np.int16)
 
     def work(some: slice) -> None:
@@ -114,7 +113,7 @@ def match_lengths(
 def values_of(
     arrays: Sequence[_TokenRun], ids: Int[np.ndarray, "*shape"]
 ) -> Int[np.ndarray, "*shape"]:
-    """The token (int64) that follows each of some entries; -1 for id -1."""
+    """The token (int64) that follows each entry; -1 for id -1."""
     values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)
     for array in arrays:
         _take(array.tokens, array.first, np.ascontiguousarray(ids).ravel(), values.reshape(-1))
@@ -129,8 +128,7 @@ def _edge(
 ) -> Any:
     """First index from `start` on, going by `step` (±1), that matches fewer than `length` tokens.
 
-    Matches shorten with the distance from the context's own place, so the edge is found by steps
-    that double and then halve.
+    Matches get shorter with the distance from the context's place, so steps double, then halve.
     """
     size = count(array)
     inside, jump = start - step, 1
@@ -156,7 +154,7 @@ def _edge(
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _limit(start_token: Any, context: Any, end: Any) -> Any:
-    """How far back a match can reach: to the context's start token, at most MAX_MATCH."""
+    """Longest possible match: back to the context's start token, at most MAX_MATCH."""
     limit = 0
     while limit < MAX_MATCH and limit <= end:
         limit += 1
@@ -193,11 +191,11 @@ def _find(
     tokens: Any, array: Any, start_token: Any, context: Any, ends: Any, least: Any,
     counts: Any, lengths: Any, lows: Any, highs: Any,
 ) -> None:
-    """The matches of each query in one array by length, until there are as many as are wanted.
+    """Find each query's matches in one array, level by level, until there are enough.
 
-    Then `least` becomes their length: no array need be searched for shorter ones any more.
-    Entries that match as long as level i says, or longer, are suffixes[lows[i + 1] : highs[i + 1]];
-    lows[0] = highs[0] is where the query itself would stand.
+    `least` then becomes their length, so that no other array is searched for shorter ones. Entries
+    that match lengths[i] tokens or more have the places lows[i + 1] to highs[i + 1]; lows[0] =
+    highs[0] is where the query itself would stand.
     """
     most, size = len(lengths), count(array)
     for i in range(len(ends)):
@@ -229,10 +227,11 @@ def _choose(
     counts: Any, lengths: Any, lows: Any, highs: Any, owners: Any, places: Any, shared: Any,
     longest: Any, whole: Any, begins: Any, stops: Any,
 ) -> None:
-    """Which entries of which array each query gets, of what was found in all of them.
+    """Choose each query's entries from the levels found in all arrays, longest first.
 
-    The entries of a level that does not all fit are suffixes[begins : stops] of each array, before
-    and after those that match longer, of which there are `whole`.
+    The first `whole` entries are those of levels that fit. The level that does not fit is to be
+    sampled: in each array its entries have the places from begins to stops, in two runs around the
+    longer matches.
     """
     most = owners.shape[1]
     levels = np.zeros(len(counts), np.int64)  # the next of each array
@@ -281,7 +280,7 @@ def _choose(
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _read(array: Any, first: Any, number: Any, owners: Any, ids: Any) -> None:
-    """Put the entries of one array in the place of where they stand in it."""
+    """Replace places in one array by entry ids."""
     for i in range(len(ids)):
         for j in range(ids.shape[1]):
             if owners[i, j] == number:

@@ -1,4 +1,4 @@
-"""Search among rows that are overwritten one by one, without building an index each time."""
+"""Nearest-neighbour search over rows that are overwritten one by one."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,13 +20,13 @@ _BLOCK_BYTES = 1 << 24  # of differences in float64
 class MutableIndex:
     """Nearest rows of a buffer that its owner fills and overwrites; squared L2.
 
-    With "exact", every row is compared. With a FAISS index_factory string, the index holds the rows
-    as they were when it was last built; those written since are compared exactly, and it is built
-    anew once they are a quarter of all, so that each write costs a constant number of insertions.
-    Until there are enough rows to train it, all are compared. "auto" is exact below 50,000 rows.
+    "exact" compares every row. With a FAISS index_factory string, an index holds the rows as they
+    were when it was built; rows written since are compared exactly. It is rebuilt once they are a
+    quarter of all, so that the cost of a write is constant. All rows are compared until there are
+    enough to train the index. "auto" is exact below 50,000 rows.
 
     Args:
-        rows: float32 [capacity, dim]; the owner's, who says of each row that it was written.
+        rows: float32 [capacity, dim]; their owner reports every write to `wrote`.
         spec: "exact", "auto" or an index_factory string.
         nprobe: lists that an IVF index probes.
 
@@ -54,18 +54,17 @@ class MutableIndex:
         self._changes = 0
 
     def wrote(self, rows: Int[np.ndarray, " n"]) -> None:
-        """Note that rows, each named once, hold something else now."""
+        """Report rows that were overwritten, each once."""
         self._changes += int(np.count_nonzero(~self._written[rows]))
         self._written[rows] = True
 
     def search(self, queries: Float[np.ndarray, "q dim"], size: int, k: int) -> Neighbours:
         """The k nearest of the first `size` rows, ascending; id -1 where there are fewer.
 
-        Distances are float64 and computed from the differences, so that a row's distance to itself
-        is 0.
+        Distances are float64, summed from differences, so a row's distance to itself is 0.
         """
         spec = EXACT if size < self._exact_below else self._spec
-        if spec == AUTO:  # 8-bit codes: rougher ones would need more than k candidates
+        if spec == AUTO:  # 8-bit codes: rougher ones would need re-ranking
             spec = EXACT if size < EXACT_BELOW else f"IVF{fitting_lists(size)},SQ8"
         if spec == EXACT:
             everything = ExactIndex(self._keys, np.arange(size))
@@ -76,7 +75,7 @@ class MutableIndex:
         return sort_nearest_first(Neighbours(ids, self._wide_distances(queries, ids)), k).padded(k)
 
     def _with_index(self, size: int, spec: str) -> Searcher:
-        """Rows overwritten since the index was built are scanned, and not found in it."""
+        """The index without rows that were overwritten since it was built, and a scan of these."""
         if self._built is None or 4 * self._changes > size:
             rng = np.random.default_rng(_SEED)
             index = build_index(self._keys, np.arange(size), spec, rng)

@@ -1,4 +1,4 @@
-"""What a search gives back, and the one convention for distances."""
+"""The result of a search, and the one convention for distances."""
 
 from typing import (
     Any,
@@ -28,7 +28,7 @@ _MINUS_INFINITY = np.uint32(0xFF800000)
 
 
 def checked_metric(name: str) -> Metric:
-    """A metric by its name (SettingError when there is none of it)."""
+    """The metric of this name (SettingError if there is none)."""
     if name not in get_args(Metric):
         raise SettingError(f"metric {name!r} is unknown: choose l2 or ip")
     return cast(Metric, name)
@@ -37,8 +37,8 @@ def checked_metric(name: str) -> Metric:
 class Neighbours(NamedTuple):
     """Entries found for each query, nearest first.
 
-    Distances are squared L2, or the inner product negated, so that smaller is always nearer. Where
-    fewer entries were found than asked for, the id is -1 and the distance +inf.
+    Distances are squared L2 or negated inner products, so smaller is always nearer. Missing
+    entries have id -1 and distance +inf.
     """
 
     ids: Int[np.ndarray, "q k"]  # int64
@@ -46,7 +46,7 @@ class Neighbours(NamedTuple):
 
     @classmethod
     def none(cls, queries: int) -> "Neighbours":
-        """What is found where there is nothing to be found."""
+        """No columns."""
         return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
 
     def padded(self, k: int) -> "Neighbours":
@@ -79,8 +79,8 @@ class MeasuringIndex(VectorIndex, Protocol):
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """The k nearest of each row by ascending distance; equal distances in the random order of ids.
 
-    A row's result so depends neither on its batch nor on the order in which entries were found, and
-    the first k of more than k neighbours are the k nearest. Distances may be float64.
+    A row's result thus depends neither on its batch nor on the order in which entries were found.
+    Distances may be float64.
     """
     k = min(k, found.ids.shape[1])
     wide = found.distances.dtype != np.float32
@@ -104,9 +104,9 @@ def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
 
 
 def take_nearest(found: Neighbours, k: int) -> Neighbours:
-    """The same k neighbours as `sort_nearest_first`, of float32 distances, in the order they came.
+    """The same k neighbours as `sort_nearest_first` gives, unsorted; float32 distances only.
 
-    Quicker, and enough where the neighbours are only summed over.
+    Quicker, and enough for a sum over neighbours.
     """
     if not 0 < k < found.ids.shape[1]:
         return Neighbours(found.ids[:, :k], found.distances[:, :k])
@@ -122,8 +122,8 @@ def take_nearest(found: Neighbours, k: int) -> Neighbours:
     return nearest
 
 
-# A distance and its id are sorted as one 64-bit number, far quicker than an argsort: above, the
-# distance's bits, made to rise with it; below, the id plus 1. Runs of equal distances, which are
+# Distance and id are sorted as one 64-bit number, far quicker than an argsort: the high half is the
+# distance's bits, made monotonic, the low half the id plus 1. Runs of equal distances, which are
 # rare, are then put in the random order.
 # fmt: off
 @no_type_check  # numba compiles the bare functions
@@ -206,7 +206,7 @@ def _take_nearest(ids: Any, distances: Any, nearest_ids: Any, nearest_distances:
 @no_type_check
 @numba.njit(nogil=True)
 def _kth(numbers: Any, k: Any) -> Any:
-    """The k-th smallest, by bisection: to count is quicker than to move."""
+    """The k-th smallest, by bisection on the values: counting is quicker than moving."""
     low, high = numbers.min(), numbers.max()
     while low < high:
         middle = np.uint32(low + (high - low) // 2)

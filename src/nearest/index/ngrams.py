@@ -18,14 +18,14 @@ from nearest.index.sample import sample
 from nearest.index.suffix import SuffixArray, count, insertion, position_at, shared_length
 from nearest.index.threads import in_threads
 
-SAMPLED = 256  # entries of an n-gram, at most, whose successors are looked at
+SAMPLED = 256  # successors that are read, at most, of an n-gram
 
 
 class Ngrams(NamedTuple):
-    """Figures of the last 1, 2, … tokens of each query's context (int64).
+    """Counts of the last 1, 2, … tokens of each query's context (int64).
 
-    `fertility` is the number of distinct successors: of all entries of an n-gram, or of a sample of
-    SAMPLED. An n-gram that would reach back beyond the context's start token has none of either.
+    `fertility` is the number of distinct successors among all entries of an n-gram, or among a
+    sample of SAMPLED. Both are 0 for an n-gram that reaches beyond the context's start token.
     """
 
     counts: Int[np.ndarray, "q n"]
@@ -39,10 +39,10 @@ def ngrams(
     ends: Int[np.ndarray, " q"],
     longest: int,
 ) -> Ngrams:
-    """Entries of the n-grams that end each context, n = 1 … longest, and how varied they go on.
+    """Count the n-grams that end each context, n = 1 … longest, and their distinct successors.
 
     Args:
-        arrays, start_token, context, ends: as in `suffix.longest_matches`.
+        arrays, start_token, context, ends: as in `matches.longest_matches`.
         longest: the largest n.
     """
     counts, fertility = (np.zeros((len(ends), longest), dtype=np.int64) for _ in range(2))
@@ -58,7 +58,7 @@ def ngrams(
             own = slice(n, n + 1)
             sample(arrays, lows[:, own], highs[:, own], wanted, np.zeros_like(wanted), ids)
             after = np.sort(values_of(arrays, ids), axis=1)
-            # Of equal tokens the first counts; -1 sorts first and is none.
+            # Distinct tokens; -1, which sorts first, is not one.
             fertility[some, n] = (after[:, 0] >= 0) + (np.diff(after, axis=1) > 0).sum(axis=1)
 
     in_threads(work, len(ends))
@@ -71,7 +71,7 @@ def spans_stand(
     ends: Int[np.ndarray, " q"],
     length: int,
 ) -> Bool[np.ndarray, " q"]:
-    """Whether context[end − length + 1 : end + 1] stands in one document, for each end.
+    """Whether context[end − length + 1 : end + 1] occurs in a document, for each end.
 
     Args:
         context: int64 token ids.
@@ -92,10 +92,10 @@ def equal_documents(
     offsets: Int[np.ndarray, " stored_plus_1"],
     documents: Sequence[Tokens],
 ) -> Int[np.ndarray, " documents"]:
-    """Where the first document with exactly the same tokens begins, -1 where there is none.
+    """Where the first document with exactly the same tokens begins; -1 if there is none.
 
     Args:
-        offsets: where each document of `array.tokens` begins, and the end of the last.
+        offsets: where each document of `array.tokens` begins, and where the last ends.
         documents: int64 token ids, the start token first.
     """
     found = np.full(len(documents), NO_ENTRY, dtype=np.int64)

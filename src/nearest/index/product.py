@@ -1,7 +1,7 @@
-"""Product-quantised keys: a byte for each part of a key, and distances by tables of a query.
+"""Product-quantised keys (Jégou et al., 2011): a byte for each part of a key.
 
-Jégou et al. (2011): a key is cut into parts, each replaced by the nearest of 256 centroids. The
-distance from a query to every centroid is computed once; a key's is then a sum of look-ups.
+A key is cut into parts, and each part replaced by the nearest of 256 centroids. The distances from
+the parts of a query to all centroids are computed once; a key's distance is a sum of look-ups.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from nearest.errors import SettingError
-from nearest.index.distances import AHEAD, WHOLE, Part, measured, prefetch
+from nearest.index.distances import AHEAD, WHOLE, Shard, measured, prefetch
 from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric
 
@@ -52,7 +52,7 @@ def train_codebooks(
 
 
 class ProductKeys:
-    """Keys as codes [n, parts] and the centroids that these number."""
+    """uint8 codes [n, parts], each the number of a centroid of its part."""
 
     def __init__(
         self,
@@ -66,7 +66,6 @@ class ProductKeys:
         self.dim = codebooks.shape[0] * codebooks.shape[2]
 
     def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
-        """The centroids that stand for the keys of entries."""
         parts = self._codebooks[np.arange(len(self._codebooks)), self._codes[ids]]
         rows: Float[np.ndarray, "m dim"] = parts.reshape(len(ids), self.dim)
         return rows
@@ -75,38 +74,32 @@ class ProductKeys:
         self,
         queries: Float[np.ndarray, "q dim"],
         ids: Int[np.ndarray, "q k"],
-        part: Part = WHOLE,
+        shard: Shard = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
-        """Distances by a table for each query."""
-        return product_distances(self._codes, self._by_dim, queries, ids, self.metric, part)
+        return product_distances(self._codes, self._by_dim, queries, ids, self.metric, shard)
 
     def problems(self) -> list[str]:
-        """Centroids that are not finite; every code names one."""
         return [] if np.isfinite(self._codebooks).all() else ["a centroid of keys is not finite"]
 
 
 @dataclass(frozen=True)
 class ProductFormat:
-    """A byte for each of so many parts of a key."""
+    """A byte for each part of a key. The centroids belong to the whole memory."""
 
     codebooks: Float[np.ndarray, "parts 256 part_dim"]
-    largest: float = 1e15  # the squares of larger ones might not add up in float32
+    largest: float = 1e15  # sums of larger squares might overflow float32
 
     @property
     def name(self) -> str:
-        """Pq and the number of parts."""
         return f"pq{len(self.codebooks)}"
 
     def layout(self, dim: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Codes alone; the centroids are the memory's."""
         return {"keys": (np.dtype(np.uint8), (len(self.codebooks),))}
 
     def encode(self, rows: Float[np.ndarray, "m dim"]) -> dict[str, np.ndarray]:
-        """The nearest centroid of each part."""
         return {"keys": self._quantiser.compute_codes(np.ascontiguousarray(rows, np.float32))}
 
     def open(self, arrays: Mapping[str, np.ndarray], metric: Metric) -> ProductKeys:
-        """Keys over the codes."""
         return ProductKeys(arrays["keys"], self.codebooks, metric)
 
     @cached_property
@@ -124,13 +117,13 @@ def product_distances(
     queries: Float[np.ndarray, "q dim"],
     ids: Int[np.ndarray, "q k"],
     metric: Metric,
-    part: Part = WHOLE,
+    shard: Shard = WHOLE,
 ) -> Float[np.ndarray, "q k"]:
-    """As `distances.key_distances`, of keys that are centroids numbered by codes.
+    """`distances.key_distances` for product-quantised keys.
 
-    The centroids lie dimension by dimension, so that a table is filled a vector at a time.
+    The last axis of `codebooks` is that of centroids, so that a table is filled vector by vector.
     """
-    return measured(_product_distances, (codes, codebooks), queries, ids, metric, part)
+    return measured(_product_distances, (codes, codebooks), queries, ids, metric, shard)
 
 
 @no_type_check  # numba compiles the bare function

@@ -1,4 +1,4 @@
-"""Fewer dimensions by principal components, as He et al. (arXiv:2109.04212) reduce keys."""
+"""Principal components of keys, as in He et al. (arXiv:2109.04212)."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ from nearest.index.neighbours import Metric
 
 @dataclass(frozen=True)
 class Projection:
-    """An affine map of keys and queries alike.
+    """An affine map, applied to keys and queries alike.
 
     Attributes:
-        matrix: float32 [out, dim + 1]; its last column is added.
+        matrix: float32 [out, dim + 1]; the last column is the offset.
     """
 
     matrix: Float[np.ndarray, "out dim_plus_1"]
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "n dim"], out: int, metric: Metric) -> "Projection":
-        """The directions in which rows differ most.
+        """The `out` directions of largest variance.
 
-        For squared L2 about their mean, which distances do not see and coarse formats need not
-        hold; for the inner product about zero, so that products stay what they are.
+        For squared L2 the mean is subtracted: distances do not depend on it. For the inner product
+        it is not, since products do.
 
         Raises:
             SettingError: `out` is not from 1 to dim − 1.
@@ -40,7 +40,7 @@ class Projection:
 
     @property
     def dim(self) -> int:
-        """Dimensions that are left."""
+        """Dimension of the projected rows."""
         return len(self.matrix)
 
     def apply(self, rows: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n out"]:

@@ -1,6 +1,6 @@
-"""Samples of entries that are the same however a corpus is divided into parts.
+"""Samples of entries that do not depend on how a corpus is divided into shards.
 
-A sample is what comes first in the random order of `ids`.
+A sample is the entries that come first in the random order of `ids`.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ def sample(
     """Write a sample for each query to ids[i, columns[i] :][: wanted[i]], in the arrays' order.
 
     Args:
-        arrays: of a corpus's parts, one after another.
-        begins, ends: what is sampled, all runs (suffixes[begin:end]) of all arrays together.
-        wanted: entries of each sample, no more than there are.
-        columns: where each begins.
+        arrays: the shards of a corpus, in order.
+        begins, ends: places of the entries to sample from, in runs of each array.
+        wanted: size of each sample, no larger than its runs together.
+        columns: where each sample begins in `ids`.
         ids: int64, changed in place.
     """
-    # So many are let through at first that one sample in ten thousand has too few, and is redrawn.
+    # A first limit, by which one sample in ten thousand gets too few entries and is redrawn.
     part = (wanted + 4 * np.sqrt(wanted) + 8) / np.maximum(1, (ends - begins).sum((0, 1)))
     limits = (np.minimum(part, 1 - 2.0**-53) * 2.0**64).astype(np.uint64)
     while wanted.any():
@@ -52,10 +52,10 @@ def _sample(
     array: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,
     wanted: Any, columns: Any, limits: Any, found: Any, ids: Any,
 ) -> None:
-    """Let the entries of one array into the samples, of which found[i] are of arrays before it.
+    """Add the entries of one array to the samples, which hold found[i] of the arrays before it.
 
-    What comes after limits[i] in the random order is left out; once there are as many as are
-    wanted, that is what comes after the last of them.
+    Entries after limits[i] in the random order are left out. Once a sample is full, its last entry
+    is the limit.
     """
     kept = np.empty(2 * ids.shape[1], np.int64)
     for i in range(len(ids)):
@@ -93,7 +93,7 @@ def _sample(
 @no_type_check
 @numba.njit(nogil=True, cache=True)
 def _keep_first(entries: Any, count: Any, want: Any) -> Any:
-    """Move those `want` that come first in the random order to the front; the place of the last."""
+    """Move the first `want` entries of the random order to the front; return its last rank."""
     last = np.partition(random_order(entries[:count]), want - 1)[want - 1]
     kept = 0
     for entry in entries[:count]:

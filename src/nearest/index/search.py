@@ -1,12 +1,12 @@
-"""The one way to search: over one backend or several, among the entries that are alive.
+"""The one way to search: over one or more backends, among alive entries.
 
 A backend finds the k nearest entries by its own codes. The searcher fetches more than k, drops
-removed entries, measures the rest by the stored keys, and takes the k nearest. Of entries equally
-far it takes the first in the random order of ids, so that a prediction depends on its own prefix
-alone: not on the batch it is made in, nor on where a document stands in the corpus.
+dead entries, re-ranks the rest by the stored keys, and keeps the k nearest. Ties are broken by the
+random order of ids, so that a prediction depends on its prefix alone: not on its batch, and not on
+where a document stands in the corpus.
 
-Scans keep that rule exactly. Of inverted lists and graphs, it holds for the entries they find: the
-searcher fetches more while equal entries may be missing, up to MOST_TIED.
+For scans that rule is exact. For inverted lists and graphs it holds among the entries they find:
+the searcher fetches more, up to MOST_TIED, while tied entries may be missing.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ from nearest.index.neighbours import (
 )
 
 MOST_TIED = 1 << 16  # entries fetched for a query whose last place is tied
-_SPARE = 16  # entries fetched beyond those wanted where some are removed
-_MORE = 4  # times as many are fetched where they were too few
+_SPARE = 16  # entries fetched beyond those wanted, if some are dead
+_MORE = 4  # times as many are fetched if there were too few
 
 By = Literal["keys", "index"]
 
 
 @runtime_checkable
 class Backend(MeasuringIndex, Protocol):
-    """What a searcher asks.
+    """What a searcher searches: a scan, a FAISS index, or either on a GPU.
 
     Attributes:
-        entries: how many it holds, removed ones included.
-        most: how many it can find at once.
-        exact: its distances are those of the stored keys, and it holds no removed entries.
+        entries: number of entries, dead ones included.
+        most: largest k.
+        exact: whether distances are those of the stored keys, and no entry is dead.
     """
 
     entries: int
@@ -50,12 +50,12 @@ class Backend(MeasuringIndex, Protocol):
 
 @dataclass(frozen=True)
 class Searched:
-    """A backend, and how it is searched.
+    """A backend and how it is searched.
 
     Attributes:
-        backend: which searches.
-        entries: how many of its entries are alive.
-        margin: entries fetched beyond those asked for, since its codes are rough.
+        backend: the backend.
+        entries: number of its alive entries.
+        margin: entries fetched beyond k for re-ranking, since codes are rough.
         owned: ranges [first, stop) of the ids that it holds; () for all.
     """
 
@@ -66,7 +66,7 @@ class Searched:
 
 
 class Searcher:
-    """Searches some backends as one."""
+    """Search several backends as one."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class Searcher:
         keys: Keys,
         alive: Bool[np.ndarray, " n"] | None = None,
     ) -> None:
-        """`keys`: of all entries. `alive`: which ids may be found; None for all."""
+        """`keys` are those of all entries; `alive` says which ids may be found, None for all."""
         self.searched = searched
         self._keys = keys
         self._alive = alive
-        # Few queries then need a second search.
+        # Fetching by the share of alive entries, few queries need a second search.
         self._share = 1.0 if alive is None else max(0.5, float(alive.mean()))
 
     def search(
@@ -86,7 +86,7 @@ class Searcher:
         queries: Float[np.ndarray, "q dim"],
         k: int,
         by: By = "keys",
-        candidates: int = 0,
+        rerank: int = 0,
         *,
         ordered: bool = True,
     ) -> Neighbours:
@@ -95,10 +95,10 @@ class Searcher:
         Args:
             queries: float32, as keys are stored.
             k: number of neighbours.
-            by: measure by the stored "keys", or by the codes of the "index"; its ties for the last
-                place are then broken as the backend breaks them.
-            candidates: measure at least so many by keys; k and the margin when these are more.
-            ordered: nearest first; otherwise in any order, which is quicker.
+            by: rank by the stored "keys", or by the codes of the "index"; ties for the last place
+                are then broken by the backend.
+            rerank: re-rank at least so many entries, or k and the margin if these are more.
+            ordered: nearest first. Otherwise in any order, which is quicker.
 
         Raises:
             SettingError: a backend cannot find k at once.
@@ -112,7 +112,7 @@ class Searcher:
         k = min(k, sum(one.entries for one in self.searched))
         if k == 0:
             return Neighbours.none(len(queries))
-        return self._search(queries, k, by, candidates, ordered, 1)
+        return self._search(queries, k, by, rerank, ordered, 1)
 
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
@@ -136,15 +136,13 @@ class Searcher:
         queries: Float[np.ndarray, "q dim"],
         k: int,
         by: By,
-        candidates: int,
+        rerank: int,
         ordered: bool,
         times: int,
     ) -> Neighbours:
-        """Fetch `times` as many as are wanted; again, and more, for those queries that need it."""
+        """Fetch `times` as many entries as are wanted, and more for those queries that need it."""
         answers = [
-            self._fetch(
-                one, queries, k if by == "index" else max(k + one.margin, candidates), times
-            )
+            self._fetch(one, queries, k if by == "index" else max(k + one.margin, rerank), times)
             for one in self.searched
         ]
         ids, distances = (
@@ -161,7 +159,7 @@ class Searcher:
             unsure |= _may_miss_ties(answers, distances, nearest.distances)
         if unsure.any():
             rows = np.flatnonzero(unsure)
-            wider = self._search(queries[rows], k, by, candidates, ordered, _MORE * times)
+            wider = self._search(queries[rows], k, by, rerank, ordered, _MORE * times)
             nearest.ids[rows], nearest.distances[rows] = wider
         return nearest
 
@@ -178,7 +176,7 @@ class Searcher:
         spare = 0 if self._alive is None else int(wanted / self._share) - wanted + _SPARE
         fetched = min(times * (wanted + spare), most)
         found = backend.search(queries, fetched)
-        # Else the backend has no more to give: not at all, or not in the lists that it looks into.
+        # An id of -1 says that the backend has no more entries, at least in the lists it probes.
         more = np.asarray((found.ids >= 0).all(axis=1))
         if fetched == most:
             more = np.zeros_like(more)
@@ -196,7 +194,7 @@ class Searcher:
 
 
 class _Answer(NamedTuple):
-    """What a backend found: entries that are alive, and its own distances."""
+    """The alive entries that a backend found, with its own distances."""
 
     found: Neighbours
     short: Bool[np.ndarray, " q"]  # fewer than wanted, and there are more
@@ -208,9 +206,9 @@ def _may_miss_ties(
     distances: Float[np.ndarray, "q found"],
     nearest: Float[np.ndarray, "q k"],
 ) -> Bool[np.ndarray, " q"]:
-    """Queries whose last place is tied, with an entry as far by its codes as any that was found.
+    """Queries whose last place is tied with an entry that is among the farthest by its codes.
 
-    Equal keys have equal codes, so that others like it may not have been found.
+    Equal keys have equal codes, so the backend may have missed others like it.
     """
     farthest = nearest.max(axis=1, keepdims=True)
     tied = (distances == farthest).sum(axis=1) > (nearest == farthest).sum(axis=1)

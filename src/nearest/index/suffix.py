@@ -1,8 +1,8 @@
-"""Suffix arrays over a corpus: the entries whose left context matches longest, with no vectors.
+"""Suffix arrays over a corpus.
 
-The array sorts entries by their *reversed* left context, so that all entries whose context ends
-with the same tokens stand side by side, and every shorter match is an interval around a longer one
-(as in infini-gram, arXiv:2401.17377, for the left side).
+Entries are sorted by their *reversed* left context, so that entries whose contexts end with the
+same tokens are adjacent, and each shorter match is an interval around the longer ones (infini-gram,
+arXiv:2401.17377, does the same for the right side).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 from nearest.corpus.tokens import Tokens
 from nearest.index.ids import position_dtype, random_order
 
-MAX_MATCH = 512  # tokens; a longer match says no more, and endless repetition stays affordable
+MAX_MATCH = 512  # tokens; longer matches say no more, and bound the cost of repetitive text
 EARLY_BITS = 3  # each list of early entries has one of 2^3 entries of the one before
 _SHORT = 64  # entries; shorter lists of early entries are not made
 _BLOCK = 1 << 20
@@ -91,14 +91,14 @@ class SuffixArray:
 
 
 def sort_suffixes(tokens: Tokens, valued: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """Entries in the order of their reversed left contexts, each read back to its start token.
+    """Sort entries by their reversed left contexts, each read back to its start token.
 
-    What is sorted are bytes, two a token (three beyond 65,536 token ids): the array of their order
-    is by far the largest, so it is filtered in place. At most 11 bytes a token are needed beside
-    `tokens` (16 with three bytes; twice the array from 2^31 bytes on).
+    Bytes are sorted, two a token (three beyond 65,536 token ids), and their order, by far the
+    largest array, is filtered in place. Needs at most 11 bytes a token beside `tokens` (16 with
+    three bytes; the order takes twice as much from 2^31 bytes on).
 
     Args:
-        tokens: uint16 or uint32 token ids of whole documents, each beginning with the start token.
+        tokens: uint16 or uint32 token ids of whole documents, the start token first in each.
         valued: which positions are entries.
 
     Returns:
@@ -119,7 +119,7 @@ def sort_suffixes(tokens: Tokens, valued: Bool[np.ndarray, " n"]) -> Int[np.ndar
 
 
 def _reversed_bytes(tokens: Tokens, width: int) -> UInt8[np.ndarray, " bytes"]:
-    """The tokens from the last to the first, `width` bytes each, the highest byte first."""
+    """The tokens in reverse order, `width` big-endian bytes each."""
     found = np.empty((len(tokens), width), np.uint8)
     for stop in range(len(tokens), 0, -_BLOCK):
         part = tokens[max(0, stop - _BLOCK) : stop][::-1].astype(">u4")
@@ -165,11 +165,11 @@ def shared_length(
 def insertion(
     tokens: Any, array: Any, context: Any, end: Any, limit: Any
 ) -> tuple[Any, Any]:
-    """Where the context would stand in the array, and the longest match on either side of it.
+    """The place at which the context would be inserted, and the longest match beside it.
 
-    Entries that match as far as the limit begin there.
+    Entries that match `limit` tokens begin there.
     """
-    low, high = -1, count(array)  # what is at low sorts before the context, at high not
+    low, high = -1, count(array)  # low sorts before the context, high does not
     shared_low, shared_high = 0, 0
     while high - low > 1:
         middle = (low + high) // 2

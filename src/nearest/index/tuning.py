@@ -18,9 +18,9 @@ _MARGINS = (0, 256, 512, 1024, 2048, 3072)
 
 @dataclass(frozen=True)
 class SearchParameters:
-    """How an approximate index is searched, and the recall that was measured with it.
+    """How an approximate index is searched, and the recall measured so.
 
-    `margin`: so many entries more than are asked for are fetched, and re-ranked by the stored keys.
+    `margin` is the number of entries that are fetched beyond k and re-ranked by the stored keys.
     """
 
     nprobe: int | None = None
@@ -37,11 +37,11 @@ def tune_search(
     rng: np.random.Generator,
     nprobe: int | None = None,
 ) -> SearchParameters:
-    """Find a quick search whose recall@1024 after re-ranking reaches `target`.
+    """Find quick search parameters whose recall@1024 after re-ranking reaches `target`.
 
-    The sample is of the memory's own keys, each with itself left out. The lists probed are doubled
-    or the margin is widened, whichever gains more, until the target is reached or neither gains.
-    What was measured is recorded either way. With `nprobe` given, recall is only measured.
+    Queries are a sample of the memory's own keys; each query's own entry is left out. nprobe is
+    doubled or the margin widened, whichever gains more, until the target is reached or neither
+    gains. The measured recall is returned either way. With `nprobe` given, it is only measured.
     """
     if len(ids) < 2:
         return SearchParameters(recall=1.0)
@@ -80,7 +80,7 @@ def measured_recall(
     exact: VectorIndex,
     rng: np.random.Generator,
 ) -> float:
-    """Recall@1024 of a searcher as it is, on a sample of the memory's own keys."""
+    """Recall@1024 of a searcher, on a sample of the memory's own keys."""
     if len(ids) < 2:
         return 1.0
     sample = _recall_sample(ids, rng)
@@ -89,7 +89,7 @@ def measured_recall(
 
 
 def _wanted(entries: int) -> int:
-    """Neighbours to be found; of few entries a tenth, since to find all would prove nothing."""
+    """Neighbours to find: 1,024, or a tenth of few entries, of which finding all proves nothing."""
     return max(1, min(RECALL_AT, entries // 10))
 
 
@@ -100,13 +100,13 @@ def _recall_sample(ids: Int[np.ndarray, " m"], rng: np.random.Generator) -> Int[
 def _others_found(
     index: VectorIndex, keys: Keys, ids: Int[np.ndarray, " m"], sample: Int[np.ndarray, " s"]
 ) -> Int[np.ndarray, "s at"]:
-    """The neighbours of some entries, without themselves."""
+    """The neighbours of entries, without the entries themselves."""
     at = _wanted(len(ids))
     return _without_self(index.search(keys.rows(sample), at + 1), sample, at)
 
 
 def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> float:
-    """Share of the true neighbours that were found, mean over queries."""
+    """Fraction of the true neighbours that were found, averaged over queries."""
     hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
     return float(np.mean(hits) / truth.shape[1])
 
@@ -114,6 +114,6 @@ def recall(found: Int[np.ndarray, "q k"], truth: Int[np.ndarray, "q k"]) -> floa
 def _without_self(
     found: Neighbours, own: Int[np.ndarray, " q"], at: int
 ) -> Int[np.ndarray, "q at"]:
-    """Ids without each query's own entry, cut to `at`."""
+    """The first `at` ids of each query but its own."""
     order = np.argsort(found.ids == own[:, None], axis=1, kind="stable")
     return np.take_along_axis(found.ids, order, 1)[:, :at]

@@ -30,7 +30,7 @@ def extend(
     if clusters is None:
         _compact(pointers, extended)
     else:
-        args = clusters.of, clusters.offsets, clusters.members
+        args = clusters.labels, clusters.offsets, clusters.members
 
         def work(part: slice) -> None:
             _extend(pointers[part], *args, extended[part])
@@ -47,7 +47,7 @@ def extend_reference(
     for row in pointers.tolist():
         kept = [pointer for pointer in row if pointer >= 0][:most]
         if clusters is not None and len(kept) < most:
-            own = [int(clusters.of[pointer]) for pointer in kept]
+            own = [int(clusters.labels[pointer]) for pointer in kept]
             for cluster in sorted({c for c in own if c >= 0}, key=lambda c: (-own.count(c), c)):
                 a, b = clusters.offsets[cluster : cluster + 2]
                 kept += clusters.members[a:b].tolist()

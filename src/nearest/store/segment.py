@@ -136,7 +136,7 @@ class Segment:
         found = self._clusters
         if found is not None:
             count = len(found.offsets) - 1
-            self._within("cluster_of", found.of, NO_CLUSTER, count)
+            self._within("cluster_of", found.labels, NO_CLUSTER, count)
             self._within("cluster_members", found.members, 0, self.record.tokens - 1)
             ends = found.offsets[0], found.offsets[-1]
             if ends != (0, len(found.members)) or (np.diff(found.offsets) < 0).any():
@@ -249,8 +249,8 @@ class Segment:
         """The cluster of each position (int32), -1 where it is in none."""
         if self.stored_clusters is None:
             return np.full(self.record.tokens, NO_CLUSTER, np.int32)
-        of = self.stored_clusters.of
-        return np.where(self.alive, of, np.int32(NO_CLUSTER)) if len(self.removed) else of
+        labels = self.stored_clusters.labels
+        return np.where(self.alive, labels, np.int32(NO_CLUSTER)) if len(self.removed) else labels
 
     @cached_property
     def clusters(self) -> Clusters | None:

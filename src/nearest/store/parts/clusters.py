@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment
     from nearest.store.segment import Segment
 
-_ARRAYS = ("of", "offsets", "members")  # fields of `Clusters`
+_ARRAYS = {"of": "labels", "offsets": "offsets", "members": "members"}  # and fields of `Clusters`
 LAYOUT = {f"cluster_{name}": f"clusters.{name}.npy" for name in _ARRAYS}
 _MEMBERS_PER_MEAN = 8  # of each segment
 
@@ -36,14 +36,17 @@ def open_clusters(paths: Paths, manifest: Manifest, record: SegmentRecord) -> Cl
         "members": (position_dtype(record.tokens), (record.members,)),
     }
     return Clusters(
-        **{name: open_array(paths[f"cluster_{name}"], *shapes[name]) for name in _ARRAYS}
+        **{
+            field: open_array(paths[f"cluster_{name}"], *shapes[name])
+            for name, field in _ARRAYS.items()
+        }
     )
 
 
 def write_arrays(files: NewFiles, found: Clusters) -> dict[str, FileRecord]:
     """Write the arrays of a segment's clusters, and describe the files."""
     return {
-        kind: files.write(name, getattr(found, kind.removeprefix("cluster_")))
+        kind: files.write(name, getattr(found, _ARRAYS[kind.removeprefix("cluster_")]))
         for kind, name in LAYOUT.items()
     }
 
