@@ -325,7 +325,7 @@ REFUSED: dict[str, tuple[Callable[[Memory, Any, Any], Any], type[Exception], str
     "an id twice": (
         lambda memory, *model: memory.add(*model, [Document("doc-1", "text")]),
         CorpusError,
-        "'doc-1' in given in memory is in .* already: replace that document",
+        "'doc-1' in given in memory is in .* already: replace or skip it",
     ),
     "nothing to add": (lambda memory, *model: memory.add(*model, []), CorpusError, "no documents"),
     "an unknown id": (
