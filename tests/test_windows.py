@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import nearest.corpus.windows
-import nearest.store.segment
+import nearest.store.parts.corpus
 from nearest.corpus.windows import Window, check_windows, choose_windows, windows
 from nearest.errors import SettingError
 
@@ -123,7 +123,7 @@ def test_choices_that_cannot_work_are_refused(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("module", [nearest.corpus.windows, nearest.store.segment])
+@pytest.mark.parametrize("module", [nearest.corpus.windows, nearest.store.parts.corpus])
 def test_the_examples_in_the_documentation_hold(module: object) -> None:
     results = doctest.testmod(module)
     assert results.attempted >= 1
