@@ -137,7 +137,8 @@ def test_a_text_is_predicted_without_the_entries_of_its_own_source(tmp_path: Pat
     model, text = make_pair_model(), pair_documents(1)[0].text
     sources = ["one", "two", "three"]
     pairs = [Document(source, text, encoder_text=source) for source in sources]
-    memory = Memory.build(model, TOKENIZER, [*DOCUMENTS[1:4], *pairs[:2]], tmp_path / "m")
+    first = [*DOCUMENTS[1:4], *pairs[:2]]
+    memory = Memory.build(model, TOKENIZER, first, tmp_path / "m", keys="fp16")
     memory = memory.add(model, TOKENIZER, DOCUMENTS[4:]).remove(["one"])
     memory = memory.add(model, TOKENIZER, pairs[:1])
     settings = {"lam": 0.6, "temperature": temperature_of(memory), "k": 12}
@@ -147,8 +148,8 @@ def test_a_text_is_predicted_without_the_entries_of_its_own_source(tmp_path: Pat
     for number in range(memory.documents):
         found = memory.document(number).id
         begins[found] = sum(len(memory.document_tokens(n)) for n in range(number))
-    stored = Memory.build(model, TOKENIZER, [memory.document(n) for n in range(memory.documents)],
-                          tmp_path / "once")  # fmt: skip
+    documents = [memory.document(n) for n in range(memory.documents)]
+    stored = Memory.build(model, TOKENIZER, documents, tmp_path / "once", keys="fp16")
     tokens = text_ids(pairs[0], 0)
     for document, nll in zip(pairs, result.document_nll, strict=True):
         states = states_of(model, tokens[:-1], source=source_ids(document))
@@ -195,7 +196,8 @@ def test_a_memory_is_tuned_swept_and_planned(t5: Any, tmp_path: Path) -> None:
     assert tuned.nll <= tuned.base_nll
     swept = sweep(t5.model, Memory.open(path), TEXT, ["knn"], skip=[0], tokenizer=TOKENIZER)
     assert [point.result.tokens for point in swept.points] == [tuned.tokens] * len(swept.points)
-    planned = planned_memory(tmp_path / "new", DOCUMENTS, t5.model, TOKENIZER, BuildOptions())
+    options = BuildOptions(keys="fp16")
+    planned = planned_memory(tmp_path / "new", DOCUMENTS, t5.model, TOKENIZER, options)
     files = [f for s in t5.memory.manifest.segments for f in s.files.values()]
     assert planned.entries == t5.memory.entries
     assert abs(planned.bytes_needed / sum(file.size for file in files) - 1) < 0.25
@@ -303,7 +305,7 @@ def test_a_manifest_without_sources_is_refused(t5: Any, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({}, "line 2 has no text for the encoder.*encoder–decoder.*encoder-field"),
-        ({"source": 7}, "field 'source' that is not text"),
+        ({"source": 7}, ".*:2.*field 'source'.*a number"),
         ({"source": None}, "has no text for the encoder"),
         ({"source": ""}, "has no text for the encoder"),
         ({"source": "a" * 64}, "line 2 has 65 tokens, and the encoder has 64 positions"),
