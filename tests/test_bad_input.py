@@ -226,7 +226,8 @@ def test_a_document_of_one_token_works(tmp_path: Path, world: SimpleNamespace) -
     assert verify(tmp_path / "m") == []
     memory = Memory.open(tmp_path / "m")
     found = memory.search(memory.keys.rows(np.array([0])), 10)
-    assert (found.ids.tolist(), found.distances.tolist()) == ([[0]], [[0.0]])
+    assert found.ids.tolist() == [[0]]
+    assert found.distances == pytest.approx(0, abs=1e-9)
     assert memory.values(found.ids).tolist() == [[2 + sorted_bytes().index("a")]]
     base, knn = works(
         "eval", tmp_path / "m", "--text", tmp_path / "a.txt", "--lam", 0.5, "--method", "base,knn"
@@ -364,20 +365,25 @@ def test_a_model_without_the_key_layer(tmp_path: Path, world: SimpleNamespace, o
 
 
 @pytest.mark.parametrize(
-    ("weight", "value", "shown"),
+    ("keys", "weight", "value", "shown"),
     [
-        ("transformer.wte.weight", float("nan"), "nan"),
-        ("transformer.h.1.ln_2.bias", float("nan"), "nan"),
-        ("transformer.h.1.ln_2.bias", float("inf"), "inf"),
-        ("transformer.h.1.ln_2.bias", -70_000.0, "-7"),
-        ("transformer.h.1.ln_2.weight", 1e6, ""),
+        (keys, *broken)
+        for keys, largest in (("fp16", 65_504.0), ("int8", 1e15))
+        for broken in (
+            ("transformer.wte.weight", float("nan"), "nan"),
+            ("transformer.h.1.ln_2.bias", float("nan"), "nan"),
+            ("transformer.h.1.ln_2.bias", float("inf"), "inf"),
+            ("transformer.h.1.ln_2.bias", -1.1 * largest, "-"),
+            ("transformer.h.1.ln_2.weight", 20 * largest, ""),
+        )
     ],
 )
-def test_keys_that_float16_cannot_hold(
+def test_keys_that_their_format_cannot_hold(
     tmp_path: Path,
     world: SimpleNamespace,
     tiny_model: PreTrainedModel,
     out: Path,
+    keys: str,
     weight: str,
     value: float,
     shown: str,
@@ -385,10 +391,11 @@ def test_keys_that_float16_cannot_hold(
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
         model.get_parameter(weight).fill_(value)
-    message = refused("build", save(tmp_path / "model", model), world.corpus, "--out", out)
+    broken = save(tmp_path / "model", model)
+    message = refused("build", broken, world.corpus, "--out", out, "--keys", keys)
     assert f"the key last_ffn_input is {shown}" in message
     assert " of document number " in message
-    assert "which fp16 keys cannot hold: check the model's weights" in message
+    assert f"which {keys} keys cannot hold: check the model's weights" in message
 
 
 def test_the_position_of_a_bad_key_is_named(
@@ -403,7 +410,8 @@ def test_the_position_of_a_bad_key_is_named(
             scale = 65_504 / (largest[first] * largest[second]) ** 0.5
             model.get_parameter(f"transformer.h.1.ln_2.{name}").mul_(scale)
     place = memory.place(first)
-    message = refused("build", save(tmp_path / "model", model), world.corpus, "--out", out)
+    large = save(tmp_path / "model", model)
+    message = refused("build", large, world.corpus, "--out", out, "--keys", "fp16")
     assert f" at token {place.position} of document number {place.document + 1}, " in message
 
 
@@ -470,11 +478,13 @@ def test_a_memory_of_another_dimension_cannot_be_forced(
         assert "Load that model, or build a memory with this one" in message
 
 
-def test_a_memory_of_another_key_layer(world: SimpleNamespace, memory: Path) -> None:
-    edit_manifest(memory, lambda m: m["keys"].update(module="transformer.h.0.mlp"))
+def test_a_memory_of_another_key_layer(tmp_path: Path, world: SimpleNamespace) -> None:
+    memory = tmp_path / "m"
+    works("build", world.model, world.corpus, "--out", memory, "--key-layer", "last_hidden")
+    edit_manifest(memory, lambda m: m["keys"].update(layer="last_ffn_input"))
     message = refused("eval", memory, "--text", world.text)
-    assert "the key layer last_ffn_input is 'transformer.h.1.mlp.c_fc' in this model" in message
-    assert "'transformer.h.0.mlp' when" in message
+    assert "its key layer last_ffn_input is 'transformer.h.1.mlp.c_fc' and was 'lm_head'" in message
+    assert "its states for a fixed text are" in message
     edit_manifest(memory, lambda m: m["keys"].update(layer="first_hidden"))
     assert "first_hidden" in refused("eval", memory, "--text", world.text)
 
@@ -745,7 +755,7 @@ def test_a_full_disk(small_disk: Path, world: SimpleNamespace, fits: str) -> Non
         + pages["frames.npy"]
         + pages["ids.npy"],
         "suffix array": pages["suffix.npy"],
-        "keys": pages["keys.npy"],
+        "keys": pages["keys.npy"] + pages["scales.npy"],
         "index": pages["trained.faiss"] + pages["index.faiss"],
         "manifest": -(-(world.memory / "manifest.json").stat().st_size // 4096),
     }

@@ -25,6 +25,7 @@ from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_docu
 from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
 from nearest.build.build import rebuild_index, store_settings
+from nearest.corpus.report import CorpusWarning
 from nearest.corpus.windows import windows
 from nearest.encode.fingerprint import model_fingerprint, tokenizer_fingerprint
 from nearest.errors import CorpusError, FolderError, SettingError
@@ -324,16 +325,26 @@ def test_settings_that_cannot_work_leave_nothing_behind(
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("documents", [[], ["", "a"], [""]])
+@pytest.mark.filterwarnings("ignore::nearest.corpus.report.CorpusWarning")
+@pytest.mark.parametrize("documents", [[], [""], [" \n", ""]])
 def test_a_corpus_without_text_leaves_nothing_behind(
     tmp_path: Path,
     tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
     documents: list[str],
 ) -> None:
-    with pytest.raises(CorpusError):
+    with pytest.raises(CorpusError, match="no documents"):
         Memory.build(tiny_model, tiny_tokenizer, documents, tmp_path / "new")
     assert snapshot(tmp_path) == {}
+
+
+def test_documents_without_text_are_left_out_and_named(
+    tmp_path: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.warns(CorpusWarning, match=r"1 document read.*2 empty.*document 1"):
+        memory = Memory.build(tiny_model, tiny_tokenizer, ["", "a", " \n"], tmp_path / "new")
+    assert [memory.document(number).text for number in range(memory.documents)] == ["a"]
+    assert verify(tmp_path / "new") == []
 
 
 # --- the documents store --------------------------------------------------------------------------

@@ -203,6 +203,12 @@ class ArrayFile:
             self._file.close()
 
 
+def _shortened(error: Exception, most: int = 200) -> str:
+    """The first line of a message, cut where it goes on to quote what it could not read."""
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map a `.npy` file read-only after checking that it is what the manifest says.
 
@@ -222,8 +228,8 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.n
             start = file.tell()
     except Exception as error:  # numpy's reader of damaged headers raises many kinds
         raise FolderError(
-            f"{path} cannot be read as an array ({str(error).partition(chr(10))[0]}): "
-            "restore it from a copy, or rebuild"
+            f"{path} cannot be read as an array ({_shortened(error)}): restore it from a copy, or "
+            "rebuild"
         ) from error
     if fortran or found_shape != shape or found_dtype != dtype:
         raise FolderError(

@@ -115,9 +115,13 @@ def _departure(
     record: ModelRecord, keys: KeysRecord, model: LanguageModel, layer: KeyLayer
 ) -> str | None:
     """How a model departs from the one that made a memory's keys; None if it computes the same."""
+    moved = None
+    if layer.path != keys.module:
+        moved = f"its key layer {keys.layer} is {layer.path!r} and was {keys.module!r}"
     if record.function is not None:
         probe = Probe(**msgspec.structs.asdict(record.function))
-        return departure(model, layer, record.fingerprint, probe)
+        reason = departure(model, layer, record.fingerprint, keys.module, probe)
+        return f"{moved}, and {reason}" if moved and reason else reason
     weights = weights_hash(model)
     if weights is None:
         return (
@@ -126,6 +130,4 @@ def _departure(
         )
     if weights != record.fingerprint:
         return "its weights, or their precision, differ"
-    if layer.path != keys.module:
-        return f"its key layer {keys.layer} is {layer.path!r} and was {keys.module!r}"
-    return None
+    return moved

@@ -192,17 +192,21 @@ def function_hash(model: PreTrainedModel, probe: Probe | None) -> str:
     return _hash(seen.encode())
 
 
-def departure(model: PreTrainedModel, layer: KeyLayer, weights: str, built: Probe) -> str | None:
+def departure(
+    model: PreTrainedModel, layer: KeyLayer, weights: str, path: str, built: Probe
+) -> str | None:
     """How a model departs from the one that was probed; None if it computes the same.
 
     Args:
         model: the model at hand.
         layer: its key layer.
         weights: hash of the weights of the model that was probed.
+        path: path of its key layer. If this model's differs, equal weights do not mean equal
+            states, so the states are compared.
         built: its probe.
     """
     plain = all(weight.is_floating_point() for weight in model.parameters())
-    if plain and built.structure == _known(model).structure and weights_hash(model) == weights:
+    if plain and layer.path == path and built.structure == _known(model).structure and weights_hash(model) == weights:
         return None
     for name, value in _settings(model).items():
         if not _equal(value, before := built.settings.get(name)):
