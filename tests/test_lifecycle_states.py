@@ -83,8 +83,12 @@ class Life(RuleBasedStateMachine):
         self.take([], {"length": str(length)}, fits)
 
     def take(self, ids: list[str], where: dict[str, str] | None, names: set[str]) -> None:
-        if not names or names - self.expected.keys() or not self.expected.keys() - names:
-            with pytest.raises(CorpusError, match=r"nothing (was removed|would be left)"):
+        if not names or names - self.expected.keys():
+            missing = "|".join(f"'{name}'" for name in sorted(names - self.expected.keys()))
+            with pytest.raises(CorpusError, match=f"no document with .*({missing or 'length'})"):
+                self.memory.remove(ids, where=where)
+        elif not self.expected.keys() - names:
+            with pytest.raises(CorpusError, match="nothing would be left"):
                 self.memory.remove(ids, where=where)
         else:
             self.memory = self.memory.remove(ids, where=where)

@@ -206,7 +206,8 @@ def departure(
         built: its probe.
     """
     plain = all(weight.is_floating_point() for weight in model.parameters())
-    if plain and layer.path == path and built.structure == _known(model).structure and weights_hash(model) == weights:
+    alike = built.structure == _known(model).structure and layer.path == path
+    if plain and alike and weights_hash(model) == weights:
         return None
     for name, value in _settings(model).items():
         if not _equal(value, before := built.settings.get(name)):
