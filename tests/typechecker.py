@@ -1,5 +1,9 @@
 """What checks the package's annotations at every call, in runs with CHECK_ALL=1 (`.ci/run`)."""
 
+import ast
+import functools
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
@@ -15,9 +19,35 @@ def check(function: Any) -> Any:
     A function inside another is defined anew at each call of that one; its checks, which take
     as long to compile as hundreds of calls, are made once.
     """
+    if isinstance(function, FunctionType):
+        _skip_names_of_type_checkers(function)
     if "<locals>" not in function.__qualname__:
         return _checked(function)
     key = function.__module__, function.__qualname__, function.__code__.co_varnames
     if key not in _inner:
         _inner[key] = _checked(function)
     return _inner[key]
+
+
+def _skip_names_of_type_checkers(function: FunctionType) -> None:
+    """Leave annotations with names that are imported for type checkers alone to mypy."""
+    unknown = _imported_for_type_checkers(function.__code__.co_filename)
+    if unknown:
+        for name, hint in function.__annotations__.items():
+            if any(word in str(hint) for word in unknown):
+                function.__annotations__[name] = Any
+
+
+@functools.cache
+def _imported_for_type_checkers(file: str) -> frozenset[str]:
+    """Names that a module imports under `if TYPE_CHECKING:`."""
+    if not Path(file).is_file():
+        return frozenset()
+    return frozenset(
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+        for alias in statement.names
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -14,6 +14,7 @@ from nearest.errors import ModelError, SettingError
 from nearest.store.manifest import KeysRecord, Manifest, ModelRecord
 
 
+@runtime_checkable
 class _Opened(Protocol):
     """A memory, or a snapshot of one."""
 

@@ -1,7 +1,7 @@
 """The entries whose left context shares the longest suffix with a query's, without vectors."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, no_type_check
+from typing import Any, NamedTuple, Protocol, no_type_check, runtime_checkable
 
 import numba
 import numpy as np
@@ -21,6 +21,7 @@ from nearest.index.suffix import (
 from nearest.index.threads import in_threads
 
 
+@runtime_checkable
 class _TokenRun(Protocol):
     """A shard of a corpus: its tokens, and the id of its first entry."""
 

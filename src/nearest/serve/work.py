@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class Failure(NamedTuple):
     error: ApiError
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Takes news from the engine's thread; must not block."""
 

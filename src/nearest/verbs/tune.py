@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -149,6 +149,7 @@ def store_tuned(memory: Memory, tuned: Tuned | TunedGate) -> None:
     memory.take_over_settings()
 
 
+@runtime_checkable
 class _Fit(Protocol):
     def __call__(self, examples: Iterable[Examples], *, progress: Progress) -> StoredGate: ...
 
