@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import sys
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -31,10 +32,14 @@ def check(function: Any) -> Any:
 
 def _skip_names_of_type_checkers(function: FunctionType) -> None:
     """Leave annotations with names that are imported for type checkers alone to mypy."""
-    unknown = _imported_for_type_checkers(function.__code__.co_filename)
+    unknown = _imported_for_type_checkers(str(sys.modules[function.__module__].__file__))
     if unknown:
         for name, hint in function.__annotations__.items():
-            if any(word in str(hint) for word in unknown):
+            # A type variable does not show its constraints.
+            said = f"{hint} {getattr(hint, '__constraints__', '')}"
+            for variable in getattr(hint, "__parameters__", ()):
+                said += str(variable.__constraints__)
+            if any(word in said for word in unknown):
                 function.__annotations__[name] = Any
 
 
