@@ -301,7 +301,7 @@ def _structure(model: PreTrainedModel) -> str:
     return _hash(repr(parts).encode(), *buffers)
 
 
-def _plain(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _plain(values: Mapping[Any, Any]) -> list[tuple[str, str]]:
     """Numbers, texts and names of functions among some values."""
     return sorted(
         (str(name), shown)
