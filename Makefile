@@ -26,7 +26,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# With CHECK_ALL=1 every call is checked against its annotations (shapes included), as CI does.
+# With CHECK_ALL=1 every call is checked against its annotations, shapes included.
 CHECKED := $(if $(CHECK_ALL),--jaxtyping-packages=nearest,typechecker.check)
 
 test: lint

@@ -1,4 +1,4 @@
-"""What checks the package's annotations at every call, in runs with CHECK_ALL=1 (`.ci/run`)."""
+"""What checks the package's annotations at every call, in runs with CHECK_ALL=1."""
 
 import ast
 import functools

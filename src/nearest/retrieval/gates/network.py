@@ -235,7 +235,7 @@ def _left_out_loss(
     inputs: Float[Tensor, "n inputs"],
     parameters: Sequence[Tensor],
     loss: Loss,
-    left_out: Sequence[Int[Tensor, " m"]],
+    left_out: Sequence[Int[Tensor, " _"]],
 ) -> float:
     """Mean over the predictions of all folds, each by the copy that has not seen them."""
     total = 0.0
