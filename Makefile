@@ -27,7 +27,9 @@ lint: setup
 	$(BIN)/lint-imports
 
 # With CHECK_ALL=1 every call is checked against its annotations, shapes included.
-CHECKED := $(if $(CHECK_ALL),--jaxtyping-packages=nearest,typechecker.check)
+# A comma would end the argument of $(if ...), so the option stands in a variable.
+CHECK_OPTION := --jaxtyping-packages=nearest,typechecker.check
+CHECKED := $(if $(CHECK_ALL),$(CHECK_OPTION))
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal $(CHECKED)
