@@ -41,6 +41,13 @@ def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, 
     return kind(**fields) if given is None else dataclasses.replace(given, **fields)
 
 
+def _bare(model: Any) -> Any:
+    """The Hugging Face model inside its wrappers; None for none."""
+    from nearest.encode.identity import bare_model
+
+    return None if model is None else bare_model(model)
+
+
 class Memory(SearchedSnapshot):
     """A snapshot of a memory folder, what was tuned for it, and the changes that follow it."""
 
@@ -79,6 +86,8 @@ class Memory(SearchedSnapshot):
 
         Args:
             model: a Hugging Face language model, causal or encoder–decoder, in evaluation mode.
+                None makes a memory without keys of the tokenizer's tokens: for RETRO's chunks, and
+                for the method suffix with any model that has this tokenizer.
             tokenizer: its tokenizer.
             documents: documents or plain strings; they are read once, as a stream. An
                 encoder–decoder needs documents with an `encoder_text`.
@@ -93,14 +102,15 @@ class Memory(SearchedSnapshot):
                 more than half a minute: the same build then goes on from there.
         """
         # Building needs torch and transformers; opening and looking up do not wait for them.
-        from nearest.build.build import BuildOptions, build_memory
-        from nearest.encode.identity import bare_model
+        from nearest.build.build import NO_KEYS, BuildOptions, build_memory
         from nearest.verbs.self_tune import self_tune
 
+        if model is None and options is None:
+            fields = {"keys": NO_KEYS, **fields}
         asked = _options(BuildOptions, options, fields)
-        build_memory(Path(path), documents, bare_model(model), tokenizer, asked)
+        build_memory(Path(path), documents, _bare(model), tokenizer, asked)
         memory = cls.open(path)
-        if tune:
+        if tune and model is not None:
             self_tune(model, memory, tokenizer, asked.progress)
         return memory
 
@@ -204,7 +214,7 @@ class Memory(SearchedSnapshot):
         """Add documents as a new generation, and open it; this one stays what it was.
 
         Args:
-            model, tokenizer: those that built the memory.
+            model, tokenizer: those that built the memory; model None where it has no keys.
             documents: as in `build`; what is done costs time for these, not for those there are.
             replace: each takes the place of the document with its id, which must be there.
             if_exists: what becomes of a document whose id is there: an error, or it is skipped, or
@@ -216,12 +226,11 @@ class Memory(SearchedSnapshot):
                 memory stays as it was.
         """
         from nearest.build.lifecycle import AddOptions, add_documents
-        from nearest.encode.identity import bare_model
 
         add_documents(
             self.path,
             documents,
-            bare_model(model),
+            _bare(model),
             tokenizer,
             _options(AddOptions, None, options),
             replace=replace,
@@ -244,7 +253,7 @@ class Memory(SearchedSnapshot):
         is replaced, what is not among the documents is removed, and what is new is added.
 
         Args:
-            model, tokenizer: those that built the memory; not needed for a dry run.
+            model, tokenizer: as in `add`; not needed for a dry run.
             documents: as in `build`; all that the memory is to hold.
             dry_run: only say what would be done.
             **options: batch_size, force, progress, as in `add`.
@@ -261,10 +270,9 @@ class Memory(SearchedSnapshot):
         if dry_run:
             return self, compare_documents(self.path, documents)
         from nearest.build.lifecycle import AddOptions
-        from nearest.encode.identity import bare_model
 
         chosen = _options(AddOptions, None, options)
-        synced = sync_documents(self.path, documents, bare_model(model), tokenizer, chosen)
+        synced = sync_documents(self.path, documents, _bare(model), tokenizer, chosen)
         return self.refresh(), synced
 
     def update(self, model: Any, tokenizer: Any, documents: Documents, **options: Any) -> "Memory":

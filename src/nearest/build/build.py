@@ -22,7 +22,7 @@ from nearest.encode.fingerprint import (
     tokenizer_fingerprint,
     weights_hash,
 )
-from nearest.encode.identity import model_name, token_rules
+from nearest.encode.identity import model_name, token_rules, tokenizer_name
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import SettingError
 from nearest.index.building import check_spec
@@ -91,11 +91,11 @@ class BuildOptions:
 def build_memory(
     path: Path,
     documents: Documents,
-    model: LanguageModel,
+    model: LanguageModel | None,
     tokenizer: Any,
     options: BuildOptions,
 ) -> None:
-    """Make a memory of documents in a new folder.
+    """Make a memory of documents in a new folder; without a model, of a tokenizer's tokens alone.
 
     Raises:
         NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
@@ -122,11 +122,11 @@ def build_memory(
         journal.close()
 
 
-def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
+def new_manifest(model: LanguageModel | None, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
     """A first snapshot that has no segment yet."""
     rules = token_rules(model, tokenizer)
     probe = None
-    if keys is not None:
+    if keys is not None and model is not None:
         entry = model.get_submodule(keys.module)
         probe = probe_of(model, KeyLayer(keys.layer, keys.module, entry, keys.dim))
     return Manifest(
@@ -134,8 +134,10 @@ def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) 
         generation=1,
         created_by=f"nearest {__version__}",
         model=ModelRecord(
-            name=model_name(model),
-            fingerprint=weights_hash(model) or function_hash(model, probe),
+            name=tokenizer_name(tokenizer) if model is None else model_name(model),
+            fingerprint=None
+            if model is None
+            else weights_hash(model) or function_hash(model, probe),
             tokenizer_fingerprint=tokenizer_fingerprint(
                 tokenizer, rules.encoder_vocab_size is not None
             ),
@@ -157,7 +159,7 @@ def new_manifest(model: LanguageModel, tokenizer: Any, keys: KeysRecord | None) 
 def planned_memory(
     path: Path,
     documents: Documents,
-    model: LanguageModel,
+    model: LanguageModel | None,
     tokenizer: Any,
     options: BuildOptions,
 ) -> BuildPlan:
@@ -173,7 +175,7 @@ def planned_memory(
 
 
 def _arguments(
-    manifest: Manifest, model: LanguageModel, encoder: Encoder | None, options: BuildOptions
+    manifest: Manifest, model: LanguageModel | None, encoder: Encoder | None, options: BuildOptions
 ) -> dict[str, Any]:
     """All that decides what a build writes, but for the corpus."""
     record, choice = manifest.model, options.index_choice
@@ -183,7 +185,7 @@ def _arguments(
         "tokenizer": record.tokenizer_fingerprint,
         "keys": keys.pop("format"),
         **{f"key {name}": value for name, value in keys.items()},
-        "device": model.device.type,
+        "device": None if model is None else model.device.type,
         "batch_size": None if encoder is None else encoder.batch_size,
         "recall": choice.recall,
         "nprobe": choice.nprobe,
@@ -192,11 +194,16 @@ def _arguments(
 
 
 def _keys_of(
-    model: LanguageModel, options: BuildOptions
+    model: LanguageModel | None, options: BuildOptions
 ) -> tuple[Encoder, KeysRecord] | tuple[None, None]:
     """What reads the documents, and what its keys are; None of both without keys."""
     if options.keys == NO_KEYS:
         return None, None
+    if model is None:
+        raise SettingError(
+            f"{options.keys} keys are a language model's states, and a tokenizer alone is given: "
+            "give a model, or keys none"
+        )
     layer = find_key_layer(model, options.key_layer)
     check_spec(options.index, layer.dim, options.nprobe)
     encoder = Encoder.of(model, layer, options.window, options.stride, options.batch_size)

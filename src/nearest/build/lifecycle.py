@@ -12,7 +12,7 @@ import numpy as np
 
 from nearest.build.corpus_segments import write_added
 from nearest.build.keys import EncodedKeys
-from nearest.build.match import matching_key_layer, refuse_attached, rules_of
+from nearest.build.match import check_tokenizer, matching_key_layer, refuse_attached, rules_of
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
@@ -56,7 +56,7 @@ class AddOptions:
 def add_documents(
     path: Path,
     documents: Documents,
-    model: LanguageModel,
+    model: LanguageModel | None,
     tokenizer: Any,
     options: AddOptions,
     *,
@@ -152,9 +152,23 @@ def _power(size: int) -> int:
 
 
 def encoder_of(
-    memory: Snapshot, model: LanguageModel, tokenizer: Any, options: AddOptions
+    memory: Snapshot, model: LanguageModel | None, tokenizer: Any, options: AddOptions
 ) -> Encoder | None:
-    """What made the memory's keys, to make others alike; None where it has none."""
+    """What made the memory's keys, to make others alike; None where it has none.
+
+    Raises:
+        ModelError: model or tokenizer differ from those that built the memory.
+        SettingError: there is no model, and keys or sources need one.
+    """
+    if model is None:
+        if memory.manifest.keys is not None or memory.manifest.model.reads_sources:
+            raise SettingError(
+                f"{memory.path} needs the model {memory.manifest.model.name!r} to read documents: "
+                "give it, and not a tokenizer alone"
+            )
+        if not options.force:
+            check_tokenizer(memory, tokenizer)
+        return None
     refuse_attached(model)
     layer = matching_key_layer(memory, model, tokenizer, force=options.force)
     keys = memory.manifest.keys

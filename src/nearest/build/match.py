@@ -32,12 +32,22 @@ def refuse_attached(model: LanguageModel) -> None:
         )
 
 
-def rules_of(manifest: Manifest, model: LanguageModel) -> TokenRules:
-    """How documents are tokenised for a memory, to be read by the model."""
+def rules_of(manifest: Manifest, model: LanguageModel | None) -> TokenRules:
+    """How documents are tokenised for a memory, to be read by the model if there is one."""
     record = manifest.model
-    return TokenRules(
-        record.start_token, record.vocab_size, record.source_vocab_size, source_positions(model)
-    )
+    positions = None if model is None else source_positions(model)
+    return TokenRules(record.start_token, record.vocab_size, record.source_vocab_size, positions)
+
+
+def check_tokenizer(memory: _Opened, tokenizer: Any) -> None:
+    """Refuse a tokenizer that gives other tokens than a memory's (ModelError)."""
+    record = memory.manifest.model
+    if record.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer, record.reads_sources):
+        raise ModelError(
+            f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
+            f"mean the same text. Load {record.name!r}, build a memory with this one, or force it "
+            "(--force) and risk wrong words"
+        )
 
 
 def common_key_layer(
@@ -96,19 +106,14 @@ def matching_key_layer(
         )
     if force:
         return layer
-    cure = f"Load {record.name!r}, build a memory with this one, or force it (--force) and risk"
     if keys is not None and (reason := _departure(record, keys, model, layer)) is not None:
         raise ModelError(
             f"this model is not the one that built {memory.path}: {reason}, so its states and the "
-            f"stored keys cannot be compared. {cure} meaningless neighbours"
+            f"stored keys cannot be compared. Load {record.name!r}, build a memory with this one, "
+            "or force it (--force) and risk meaningless neighbours"
         )
-    if tokenizer is not None and record.tokenizer_fingerprint != tokenizer_fingerprint(
-        tokenizer, record.reads_sources
-    ):
-        raise ModelError(
-            f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
-            f"mean the same text. {cure} wrong words"
-        )
+    if tokenizer is not None:
+        check_tokenizer(memory, tokenizer)
     return layer
 
 

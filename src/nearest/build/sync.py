@@ -58,7 +58,7 @@ class Synced:
 def sync_documents(
     path: Path,
     documents: Documents,
-    model: LanguageModel,
+    model: LanguageModel | None,
     tokenizer: Any,
     options: AddOptions,
 ) -> Synced:

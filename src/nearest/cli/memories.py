@@ -31,13 +31,28 @@ if TYPE_CHECKING:
 
 
 def build(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.")],
-    corpus: CorpusPaths,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL CORPUS...",
+            help="A model (folder, or name on the hub), which --tokenizer stands for; then files, "
+            "folders, pipes (- for stdin), or hf://owner/name[:split].",
+        ),
+    ],
     out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
     keys: Annotated[
-        Literal["fp16", "int8", "none"],
-        typer.Option(help="How keys are stored; none: no forward pass, for suffix matching only."),
-    ] = "int8",
+        Literal["fp16", "int8", "none"] | None,
+        typer.Option(
+            help="How keys are stored; none: no forward pass, for suffix matching only.  "
+            "[default: int8]"
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Build with this tokenizer (folder or hub name), without model and keys."
+        ),
+    ] = None,
     *,
     keying: Keying,
     nprobe: Nprobe = None,
@@ -58,10 +73,16 @@ def build(
     quiet_libraries()
     from nearest.verbs import build as verb
 
+    model, corpus = (None, sources) if tokenizer else (sources[0], sources[1:])
+    if not corpus:
+        raise NearestError(
+            f"{sources[0]!r} is all that is named, which is the model: name a corpus, too"
+        )
     options: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
-        "keys": keys,
+        "tokenizer_name": tokenizer,
+        "keys": keys or ("none" if tokenizer else "int8"),
         **vars(keying),
         "nprobe": nprobe,
         "batch_size": batch_size,

@@ -45,12 +45,14 @@ def reads_sources(model: PreTrainedModel) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
-def token_rules(model: PreTrainedModel, tokenizer: Any) -> TokenRules:
-    """How documents become what a model reads.
+def token_rules(model: PreTrainedModel | None, tokenizer: Any) -> TokenRules:
+    """How documents become what a model reads; without a model, what a tokenizer gives.
 
     Raises:
         ModelError: nothing says what texts start with.
     """
+    if model is None:
+        return TokenRules(start_token(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     if not reads_sources(model):
         return TokenRules(start_token(tokenizer), vocabulary_size(model))
     return TokenRules(
@@ -62,8 +64,8 @@ def token_rules(model: PreTrainedModel, tokenizer: Any) -> TokenRules:
 
 
 def start_token(tokenizer: Any) -> int:
-    """The token each document starts with: BOS, or EOS where there is none."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """The token each document starts with: BOS, or EOS or [CLS] where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token is not None:
             return int(token)
     raise ModelError(
@@ -127,6 +129,14 @@ def _positions(config: Any, own_name: str) -> int | None:
 
 def model_name(model: PreTrainedModel) -> str:
     """The hub name a model was loaded by, or the absolute path of its folder or GGUF file."""
-    name = str(model.config._name_or_path)
+    return _where(str(model.config._name_or_path))
+
+
+def tokenizer_name(tokenizer: Any) -> str:
+    """As `model_name`, of a tokenizer."""
+    return _where(str(getattr(tokenizer, "name_or_path", "")))
+
+
+def _where(name: str) -> str:
     here = Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file())
     return str(Path(name).resolve()) if name and here else name

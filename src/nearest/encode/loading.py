@@ -73,6 +73,26 @@ def load_model_and_tokenizer(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer by folder or hub name, without a model.
+
+    Raises:
+        ModelError: there is none, or it has no words.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers and tokenizers: each raises its own kinds
+        raise ModelError(
+            f"no tokenizer can be loaded from {name!r} ({str(error).strip().splitlines()[0]}): "
+            "give a folder, or a name on the hub"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"{name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
+        )
+    return tokenizer
+
+
 def _source(name: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` is given: a GGUF file is its folder and an option."""
     path = Path(name)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nearest.index.choice import explained
-from nearest.store.manifest import KeysRecord
+from nearest.store.manifest import KeysRecord, ModelRecord
 from nearest.store.snapshot import Snapshot
 
 
@@ -32,8 +32,7 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "bytes_per_entry": round(sum(sizes.values()) / entries, 1),
         "files": sizes,
-        "model": manifest.model.name,
-        "model_kind": "encoder–decoder" if manifest.model.reads_sources else "causal",
+        **_made_with(manifest.model),
         "keys": "none"
         if keys is None
         else f"{keys.layer} ({keys.module}), {_dims(keys)}, {keys.format}, {keys.metric}",
@@ -82,6 +81,13 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
             method for method in manifest.tuned_at if manifest.stale(method) == "keys"
         ],
     }
+
+
+def _made_with(model: ModelRecord) -> dict[str, str]:
+    if model.tokenizer_only:
+        return {"model": "none", "tokenizer": model.name}
+    kind = "encoder–decoder" if model.reads_sources else "causal"
+    return {"model": model.name, "model_kind": kind}
 
 
 def _dims(keys: KeysRecord) -> str:

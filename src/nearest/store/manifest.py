@@ -63,14 +63,15 @@ class FunctionRecord(_Record, frozen=True):
 class ModelRecord(_Record, frozen=True, omit_defaults=True):
     """Which model and tokenizer made the keys and the tokens.
 
-    `fingerprint` is a hash of the model's weights; `function` is what it computes, which decides
-    where weights differ; None without keys, and in memories of before. `source_vocab_size`: number
+    `fingerprint` is a hash of the model's weights; None where a tokenizer alone made the memory,
+    whose `name` is then the tokenizer's. `function` is what the model computes, which decides where
+    weights differ; None without keys, and in memories of before. `source_vocab_size`: number
     of token ids that the encoder of an encoder–decoder reads; None for a causal model, which has
     none.
     """
 
     name: str
-    fingerprint: Digest
+    fingerprint: Digest | None
     tokenizer_fingerprint: Digest
     vocab_size: Positive
     start_token: Count
@@ -81,6 +82,11 @@ class ModelRecord(_Record, frozen=True, omit_defaults=True):
     def reads_sources(self) -> bool:
         """Whether it is an encoder–decoder, and its documents have sources."""
         return self.source_vocab_size is not None
+
+    @property
+    def tokenizer_only(self) -> bool:
+        """Whether no language model made the memory."""
+        return self.fingerprint is None
 
 
 class ProjectionRecord(_Record, frozen=True):
@@ -228,6 +234,8 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
             raise ValueError("a segment has keys without index, or an index without keys")
         if any((s.members is None) != (self.clusters is None) for s in self.segments):
             raise ValueError("a segment has no clusters where others have, or has them alone")
+        if self.keys is not None and self.model.tokenizer_only:
+            raise ValueError("there are keys, and no model that made them")
         none = self.model.source_vocab_size is None
         if any((segment.source_tokens is None) != none for segment in self.segments):
             raise ValueError("a segment has no sources and its model reads them, or the reverse")

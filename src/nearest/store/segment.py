@@ -307,6 +307,7 @@ class Segment:
 def no_keys(folder: Path) -> SettingError:
     """What to say where keys are needed and the memory was built without."""
     return SettingError(
-        f"{folder} has no keys (it was built with --keys none), and this needs them: build it with "
-        "--keys fp16 or int8, or use the method suffix, which goes by the text alone"
+        f"{folder} has no keys (it was built with --keys none, or with a tokenizer alone), and "
+        "this needs them: build it with a model and --keys fp16 or int8, or use the method suffix, "
+        "which goes by the text alone"
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from nearest.build.sync import Synced
 from nearest.corpus.reading import Corpus
 from nearest.encode.dtype import DtypeName
-from nearest.encode.loading import load_model_and_tokenizer
+from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
 from nearest.errors import ModelError
 from nearest.memory import Memory
 
@@ -37,8 +37,7 @@ def add(
         NearestError: the model, corpus or folder cannot be used; the memory stays as it was.
     """
     memory = Memory.open(path)
-    name = model_name or name_of_model(memory)
-    model, tokenizer = load_model_and_tokenizer(name, dtype, device)
+    model, tokenizer = _loaded(memory, model_name, dtype, device)
     return memory.add(model, tokenizer, corpus, replace=replace, if_exists=if_exists, **options)
 
 
@@ -62,8 +61,7 @@ def sync(
     memory = Memory.open(path)
     if dry_run:
         return memory.sync(None, None, corpus, dry_run=True)
-    name = model_name or name_of_model(memory)
-    model, tokenizer = load_model_and_tokenizer(name, dtype, device)
+    model, tokenizer = _loaded(memory, model_name, dtype, device)
     return memory.sync(model, tokenizer, corpus, **options)
 
 
@@ -71,11 +69,30 @@ def name_of_model(memory: Memory) -> str:
     """Where the model that built a memory is.
 
     Raises:
-        ModelError: it was built from a model that was nowhere but in memory.
+        ModelError: none did, or one that was nowhere but in memory.
     """
+    record = memory.manifest.model
+    if record.tokenizer_only:
+        raise ModelError(
+            f"{memory.path} was built with the tokenizer {record.name!r} alone: name a language "
+            "model that has this tokenizer (--model)"
+        )
+    return _named(memory)
+
+
+def _named(memory: Memory) -> str:
     if not memory.manifest.model.name:
         raise ModelError(
             f"{memory.path} does not say where its model is, for it was built from one in memory: "
             "name it (--model)"
         )
     return memory.manifest.model.name
+
+
+def _loaded(
+    memory: Memory, model_name: str | None, dtype: DtypeName, device: str
+) -> tuple[Any, Any]:
+    """What reads documents for a memory: a model, or None where none did, and a tokenizer."""
+    if memory.manifest.model.tokenizer_only and model_name is None:
+        return None, load_tokenizer(_named(memory))
+    return load_model_and_tokenizer(model_name or name_of_model(memory), dtype, device)
