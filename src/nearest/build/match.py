@@ -126,7 +126,7 @@ def _departure(
         moved = f"its key layer {keys.layer} is {layer.path!r} and was {keys.module!r}"
     if record.function is not None:
         probe = Probe(**msgspec.structs.asdict(record.function))
-        reason = departure(model, layer, record.fingerprint, keys.module, probe)
+        reason = departure(model, layer, record.fingerprint or "", keys.module, probe)
         return f"{moved}, and {reason}" if moved and reason else reason
     weights = weights_hash(model)
     if weights is None:
