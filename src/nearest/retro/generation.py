@@ -107,7 +107,9 @@ class RetroGenerationMixin(GenerationMixin):
         config = self.retro_config
         layout = layout_of(config, inputs["input_ids"], attention_mask, past_key_values)
         needed = neighbour_chunks(config, layout)
-        inputs["neighbour_ids"] = _gather(input_ids, layout, needed, neighbour_ids, neighbours)
+        inputs["neighbour_ids"] = gather_neighbours(
+            input_ids, layout, needed, neighbour_ids, neighbours
+        )
         return inputs
 
 
@@ -125,7 +127,7 @@ def _checked(given: Tensor, rows: int) -> Tensor:
     return given
 
 
-def _gather(
+def gather_neighbours(
     input_ids: Int[Tensor, "batch n"],
     layout: ChunkLayout,
     needed: int,

@@ -25,9 +25,16 @@ def next_token_loss(
         items: what the sum is divided by, where it is not the number of labels: transformers'
             `num_items_in_batch`, so that batches of gradient accumulation weigh alike.
     """
-    nll = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]
-    total: Tensor = nll.sum()
+    total = token_losses(logits, labels).sum()
     return total / ((labels != IGNORED).sum() if items is None else items)
+
+
+def token_losses(
+    logits: Float[Tensor, "batch n vocab"], labels: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch n"]:
+    """Negative log-likelihood of each label in nats, 0 where it is IGNORED."""
+    nll: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]
+    return nll.reshape(labels.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -16,25 +16,30 @@ from nearest.retro.generation import Retrieve
 class NeighbourCache:
     """Ask a callable only once for each chunk, and forget the chunks asked for longest ago.
 
+    Where the callable tells the sources of its last answer, `sources` are those of the last one
+    here, a list for each chunk; None where it does not.
+
     Args:
         retrieve: (chunks, m) token ids → (chunks, neighbours, length) token ids.
         size: chunks remembered.
-        version: a number of what is searched; when it changes, everything is forgotten.
+        version: a number of what is searched; when it changes, everything is forgotten. By default
+            the callable's own `version`, where it has one.
     """
 
     def __init__(
         self,
         retrieve: Retrieve,
         size: int = 4096,
-        version: Callable[[], int] = lambda: 0,
+        version: Callable[[], int] | None = None,
     ) -> None:
         if size < 1:
             raise SettingError(f"size must be at least 1, got {size}")
         self.retrieve = retrieve
         self.size = size
-        self.version = version
-        self._known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._version = version()
+        self.version = version or (lambda: getattr(retrieve, "version", 0))
+        self.sources: list[Any] | None = None
+        self._known: OrderedDict[tuple[int, ...], tuple[Tensor, Any]] = OrderedDict()
+        self._version = self.version()
 
     def __call__(self, chunks: Int[Tensor, "n m"]) -> Int[Tensor, "n neighbours length"]:
         """Neighbours of these chunks; only new chunks are asked for."""
@@ -48,13 +53,17 @@ class NeighbourCache:
             answers = self.retrieve(chunks[new])
             if len(answers) != len(new):
                 raise SettingError(f"{len(new)} chunks got neighbours for {len(answers)}: one each")
-            found.update(zip((keys[i] for i in new), answers, strict=True))
+            sources = getattr(self.retrieve, "sources", None) or [None] * len(new)
+            pairs = zip(answers, sources, strict=True)
+            found.update(zip((keys[i] for i in new), pairs, strict=True))
         for key in keys:
             self._known[key] = found[key]
             self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
+        told = [found[key][1] for key in keys]
+        self.sources = None if None in told else told
+        return torch.stack([found[key][0] for key in keys])
 
 
 class FixedNeighbours:

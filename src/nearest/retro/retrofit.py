@@ -29,7 +29,7 @@ from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
 from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, layout_of
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _OF_THE_BASE = {
     *("vocab_size", "bos_token_id", "eos_token_id", "use_cache", "cca_layers", "deepnet"),
@@ -189,8 +189,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         }
         with disk_errors_explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / _WEIGHTS, data)
-            write_atomically(folder / _CONFIG, json.dumps(config, indent=1).encode())
+            write_atomically(folder / ADAPTER_WEIGHTS, data)
+            write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
 
 
 def retrofit(
@@ -262,8 +262,8 @@ def load_retrofit(
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        data = (folder / _WEIGHTS).read_bytes()
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        data = (folder / ADAPTER_WEIGHTS).read_bytes()
         whole = config["weights_sha256"] == hashlib.sha256(data).hexdigest()
         version, base, retro = config["format"], config["base"], dict(config["retro"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -274,7 +274,9 @@ def load_retrofit(
     if version != 1:
         raise FolderError(f"{folder} has the format {version}, newer than this program: update it")
     if not whole:
-        raise FolderError(f"{folder} is damaged: {_WEIGHTS} is not the file {_CONFIG} tells of")
+        raise FolderError(
+            f"{folder} is damaged: {ADAPTER_WEIGHTS} is not the file {ADAPTER_CONFIG} tells of"
+        )
     if not force and base["fingerprint"] != model_fingerprint(model):
         raise ModelError(
             f"{folder} was trained on {base['name'] or 'another model'}, whose weights this model "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
         self.chunks = chunks
         self.database = database
         self._ids = table.first(neighbours)
+        self.neighbours = neighbours
         self.continuation = continuation
         self._most = None if max_len is None else max_len // chunks.size
         wanted = np.arange(chunks.documents) if subset is None else np.asarray(subset, np.int64)
@@ -72,8 +73,16 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         """A document; IndexError past the last, as sequences have it."""
-        document = int(self.documents[item])
-        ids = np.asarray(self.chunks.of_document(document)[: self._most])
+        return self.part(item, 0, self._most)
+
+    def lengths(self) -> Int[np.ndarray, " items"]:
+        """Tokens of each document that are read."""
+        found: np.ndarray = (self.chunks.stops - self.chunks.starts)[self.documents]
+        return found if self._most is None else found.clip(max=self._most * self.chunks.size)
+
+    def part(self, item: int, first: int, stop: int | None) -> dict[str, Tensor]:
+        """Some chunks of a document, counted within it, as an item of its own."""
+        ids = np.asarray(self.chunks.of_document(int(self.documents[item]))[first:stop])
         tokens = self.chunks.rows(ids)
         tokens = tokens[tokens >= 0]
         neighbours = self.database.rows(self._ids[ids], self.continuation)
@@ -88,13 +97,22 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
         return OrderedDataset(self, seed, steps)
 
 
+@runtime_checkable
+class Items(Protocol):
+    """A data set of known size."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]: ...
+
+
 class OrderedDataset(Dataset[dict[str, Tensor]]):
     """A data set read for so many steps, shuffled anew in each pass over it.
 
     Item i is a pure function of (seed, i): a resumed run, or one on more processes, reads the same.
     """
 
-    def __init__(self, dataset: RetroDataset, seed: int, steps: int) -> None:
+    def __init__(self, dataset: Items, seed: int, steps: int) -> None:
         if not len(dataset):
             raise CorpusError("no document has a token: there is nothing to train on")
         self.dataset = dataset

@@ -1,0 +1,60 @@
+"""What chunks share with their neighbours, token by token."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_ELSE = -2  # equal to no token and to no padding
+
+
+def match_lengths(
+    tokens: Int[np.ndarray, "chunks n"], neighbours: Int[np.ndarray, "chunks k length"]
+) -> Int[np.ndarray, "chunks n"]:
+    """For each token, how many tokens in a row, that one the last, stand in one of the neighbours.
+
+    Negative ids are padding and match nothing. A match lies within one neighbour.
+
+    >>> match_lengths(np.array([[5, 6, 7, 9]]), np.array([[[4, 6, 7], [5, 8, -1]]])).tolist()
+    [[1, 1, 2, 0]]
+    """
+    chunks, n = tokens.shape
+    own = np.where(tokens < 0, _ELSE, tokens)
+    # a column of padding ends each neighbour, so that no run goes on into the next one
+    ended = np.pad(neighbours, ((0, 0), (0, 0), (1, 0)), constant_values=-1).reshape(chunks, -1)
+    runs = np.zeros(ended.shape, np.int64)
+    found = np.empty((chunks, n), np.int64)
+    for i in range(n):
+        before = np.zeros_like(runs)
+        before[:, 1:] = runs[:, :-1]
+        runs = np.where(ended == own[:, i, None], before + 1, 0)
+        found[:, i] = runs.max(1, initial=0)
+    return found
+
+
+def longest_shared(
+    lengths: Int[np.ndarray, "chunks n"],
+) -> Int[np.ndarray, " chunks"]:
+    """The longest common substring of each chunk and its neighbours, from `match_lengths`.
+
+    Matches that began before the chunk's first token count from there.
+    """
+    within = np.minimum(lengths, np.arange(1, lengths.shape[1] + 1))
+    longest: np.ndarray = within.max(1, initial=0)
+    return longest
+
+
+def shared_by_chunk(
+    own: Int[np.ndarray, "chunks m"],
+    before: Int[np.ndarray, "chunks m"],
+    neighbours: Int[np.ndarray, "chunks k length"],
+) -> tuple[Int[np.ndarray, "chunks m"], Float[np.ndarray, " chunks"]]:
+    """Matches that end at each token, and the share r of each chunk that its longest one takes.
+
+    Args:
+        own: a chunk's tokens, negative past its document's end.
+        before: those of the chunk before it, in which a match may begin.
+        neighbours: retrieved for the chunk before, with their continuations.
+    """
+    m = own.shape[1]
+    lengths = match_lengths(np.concatenate([before, own], axis=1), neighbours)[:, m:]
+    size = np.maximum((own >= 0).sum(1), 1)
+    return lengths, longest_shared(lengths) / size
