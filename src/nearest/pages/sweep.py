@@ -2,14 +2,12 @@
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nearest.errors import FolderError, require
-from nearest.folder import disk_errors_explained, write_atomically
 from nearest.memory import Memory
 from nearest.pages.published import Published
+from nearest.pages.report_folder import check_report_folder, write_report_folder
 from nearest.pages.sweep_page import MARK, render
 from nearest.verbs.sweep import Point, Sweep
 
@@ -22,38 +20,12 @@ _FILES = {
 
 
 def check_folder(out: Path) -> None:
-    """Refuse, before any work, a folder that a report cannot go to; nothing is made yet.
+    """Refuse, before any work, a folder that a sweep's report cannot go to.
 
     Raises:
-        NearestError: it cannot be made or written to, holds anything but an earlier report, or
-            matplotlib is missing.
+        NearestError: as `check_report_folder`.
     """
-    require("matplotlib", "plots")
-    with disk_errors_explained(out):
-        existing = next(folder for folder in (out, *out.absolute().parents) if _is_there(folder))
-        if not existing.is_dir():
-            raise FolderError(f"{existing} is not a folder: give --out another one")
-        if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-            raise FolderError(f"{existing} cannot be written to: give --out another folder")
-        items = sorted(out.iterdir()) if existing == out else []
-        others = [item.name for item in items if not _is_ours(item)]
-    if others:
-        raise FolderError(
-            f"{out} holds {others[0]}, which is not of an earlier sweep: give --out another folder"
-        )
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
-def _is_ours(item: Path) -> bool:
-    if item.name in {f"{name}.partial" for name in _FILES}:  # of a sweep that was killed
-        return True
-    if item.name not in _FILES or item.is_symlink() or not item.is_file():
-        return False
-    with item.open("rb") as file:
-        return _FILES[item.name] in file.read(1024)
+    check_report_folder(out, _FILES, "sweep")
 
 
 def write_report(
@@ -67,10 +39,7 @@ def write_report(
         "sweep.png": sweep_png(swept.points, published, MARK),
         "sweep.html": render(swept, memory, published).encode(),
     }
-    with disk_errors_explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(out / name, data)
+    write_report_folder(out, files)
 
 
 def as_csv(points: Sequence[Point]) -> str:

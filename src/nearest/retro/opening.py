@@ -1,6 +1,8 @@
-"""A RETRO or RETROfit model by the name of its folder."""
+"""A RETRO or RETROfit model by the name of its folder, and texts with their neighbours by theirs."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,11 @@ from nearest.encode.dtype import DtypeName, chosen_device, chosen_dtype
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, ModelError
 from nearest.retro.config import RetroConfig
+from nearest.retro.data.database import ChunkDatabase
+from nearest.retro.data.dataset import RetroDataset
+from nearest.retro.data.opening import open_database, tokenizer_of
+from nearest.retro.data.stages import Databases
+from nearest.retro.data.table import NeighbourTable
 from nearest.retro.model import RetroForCausalLM
 from nearest.retro.retrofit import ADAPTER_CONFIG, load_retrofit
 from nearest.retro.training.checkpoints import MODEL, checkpoints
@@ -58,10 +65,11 @@ def open_retro(
             f"`nearest retro fit {path} …`"
         )
     try:
-        opened, loading = RetroForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = RetroForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FolderError(f"{folder} cannot be loaded ({reason}): copy it anew") from error
+    opened, loading = loaded
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
         raise FolderError(
             f"{folder} holds other weights than its config.json tells of ({wrong[0]}, {len(wrong)} "
@@ -98,3 +106,70 @@ def _tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").exists():
         return None
     return AutoTokenizer.from_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class NeighbouredText:
+    """A corpus, what its neighbours were found in, and the table of them.
+
+    Attributes:
+        name: of the table's folder.
+        own: the corpus' chunks. searched: the databases that ids count.
+    """
+
+    name: str
+    own: ChunkDatabase
+    searched: Databases
+    table: NeighbourTable
+
+    def dataset(self, **options: Any) -> RetroDataset:
+        """Its documents with neighbours; options as `RetroDataset`'s."""
+        return RetroDataset(self.own.chunks, self.searched.chunks, self.table, **options)
+
+
+def open_text(
+    databases: Sequence[Path | str],
+    table: Path | str | None = None,
+    queries: Path | str | None = None,
+) -> NeighbouredText:
+    """A text by the names of what was searched and of the table that came of it.
+
+    Args:
+        databases: what was searched, in the order in which ids count.
+        table: the folder that `nearest retro neighbours` wrote; None: the first database's own.
+        queries: whose chunks have these neighbours; by default the first database's where the table
+            is of them, else those that `neighbours` left beside the table.
+
+    Raises:
+        FolderError: one of them is missing or damaged.
+        SettingError: the table is of other chunks.
+    """
+    searched = Databases([open_database(path) for path in databases])
+    first = searched.databases[0]
+    folder = first.path / "neighbours" if table is None else Path(table)
+    opened = NeighbourTable.open(folder)
+    beside = folder.with_name(folder.name + ".queries")
+    if queries is not None:
+        own = open_database(queries)
+    elif opened.record["queries"] == first.record["digest"] or not beside.exists():
+        own = first
+    else:
+        own = open_database(beside)
+    opened.check(own.chunks, searched.chunks)
+    return NeighbouredText(folder.name, own, searched, opened)
+
+
+def check_vocabulary(tokenizer: Any, database: ChunkDatabase) -> None:
+    """Refuse chunks that another tokenizer made, where the database says which one did.
+
+    Raises:
+        ModelError: the vocabularies differ, or the database's tokenizer is not there any more.
+    """
+    if tokenizer is None:
+        return
+    theirs = tokenizer_of(database)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{database.path} was cut with another tokenizer than the model's: its token ids mean "
+            "other texts. Prepare a database with --tokenizer of this model"
+        )

@@ -23,7 +23,7 @@ MATCHES = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), 
 """Lengths of matches, grouped: from, up to."""
 UNSHARED = 0.125  # chunks that share so little can't have been copied (the paper's α = 12.5 %)
 LEAKED = 32  # tokens in a row
-_BLOCK = 4096  # chunks compared at once
+_BLOCK = 1024  # chunks compared at once
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,19 @@ def analyse(
         window, stride, batch_size, progress: as in `evaluate_retro`.
 
     Raises:
-        SettingError: there are fewer than two readings, or something does not fit.
+        SettingError: there are fewer than two readings, no chunk has a predecessor, or something
+            does not fit.
     """
     wanted = readings_of(readings, model, table, neighbours, continuation)
     if len(wanted) < 2:
         raise SettingError("the gain is of one reading over another: name two, such as on,off")
     chunks = data.chunks
+    shared = _shared(data, table.first(neighbours), continuation)
+    if not len(shared.ids):
+        raise SettingError(
+            "no document of the text has a second chunk, on which neighbours could act: give "
+            f"longer ones than {chunks.size} tokens"
+        )
     lengths = chunks.stops - chunks.starts
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     losses = {}
@@ -222,7 +229,6 @@ def analyse(
         ):
             flat[offsets[some.document] + some.positions] = some.nll
         losses[reading.name] = flat
-    shared = _shared(data, table.first(neighbours), continuation)
     scored = ~np.isnan(losses[wanted[0].name])
     documents = np.repeat(np.arange(chunks.documents), lengths)
     places = np.arange(len(scored)) - offsets[documents]

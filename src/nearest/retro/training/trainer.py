@@ -113,8 +113,9 @@ class RetroTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         if self.optimizer is None:
-            self.optimizer = optimizer_of(self.model, self.settings.optimizing)
-        return cast(Optimizer, self.optimizer)
+            trained = cast(nn.Module, self.model)
+            self.optimizer = optimizer_of(trained, self.settings.optimizing)
+        return self.optimizer
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
@@ -125,7 +126,7 @@ class RetroTrainer(Trainer):
         self.step_tokens = int(total)
         return cast(Tensor, total)
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
