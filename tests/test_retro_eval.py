@@ -60,7 +60,8 @@ def brute(model: Any, data: RetroDataset, ids: Any, window: int, stride: int) ->
             part = torch.tensor([text[begin : begin + window]])
             given = {}
             if ids is not None:
-                numbers = np.arange(begin // M, begin // M + -(-part.shape[1] // M)) + first
+                chunks = model.retro_config.chunks(part.shape[1])
+                numbers = np.arange(begin // M, begin // M + chunks) + first
                 given["neighbour_ids"] = ids(numbers)[None]
             logits = model(part, **given, use_cache=False).logits[0]
             for place in range(predicted, begin + part.shape[1]):
