@@ -1,4 +1,4 @@
-"""A RETRO or RETROfit model by the name of its folder, and texts with their neighbours by theirs."""
+"""RETRO and RETROfit models by the name of their folder, and texts with their neighbours."""
 
 import json
 from collections.abc import Sequence
