@@ -81,7 +81,9 @@ class FileOptions:
     ] = None
     suffix: Annotated[
         list[str] | None,
-        typer.Option(help="Further suffix of files to read as plain text, as .py; repeatable."),
+        typer.Option(
+            help='Further suffix of files to read as plain text, as .py; "": files without one.'
+        ),
     ] = None
     exclude: Annotated[
         list[str] | None,

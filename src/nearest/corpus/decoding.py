@@ -36,8 +36,15 @@ _MAGIC = {
     b"SQLite format 3": "an SQLite database",
     b"\x7fELF": "a program",
 }
+_LFS = b"version https://git-lfs.github.com/spec/"
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # no text has many of these
 _MANY_CONTROLS = 0.02
+# Of a few Latin letters, guesses take these for the encoding of Western Europe.
+_TAKEN_FOR_WESTERN = (
+    *("cp1257", "cp775", "cp852", "hp_roman8", "iso8859_10", "iso8859_13", "iso8859_16"),
+    *("mac_iceland", "mac_latin2"),
+)
+_WESTERN = set("àâäáãåæçéèêëíìîïñóòôöõœúùûüÿß«»“”‘’„–—…€£§°·•¡¿ºª©®™\xa0")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,15 @@ class Decoding:
                 f"there is no text encoding {self.encoding!r}: name one that Python knows, such as "
                 "cp1252, or auto"
             ) from error
+
+
+def refuse_pointer(head: bytes, origin: str) -> None:
+    """Refuse what Git LFS leaves where a large file was not fetched (UnfitFileError)."""
+    if head.startswith(_LFS):
+        raise UnfitFileError(
+            f"{origin} is a Git LFS pointer and not the file: fetch it (git lfs pull)",
+            "Git LFS pointers, not fetched",
+        )
 
 
 def text_pieces(
@@ -125,6 +141,7 @@ def _codec_of(
     for mark, codec in _MARKS.items():
         if head.startswith(mark):
             return mark, codec
+    refuse_pointer(head, origin)
     if decoding.encoding not in (AUTO, "utf-8"):
         return b"", decoding.encoding
     for magic, kind in _MAGIC.items():
@@ -143,7 +160,8 @@ def _codec_of(
         report.detected(wide)
         return b"", wide
     sample = head[:_SAMPLE]
-    if b"\0" in sample or len(_CONTROLS.findall(sample)) > _MANY_CONTROLS * len(sample):
+    many = max(1, _MANY_CONTROLS * len(sample))
+    if b"\0" in sample or len(_CONTROLS.findall(sample)) > many:
         raise UnfitFileError(
             f"{origin} holds bytes that no text has: it is binary, or in an encoding to be named "
             "(--encoding); convert it, or leave it out (--exclude)",
@@ -171,8 +189,17 @@ def _wide_codec(sample: bytes) -> str | None:
         "utf-16-be": [True, False, True, False],
     }.items():
         if often == places:
-            return codec
+            return codec if _reads(sample[: len(sample) // 4 * 4], codec) else None
     return None
+
+
+def _reads(data: bytes, codec: str) -> bool:
+    """Whether bytes are of a codec, but for a character that they end within."""
+    try:
+        codecs.getincrementaldecoder(codec)().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _first_wrong(head: bytes) -> int | None:
@@ -188,14 +215,32 @@ def _guessed(head: bytes, bad: int, origin: str) -> str:
     from charset_normalizer import from_bytes
 
     start = 0 if bad < _SAMPLE else head.rfind(b"\n", 0, bad - _SAMPLE // 2) + 1
-    best = from_bytes(head[start : start + _SAMPLE]).best()
+    sample = head[start : start + _SAMPLE]
+    found = from_bytes(sample)
+    best = found.best()
     if best is None:
         raise UnfitFileError(
             f"{origin} is in no encoding that can be told: name it (--encoding), convert it, or "
             "leave it out (--exclude)",
             "in an unknown encoding",
         )
+    western = any(
+        other.encoding == "cp1252"
+        and other.chaos <= best.chaos
+        and other.coherence >= best.coherence
+        for other in found
+    )
+    if western or (best.encoding in _TAKEN_FOR_WESTERN and _is_western(sample)):
+        return "cp1252"
     return best.encoding.replace("_", "-")
+
+
+def _is_western(sample: bytes) -> bool:
+    """Whether bytes are letters and signs of Western European languages, read as cp1252."""
+    if not _reads(sample, "cp1252"):
+        return False
+    signs = {sign for sign in sample.decode("cp1252").lower() if not sign.isascii()}
+    return signs <= _WESTERN
 
 
 def _shown(codec: str) -> str:

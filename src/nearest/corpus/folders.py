@@ -15,6 +15,7 @@ from nearest.errors import CorpusError
 _OWN = "of our own"
 _LINKED_AGAIN = "linked to twice"
 _BROKEN = "that lead nowhere"
+_TEXTS = "documents.jsonl.zst"  # in each segment of a memory
 
 
 class Entry(NamedTuple):
@@ -44,7 +45,8 @@ def files_of(
     Args:
         root: the folder.
         kind_of: how a file is read; "" for one that is not.
-        excluded: patterns of names or of paths below the root that are left out.
+        excluded: patterns of names, or of paths (below the root, or as they would be typed), that
+            are left out.
         own: folders that are being written, resolved.
         report: told what is left out.
 
@@ -112,9 +114,12 @@ class _Walk:
         self, entry: os.DirEntry[str], folder: Entry, waiting: list[Entry], of_dataset: bool
     ) -> None:
         found = Entry(Path(entry.path), (*folder.parts, entry.name))
-        if any(fnmatch(entry.name, one) or fnmatch(found.name, one) for one in self._excluded):
-            self._report.skip("excluded", found.name)
-            return
+        names = entry.name, found.name, shown(str(found.path))
+        for pattern in self._excluded:
+            if any(fnmatch(name, os.path.normpath(pattern)) for name in names):
+                self._report.skip("excluded", found.name)
+                self._report.unmatched.discard(pattern)
+                return
         linked = entry.is_symlink()
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
@@ -122,7 +127,7 @@ class _Walk:
             is_folder = is_file = False
         if of_dataset and not is_folder:
             return
-        if entry.name.startswith("."):
+        if entry.name.startswith((".", "~$")):  # what Office keeps while a file is open
             self._report.skip("hidden", found.name)
         elif is_folder:
             (self._links if linked else waiting).append(found)
@@ -167,8 +172,10 @@ def memory_around(path: Path) -> Path | None:
 def is_memory(folder: Path) -> bool:
     """Whether a folder is a memory, finished or not, damaged or not."""
     try:
-        if next((folder / "segments").glob("*/documents.jsonl.zst"), None) is not None:
+        if next((folder / "segments").glob(f"*/{_TEXTS}"), None) is not None:
             return True  # written before the manifest
+        if (folder / _TEXTS).is_file() and (folder / "offsets.npy").is_file():
+            return True  # a segment of one, copied
         written = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from nearest.corpus.compression import COMPRESSED
-from nearest.corpus.decoding import Decoding, EncodingErrors
+from nearest.corpus.decoding import Decoding, EncodingErrors, refuse_pointer
 from nearest.corpus.documents import Document, Fields, UnfitFileError
 from nearest.corpus.folders import Entry, files_of, memory_around
 from nearest.corpus.hub import SCHEME, read_hub
-from nearest.corpus.pages import read_docx, read_html, read_pdf
+from nearest.corpus.pages import read_docx, read_html, read_notebook, read_pdf
 from nearest.corpus.report import CorpusReport
 from nearest.corpus.settled import settled
 from nearest.corpus.tables import read_arrow, read_parquet
@@ -39,6 +39,7 @@ _TEXT: dict[str, Reader] = {
     ".json": read_json,
     **dict.fromkeys((".csv", ".tsv"), read_separated),
     **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
+    ".ipynb": read_notebook,
 }
 _BINARY: dict[str, Reader] = {
     ".parquet": read_parquet,
@@ -48,6 +49,8 @@ _BINARY: dict[str, Reader] = {
 }
 _KINDS = f"{' '.join(_TEXT)} (also with {' '.join(COMPRESSED)}), {' '.join(_BINARY)}"
 _STANDARD_INPUT = "-"
+_WITHOUT = "without a suffix"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
 _JSON = re.compile(r"\s*(\{\s*[\"}]|\[\s*[\[{\"])")  # what begins so is read as JSON
 
 
@@ -71,7 +74,9 @@ class Corpus:
         self._given = given
         self._fields = fields
         self._decoding = decoding
-        self._text_suffixes = {_with_dot(suffix) for suffix in suffixes}
+        self._text_suffixes = {
+            _with_dot(suffix) for several in suffixes for suffix in several.split(",")
+        }
         self._exclude = exclude
         self._format = file_format
         self._writing: list[Path] = []
@@ -99,6 +104,7 @@ class Corpus:
             fields = replace(fields, encoder_text="source")
         self.report = report = CorpusReport()
         report.encoder_field = fields.encoder_text
+        report.unmatched = set(self._exclude)
         yield from settled(
             self._documents(fields, report),
             report,
@@ -110,11 +116,17 @@ class Corpus:
             raise CorpusError(f"{places} holds no documents{left}: name another corpus")
 
     def _documents(self, fields: Fields, report: CorpusReport) -> Iterator[Document]:
+        seen: set[str] = set()
         for given in self._given:
             if _on_hub(given):
                 yield from read_hub(str(given), fields)
                 continue
             for entry, reader, explicit in self._files(given, report):
+                if len(self._given) > 1 and (real := _real(entry.path)) is not None:
+                    if real in seen:
+                        report.skip("named twice", entry.name)
+                        continue
+                    seen.add(real)
                 file = CorpusFile(entry.path, entry.name, fields, self._decoding, report)
                 before, number = _version(entry.path), 0
                 try:
@@ -158,13 +170,20 @@ class Corpus:
     def _kind(self, path: Path) -> str:
         """The suffix that says how a file is read; "" where it is of no kind that is."""
         packed = path.suffix.lower() in COMPRESSED
-        suffix = (path.with_suffix("") if packed else path).suffix.lower()
-        if suffix in _TEXT or suffix in self._text_suffixes:
+        plain = path.with_suffix("") if packed else path
+        suffix, name = plain.suffix.lower(), plain.name.lower()
+        if longer := next((one for one in self._text_suffixes if one and name.endswith(one)), ""):
+            return longer
+        if suffix in _TEXT:
             return suffix
+        if not suffix and "" in self._text_suffixes:
+            return _WITHOUT
         return suffix if suffix in _BINARY and not packed else ""
 
     def _reader(self, kind: str) -> Reader:
-        return read_text if kind in self._text_suffixes else {**_TEXT, **_BINARY}[kind]
+        if kind == _WITHOUT or kind in self._text_suffixes:
+            return read_text
+        return _TEXT[kind] if kind in _TEXT else _fetched(_BINARY[kind])
 
     def _reader_of(self, path: Path) -> Reader:
         """How a file is read that was named itself."""
@@ -219,13 +238,14 @@ def read_documents(
 
     Args:
         paths: one or several of: text (.txt .text .md .markdown .rst), rows (.jsonl .ndjson .json
-            .csv .tsv), pages (.html .htm .xhtml), all these also as .gz or .zst; .parquet .arrow;
-            .pdf .docx; folders of them, folders that `datasets` saved, hf://owner/name[:split],
+            .csv .tsv), pages (.html .htm .xhtml .ipynb), all these also as .gz or .zst; .parquet
+            .arrow; .pdf .docx; folders of them, folders that `datasets` saved, hf://owner/name[:split],
             pipes, or "-" for standard input.
         text_field, id_field: fields of rows that hold the text and the id.
         encoder_field: the field that an encoder reads, in rows without `encoder_text`.
-        suffixes: further suffixes of files that are read as plain text, such as ".py".
-        exclude: patterns of file names, or of paths below the corpus, that are left out.
+        suffixes: further suffixes of files that are read as plain text, such as ".py"; "" for
+            files without one.
+        exclude: patterns of names, or of paths, of files and folders that are left out.
         format: how files and pipes that are named themselves are read, whatever their suffix.
         encoding: of text files without a byte-order mark; "auto" detects what is not UTF-8.
         encoding_errors: "strict" refuses other bytes; "replace" puts U+FFFD there.
@@ -240,6 +260,8 @@ def read_documents(
     for path in given:
         if not isinstance(path, str | os.PathLike):
             raise CorpusError(f"a path of the corpus is given as {type(path).__name__}: give text")
+        if not os.fspath(path):
+            raise CorpusError("a path of the corpus is empty: name a file or a folder")
         if path != _STANDARD_INPUT and not _on_hub(path):
             _check_exists(Path(path))
     if format is not None and format not in _FORMATS:
@@ -257,7 +279,30 @@ def read_documents(
 
 
 def _with_dot(suffix: str) -> str:
-    return f".{suffix.lstrip('*.').lower()}"
+    """A suffix with its dot; "" for files without one."""
+    bare = suffix.strip().lstrip("*.").lower()
+    return f".{bare}" if bare else ""
+
+
+def _fetched(reader: Reader) -> Reader:
+    """A reader of files that are not text, which may be empty, or not fetched by Git LFS."""
+
+    def read(file: CorpusFile) -> Iterator[Document]:
+        try:
+            with file.path.open("rb") as opened:
+                head = opened.read(64)
+        except OSError as error:
+            raise file.unreadable(error) from error
+        refuse_pointer(head, file.origin)
+        if head:
+            yield from reader(file)
+
+    return read
+
+
+def _real(path: Path) -> str | None:
+    """The file that a path leads to; None for what is no file, such as a pipe."""
+    return os.path.realpath(path) if path.is_file() else None
 
 
 def _on_hub(given: str | Path) -> bool:
@@ -295,6 +340,11 @@ def _check_exists(given: Path) -> None:
     try:
         mode = given.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
+        if _ADDRESS.match(str(given)):
+            raise CorpusError(
+                f"{shown(str(given))} is an address, of which only hf:// is read: download it, and "
+                "name the file"
+            ) from error
         raise CorpusError(
             f"{shown(str(given))} does not exist: check the path of the corpus"
         ) from error

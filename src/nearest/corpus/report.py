@@ -22,6 +22,7 @@ class CorpusReport:
         changed: files that changed while they were read.
         encoder_field: the field that the encoder of an encoder–decoder reads.
         unread: files that are there and could not be read as documents.
+        unmatched: patterns of what is to be left out that nothing fits.
     """
 
     documents: int = 0
@@ -33,6 +34,7 @@ class CorpusReport:
     changed: int = 0
     encoder_field: str | None = None
     unread: set[str] = field(default_factory=set)
+    unmatched: set[str] = field(default_factory=set)
 
     def skip(self, reason: str, place: str) -> None:
         """Count something that is left out."""
@@ -47,7 +49,12 @@ class CorpusReport:
     def notable(self) -> bool:
         """Whether anything was not taken as it stands."""
         return bool(
-            self.skipped or self.numbered_ids or self.encodings or self.replaced or self.changed
+            self.skipped
+            or self.numbered_ids
+            or self.encodings
+            or self.replaced
+            or self.changed
+            or self.unmatched
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,6 +63,8 @@ class CorpusReport:
         for name in ("numbered_ids", "encodings", "replaced", "changed", "encoder_field"):
             if value := getattr(self, name):
                 found[name] = value
+        if self.unmatched:
+            found["unmatched"] = sorted(self.unmatched)
         return found
 
     def __str__(self) -> str:
@@ -70,6 +79,8 @@ class CorpusReport:
             parts.append(f"{_count(self.replaced, 'file')} with bytes replaced by U+FFFD")
         if self.changed:
             parts.append(f"{_count(self.changed, 'file')} changed while being read")
+        for pattern in sorted(self.unmatched):
+            parts.append(f"nothing is called {pattern!r} (--exclude)")
         if self.encoder_field is not None:
             parts.append(f"the encoder reads the field {self.encoder_field!r}")
         return "; ".join(parts)

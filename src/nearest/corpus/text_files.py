@@ -4,6 +4,7 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from nearest.corpus.documents import (
     LARGEST_DOCUMENT,
     Document,
     Fields,
+    UnfitFileError,
     check_storable,
     document_of,
 )
@@ -27,6 +29,7 @@ from nearest.errors import CorpusError
 
 STANDARD_INPUT = Path("/dev/stdin")
 _SEPARATORS = ",;\t|"
+_EXCELS_LINE = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class CorpusFile:
             yield from self.begun
             return
         with self._readable(), self._opened() as file:
-            yield from text_pieces(file, self.origin, self.decoding, self.report, declared)
+            yield from _with_line_ends(
+                text_pieces(file, self.origin, self.decoding, self.report, declared)
+            )
 
     def text(self, declared: Callable[[bytes], str | None] = lambda _: None) -> str:
         r"""Its whole text; \r\n becomes \n."""
@@ -102,10 +107,22 @@ class CorpusFile:
         try:
             yield
         except OSError as error:
-            raise CorpusError(
-                f"{self.origin} cannot be read ({error.strerror or error}): check it, or leave it "
-                "out (--exclude)"
-            ) from error
+            raise self.unreadable(error) from error
+
+    def unreadable(self, error: OSError) -> CorpusError:
+        """What to say where the file cannot be read."""
+        return CorpusError(
+            f"{self.origin} cannot be read ({error.strerror or error}): check it, or leave it out "
+            "(--exclude)"
+        )
+
+
+def _with_line_ends(pieces: Iterator[str]) -> Iterator[str]:
+    r"""Text where old Macs' line ends, \r alone, are \n."""
+    first = next(pieces, "")
+    old = "\r" in first and "\n" not in first
+    for piece in itertools.chain([first], pieces):
+        yield piece.replace("\r\n", "\n").replace("\r", "\n") if old else piece
 
 
 def shown(name: str) -> str:
@@ -140,6 +157,10 @@ def read_json(file: CorpusFile) -> Iterator[Document]:
     """The documents of a JSON file: objects, one a line or one after another, or an array of them.
 
     A string in an array is the text of a document.
+
+    Raises:
+        UnfitFileError: it holds no JSON, or something else than documents.
+        CorpusError: as `read_jsonl`.
     """
     lines = file.lines()
     before = ""
@@ -181,12 +202,21 @@ def _json_values(file: CorpusFile, beginning: str, lines: Iterator[str]) -> Iter
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise _not_json(file.origin, error) from error
+            raise UnfitFileError(
+                f"{file.origin} is not JSON ({error}): mend it, or leave it out (--exclude)",
+                "not JSON",
+            ) from error
         for record in value if isinstance(value, list) else [value]:
             count += 1
             origin = f"{file.origin}:{count}"
             if isinstance(record, str):
                 record = {file.fields.text: record}
+            if not isinstance(record, dict):
+                raise UnfitFileError(
+                    f"{origin} is not a JSON object: write objects with a 'text', or leave the "
+                    "file out (--exclude)",
+                    "JSON without documents",
+                )
             yield _of_record(record, file.name, origin, file.fields, escaped=True)
 
 
@@ -201,7 +231,10 @@ def parse_line(line: str, name: str, origin: str, fields: Fields = DEFAULT_FIELD
 
 def _of_record(record: Any, name: str, origin: str, fields: Fields, *, escaped: bool) -> Document:
     if not isinstance(record, dict):
-        raise CorpusError(f"{origin} is not a JSON object: write {{'text': …}} on each line")
+        raise CorpusError(
+            f"{origin} is not a JSON object: write {{'text': …}} on each line, or have an array "
+            "read (--format json)"
+        )
     if escaped:
         check_storable(record, origin)
     return document_of(record, name, origin, fields)
@@ -219,13 +252,19 @@ def read_separated(file: CorpusFile) -> Iterator[Document]:
         CorpusError: as `read_text`, or a row does not fit the columns.
     """
     lines = file.lines()
-    first = next(lines, "")
-    if first.isspace() or not first:
+    first, before = "\n", -1
+    separators = ("\t" if ".tsv" in _suffixes(file) else ",") + _SEPARATORS
+    while first.isspace():
+        first, before = next(lines, ""), before + 1
+        if excels := _EXCELS_LINE.fullmatch(first):
+            separators, first = excels[1], "\n"
+    if not first:
         return
-    separator = _separator(first, file)
     csv.field_size_limit(max(csv.field_size_limit(), min(LARGEST_DOCUMENT, sys.maxsize)))
-    rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+    number = before + 1
     try:
+        separator = _separator(first, separators, file.fields.text)
+        rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
         columns = [column.strip() for column in next(rows)]
         while columns and not columns[-1]:  # a separator at the end of each line
             columns.pop()
@@ -235,7 +274,8 @@ def read_separated(file: CorpusFile) -> Iterator[Document]:
                 f"{file.origin} has the column {min(repeated)!r} more than once: rename one"
             )
         for row in rows:
-            origin = f"{file.origin}:{rows.line_num}"
+            number = before + rows.line_num
+            origin = f"{file.origin}:{number}"
             if not row:
                 continue
             if any(row[len(columns) :]):
@@ -249,23 +289,29 @@ def read_separated(file: CorpusFile) -> Iterator[Document]:
             yield document_of(record, file.name, origin, file.fields)
     except csv.Error as error:
         raise CorpusError(
-            f"{file.origin}:{rows.line_num} is no row of a table ({error}): mend its quotes and "
-            "line ends"
+            f"{file.origin} is no table after line {number:,} ({error}): mend its quotes and line "
+            "ends"
         ) from error
 
 
-def _separator(first: str, file: CorpusFile) -> str:
+def _suffixes(file: CorpusFile) -> list[str]:
+    return [suffix.lower() for suffix in Path(file.name).suffixes]
+
+
+def _separator(first: str, separators: str, text_field: str) -> str:
     """The separator by which the first line holds the column with the text."""
-    own = "\t" if ".tsv" in [suffix.lower() for suffix in Path(file.name).suffixes] else ","
-    for separator in own + _SEPARATORS:
+    for separator in separators:
         columns = [column.strip() for column in next(csv.reader([first], delimiter=separator))]
-        if file.fields.text in columns:
+        if text_field in columns:
             return separator
-    return own
+    return separators[0]
 
 
 def _not_json(origin: str, error: Exception) -> CorpusError:
-    return CorpusError(f"{origin} is not JSON ({error}): mend it, or leave it out")
+    return CorpusError(
+        f"{origin} is not JSON ({error}): mend it, leave it out, or have an array, or objects of "
+        "several lines, read (--format json)"
+    )
 
 
 def _too_long(origin: str) -> CorpusError:
