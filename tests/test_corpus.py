@@ -23,7 +23,13 @@ from nearest.corpus.incoming import incoming_documents
 from nearest.corpus.long_text import tokenise_long
 from nearest.corpus.reading import read_documents
 from nearest.corpus.text import Text
-from nearest.corpus.tokens import TokenRules, check_vocabulary, token_dtype, tokenise
+from nearest.corpus.tokens import (
+    SpecialTokensWarning,
+    TokenRules,
+    check_vocabulary,
+    token_dtype,
+    tokenise,
+)
 from nearest.corpus.unique import SeenIds
 from nearest.errors import CorpusError, SettingError
 
@@ -533,11 +539,10 @@ def test_a_given_id_that_stands_twice_is_refused_with_both_places(
             ["a.jsonl"],
             [f"a.jsonl#{sha256(text[0])[:16]}{text[1:]}" for text in ("a", "b", "a#2", "a#3")],
         ),
-        ({"a.txt": "a"}, ["a.txt", "a.txt"], ["a.txt", "a.txt#2"]),
         ({"a/x.txt": "a", "b/x.txt": "b"}, ["a", "b"], ["x.txt", "x.txt#2"]),
         (
-            {"a/x.txt": "a", "b/x.txt#2.txt": "b", "b/x.txt": "c"},
-            ["a", "b", "a"],
+            {"a/x.txt": "a", "b/x.txt#2.txt": "b", "b/x.txt": "c", "c/x.txt": "d"},
+            ["a", "b", "c"],
             ["x.txt", "x.txt#2", "x.txt#2.txt", "x.txt#3"],
         ),
     ],
@@ -648,6 +653,7 @@ def characters(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
     return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
 
+@pytest.mark.filterwarnings("ignore::nearest.corpus.tokens.SpecialTokensWarning")
 def test_tokens_are_the_start_token_and_the_tokenizers_ids(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -655,10 +661,28 @@ def test_tokens_are_the_start_token_and_the_tokenizers_ids(
     found = list(tokenise(documents, tiny_tokenizer, TokenRules(0, 258)))
     assert [item.document for item in found] == documents
     for item in found:
-        expected = [0, *tiny_tokenizer.encode(item.document.text, add_special_tokens=False)]
+        text = tiny_tokenizer(
+            item.document.text, add_special_tokens=False, split_special_tokens=True
+        )
+        expected = [0, *text["input_ids"]]
         assert item.tokens.tolist() == expected
         assert item.tokens.dtype == np.int32
         assert tiny_tokenizer.decode(item.tokens[1:]) == item.document.text
+
+
+@pytest.mark.parametrize("repeat", [1, 90_000])
+def test_special_tokens_that_a_document_mentions_are_text_unless_asked_for(
+    tiny_tokenizer: PreTrainedTokenizerFast, repeat: int
+) -> None:
+    documents = [Document("a", "ab<eos>c" * repeat), Document("b", "plain"), Document("c", "<bos>")]
+    with pytest.warns(SpecialTokensWarning, match=r"'<eos>' are mentioned in 2 documents"):
+        as_text = list(tokenise(documents, tiny_tokenizer, TokenRules(0, 258)))
+    assert [len(item.tokens) for item in as_text] == [1 + 8 * repeat, 6, 6]
+    assert not any(token in item.tokens[1:] for item in as_text for token in (0, 1))
+    rules = TokenRules(0, 258, special_tokens=True)
+    as_tokens = list(tokenise(documents, tiny_tokenizer, rules))
+    assert [len(item.tokens) for item in as_tokens] == [1 + 4 * repeat, 6, 2]
+    assert as_tokens[2].tokens.tolist() == [0, 0]
 
 
 def test_a_corpus_streams_through_the_tokenizer_in_batches() -> None:

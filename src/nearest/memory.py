@@ -7,7 +7,7 @@ for it, and the changes, each of which is a function of `build/`.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -26,15 +26,12 @@ from nearest.store.verify import verify
 
 if TYPE_CHECKING:
     from nearest.build.build import BuildOptions
-    from nearest.build.lifecycle import AddOptions
     from nearest.build.search_text import Passage
     from nearest.build.sync import Synced
 
-_Options = TypeVar("_Options", "BuildOptions", "AddOptions")
 
-
-def _options(kind: type[_Options], given: _Options | None, fields: Mapping[str, Any]) -> _Options:
-    """Options as given, with some fields instead; a SettingError names a field there is not."""
+def _options(kind: type[Any], given: Any, fields: Mapping[str, Any]) -> Any:
+    """Options of a kind as given, with some fields instead (SettingError for an unknown one)."""
     names = [field.name for field in dataclasses.fields(kind)]
     if unknown := sorted(set(fields) - set(names)):
         raise SettingError(f"there is no option {unknown[0]!r}: choose among {', '.join(names)}")
@@ -89,8 +86,8 @@ class Memory(SearchedSnapshot):
                 None makes a memory without keys of the tokenizer's tokens: for RETRO's chunks, and
                 for the method suffix with any model that has this tokenizer.
             tokenizer: its tokenizer.
-            documents: documents or plain strings; they are read once, as a stream. An
-                encoder–decoder needs documents with an `encoder_text`.
+            documents: a corpus, strings, rows, a table or a path; they are read once, as a stream.
+                An encoder–decoder needs documents with an `encoder_text`.
             path: the folder, which must not exist or be empty.
             options: how; the defaults of `BuildOptions` if not given.
             tune: find λ, temperature and k on a sample of the documents, each predicted as if it
@@ -113,6 +110,28 @@ class Memory(SearchedSnapshot):
         if tune and model is not None:
             self_tune(model, memory, tokenizer, asked.progress)
         return memory
+
+    @classmethod
+    def import_store(
+        cls, store: str | Path, model: Any, tokenizer: Any, path: str | Path, **options: Any
+    ) -> "Memory":
+        """Make a memory of a datastore of knn-transformers or RetoMaton, and open it.
+
+        Args:
+            store: its folder, or its file of keys.
+            model, tokenizer: those that made it.
+            path: the memory's folder, which must not exist or be empty.
+            **options: of `build.importing.ImportOptions`, such as split, trust, keys.
+
+        Raises:
+            NearestError: something cannot be used; nothing is left behind.
+        """
+        from nearest.build.importing import ImportOptions, import_store
+        from nearest.encode.identity import bare_model
+
+        chosen = _options(ImportOptions, None, options)
+        import_store(Path(store), Path(path), bare_model(model), tokenizer, chosen)
+        return cls.open(path)
 
     @classmethod
     def from_pretrained(
@@ -142,10 +161,7 @@ class Memory(SearchedSnapshot):
         token: str | None = None,
         repo_type: str = "model",
     ) -> str:
-        """Upload the memory to the Hugging Face hub with a card, and return its address.
-
-        The documents are uploaded too, in full: they can be read by whoever can read the
-        repository.
+        """Upload the memory, documents in full, to the Hugging Face hub; return its address.
 
         Args:
             repo: "owner/name"; made where it does not exist.
@@ -184,11 +200,7 @@ class Memory(SearchedSnapshot):
     def refresh(self) -> "Memory":
         """The present generation: this memory itself, unless a writer has published another.
 
-        This one stays what it was, for those who still use it; entry ids of one mean nothing in the
-        other.
-
-        Raises:
-            FolderError: as `open`.
+        This one stays what it was; entry ids of one mean nothing in the other.
         """
         moved = read_manifest(self.path).generation != self.manifest.generation
         return Memory.open(self.path, self.search_on) if moved else self
@@ -217,13 +229,11 @@ class Memory(SearchedSnapshot):
             model, tokenizer: those that built the memory; model None where it has no keys.
             documents: as in `build`; what is done costs time for these, not for those there are.
             replace: each takes the place of the document with its id, which must be there.
-            if_exists: what becomes of a document whose id is there: an error, or it is skipped, or
-                takes the place of the other.
+            if_exists: whether a document whose id is there is an error, skipped, or replaces it.
             **options: batch_size, force, progress, as in `AddOptions`.
 
         Raises:
-            NearestError: something cannot be used, or an id is there (or, to replace, is not); the
-                memory stays as it was.
+            NearestError: something cannot be used, or an id is there (or, to replace, is not).
         """
         from nearest.build.lifecycle import AddOptions, add_documents
 
@@ -255,15 +265,11 @@ class Memory(SearchedSnapshot):
         Args:
             model, tokenizer: as in `add`; not needed for a dry run.
             documents: as in `build`; all that the memory is to hold.
-            dry_run: only say what would be done.
+            dry_run: only count what would be done.
             **options: batch_size, force, progress, as in `add`.
 
-        Returns:
-            The memory, and the counts.
-
         Raises:
-            NearestError: something cannot be used, or nothing would be left; the memory stays as it
-                was.
+            NearestError: something cannot be used, or nothing would be left; nothing is changed.
         """
         from nearest.build.sync import compare_documents, sync_documents
 

@@ -11,6 +11,7 @@ import msgspec
 from nearest import __version__
 from nearest.build.corpus_segments import write_segments
 from nearest.build.keys import EncodedKeys
+from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.incoming import Documents, incoming_documents
@@ -65,6 +66,7 @@ class BuildOptions:
     recall: float = RECALL
     nprobe: int | None = None
     batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
+    special_tokens: bool = False  # read "<|endoftext|>" in a document as the token
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
@@ -75,7 +77,10 @@ class BuildOptions:
             key_format(self.keys)
             return
         for field in fields(self):
-            if field.name in ("keys", "progress") or getattr(self, field.name) == field.default:
+            if (
+                field.name in ("keys", "special_tokens", "progress")
+                or getattr(self, field.name) == field.default
+            ):
                 continue
             raise SettingError(
                 f"{field.name} says how keys are made or searched, and with keys none there are "
@@ -102,8 +107,8 @@ def build_memory(
             away, unless it took more than half a minute: the same build then goes on from there.
     """
     encoder, keys = _keys_of(model, options)
-    manifest = new_manifest(model, tokenizer, keys)
-    rules = token_rules(model, tokenizer)
+    manifest = new_manifest(model, tokenizer, keys, special_tokens=options.special_tokens)
+    rules = rules_of(manifest, model)
     incoming = incoming_documents(documents, rules, path)
     with new_folder(path):
         journal = Journal.of(path, _arguments(manifest, model, encoder, options))
@@ -122,7 +127,13 @@ def build_memory(
         journal.close()
 
 
-def new_manifest(model: LanguageModel | None, tokenizer: Any, keys: KeysRecord | None) -> Manifest:
+def new_manifest(
+    model: LanguageModel | None,
+    tokenizer: Any,
+    keys: KeysRecord | None,
+    *,
+    special_tokens: bool = False,
+) -> Manifest:
     """A first snapshot that has no segment yet."""
     rules = token_rules(model, tokenizer)
     probe = None
@@ -145,6 +156,7 @@ def new_manifest(model: LanguageModel | None, tokenizer: Any, keys: KeysRecord |
             start_token=rules.start_token,
             source_vocab_size=rules.encoder_vocab_size,
             function=None if probe is None else FunctionRecord(**asdict(probe)),
+            special_tokens=special_tokens,
         ),
         keys=keys,
         segments=[],
@@ -166,9 +178,9 @@ def planned_memory(
     """Say what `build_memory` would take, and write nothing; raises as it does."""
     check_new(path)
     encoder, keys = _keys_of(model, options)
-    rules, started = token_rules(model, tokenizer), time.perf_counter()
-    manifest = new_manifest(model, tokenizer, keys)
-    identifying = time.perf_counter() - started
+    started = time.perf_counter()
+    manifest = new_manifest(model, tokenizer, keys, special_tokens=options.special_tokens)
+    rules, identifying = rules_of(manifest, model), time.perf_counter() - started
     return plan_build(
         path, documents, tokenizer, rules, manifest, encoder, identifying, options.recall
     )
@@ -183,6 +195,7 @@ def _arguments(
     return {
         "model": record.fingerprint,
         "tokenizer": record.tokenizer_fingerprint,
+        "special_tokens": record.special_tokens,
         "keys": keys.pop("format"),
         **{f"key {name}": value for name, value in keys.items()},
         "device": None if model is None else model.device.type,

@@ -35,8 +35,13 @@ def refuse_attached(model: LanguageModel) -> None:
 def rules_of(manifest: Manifest, model: LanguageModel | None) -> TokenRules:
     """How documents are tokenised for a memory, to be read by the model if there is one."""
     record = manifest.model
-    positions = None if model is None else source_positions(model)
-    return TokenRules(record.start_token, record.vocab_size, record.source_vocab_size, positions)
+    return TokenRules(
+        record.start_token,
+        record.vocab_size,
+        record.source_vocab_size,
+        None if model is None else source_positions(model),
+        record.special_tokens,
+    )
 
 
 def check_tokenizer(memory: _Opened, tokenizer: Any) -> None:

@@ -60,6 +60,13 @@ def build(
     dtype: Dtype = "auto",
     device: Device = "auto",
     files: FileOptions,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Read <|endoftext|> and its like in documents as tokens, not as text.",
+        ),
+    ] = False,
     tune: Annotated[
         bool,
         typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
@@ -86,6 +93,7 @@ def build(
         **vars(keying),
         "nprobe": nprobe,
         "batch_size": batch_size,
+        "special_tokens": special_tokens,
     }
     documents = files.corpus(corpus)
     if plan:

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nearest.corpus.documents import Document, check_storable, content_id
 from nearest.corpus.reading import Corpus, read_documents
 from nearest.corpus.report import CorpusReport
 from nearest.corpus.settled import settled
 from nearest.corpus.tables import row_document
-from nearest.corpus.tokens import TokenRules
+from nearest.corpus.tokens import TokenRules, Tokens
 from nearest.errors import CorpusError
 
 # What is taken as documents: a corpus that `read_documents` opened; documents, texts and rows in
@@ -45,6 +47,31 @@ def incoming_documents(
     rows = _rows(documents)
     again = rows if isinstance(rows, list | tuple) else ()
     return settled(_documents(rows), CorpusReport(), lambda: _documents(again))
+
+
+def token_arrays(given: Any) -> "tuple[list[Tokens], Documents]":
+    """Sequences of token ids (arrays, tensors, lists), or, where none are given, documents.
+
+    Raises:
+        CorpusError: both are given, or something that is neither a list of the one nor the other.
+    """
+    if isinstance(given, Corpus | Path):
+        return [], given
+    rows = list(_rows(given))
+    arrays = [found for row in rows if (found := _token_ids(row)) is not None]
+    if arrays and len(arrays) < len(rows):
+        raise CorpusError("documents and token arrays are mixed: give all as one or the other")
+    return arrays, rows
+
+
+def _token_ids(row: Any) -> Tokens | None:
+    if isinstance(row, int | np.integer):
+        raise CorpusError("one sequence of token ids is given: give a list of them")
+    if isinstance(row, str | Mapping | Document):
+        return None
+    found = np.asarray(row.cpu() if hasattr(row, "cpu") else row)  # a tensor may be on a GPU
+    ids = found.ndim == 1 and (not len(found) or np.issubdtype(found.dtype, np.integer))
+    return found.astype(np.int64) if ids else None
 
 
 def _rows(given: Any) -> Iterable[Any]:

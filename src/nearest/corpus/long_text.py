@@ -28,36 +28,47 @@ class _Piece(NamedTuple):
 
 
 def tokenise_long(
-    text: str, tokenizer: Callable[..., Any], piece: int = LONG, overlap: int = _OVERLAP
+    text: str,
+    tokenizer: Callable[..., Any],
+    piece: int = LONG,
+    overlap: int = _OVERLAP,
+    **options: Any,
 ) -> Int[np.ndarray, " n"]:
-    """Token ids of a text, as `tokenizer(text, add_special_tokens=False)` gives them.
+    """Token ids of a text, as `tokenizer(text, add_special_tokens=False, **options)` gives them.
 
     A tokenizer that cannot say where its tokens stand (one not written in Rust) reads the text at
     once.
     """
     if not getattr(tokenizer, "is_fast", False) or len(text) <= piece:
-        (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
+        made = tokenizer([text], add_special_tokens=False, verbose=False, **options)
+        (ids,) = made["input_ids"]
         return np.array(ids, dtype=np.int32)
     found = array("i")  # grows in place, where many arrays would leave holes in the heap
-    left = _tokenised(text, 0, piece, tokenizer)
+    left = _tokenised(text, 0, piece, tokenizer, options)
     stop, taken = piece, 0  # left's tokens before `taken` are in `found`
     while stop < len(text):
         start = stop - overlap
-        right = _tokenised(text, start, start + piece, tokenizer)
+        right = _tokenised(text, start, start + piece, tokenizer, options)
         joint = _joint(left, right, taken)
         if joint is None:
             if overlap * 4 > piece:
-                return tokenise_long(text, tokenizer, piece * 4, overlap * 2)
-            return tokenise_long(text, tokenizer, piece, overlap * 2)
+                return tokenise_long(text, tokenizer, piece * 4, overlap * 2, **options)
+            return tokenise_long(text, tokenizer, piece, overlap * 2, **options)
         found.frombytes(left.ids[taken : joint[0]].tobytes())
         left, taken, stop = right, joint[1], start + piece
     found.frombytes(left.ids[taken:].tobytes())
     return np.frombuffer(found, np.int32)
 
 
-def _tokenised(text: str, start: int, stop: int, tokenizer: Callable[..., Any]) -> _Piece:
+def _tokenised(
+    text: str, start: int, stop: int, tokenizer: Callable[..., Any], options: dict[str, Any]
+) -> _Piece:
     made = tokenizer(
-        text[start:stop], add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        text[start:stop],
+        add_special_tokens=False,
+        verbose=False,
+        return_offsets_mapping=True,
+        **options,
     )
     places = np.array(made["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     return _Piece(np.array(made["input_ids"], dtype=np.int32), places + start)

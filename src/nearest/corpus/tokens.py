@@ -3,9 +3,14 @@
 For an encoder–decoder, the encoder reads the tokens of the document's `encoder_text`, and the
 decoder predicts those of its text, tokenised as training targets are (`tokenizer(text_target=…)`),
 with EOS at the end, which is predicted as any other token.
+
+A document that mentions a special token, such as "<|im_end|>", does not hold it: to a model it
+would be a command. Its characters are read as any others, unless the rules say otherwise.
 """
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +40,18 @@ class TokenRules:
         vocab_size: number of token ids that it predicts.
         encoder_vocab_size: number of token ids that its encoder reads; None without an encoder.
         encoder_positions: most tokens that the encoder reads; None for no limit.
+        special_tokens: whether texts that mention special tokens hold them.
     """
 
     start_token: int
     vocab_size: int
     encoder_vocab_size: int | None = None
     encoder_positions: int | None = None
+    special_tokens: bool = False
+
+
+class SpecialTokensWarning(UserWarning):
+    """Documents mention special tokens, which were read as plain text."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +69,28 @@ def tokenise(
     """Token ids of each document after the start token, and of its encoder text where one is read.
 
     Documents are tokenised in batches of about a quarter of a megabyte, so a corpus streams
-    through; a long one is tokenised in pieces (`tokenise_long`) unless there is an encoder.
+    through; a long one is tokenised in pieces (`tokenise_long`) unless there is an encoder. At the
+    end a SpecialTokensWarning says how many mention special tokens that they do not hold.
 
     Raises:
         CorpusError: the tokenizer gives an id that the model's vocabulary does not have, or an
             encoder text is missing or too long.
     """
+    mentioned = _Mentioned.of(tokenizer, rules)
+    as_text = split_special_tokens(rules)
     for batch in _batches(documents):
         beside: Iterable[Tokens | None] = itertools.repeat(None, len(batch))
         texts = [document.text for document in batch]
+        mentioned.look(texts)
         if rules.encoder_vocab_size is not None:
             beside = tokenise_encoder_texts(batch, tokenizer, rules)
-            all_ids = tokenizer(text_target=texts, verbose=False)["input_ids"]
+            all_ids = tokenizer(text_target=texts, verbose=False, **as_text)["input_ids"]
         elif len(batch) == 1 and len(texts[0]) > LONG:
-            all_ids = [tokenise_long(texts[0], tokenizer)]
+            all_ids = [tokenise_long(texts[0], tokenizer, **as_text)]
         else:
-            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False, **as_text)[
+                "input_ids"
+            ]
         all_ids.reverse()
         for document, encoder_tokens in zip(batch, beside, strict=True):
             found = np.asarray(all_ids.pop())  # those of a long text are not kept for long
@@ -83,6 +100,44 @@ def tokenise(
             tokens[0], tokens[1:] = rules.start_token, found
             del found
             yield TokenisedDocument(document, tokens, encoder_tokens)
+    mentioned.tell()
+
+
+def split_special_tokens(rules: TokenRules) -> dict[str, bool]:
+    """What a tokenizer is told, so that a text holds no special tokens; nothing where it may."""
+    return {} if rules.special_tokens else {"split_special_tokens": True}
+
+
+class _Mentioned:
+    """Counts texts in which special tokens are named."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        found = sorted({name for name in names if name}, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, found))) if found else None
+        self._texts, self._first = 0, ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, rules: TokenRules) -> "_Mentioned":
+        """Of the tokenizer's special tokens, where they are read as text."""
+        return cls([] if rules.special_tokens else getattr(tokenizer, "all_special_tokens", []))
+
+    def look(self, texts: Iterable[str]) -> None:
+        """Count those that mention one."""
+        for text in texts if self._names is not None else ():
+            if self._names is not None and (named := self._names.search(text)):
+                self._texts += 1
+                self._first = self._first or named[0]
+
+    def tell(self) -> None:
+        """Warn, if any did."""
+        if self._texts:
+            warnings.warn(
+                f"special tokens such as {self._first!r} are mentioned in {self._texts:,} "
+                f"document{'' if self._texts == 1 else 's'}, and read there as plain text "
+                "(built with --special-tokens, a memory reads them as tokens)",
+                SpecialTokensWarning,
+                stacklevel=3,
+            )
 
 
 def tokenise_encoder_texts(
@@ -95,7 +150,8 @@ def tokenise_encoder_texts(
     """
     texts = [encoder_text_of(document) for document in documents]
     found = []
-    for document, ids in zip(documents, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+    rows = tokenizer(texts, verbose=False, **split_special_tokens(rules))["input_ids"]
+    for document, ids in zip(documents, rows, strict=True):
         tokens = np.asarray(ids, dtype=np.int32)
         check_vocabulary(tokens, rules.encoder_vocab_size or 0, document.origin)
         if not len(tokens):

@@ -45,21 +45,28 @@ def reads_sources(model: PreTrainedModel) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
-def token_rules(model: PreTrainedModel | None, tokenizer: Any) -> TokenRules:
+def token_rules(
+    model: PreTrainedModel | None, tokenizer: Any, *, special_tokens: bool = False
+) -> TokenRules:
     """How documents become what a model reads; without a model, what a tokenizer gives.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        special_tokens: whether texts that mention special tokens hold them.
 
     Raises:
         ModelError: nothing says what texts start with.
     """
-    if model is None:
-        return TokenRules(start_token(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    if not reads_sources(model):
-        return TokenRules(start_token(tokenizer), vocabulary_size(model))
+    if model is None or not reads_sources(model):
+        size = max(tokenizer.get_vocab().values()) + 1 if model is None else vocabulary_size(model)
+        return TokenRules(start_token(tokenizer), size, special_tokens=special_tokens)
     return TokenRules(
         _decoder_start(model),
         vocabulary_size(model),
         encoder_vocabulary_size(model),
         source_positions(model),
+        special_tokens,
     )
 
 

@@ -1,7 +1,8 @@
 """What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from nearest.build.match import common_key_layer, refuse_attached
 from nearest.corpus.documents import Document
-from nearest.corpus.reading import Corpus
+from nearest.corpus.incoming import token_arrays
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
 from nearest.encode.encoder import Encoder, ScoredBatch
@@ -108,37 +109,28 @@ class Scorer:
             return documents
         model = bare_model(model)
         refuse_attached(model)
-        if isinstance(documents, str | Document):
-            raise CorpusError("one document is given: give a list of documents")
-        items = [] if isinstance(documents, Corpus) else list(documents)
-        arrays = [item for item in items if isinstance(item, np.ndarray)]
-        texts = [item for item in items if not isinstance(item, np.ndarray)]
-        vocab_size = vocabulary_size(model)
-        for item in items:
-            if not isinstance(item, Document | str | np.ndarray):
-                raise CorpusError(
-                    f"a document is given as {type(item).__name__}: give a Document, a string, or "
-                    "a numpy array of token ids"
-                )
+        arrays, texts = token_arrays(documents)
         if score_eos and arrays:
             raise SettingError("score_eos needs text: end the token arrays with EOS yourself")
-        if arrays and texts:
-            raise CorpusError("documents and token arrays are mixed: give all as one or the other")
         if reads_sources(model):
             _check_pairs(arrays, score_eos=score_eos)
+        memories, own = memories_of(memory), None
         if arrays:
-            text = Text.from_tokens(arrays, vocab_size)
+            text = Text.from_tokens(arrays, vocabulary_size(model))
         else:
             tokenizer = tokenizer or _own_tokenizer(model)
             if score_eos and tokenizer.eos_token_id is None:
                 raise ModelError("the tokenizer has no EOS token to score: set tokenizer.eos_token")
             text = Text.from_documents(
-                documents if isinstance(documents, Corpus) else texts,
+                texts,
                 tokenizer,
-                token_rules(model, tokenizer),
+                token_rules(
+                    model,
+                    tokenizer,
+                    special_tokens=any(one.manifest.model.special_tokens for one in memories),
+                ),
                 tokenizer.eos_token_id if score_eos else None,
             )
-        memories, own = memories_of(memory), None
         if not memories:
             layer = find_key_layer(model, "last_hidden")
         else:
@@ -235,8 +227,10 @@ class ReadText:
             progress(stage, done, self.text.predictions)
 
 
-# Documents, plain strings, arrays of token ids, or what a model has read of such.
-ScoredInput = Iterable[Document | str | Tokens] | ReadText
+# Documents as `Memory.build` takes them, sequences of token ids, or what a model has read of such.
+ScoredInput = (
+    Iterable[Document | str | Mapping[str, Any] | Tokens | Sequence[int] | Tensor] | Path | ReadText
+)
 
 
 def read_text(

@@ -1,7 +1,7 @@
 """Which entries spoke for the tokens of a finished sequence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.step import steps
 from nearest.store.snapshot import Place
+
+_SHOWN = 3  # entries of a token, where it is printed
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Source:
     memory: int = 0  # its number among those that are attached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenSources:
     """A generated token, how much of its probability the memory gave, and which entries did.
 
@@ -39,6 +41,17 @@ class TokenSources:
     token: int
     memory_weight: float
     sources: list[Source]
+
+    def __repr__(self) -> str:
+        """Token, the memory's share, and the strongest entries as document@position."""
+        named = [f"{one.document_id}@{one.position} {one.weight:.0%}" for one in self.sources]
+        more = ", …" if len(named) > _SHOWN else ""
+        entries = f": {', '.join(named[:_SHOWN])}{more}" if named else ""
+        return f"TokenSources(token {self.token}, memory {self.memory_weight:.0%}{entries})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
 
 
 class _Spoken(NamedTuple):

@@ -67,7 +67,7 @@ class ModelRecord(_Record, frozen=True, omit_defaults=True):
     whose `name` is then the tokenizer's. `function` is what the model computes, which decides where
     weights differ; None without keys, and in memories of before. `source_vocab_size`: number
     of token ids that the encoder of an encoder–decoder reads; None for a causal model, which has
-    none.
+    none. `special_tokens`: whether documents that mention special tokens hold them.
     """
 
     name: str
@@ -77,6 +77,7 @@ class ModelRecord(_Record, frozen=True, omit_defaults=True):
     start_token: Count
     source_vocab_size: Positive | None = None
     function: FunctionRecord | None = None
+    special_tokens: bool = False
 
     @property
     def reads_sources(self) -> bool:

@@ -68,8 +68,9 @@ def evaluate(
     Args:
         model: a language model, causal or encoder–decoder, in evaluation mode.
         memory: what to look up, or several; None where only the base model is asked for.
-        documents: documents, strings, or arrays of token ids whose first token is context only;
-            for an encoder–decoder, documents whose metadata has a `source`.
+        documents: documents, strings, rows, tables or a path, as in `Memory.build`; or sequences of
+            token ids whose first token is context only. For an encoder–decoder, documents with an
+            `encoder_text`.
         method: "base", "knn", or several; the first of several is what the others are compared to.
         weights: of several memories, as in `attach`.
         tokenizer: the model's; loaded from where the model came from when not given.
