@@ -167,9 +167,7 @@ class Memory(SearchedSnapshot):
             repo: "owner/name"; made where it does not exist.
             license: of the documents, for the card, such as "cc-by-4.0".
             base_model: name of the model on the hub, where the memory was built with a folder.
-            private: whether a new repository is private; as the account's settings when None.
-            token: of the account; the one that is logged in when None.
-            repo_type: "model" or "dataset".
+            private, token, repo_type: of the hub; as the account has it when None.
 
         Raises:
             FolderError: it cannot be uploaded, or removed documents are in its files still.
@@ -328,11 +326,10 @@ class Memory(SearchedSnapshot):
         """Find which entries share a state, for RetoMaton to follow, and open the new snapshot.
 
         Args:
-            clusters: how many k-means makes.
-            sample: entries in which k-means finds its centroids; 32 a cluster if not given.
-            iterations: of k-means.
-            greedy_merge: join near entries of one value instead (arXiv:2109.04212).
-            neighbours: of each entry, that greedy merge may join with it.
+            clusters, sample, iterations: of k-means: how many clusters, and the entries that it
+                finds centroids in (32 a cluster if not given).
+            greedy_merge, neighbours: join each entry with near ones of its value instead, of so
+                many neighbours (arXiv:2109.04212).
 
         Raises:
             SettingError: the numbers make no clusters, or the memory has no keys.
@@ -402,11 +399,7 @@ class Memory(SearchedSnapshot):
         return self.refresh()
 
     def verify(self, progress: Progress = no_progress) -> list[str]:
-        """Read the whole folder; what is wrong with it, one sentence each, or nothing.
-
-        Raises:
-            FolderError: it cannot be opened at all.
-        """
+        """Read the whole folder; what is wrong with it, one sentence each, or nothing."""
         return verify(self.path, progress)
 
     def info(self) -> dict[str, Any]:

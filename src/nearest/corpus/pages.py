@@ -22,7 +22,9 @@ _DECLARED = re.compile(
     re.IGNORECASE,
 )
 _DECLARED_WITHIN = 4096
-_KEPT = {" ": "\ue000", "\t": "\ue001"}  # spaces of code, while others are joined
+# Spaces of code, while others are joined.
+_KEEP = str.maketrans(" \t", "\ue000\ue001")
+_GIVE_BACK = str.maketrans("\ue000\ue001", " \t")
 _OWN_PAGE = re.compile(r"<meta name=\"generator\" content=\"nearest")
 
 
@@ -53,13 +55,11 @@ def read_html(file: CorpusFile) -> Iterator[Document]:
     for node in page.css(_CELLS):
         node.insert_after(" ")
     for node in page.css("pre"):
-        node.replace_with(node.text().translate(str.maketrans(_KEPT)))
+        node.replace_with(node.text().translate(_KEEP))
     text = "" if page.body is None else page.body.text()
-    lines = (" ".join(line.split()).rstrip("".join(_KEPT.values())) for line in text.splitlines())
-    text = "\n".join(line for line in lines if line)
-    for space, kept in _KEPT.items():
-        text = text.replace(kept, space)
-    return text_document(file, text, **metadata)
+    joined = (" ".join(line.split()) for line in text.splitlines())
+    lines = (line.translate(_GIVE_BACK).rstrip() for line in joined)
+    return text_document(file, "\n".join(line for line in lines if line), **metadata)
 
 
 def _declared(head: bytes) -> str | None:
