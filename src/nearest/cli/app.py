@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nearest.cli.options import MoreMemories, Opening
+from nearest.cli.options import (
+    Answering,
+    MethodSettings,
+    MoreMemories,
+    Opening,
+    Sampling,
+    given,
+    numbers,
+)
 from nearest.cli.output import is_closed, is_of_output, write_in_any_encoding
 from nearest.corpus.report import CorpusWarning
 from nearest.errors import NearestError
@@ -124,6 +132,33 @@ def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrained
     opened = Memory.open(memory, opening.search_on)
     name = opening.model or name_of_model(opened)
     return opened, *load_model_and_tokenizer(name, opening.dtype, opening.device)
+
+
+def opened_to_write(
+    memory: Path,
+    answering: Answering,
+    sampling: Sampling,
+    opening: Opening,
+    settings: MethodSettings,
+    beside: MoreMemories,
+) -> "tuple[list[Memory], PreTrainedModel, Any, dict[str, Any]]":
+    """Memories, their model, its tokenizer, and what `generate` and `Chat` are told alike.
+
+    Raises:
+        NearestError: an option is out of range, or something cannot be opened.
+    """
+    arguments = sampling.arguments()  # before a model is loaded for nothing
+    arguments |= {
+        "method": answering.method,
+        "weights": numbers(beside.weights, "weights", "0.7,0.3"),
+        "settings": given(**settings.named()),
+        "force": answering.force,
+    }
+    import torch
+
+    opened, model, tokenizer = open_with_model(memory, opening)
+    torch.manual_seed(sampling.seed)
+    return opened_beside(opened, beside), model, tokenizer, arguments
 
 
 def say_what_was_read(corpus: "Corpus") -> None:

@@ -7,17 +7,15 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
+from nearest.cli.app import err, opened_to_write, out, quiet_libraries
 from nearest.cli.generating import shown_as_it_comes
 from nearest.cli.options import (
-    Force,
+    Answering,
     MemoryPath,
     MethodSettings,
     MoreMemories,
     Opening,
     Sampling,
-    given,
-    numbers,
 )
 from nearest.errors import NearestError
 
@@ -33,47 +31,30 @@ _HELP = """/sources      where the last answer came from
 
 def chat(
     memory: MemoryPath,
-    method: Annotated[
-        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
-    ] = "knn",
     system: Annotated[str | None, typer.Option(help="System message before the first.")] = None,
-    show: Annotated[int, typer.Option(min=1, help="Documents /sources shows at most.")] = 5,
     *,
+    answering: Answering,
     sampling: Sampling,
     opening: Opening,
     settings: MethodSettings,
     beside: MoreMemories,
-    force: Force = False,
 ) -> None:
     """Chat with the model, which looks the memory up while it answers; /help lists commands."""
     quiet_libraries()
-    arguments = sampling.arguments()
-    import torch
-
     from nearest.verbs.chat import Chat
 
-    opened, loaded, tokenizer = open_with_model(memory, opening)
-    torch.manual_seed(sampling.seed)
-    talk = Chat(
-        loaded,
-        tokenizer,
-        opened_beside(opened, beside),
-        method,
-        system=system,
-        weights=numbers(beside.weights, "weights", "0.7,0.3"),
-        settings=given(**settings.named()),
-        force=force,
-        **arguments,
+    memories, loaded, tokenizer, arguments = opened_to_write(
+        memory, answering, sampling, opening, settings, beside
     )
-    err.print(
-        f"{escape(opened.manifest.model.name)} with {escape(str(memory))}; /help lists commands"
-    )
+    talk = Chat(loaded, tokenizer, memories, system=system, **arguments)
+    name = memories[0].manifest.model.name
+    err.print(f"{escape(name)} with {escape(str(memory))}; /help lists commands")
     for line in _lines():
         try:
             if line in ("/quit", "/exit"):
                 break
             if line.startswith("/"):
-                _command(talk, line, show)
+                _command(talk, line, answering.show)
             else:
                 talk.say(line, shown_as_it_comes if sampling.num_beams == 1 else None)
                 out.print("" if sampling.num_beams == 1 else talk.answer)

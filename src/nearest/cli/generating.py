@@ -8,18 +8,16 @@ from typing import Annotated
 import typer
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, opened_beside, out, quiet_libraries
+from nearest.cli.app import err, opened_to_write, out, quiet_libraries
 from nearest.cli.options import (
+    Answering,
     AsJson,
     Encoding,
-    Force,
     MemoryPath,
     MethodSettings,
     MoreMemories,
     Opening,
     Sampling,
-    given,
-    numbers,
 )
 from nearest.errors import NearestError
 
@@ -33,9 +31,6 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File that holds the prompt, in place of --prompt.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
-    ] = "knn",
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask the prompt by the tokenizer's chat template.")
     ] = False,
@@ -50,8 +45,8 @@ def generate(
         typer.Option("--heal/--no-heal", help="Leave spaces at the prompt's end to the model."),
     ] = True,
     sources: Annotated[bool, typer.Option("--sources", help="Name the documents used.")] = False,
-    show: Annotated[int, typer.Option(min=1, help="Documents to show at most.")] = 5,
     *,
+    answering: Answering,
     sampling: Sampling,
     opening: Opening,
     settings: MethodSettings,
@@ -60,19 +55,16 @@ def generate(
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
     encoding_errors: Encoding = "strict",
-    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt; with --sources, shade each token by how much the memory decided it."""
     quiet_libraries()
-    arguments = sampling.arguments()
     text = _prompt(prompt, prompt_file, encoding_errors)
-    import torch
-
     from nearest.verbs.generate import generate as continue_prompt
 
-    opened, loaded, tokenizer = open_with_model(memory, opening)
-    torch.manual_seed(sampling.seed)
+    memories, loaded, tokenizer, arguments = opened_to_write(
+        memory, answering, sampling, opening, settings, beside
+    )
     streams = not (as_json or sources) and sampling.num_beams == 1
     if streams and not chat:
         out.print(text, style="bold", end="", markup=False, soft_wrap=True)
@@ -85,14 +77,10 @@ def generate(
     generation = continue_prompt(
         loaded,
         tokenizer,
-        opened_beside(opened, beside),
+        memories,
         [{"role": "user", "content": text}] if chat else text,
-        method=method,
-        weights=numbers(beside.weights, "weights", "0.7,0.3"),
         sources=sources,
-        force=force,
         replay=int(replay) if replay.isdecimal() else replay,
-        settings=given(**settings.named()),
         special_tokens=special_tokens,
         heal=heal,
         stream=shown_as_it_comes if streams else None,
@@ -103,7 +91,7 @@ def generate(
     elif streams:
         out.print()
     else:
-        out.print(reports.shaded_generation(generation, show))
+        out.print(reports.shaded_generation(generation, answering.show))
 
 
 def shown_as_it_comes(text: str) -> None:

@@ -225,6 +225,17 @@ class MethodSettings(FixedSettings):
 
 
 @dataclass(frozen=True)
+class Answering:
+    """How memories are used to write, and shown."""
+
+    method: Annotated[
+        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
+    ] = "knn"
+    show: Annotated[int, typer.Option(min=1, help="Documents named as sources, at most.")] = 5
+    force: Force = False
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How new tokens are chosen, named as transformers names it."""
 
