@@ -23,23 +23,7 @@ from nearest.encode.encoder import Encoder
 from nearest.encode.identity import token_rules
 from nearest.encode.layers import find_key_layer
 
-WORDS = [
-    "the",
-    "court",
-    "shall",
-    "grant",
-    "a",
-    "permit",
-    "to",
-    "any",
-    "person",
-    "of",
-    "the",
-    "district",
-    "who",
-    "keeps",
-    "bees",
-]
+WORDS = ["court", "shall", "grant", "permit", "person", "district", "keeps", "bees", "of", "a"]
 
 
 def main() -> None:
