@@ -22,12 +22,20 @@ def check(function: Any) -> Any:
     """
     if isinstance(function, FunctionType):
         _skip_names_of_type_checkers(function)
+        _skip_choices(function)
     if "<locals>" not in function.__qualname__:
         return _checked(function)
     key = function.__module__, function.__qualname__, function.__code__.co_varnames
     if key not in _inner:
         _inner[key] = _checked(function)
     return _inner[key]
+
+
+def _skip_choices(function: FunctionType) -> None:
+    """Leave choices to the package, whose own refusals of others tests are about."""
+    for name, hint in function.__annotations__.items():
+        if "Literal[" in str(hint):
+            function.__annotations__[name] = Any
 
 
 def _skip_names_of_type_checkers(function: FunctionType) -> None:

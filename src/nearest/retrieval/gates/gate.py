@@ -112,7 +112,7 @@ class FixedGate:
         return False
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
-        return np.full((len(view.candidates.ids), 1), self.lam)
+        return np.full((len(view.candidates.ids), 1), self.lam, dtype=np.float64)
 
 
 def quantiles_of(figures: Float[np.ndarray, " n"]) -> Float[Tensor, " quantiles"]:

@@ -5,7 +5,7 @@ worthless: chunks of the same document, of copies of it, and of passages quoted 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import numba
 import numpy as np
@@ -133,6 +133,7 @@ def shares_run(
     return np.asarray(_shares_run(a, b, length))
 
 
+@no_type_check
 @numba.njit(cache=True, nogil=True)
 def _shares_run(a: Any, b: Any, length: Any) -> Any:
     """Any such run of `a` holds a place i ≡ length − 1 (mod length): runs are grown from these."""
@@ -171,6 +172,7 @@ def jaccard(a: Int[np.ndarray, "pairs la"], b: Int[np.ndarray, "pairs lb"], n: i
     return np.asarray(_jaccard(a, b, n))
 
 
+@no_type_check
 @numba.njit(cache=True, nogil=True)
 def _grams(x: Any, n: Any) -> Any:
     """Sorted hashes of the n-grams without padding."""
@@ -191,6 +193,7 @@ def _grams(x: Any, n: Any) -> Any:
     return np.unique(hashes[:count])
 
 
+@no_type_check
 @numba.njit(cache=True, nogil=True)
 def _jaccard(a: Any, b: Any, n: Any) -> Any:
     found = np.zeros(len(a), np.float64)

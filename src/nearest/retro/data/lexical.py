@@ -1,6 +1,6 @@
 """Neighbours by the words they share: BM25 over token ids, and its mixtures with dense search."""
 
-from typing import Any
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
@@ -89,6 +89,7 @@ class Bm25:
         return retriever
 
 
+@no_type_check
 @numba.njit(cache=True, nogil=True)
 def _score(queries: Any, rows: Any, ids: Any, idf: Any, norms: Any, out: Any) -> None:
     for q in range(len(queries)):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
@@ -206,7 +206,7 @@ def _write_shard(folder: Path, name: str, chunks: Chunks, pad: int) -> dict[str,
     return files
 
 
-def _array(files: dict[str, Path], name: str, spec: Path | str) -> Int[np.ndarray, "..."]:
+def _array(files: dict[str, Path], name: str, spec: Path | str) -> Shaped[np.ndarray, "..."]:
     if name not in files:
         raise FolderError(f"{spec} names no {name!r} file in one of its shards: add it")
     if not files[name].exists():
