@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,15 +38,34 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Few memories of tests are tuned: the note of it is no error.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="Run tests in a random order.")
 
-    It stands here because a filter in pyproject.toml that names a class of the package imports the
-    package before CHECK_ALL can instrument it.
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Few memories of tests are tuned: the note of it is no error. And `--shuffle`.
+
+    The filter stands here because one in pyproject.toml that names a class of the package imports
+    the package before CHECK_ALL can instrument it.
     """
     ignored = pytest.mark.filterwarnings("ignore::nearest.errors.SettingsWarning")
     for item in items:
         item.add_marker(ignored, append=False)
+    if (seed := config.getoption("--shuffle")) is not None:
+        shuffle(items, seed)
+
+
+def shuffle(items: list[pytest.Item], seed: int) -> None:
+    """Files in a random order, and so the tests of each; those of a file share its fixtures."""
+    order = random.Random(seed)
+    of_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        of_file.setdefault(item.path, []).append(item)
+    files = list(of_file.values())
+    order.shuffle(files)
+    for tests in files:
+        order.shuffle(tests)
+    items[:] = [item for tests in files for item in tests]
 
 
 BYTES_AND_SPECIALS = 258

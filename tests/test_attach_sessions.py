@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import nearest
 from conftest import make_documents, make_model, random_documents
 from nearest import Memory, Settings, attach, detach
-from nearest.encode.layers import captured_input, input_hook
+from nearest.encode.forward import encode_keys
+from nearest.encode.hooks import captured_input, hooked
+from nearest.encode.layers import find_key_layer
+from nearest.encode.probe import probed, sensitivity_of
 from nearest.errors import SettingError
 
 SETTINGS = {"lam": 0.6, "temperature": 40.0, "k": 8}
@@ -205,38 +209,81 @@ def test_two_threads_generate_at_once(
         assert names == named_other
 
 
+def hooks_of(module: nn.Module) -> dict[int, Any]:
+    return dict(module._forward_pre_hooks)
+
+
 def test_a_hook_that_comes_or_goes_breaks_no_other_thread() -> None:
     """torch forgets that a hook takes keyword arguments before it forgets the hook."""
     module = nn.Linear(2, 2)
-    seen: list[Tensor] = []
-    handle = input_hook(module, seen.append)
-    del module._forward_pre_hooks_with_kwargs[handle.id]  # as in the middle of its removal
-    module(torch.ones(1, 2))
-    module(input=torch.ones(1, 2))
-    handle.remove()
+    with hooked(module):
+        (number,) = hooks_of(module)
+        del module._forward_pre_hooks_with_kwargs[number]  # as in the middle of its removal
+        module(torch.ones(1, 2))
+        module(input=torch.ones(1, 2))
 
 
-def test_hooks_come_and_go_while_others_run() -> None:
-    module, wrong, running = nn.Linear(2, 2), [], True
+def test_all_that_look_into_a_module_share_one_hook() -> None:
+    module = nn.Linear(2, 2)
+    with hooked(module):
+        before = hooks_of(module)
+        with captured_input(module) as outer, captured_input(module) as inner:
+            assert hooks_of(module) == before
+            module(input=torch.ones(1, 2))
+        module(torch.zeros(1, 2))
+        assert hooks_of(module) == before
+        assert len(outer) == len(inner) == 1
+        assert torch.equal(outer[0], torch.ones(1, 2))
+        copied = copy.deepcopy(module)
+    assert not hooks_of(module)
+    with captured_input(module) as seen:  # the copy's calls are its own
+        copied(torch.ones(1, 2))
+    assert not seen
+
+
+def test_a_session_keeps_its_hook_while_others_look(
+    model: PreTrainedModel, memories: list[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attach(model, memories[0], **SETTINGS) as session:
+        generate(model)
+        refuse = pytest.fail
+        monkeypatch.setattr(nn.Module, "register_forward_pre_hook", lambda *_, **__: refuse("came"))
+        monkeypatch.setattr(RemovableHandle, "remove", lambda *_: refuse("went"))
+        assert session.sources(0)
+        monkeypatch.undo()
+    assert not any(hooks_of(module) for module in model.modules())
+
+
+def test_sessions_and_sources_come_and_go_while_others_run(
+    model: PreTrainedModel, memories: list[Memory]
+) -> None:
+    """A thread that reads with the model never sees another's hooks, memory or noise."""
+    wrong: list[BaseException] = []
+    running = True
+    layer = find_key_layer(model, "last_ffn_input")
+    ids, wanted = PROMPT.numpy(), torch.ones_like(PROMPT, dtype=torch.bool).numpy()
+    expected = encode_keys(model, layer, ids, wanted)
 
     def run() -> None:
         try:
             while running:
-                module(input=torch.ones(1, 2))
-        except Exception as error:
+                assert torch.equal(encode_keys(model, layer, ids, wanted), expected)
+        except BaseException as error:
             wrong.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(200):
-        with captured_input(module) as seen:
-            module(input=torch.ones(1, 2))
-        assert len(seen) == 1
+    for _ in range(8):
+        with attach(model, memories[0], **SETTINGS) as session:
+            tokens = generate(model, max_new_tokens=2)
+            assert [one.token for one in session.sources(0)] == tokens[0, -2:].tolist()
+        sensitivity_of(model, layer, 258, probed(model, layer, 258, 16))
     running = False
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong, wrong[0]
+    assert not any(hooks_of(module) for module in model.modules())
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ EVAL_KEYS = [
     "delta_low",
     "delta_high",
 ]
-CHECK_KEYS = ["memory_prob", "chance_prob", "useless_neighbours", "harm", "leak"]
+CHECK_KEYS = ["settings_from", "memory_prob", "chance_prob", "useless_neighbours", "harm", "leak"]
 
 
 def invoke(*arguments: Any) -> SimpleNamespace:
@@ -111,7 +111,7 @@ def test_build_and_info_say_what_the_memory_holds(
         >= {
             "memory": str(world.memory),
             "format": FORMAT,
-            "generation": 1,
+            "snapshot": 1,
             "documents": 12,
             "tokens": sum(1 + len(d.text) for d in make_documents(12, 30)),
             "entries": sum(len(d.text) for d in make_documents(12, 30)),
@@ -194,7 +194,7 @@ def test_verify_reports_damage_on_both_streams(memory: Path) -> None:
 
 def test_index_gives_another_generation(memory: Path) -> None:
     (record,) = json_lines("index", memory, "--spec", "IVF4,Flat", "--nprobe", 4)
-    assert record["generation"] == 2
+    assert record["snapshot"] == 2
     index = record["index_of_segment_000001"]
     assert (index["spec"], index["nprobe"]) == ("IVF4,Flat", 4)
     # Every list is probed; FAISS rounds, and the last places are close.
@@ -202,7 +202,7 @@ def test_index_gives_another_generation(memory: Path) -> None:
     assert record == json_lines("info", memory)[0]
     assert verify(memory) == []
     (record,) = json_lines("index", memory)
-    assert record["generation"] == 3
+    assert record["snapshot"] == 3
     assert record["index_of_segment_000001"]["spec"] == "exact"
 
 
@@ -236,7 +236,7 @@ def test_cluster_gives_another_generation(memory: Path) -> None:
     options = ["--clusters", 20, "--sample", 100, "--iterations", 2]
     (record,) = json_lines("cluster", memory, *options)
     assert record == json_lines("info", memory)[0]
-    assert record["generation"] == 2
+    assert record["snapshot"] == 2
     assert record["clusters"] == {
         "made_by": "k-means",
         "clusters": 20,
@@ -274,7 +274,7 @@ def test_compress_gives_another_generation(memory: Path, world: SimpleNamespace)
     options = ["--keys", "pq8", "--pca", 16, "--merge", "--neighbours", 5]
     (record,) = json_lines("compress", memory, *options, "--spec", "Flat", "--recall", 0.5)
     assert record == json_lines("info", memory)[0]
-    assert record["generation"] == 2
+    assert record["snapshot"] == 2
     assert "16 of 32 dims, pq8, l2" in record["keys"]
     assert record["kept_entries"] < record["entries"] == world.built["kept_entries"]
     assert record["files"].keys() - world.built["files"].keys() == {
@@ -306,7 +306,7 @@ def test_compress_explains_what_cannot_be(memory: Path, options: list[Any], mess
     result = invoke("compress", memory, *options)
     assert result.code == 2
     assert message in result.err
-    assert json_lines("info", memory)[0]["generation"] == 1
+    assert json_lines("info", memory)[0]["snapshot"] == 1
 
 
 # --- eval -----------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def test_tune_stores_what_eval_then_uses(memory: Path, world: SimpleNamespace) -
     assert tuned.keys() >= {"method", "lam", "temperature", "k", "distances", "tuned_nll"}
     assert tuned["method"] == "knn"
     (info,) = json_lines("info", memory)
-    assert info["generation"] == 2
+    assert info["snapshot"] == 2
     found_on = {"tuned_keys": "int8, 32 dims, l2", "tuned_index": "auto"}
     assert {"method": "knn", **info["settings_of_knn"]} == tuned | found_on
     base, knn = json_lines("eval", memory, "--text", world.text)
@@ -468,9 +468,10 @@ def test_generate_continues_with_and_without_sources(world: SimpleNamespace) -> 
     (knn,) = json_lines("generate", world.memory, *options, "--sources", "--lam", 0.9, "--k", 4)
     (again,) = json_lines("generate", world.memory, *options, "--lam", 0.9, "--k", 4)
     (none,) = json_lines("generate", world.memory, *options, "--lam", 0)
-    keys = ["prompt", "text", "tokens", "documents", "continues"]
+    keys = ["prompt", "text", "tokens", "documents", "continues", "settings_from"]
     assert list(base) == list(knn) == keys
     assert base["continues"]
+    assert (base["settings_from"], knn["settings_from"]) == (None, "defaults")
     assert base["prompt"] == "the court"
     assert (base["tokens"], base["documents"], again["tokens"]) == ([], [], [])
     assert none["text"] == base["text"]

@@ -34,10 +34,10 @@ def world(tmp_path: Path, model_folder: str) -> SimpleNamespace:
 
 def test_documents_come_change_and_go(world: SimpleNamespace) -> None:
     (info,) = works("add", world.memory, world.later)
-    assert (info["documents"], info["segments"], info["generation"]) == (6, 2, 2)
+    assert (info["documents"], info["segments"], info["snapshot"]) == (6, 2, 2)
     new = Document("doc-1", "quite another text", {"title": "Changed"})
     (info,) = works("update", world.memory, written(world.folder / "new.jsonl", [new]))
-    assert (info["documents"], info["removed_documents"], info["generation"]) == (6, 1, 3)
+    assert (info["documents"], info["removed_documents"], info["snapshot"]) == (6, 1, 3)
     removed = works("remove", world.memory, "--doc", "doc-0", "--doc", "doc-5")
     assert [record["removed"] for record in removed] == ["doc-0", "doc-5"]
     (record,) = works("remove", world.memory, "--where", "title=Changed")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import nearest.index.clusters
 from nearest.errors import SettingError
 from nearest.index.clusters import NO_CLUSTER, Clusters, greedy_merge, kmeans_clusters
-from nearest.index.keys import Float16Keys, Keys
+from nearest.index.keys import FloatKeys, Keys
 
 TOKENS, DIM = 3000, 8
 
@@ -25,7 +25,7 @@ def groups() -> np.ndarray:
 def keys(groups: np.ndarray) -> Keys:
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(30, DIM)) * 10
-    return Float16Keys((centres[groups] + rng.normal(size=(TOKENS, DIM))).astype(np.float16), "l2")
+    return FloatKeys((centres[groups] + rng.normal(size=(TOKENS, DIM))).astype(np.float16), "l2")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_clusters(keys: Keys, entries: np.ndarray) 
 @pytest.mark.parametrize("exact", [True, False])
 def test_equal_keys_leave_clusters_empty(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest.index.clusters, "_EXACT_CENTROIDS", 4096 if exact else 1)
-    equal = Float16Keys(np.repeat(np.eye(3, DIM, dtype=np.float16), 20, axis=0), "l2")
+    equal = FloatKeys(np.repeat(np.eye(3, DIM, dtype=np.float16), 20, axis=0), "l2")
     entries = np.arange(1, 60)
     found = kmeans_clusters(
         equal, entries, 60, 59, np.random.default_rng(0), sample=59, iterations=4

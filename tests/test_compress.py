@@ -30,7 +30,7 @@ from nearest.errors import FolderError, SettingError
 from nearest.folder import ArrayFile
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.clusters import Clusters
-from nearest.index.keys import Float16Keys, MergedKeys
+from nearest.index.keys import FloatKeys, MergedKeys
 from nearest.index.neighbours import Metric
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
@@ -183,7 +183,7 @@ def test_entries_may_share_a_key(metric: Metric) -> None:
     rng = np.random.default_rng(0)
     own = rng.normal(size=(5, 8)).astype(np.float16)
     row_of = np.array([0, 1, 0, -1, 2, 4, 3, 3], np.int32)
-    keys = MergedKeys(Float16Keys(own, metric), row_of)
+    keys = MergedKeys(FloatKeys(own, metric), row_of)
     assert (keys.dim, keys.metric, keys.problems()) == (8, metric, [])
     ids = np.array([[0, 2, -1, 7], [6, 6, 5, 4], [-1, -1, -1, -1]])
     queries = rng.normal(size=(3, 8)).astype(np.float32)
@@ -340,7 +340,7 @@ def test_compressing_further_composes(original: Memory, tmp_path: Path) -> None:
         assert verify(path) == []
     memory = Memory.open(path)
     assert (memory.keys_record.stored_dim, memory.keys_record.format) == (12, "int8")
-    assert (memory.keys_record.dim, memory.manifest.generation) == (DIM, 4)
+    assert (memory.keys_record.dim, memory.manifest.version) == (DIM, 4)
     kept = memory.segments[0].searched
     whole = np.load(path / "g000003.projection.npy")
     expected = original_rows(original)[kept] @ whole[:, :-1].T + whole[:, -1]
@@ -622,7 +622,7 @@ def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_pat
         published = moment[1:] in [("fsync", 9), ("unlink", 1)]
         manifest = Memory.open(path).manifest
         assert manifest.keys is not None
-        assert (manifest.generation, manifest.keys.format) == (
+        assert (manifest.version, manifest.keys.format) == (
             (2, "pq8") if published else (1, "fp16")
         )
         compress_memory(path, Compression(keys="int8"))

@@ -17,6 +17,7 @@ from nearest.encode import encoder
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.metrics import bootstrap_interval, perplexity
 from nearest.models.method_run import MethodRun
+from nearest.models.scoring import Scorer
 from nearest.progress import no_progress
 from nearest.retrieval.gates.fitting import TEMPERATURES
 from nearest.retrieval.lookup import Lookup
@@ -160,7 +161,7 @@ def test_tuning_finds_the_best_of_the_sweep_and_evaluation_uses_it(
     in_use = evaluate(model, memory, TEXT, tokenizer=TOKENIZER)  # without opening it again
     assert in_use.lam == tuned.settings.lam
     reopened = Memory.open(memory.path)
-    assert reopened.manifest.generation == 2
+    assert reopened.manifest.version == 2
     by_default = evaluate(model, reopened, TEXT, tokenizer=TOKENIZER)
     assert by_default.nll == pytest.approx(tuned.nll, rel=1e-5)
     found = (by_default.lam, by_default.temperature, by_default.k)
@@ -183,7 +184,7 @@ def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Me
             k=tuned.variants[k],
         )
         assert tuned.nlls[t, k] == pytest.approx(result.nll, rel=1e-5)
-    assert Memory.open(memory.path).manifest.generation == 1
+    assert Memory.open(memory.path).manifest.version == 1
 
 
 def test_a_coarse_index_is_tuned_as_it_is_evaluated(
@@ -387,6 +388,18 @@ def test_places_of_a_stream() -> None:
     documents, positions = text.places(np.zeros(5, int), np.arange(1, 6))
     assert documents.tolist() == [1, 1, 1, 4, 4]
     assert positions.tolist() == [1, 2, 3, 1, 2]
+
+
+def test_no_block_of_a_stream_copies_it(
+    model: PreTrainedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else scoring a text would take the square of its length."""
+    monkeypatch.setattr(encoder, "_GROUP_BYTES", 1)
+    scorer = Scorer.prepare(model, memory, TEXT, tokenizer=TOKENIZER, stream=True, batch_size=1)
+    blocks = list(scorer.blocks(no_progress, "read"))
+    assert len(blocks) > 2
+    assert sum(len(block.targets) for block in blocks) == scorer.text.predictions
+    assert all(block.queries.context is scorer.text.sequences[0] for block in blocks)
 
 
 def test_a_stream_of_what_was_read_already(model: PreTrainedModel, memory: Memory) -> None:

@@ -63,7 +63,7 @@ def answers(path: Path) -> tuple[Any, ...]:
     clusters = memory.clusters
     assert clusters is not None
     return (
-        memory.manifest.generation,
+        memory.manifest.version,
         [memory.document(number).text for number in range(memory.documents)],
         found.ids.tolist(),
         memory.longest_matches(context, np.arange(4), 9).ids.tolist(),

@@ -15,7 +15,7 @@ from nearest import Memory
 from nearest.errors import SettingError
 from nearest.index import approximate, gpu
 from nearest.index.gpu import GpuScan
-from nearest.index.keys import Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first
 
 DOCUMENTS = list(random_documents())[:4]
@@ -52,7 +52,7 @@ def test_a_scan_equals_brute_force(
     monkeypatch.setattr(gpu, "_READ", 33)
     keys, queries = (rng.normal(size=(n, 16)).astype(np.float32) for n in (300, 20))
     ids = np.sort(rng.choice(300, 200, replace=False))
-    scan = GpuScan(Float32Keys(keys, metric), ids, torch.device("cpu"))
+    scan = GpuScan(FloatKeys(keys, metric), ids, torch.device("cpu"))
     wide, asked = keys[ids].astype(float), queries[:, None].astype(float)
     exact = ((asked - wide) ** 2).sum(-1) if metric == "l2" else -(asked * wide).sum(-1)
     for k in (1, 7, 200):
@@ -78,7 +78,7 @@ def test_a_scan_is_exact_where_torch_may_round_products(
         (centre + 0.001 * rng.normal(size=(n, 64))).astype(np.float32) for n in (3000, 20)
     )
     bits = {"high": 13, "medium": 16}[precision]  # of the 23 of a float32, dropped
-    scan = GpuScan(Float32Keys(keys, metric), np.arange(3000), torch.device("cpu"))
+    scan = GpuScan(FloatKeys(keys, metric), np.arange(3000), torch.device("cpu"))
     scan._rows = torch.from_numpy((keys.view(np.uint32) >> bits << bits).view(np.float32))
     everything = np.arange(3000)[None].repeat(20, 0)
     measured = Neighbours(everything, scan.distances(queries, everything))

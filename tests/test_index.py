@@ -31,7 +31,7 @@ from nearest.index.choice import explained, resolve_spec
 from nearest.index.distances import key_distances, key_distances_reference
 from nearest.index.exact import ExactIndex
 from nearest.index.ids import random_order
-from nearest.index.keys import Float16Keys, Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.threads import in_threads
 from nearest.index.tuning import recall, tune_search
@@ -39,8 +39,8 @@ from nearest.index.tuning import recall, tune_search
 METRICS = ["l2", "ip"]
 
 
-def stored(keys: np.ndarray, metric: Metric = "l2") -> Float16Keys:
-    return Float16Keys(keys, metric)
+def stored(keys: np.ndarray, metric: Metric = "l2") -> FloatKeys:
+    return FloatKeys(keys, metric)
 
 
 def brute_force(
@@ -447,7 +447,7 @@ def test_rows_are_read_a_bounded_block_at_a_time(
     """And what is trained and filled so is what is trained and filled at once."""
     read: list[int] = []
 
-    class Noted(Float16Keys):
+    class Noted(FloatKeys):
         def rows(self, ids: np.ndarray) -> np.ndarray:
             read.append(len(ids))
             return super().rows(ids)
@@ -554,9 +554,9 @@ import os, numpy as np
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float16Keys, Float32Keys
+from nearest.index.keys import FloatKeys
 keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float16)
-stored = Float16Keys(keys, 'l2')
+stored = FloatKeys(keys, 'l2')
 ids, queries = np.arange(3000), keys[:64].astype(np.float32)
 index = ApproximateIndex(build_index(stored, ids, "IVF8,Flat", np.random.default_rng(0)), "l2")
 def search():
@@ -676,7 +676,7 @@ def test_inner_products_with_long_keys_are_settled_by_the_stored_keys() -> None:
     queries = np.concatenate([np.ones((20, 32)), rng.normal(size=(20, 32))], 1).astype(np.float32)
     keys = np.concatenate([rng.normal(size=(3000, 32)), 1e-3 * rng.normal(size=(3000, 32))], 1)
     keys[:, :32] = (keys[:, :32] - keys[:, :32].mean(1, keepdims=True)) * 1e5
-    index = ExactIndex(Float32Keys(keys.astype(np.float32), "ip"), np.arange(3000))
+    index = ExactIndex(FloatKeys(keys.astype(np.float32), "ip"), np.arange(3000))
     found = index.search(queries, 50)
     for row, query in enumerate(queries):  # one query is measured by the stored keys alone
         np.testing.assert_array_equal(found.ids[row], index.search(query[None], 50).ids[0])

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_documents, make_model, random_documents, snapshot
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory, evaluate
+from nearest.build.add import tail_to_merge
 from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
 from nearest.build.compact import plan_compaction
 from nearest.build.compress import Compression, compress_memory
-from nearest.build.lifecycle import tail_to_merge
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError, ModelError, SettingError
 from nearest.index import ngrams
@@ -401,7 +401,7 @@ def test_readers_keep_their_generation_until_they_refresh(folder: Path, add: Any
     np.testing.assert_array_equal(reader.search(queries, 5).ids, before.ids)
     fresh = reader.refresh()
     assert ids_of(fresh) == [d.id for d in DOCUMENTS[1:]]
-    assert (reader.manifest.generation, fresh.manifest.generation) == (1, 4)
+    assert (reader.manifest.version, fresh.manifest.version) == (1, 4)
     assert fresh.compact() is fresh  # nothing is left to be done
 
 
@@ -484,7 +484,7 @@ def test_no_segment_grows_beyond_what_a_build_makes(
     more = [replace(d, id=f"more-{d.id}", text=f"{d.text} once more") for d in DOCUMENTS]
     longest = 1 + max(len(d.text.encode()) for d in more)
     memory = add(memory, more)
-    assert memory.manifest.generation == Memory.open(folder).manifest.generation
+    assert memory.manifest.version == Memory.open(folder).manifest.version
     assert len(memory.segments) > 2  # in one generation
     assert all(segment.record.tokens <= largest + longest for segment in memory.segments)
     assert ids_of(memory) == [*(d.id for d in DOCUMENTS[:5]), *(d.id for d in more)]
@@ -581,7 +581,7 @@ def test_documents_whose_ids_have_one_hash_are_told_apart(
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("nearest.build.lifecycle", "nearest.store.parts.corpus"):
+    for module in ("nearest.store.stored_ids", "nearest.store.parts.corpus"):
         monkeypatch.setattr(f"{module}.id_hash", lambda name: np.uint64(len(name)))
     model = tiny_model, tiny_tokenizer
     documents = [Document(name, f"text of {name}") for name in ("aa", "bb", "ccc", "dd")]

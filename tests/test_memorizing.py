@@ -18,7 +18,7 @@ from nearest.errors import FolderError, ModelError, SettingError
 from nearest.index.approximate import ApproximateIndex
 from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Neighbours, VectorIndex
 from nearest.models.memorizing import attention, memory
 from nearest.models.memorizing.attention import MemorizingAttention, attend_memory
@@ -277,12 +277,12 @@ def test_nearest_equals_brute_force(data: st.DataObject) -> None:
 
 
 def exact(keys: np.ndarray) -> VectorIndex:
-    return ExactIndex(Float32Keys(keys, "ip"), np.arange(len(keys)))
+    return ExactIndex(FloatKeys(keys, "ip"), np.arange(len(keys)))
 
 
 def hnsw(keys: np.ndarray) -> VectorIndex:
     rng = np.random.default_rng(0)
-    index = build_index(Float32Keys(keys, "ip"), np.arange(len(keys)), "HNSW16", rng)
+    index = build_index(FloatKeys(keys, "ip"), np.arange(len(keys)), "HNSW16", rng)
     return ApproximateIndex(index, "ip")
 
 

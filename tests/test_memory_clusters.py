@@ -286,7 +286,7 @@ def test_clusters_outlive_other_changes_and_are_replaced_by_new_ones(folder: Pat
     np.testing.assert_array_equal(kept.members, before.members)
     cluster_memory(folder, GreedyMerge())
     memory = Memory.open(folder)
-    assert (memory.manifest.generation, memory.settings("knn")) == (5, {"lam": 0.5})
+    assert (memory.manifest.version, memory.settings("knn")) == (5, {"lam": 0.5})
     assert {name for name in files(folder) if "clusters" in name} == {
         f"{SEGMENT}/g000005.clusters.{name}.npy" for name in ARRAYS
     }
@@ -521,7 +521,7 @@ def test_a_killed_clustering_leaves_a_whole_generation(clustered: Path, tmp_path
         published = moment[1:] in [("fsync", 5), ("unlink", 1)]
         record = memory.manifest.clusters
         assert record is not None
-        assert (memory.manifest.generation, record.clusters) == ((3, 5) if published else (2, 40))
+        assert (memory.manifest.version, record.clusters) == ((3, 5) if published else (2, 40))
         cluster_memory(path, KMeans(6))
         assert files(path) == live_files(path)
         assert verify(path) == []

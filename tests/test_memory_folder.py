@@ -898,7 +898,7 @@ def test_a_killed_change_leaves_a_whole_generation(
     assert verify(path) == []
     memory = Memory.open(path)
     published = moment in [("index", "fsync", 4), ("index", "unlink", 1)]
-    assert (memory.manifest.generation, memory.segments[0].record.index.spec) == (
+    assert (memory.manifest.version, memory.segments[0].record.index.spec) == (
         (2, "IVF8,Flat") if published else (1, IVF)
     )
     rebuild_index(path, IndexChoice("exact"))
@@ -1177,7 +1177,7 @@ def test_another_index_is_a_new_generation_and_old_readers_go_on(
         rebuild_index(folder, IndexChoice(spec))
         memory = Memory.open(folder)
         record = memory.segments[0].record.index
-        assert memory.manifest.generation == generation
+        assert memory.manifest.version == generation
         assert record.spec == ("exact" if spec == "auto" else spec)
         assert memory.settings("knn") == {"lam": 0.5}
         assert files(folder) == {
@@ -1208,7 +1208,7 @@ def test_settings_are_kept_by_method(folder: Path) -> None:
     assert memory.settings("never tuned") == {}
     memory.settings("knn")["lam"] = 1.0
     assert memory.settings("knn") == {"lam": 0.5}
-    assert memory.manifest.generation == 4
+    assert memory.manifest.version == 4
     assert memory.manifest.segments == records
     after = snapshot(folder)
     assert {name for name in after if after[name] != before.get(name)} == {"manifest.json"}
@@ -1231,7 +1231,7 @@ def test_two_writers_are_one_too_many(folder: Path, change: str) -> None:
         CHANGES[change](folder)
     assert snapshot(folder) == before
     CHANGES[change](folder)
-    assert Memory.open(folder).manifest.generation == 2
+    assert Memory.open(folder).manifest.version == 2
 
 
 def test_a_build_waits_for_no_other_writer(
@@ -1298,7 +1298,7 @@ def test_a_change_removes_its_own_rubbish_and_nothing_else(folder: Path, tmp_pat
 def test_a_stray_folder_does_not_stop_a_change(folder: Path) -> None:
     (folder / SEGMENT / "stray").mkdir()
     rebuild_index(folder, IndexChoice("exact"))
-    assert Memory.open(folder).manifest.generation == 2
+    assert Memory.open(folder).manifest.version == 2
     assert verify(folder) == []
 
 
@@ -1318,7 +1318,7 @@ def test_a_reader_that_has_read_an_old_manifest_reads_the_new_one(
 
     monkeypatch.setattr(nearest.store.snapshot, "read_manifest", published_after_reading)
     memory = Memory.open(folder)
-    assert memory.manifest.generation == 2
+    assert memory.manifest.version == 2
     assert memory.search(queries_of(memory), 3).ids.min() >= 0
 
 
@@ -1336,7 +1336,7 @@ def test_a_writer_may_publish_while_a_manifest_is_being_checked(
 
     monkeypatch.setattr(nearest.store.manifest, "check_file", publish_first)
     result = call(folder)
-    assert result == [] if call is verify else result.manifest.generation == 2
+    assert result == [] if call is verify else result.manifest.version == 2
 
 
 def test_a_writer_may_publish_while_everything_is_verified(folder: Path) -> None:

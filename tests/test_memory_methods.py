@@ -80,7 +80,7 @@ def test_changes_give_the_memory_that_they_make(memory: Memory) -> None:
     assert smaller.keys_record.stored_dim == 8
     assert smaller.reindex("IVF2,Flat").segments[0].record.index.spec == "IVF2,Flat"
     assert smaller.verify() == []
-    assert memory.manifest.generation == 1  # what was open stays what it was
+    assert memory.manifest.version == 1  # what was open stays what it was
 
 
 @pytest.mark.parametrize("given", [{}, {"clusters": 3, "greedy_merge": True}])
@@ -96,21 +96,21 @@ def test_settings_are_stale_after_what_they_were_found_with_has_changed(
         store_settings(memory.path, "knn", {"lam": 0.5})
         return memory.refresh()
 
-    assert memory.settings_stale("knn") is None  # not tuned at all
+    assert memory.changed_since_tuning("knn") == {}  # not tuned at all
     memory = tuned(memory)
-    assert memory.settings_stale("knn") is None
-    assert memory.cluster(4).settings_stale("knn") is None
+    assert memory.changed_since_tuning("knn") == {}
+    assert memory.cluster(4).changed_since_tuning("knn") == {}
     memory = memory.add(tiny_model, tiny_tokenizer, DOCUMENTS[6:8])
-    assert memory.settings_stale("knn") == "documents"
+    assert list(memory.changed_since_tuning("knn")) == ["documents"]
     memory = memory.compress(pca=8)
-    assert memory.settings_stale("knn") == "keys"
+    assert list(memory.changed_since_tuning("knn")) == ["keys", "documents"]
     assert memory.info()["tuned_before_keys_changed"] == ["knn"]
     memory = tuned(memory)
-    assert memory.settings_stale("knn") is None
-    assert memory.remove(["doc-0"]).settings_stale("knn") == "documents"
+    assert memory.changed_since_tuning("knn") == {}
+    assert list(memory.remove(["doc-0"]).changed_since_tuning("knn")) == ["documents"]
     memory = tuned(memory.refresh()).reindex("IVF2,Flat")
-    assert memory.settings_stale("knn") == "keys"
-    assert memory.compact().settings_stale("knn") == "keys"
+    assert list(memory.changed_since_tuning("knn")) == ["keys"]
+    assert list(memory.compact().changed_since_tuning("knn")) == ["keys"]
 
 
 def test_settings_found_before_another_writer_changed_the_keys_are_stale(memory: Memory) -> None:
@@ -118,10 +118,10 @@ def test_settings_found_before_another_writer_changed_the_keys_are_stale(memory:
     memory.compress(pca=8)
     store_settings(memory.path, "knn", {"lam": 0.5}, found_in=memory.manifest)
     assert memory.refresh().settings("knn") == {"lam": 0.5}
-    assert memory.refresh().settings_stale("knn") == "keys"
+    assert list(memory.refresh().changed_since_tuning("knn")) == ["keys"]
     present = memory.refresh()
     store_settings(memory.path, "knn", {"lam": 0.5}, found_in=present.manifest)
-    assert present.refresh().settings_stale("knn") is None
+    assert present.refresh().changed_since_tuning("knn") == {}
 
 
 def test_values_are_read_from_the_tokens_alone(

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nearest.errors import CorpusError, SettingError
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.retro import (
     AskedNeighbours,
     FixedNeighbours,
@@ -455,7 +455,7 @@ def test_neighbours_of_a_live_search_and_of_a_remote_service():
     """Chunks of a corpus, found by their tokens here and asked for over HTTP."""
     corpus, model = tokens(40, CHUNK, seed=8), variant("paper")
     bags = torch.nn.functional.one_hot(corpus, VOCAB).sum(1).float().numpy()
-    index = ExactIndex(Float32Keys(bags, "l2"), np.arange(len(bags)))
+    index = ExactIndex(FloatKeys(bags, "l2"), np.arange(len(bags)))
 
     def search(chunks: Tensor) -> Tensor:
         queries = torch.nn.functional.one_hot(chunks, VOCAB).sum(1).float().numpy()

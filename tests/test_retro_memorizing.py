@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearest.errors import ModelError, SettingError
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.models.memorizing.decoder import DecoderMemory
 from nearest.retro import RetroForCausalLM
 from nearest.retro.attention import SelfAttention
@@ -184,7 +184,7 @@ def test_padding_is_not_remembered_and_no_more_than_the_capacity():
 def test_an_index_finds_the_same_pairs():
     model, input_ids = memorizing(), tokens(2, 9)
     indexed = model.empty_memory(
-        2, index=lambda keys: ExactIndex(Float32Keys(keys, "ip"), np.arange(len(keys)))
+        2, index=lambda keys: ExactIndex(FloatKeys(keys, "ip"), np.arange(len(keys)))
     )
     scanned = model.empty_memory(2)
     for seed in range(3):

@@ -19,7 +19,7 @@ from nearest.index.building import build_index
 from nearest.index.exact import ExactIndex
 from nearest.index.gpu import GpuScan
 from nearest.index.ids import random_order
-from nearest.index.keys import Float16Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Metric
 from nearest.index.search import Searched, Searcher
 
@@ -44,33 +44,33 @@ def queries(keys: np.ndarray) -> np.ndarray:
     return rows
 
 
-def truth(keys: Float16Keys, queries: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+def truth(keys: FloatKeys, queries: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
     """The k nearest ids of each query; of those equally far, the first in the random order."""
     distances = keys.distances(queries, np.tile(ids, (len(queries), 1)))
     order = np.lexsort((np.tile(random_order(ids), (len(queries), 1)), distances), axis=1)
     return ids[order[:, :k]]
 
 
-def scans(keys: Float16Keys, ids: np.ndarray) -> list[Searched]:
+def scans(keys: FloatKeys, ids: np.ndarray) -> list[Searched]:
     return [Searched(ExactIndex(keys, ids), len(ids))]
 
 
-def gpu_scans(keys: Float16Keys, ids: np.ndarray) -> list[Searched]:
+def gpu_scans(keys: FloatKeys, ids: np.ndarray) -> list[Searched]:
     return [Searched(GpuScan(keys, ids, torch.device("cpu")), len(ids))]
 
 
-def lists(keys: Float16Keys, ids: np.ndarray) -> list[Searched]:
+def lists(keys: FloatKeys, ids: np.ndarray) -> list[Searched]:
     """With all lists probed, so that nothing is missing but by codes."""
     index = build_index(keys, np.arange(ENTRIES), "IVF4,Flat", np.random.default_rng(0))
     return [Searched(ApproximateIndex(index, keys.metric, 4), len(ids), margin=16)]
 
 
-def rough_lists(keys: Float16Keys, ids: np.ndarray) -> list[Searched]:
+def rough_lists(keys: FloatKeys, ids: np.ndarray) -> list[Searched]:
     index = build_index(keys, np.arange(ENTRIES), "IVF4,PQ8x4fs", np.random.default_rng(0))
     return [Searched(ApproximateIndex(index, keys.metric, 4), len(ids), margin=2_000)]
 
 
-def both(keys: Float16Keys, ids: np.ndarray) -> list[Searched]:
+def both(keys: FloatKeys, ids: np.ndarray) -> list[Searched]:
     """Half in lists, half scanned."""
     half = ENTRIES // 2
     index = build_index(keys, np.arange(half), "IVF4,Flat", np.random.default_rng(0))
@@ -94,7 +94,7 @@ def test_the_nearest_are_the_same_for_one_query_and_for_many(
     ordered: bool,
 ) -> None:
     alive = np.random.default_rng(2).random(ENTRIES) >= removed
-    stored, ids = Float16Keys(keys, metric), np.flatnonzero(alive)
+    stored, ids = FloatKeys(keys, metric), np.flatnonzero(alive)
     searcher = Searcher(backends(stored, ids), stored, None if alive.all() else alive)
     expected = truth(stored, queries, ids, K)
     many = searcher.search(queries, K, ordered=ordered)
@@ -110,7 +110,7 @@ def test_the_nearest_are_the_same_for_one_query_and_for_many(
 @pytest.mark.parametrize("backends", [scans, lists, both])
 def test_no_part_of_the_corpus_is_favoured(keys: np.ndarray, backends: Any) -> None:
     """Of equal entries, as many are taken from the second half as from the first."""
-    stored, ids = Float16Keys(keys, "l2"), np.arange(ENTRIES)
+    stored, ids = FloatKeys(keys, "l2"), np.arange(ENTRIES)
     found = Searcher(backends(stored, ids), stored).search(keys[:1].astype(np.float32), 400).ids
     assert 0.4 < (found < ENTRIES // 2).mean() < 0.6
 
@@ -119,7 +119,7 @@ def test_the_nearest_that_were_removed_do_not_crowd_out_the_others(keys: np.ndar
     """However many: more are fetched until there are enough."""
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(ENTRIES, 16)).astype(np.float16)
-    stored, query = Float16Keys(rows, "l2"), rows[:1].astype(np.float32)
+    stored, query = FloatKeys(rows, "l2"), rows[:1].astype(np.float32)
     alive = np.ones(ENTRIES, dtype=bool)
     alive[truth(stored, query, np.arange(ENTRIES), 2_000)[0]] = False
     searcher = Searcher(lists(stored, np.flatnonzero(alive)), stored, alive)
@@ -132,7 +132,7 @@ def test_ties_without_end_are_followed_so_far(
     keys: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "MOST_TIED", 200)
-    stored, ids, asked = Float16Keys(keys, "l2"), np.arange(ENTRIES), []
+    stored, ids, asked = FloatKeys(keys, "l2"), np.arange(ENTRIES), []
     searched = lists(stored, ids)
     real = searched[0].backend.search
 
@@ -147,7 +147,7 @@ def test_ties_without_end_are_followed_so_far(
 
 
 def test_by_the_index_its_own_distances_count(keys: np.ndarray, queries: np.ndarray) -> None:
-    stored, ids = Float16Keys(keys, "l2"), np.arange(ENTRIES)
+    stored, ids = FloatKeys(keys, "l2"), np.arange(ENTRIES)
     (searched,) = rough_lists(stored, ids)
     found = Searcher([searched], stored).search(queries, K, "index")
     expected = searched.backend.search(queries, K)
@@ -155,7 +155,7 @@ def test_by_the_index_its_own_distances_count(keys: np.ndarray, queries: np.ndar
 
 
 def test_each_index_measures_its_own(keys: np.ndarray, queries: np.ndarray) -> None:
-    stored, ids = Float16Keys(keys, "l2"), np.arange(ENTRIES)
+    stored, ids = FloatKeys(keys, "l2"), np.arange(ENTRIES)
     searcher = Searcher(both(stored, ids), stored)
     some = np.random.default_rng(0).integers(-1, ENTRIES, size=(len(queries), 30))
     expected = stored.distances(queries, some)
@@ -163,7 +163,7 @@ def test_each_index_measures_its_own(keys: np.ndarray, queries: np.ndarray) -> N
 
 
 def test_nothing_is_found_where_there_is_nothing(keys: np.ndarray, queries: np.ndarray) -> None:
-    assert Searcher([], Float16Keys(keys, "l2")).search(queries, 3).ids.shape == (20, 0)
+    assert Searcher([], FloatKeys(keys, "l2")).search(queries, 3).ids.shape == (20, 0)
 
 
 class Unlocked:
@@ -222,7 +222,7 @@ def test_an_index_is_read_by_several_at_once(
 
 def test_threads_may_measure_chosen_entries_together(keys: np.ndarray) -> None:
     """The table that lists need for it is made once."""
-    stored, rows = Float16Keys(keys, "l2"), keys[:4].astype(np.float32)
+    stored, rows = FloatKeys(keys, "l2"), keys[:4].astype(np.float32)
     some = np.tile(np.arange(0, ENTRIES, 7), (4, 1))
     for _ in range(4):
         (searched,) = lists(stored, np.arange(ENTRIES))

@@ -17,7 +17,6 @@ from nearest.folder import writer_lock
 from nearest.models.scoring import read_text
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings
-from nearest.retrieval.tuned import changed_since, origin
 from nearest.verbs import self_tune as module
 from nearest.verbs.self_tune import self_tune
 from nearest.verbs.settings_search import looked_up
@@ -87,11 +86,11 @@ def test_copies_are_told_from_texts_that_share_words(
 def test_self_tuned_settings_are_near_those_of_held_out_text(
     memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert origin(memory, "knn") == "paper's defaults"
+    assert memory.settings_from("knn") == "defaults"
     assert self_tune(tiny_model, memory, tiny_tokenizer)
     options = {"tokenizer": tiny_tokenizer}
-    assert {origin(memory, method) for method in ("knn", "suffix")} == {"self-tuned"}
-    assert origin(memory, "retomaton") == "paper's defaults"
+    assert {memory.settings_from(method) for method in ("knn", "suffix")} == {"self-tuned"}
+    assert memory.settings_from("retomaton") == "defaults"
     assert Memory.open(memory.path).settings("knn") == memory.settings("knn")
     base, *own = evaluate(tiny_model, memory, HELD_OUT, ["base", "knn", "suffix"], **options)
     for method, result in zip(("knn", "suffix"), own, strict=True):
@@ -101,8 +100,8 @@ def test_self_tuned_settings_are_near_those_of_held_out_text(
     stored = memory.settings("suffix")
     assert stored["suffix_k"] == Settings().suffix_k
     tune(tiny_model, memory, HELD_OUT, **options)
-    assert origin(memory, "knn") == "tuned"
-    assert origin(memory, "suffix") == "self-tuned"
+    assert memory.settings_from("knn") == "tuned"
+    assert memory.settings_from("suffix") == "self-tuned"
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS[:4], [*make_documents(6, 3)]])
@@ -111,18 +110,18 @@ def test_too_little_text_is_left_untuned(
 ) -> None:
     memory = build_memory(tiny_model, documents)
     assert not self_tune(tiny_model, memory)
-    assert origin(memory, "knn") == "paper's defaults"
+    assert memory.settings_from("knn") == "defaults"
 
 
 def test_building_ends_with_it_unless_told_not_to(
     monkeypatch: pytest.MonkeyPatch, build_memory: Callable[..., Memory], tiny_model: Any
 ) -> None:
     monkeypatch.setattr(module, "self_tune", self_tune)
-    assert origin(build_memory(tiny_model, DOCUMENTS, tune=False), "knn") == "paper's defaults"
+    assert build_memory(tiny_model, DOCUMENTS, tune=False).settings_from("knn") == "defaults"
     for keys, methods in (("fp16", {"knn", "suffix"}), ("none", {"suffix"})):
         memory = build_memory(tiny_model, DOCUMENTS, keys=keys)
         assert set(memory.manifest.settings) == methods
-        assert origin(memory, "suffix") == "self-tuned"
+        assert memory.settings_from("suffix") == "self-tuned"
 
 
 # What is said of settings.
@@ -140,17 +139,43 @@ def test_untuned_settings_are_told_unless_they_are_given(
         evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer, lam=0.2, temperature=9.0)
 
 
+def test_where_settings_come_from_is_told(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def told(memories: Any, **options: Any) -> str:
+        base, result = evaluate(
+            tiny_model, memories, HELD_OUT, ["base", "knn"], tokenizer=tiny_tokenizer, **options
+        )
+        assert base.settings_from is base.to_dict()["settings_from"] is None
+        with attach(tiny_model, memories, **options) as session:
+            assert session.settings_from == result.settings_from
+            assert f"settings {session.settings_from}: lam=" in repr(session)
+            with session.weighted(*(0.2 for _ in memories)):
+                assert session.settings_from == result.settings_from
+        return str(result.to_dict()["settings_from"])
+
+    with pytest.warns(SettingsWarning):
+        assert told([memory]) == "defaults"
+    assert told([memory], settings=Settings(temperature=9.0)) == "given"
+    untuned = Memory.open(memory.path)
+    self_tune(tiny_model, memory, tiny_tokenizer)
+    assert told([memory]) == told([memory], lam=0.3) == "self-tuned"
+    tune(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
+    assert told([memory]) == "tuned"
+    with pytest.warns(SettingsWarning):  # of several the least
+        assert told([memory, untuned]) == "defaults"
+
+
 def test_what_changed_since_tuning_is_told(
     memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tune(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
-    assert changed_since(memory, "knn") == []
+    assert memory.changed_since_tuning("knn") == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer)
     more = memory.add(tiny_model, tiny_tokenizer, [Document("more", "and more")])
-    (change,) = changed_since(more, "knn")
-    assert "documents" in change
+    assert list(more.changed_since_tuning("knn")) == ["documents"]
     compress_memory(memory.path, Compression(pca=16))
     with pytest.warns(SettingsWarning, match="32 dims.*16 dims"):
         evaluate(tiny_model, Memory.open(memory.path), HELD_OUT, tokenizer=tiny_tokenizer)

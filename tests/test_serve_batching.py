@@ -174,7 +174,7 @@ def test_verbatim_runs_are_found(server: Running) -> None:
     assert run["position"] == 8  # of the text's tokens, after the start token
 
 
-def test_models_without_padding_positions_run_alone(
+def test_texts_of_one_request_are_continued_as_if_alone(
     build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = make_model("llama")
@@ -182,6 +182,7 @@ def test_models_without_padding_positions_run_alone(
     with serving(model, tiny_tokenizer, [memory]) as running:
         alone = running.complete([0, 70, 71], max_tokens=8)["choices"][0]["text"]
         several = running.complete([[0, 70, 71], [0, 90], [0, 80, 81, 82]], max_tokens=8)
+        assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
         assert several["choices"][0]["text"] == alone
 
 

@@ -42,7 +42,7 @@ def test_sync_skips_replaces_removes_and_adds_in_one_snapshot(
     folder: Path, tiny_model: PreTrainedModel
 ) -> None:
     memory = build(tiny_model, folder)
-    before = memory.manifest.generation
+    before = memory.manifest.version
     (folder / "fee.md").write_text("the fee is 99 dollars")
     (folder / "old.md").unlink()
     (folder / "new.md").write_text("new text")
@@ -50,15 +50,15 @@ def test_sync_skips_replaces_removes_and_adds_in_one_snapshot(
     wanted = {"equal": 3, "replaced": 2, "removed": 1, "added": 1, "kept": 0}
     same, would = memory.sync(None, None, read_documents(folder), dry_run=True)
     assert would.to_dict() == wanted
-    assert (same.refresh().manifest.generation, contents(same)) == (before, contents(memory))
+    assert (same.refresh().manifest.version, contents(same)) == (before, contents(memory))
     synced, counts = memory.sync(tiny_model, TOKENIZER, read_documents(folder))
     assert counts.to_dict() == wanted
-    assert synced.manifest.generation == before + 1
+    assert synced.manifest.version == before + 1
     assert contents(synced) == {d.id: d.text for d in read_documents(folder)}
     assert verify(synced.path) == []
     again, nothing = synced.sync(tiny_model, TOKENIZER, read_documents(folder))
     assert nothing.to_dict() == dict.fromkeys(wanted, 0) | {"equal": 6}
-    assert again.manifest.generation == before + 1
+    assert again.manifest.version == before + 1
 
 
 def test_a_synced_memory_predicts_as_one_built_anew(
@@ -144,7 +144,7 @@ def test_what_becomes_of_an_id_that_is_there(
     memory = memory.add(tiny_model, TOKENIZER, files, if_exists=if_exists)
     assert contents(memory) == before | {"fee.md": fee, "new.md": "new"}
     again = memory.add(tiny_model, TOKENIZER, files, if_exists="skip")
-    assert again.manifest.generation == memory.manifest.generation
+    assert again.manifest.version == memory.manifest.version
     with pytest.raises(SettingError, match="if_exists 'maybe' is unknown"):
         memory.add(tiny_model, TOKENIZER, files, if_exists="maybe")
 

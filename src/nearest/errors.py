@@ -1,7 +1,13 @@
 """Exceptions whose message says what is wrong, why, and how to mend it."""
 
+import os
+import sys
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 class NearestError(Exception):
@@ -34,6 +40,26 @@ class SettingError(NearestError):
 
 class SettingsWarning(UserWarning):
     """Settings in use that nobody tuned, or that were tuned before the memory changed."""
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of what the package was asked for, at the line of the caller that asked for it.
+
+    A fixed `stacklevel` would point into the package: generators and callbacks lie between.
+    """
+    frame, caller = sys._getframe(1), sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            caller = frame.f_back
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        caller.f_code.co_filename,
+        caller.f_lineno,
+        caller.f_globals.get("__name__"),
+        caller.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 def require(module: str, extra: str, package: str | None = None) -> None:

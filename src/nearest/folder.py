@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from nearest.errors import FolderError
+from nearest.errors import FolderError, warn_caller
 from nearest.machine import (
     ask_for_large_pages,
     file_system,
@@ -27,7 +27,8 @@ from nearest.machine import (
     try_lock,
 )
 
-_SHARE_IN_LARGE_PAGES = 0.25  # of the machine's memory
+_LARGE_PAGE = 1 << 21  # bytes
+_SHARE_IN_LARGE_PAGES = 0.25  # of the machine's RAM
 
 
 def sha256_of(path: Path) -> str:
@@ -45,12 +46,16 @@ def fsync_file(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename: a reader, or a kill, sees the old file or the new."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Replace `path` by what is written in the context, in one rename and durably.
+
+    A reader, or a kill, sees the old file or the new; after an error the old one stands.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -58,6 +63,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync_file(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 @contextmanager
@@ -97,10 +108,9 @@ def writer_lock(folder: Path) -> Iterator[None]:
                 f"{folder} is being written by another process: wait for it to finish, or end it"
             )
         if file_system(folder).startswith("nfs"):
-            warnings.warn(
+            warn_caller(
                 f"{folder} is on NFS, where the lock keeps out writers on this host alone: let no "
-                "other host write it meanwhile",
-                stacklevel=2,
+                "other host write it meanwhile"
             )
         yield
     finally:
@@ -246,7 +256,7 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.n
         return np.empty(shape, dtype)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if expected <= _SHARE_IN_LARGE_PAGES * machine_memory():
+    if _LARGE_PAGE <= expected <= _SHARE_IN_LARGE_PAGES * machine_memory():
         ask_for_large_pages(mapped)
     array: np.ndarray = np.frombuffer(mapped, dtype, offset=start).reshape(shape)
     return array

@@ -4,13 +4,13 @@
 for it, and the changes, each of which is a function of `build/`.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from nearest.build.options import bare, options_of
 from nearest.corpus.incoming import Documents
 from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
     from nearest.build.build import BuildOptions
     from nearest.build.search_text import Passage
     from nearest.build.sync import Synced
-
-
-def _options(kind: type[Any], given: Any, fields: Mapping[str, Any]) -> Any:
-    """Options of a kind as given, with some fields instead (SettingError for an unknown one)."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(set(fields) - set(names)):
-        raise SettingError(f"there is no option {unknown[0]!r}: choose among {', '.join(names)}")
-    return kind(**fields) if given is None else dataclasses.replace(given, **fields)
-
-
-def _bare(model: Any) -> Any:
-    """The Hugging Face model inside its wrappers; None for none."""
-    from nearest.encode.identity import bare_model
-
-    return None if model is None else bare_model(model)
 
 
 class Memory(SearchedSnapshot):
@@ -104,8 +89,8 @@ class Memory(SearchedSnapshot):
 
         if model is None and options is None:
             fields = {"keys": NO_KEYS, **fields}
-        asked = _options(BuildOptions, options, fields)
-        build_memory(Path(path), documents, _bare(model), tokenizer, asked)
+        asked = options_of(BuildOptions, options, fields)
+        build_memory(Path(path), documents, bare(model), tokenizer, asked)
         memory = cls.open(path)
         if tune and model is not None:
             self_tune(model, memory, tokenizer, asked.progress)
@@ -127,10 +112,9 @@ class Memory(SearchedSnapshot):
             NearestError: something cannot be used; nothing is left behind.
         """
         from nearest.build.importing import ImportOptions, import_store
-        from nearest.encode.identity import bare_model
 
-        chosen = _options(ImportOptions, None, options)
-        import_store(Path(store), Path(path), bare_model(model), tokenizer, chosen)
+        chosen = options_of(ImportOptions, None, options)
+        import_store(Path(store), Path(path), bare(model), tokenizer, chosen)
         return cls.open(path)
 
     @classmethod
@@ -191,16 +175,15 @@ class Memory(SearchedSnapshot):
             NearestError: the model does not fit, or the memory has no keys.
         """
         from nearest.build.search_text import search_text
-        from nearest.encode.identity import bare_model
 
-        return search_text(self, bare_model(model), tokenizer, text, k, force=force)
+        return search_text(self, bare(model), tokenizer, text, k, force=force)
 
     def refresh(self) -> "Memory":
-        """The present generation: this memory itself, unless a writer has published another.
+        """The present snapshot: this memory itself, unless a writer has published another.
 
         This one stays what it was; entry ids of one mean nothing in the other.
         """
-        moved = read_manifest(self.path).generation != self.manifest.generation
+        moved = read_manifest(self.path).version != self.manifest.version
         return Memory.open(self.path, self.search_on) if moved else self
 
     def take_over_settings(self) -> None:
@@ -221,7 +204,7 @@ class Memory(SearchedSnapshot):
         if_exists: Literal["error", "skip", "replace"] = "error",
         **options: Any,
     ) -> "Memory":
-        """Add documents as a new generation, and open it; this one stays what it was.
+        """Add documents in a new snapshot, and open it; this one stays what it was.
 
         Args:
             model, tokenizer: those that built the memory; model None where it has no keys.
@@ -233,14 +216,14 @@ class Memory(SearchedSnapshot):
         Raises:
             NearestError: something cannot be used, or an id is there (or, to replace, is not).
         """
-        from nearest.build.lifecycle import AddOptions, add_documents
+        from nearest.build.add import AddOptions, add_documents
 
         add_documents(
             self.path,
             documents,
-            _bare(model),
+            bare(model),
             tokenizer,
-            _options(AddOptions, None, options),
+            options_of(AddOptions, None, options),
             replace=replace,
             if_exists=if_exists,
         )
@@ -273,20 +256,20 @@ class Memory(SearchedSnapshot):
 
         if dry_run:
             return self, compare_documents(self.path, documents)
-        from nearest.build.lifecycle import AddOptions
+        from nearest.build.add import AddOptions
 
-        chosen = _options(AddOptions, None, options)
-        synced = sync_documents(self.path, documents, _bare(model), tokenizer, chosen)
+        chosen = options_of(AddOptions, None, options)
+        synced = sync_documents(self.path, documents, bare(model), tokenizer, chosen)
         return self.refresh(), synced
 
     def update(self, model: Any, tokenizer: Any, documents: Documents, **options: Any) -> "Memory":
-        """Replace documents under their ids, in one generation; otherwise as `add`."""
+        """Replace documents under their ids, in one snapshot; otherwise as `add`."""
         return self.add(model, tokenizer, documents, replace=True, **options)
 
     def remove(
         self, ids: Iterable[str] = (), *, where: Mapping[str, Any] | None = None
     ) -> "Memory":
-        """Take documents back as a new generation, and open it.
+        """Remove documents in a new snapshot, and open it.
 
         No access path leads to them any more; `compact` then erases them from the disk.
 
@@ -297,7 +280,7 @@ class Memory(SearchedSnapshot):
         Raises:
             NearestError: nothing fits, or nothing would be left; the memory stays as it was.
         """
-        from nearest.build.lifecycle import remove_documents
+        from nearest.build.remove import remove_documents
 
         remove_documents(self.path, ids, where or {})
         return self.refresh()

@@ -26,7 +26,7 @@ def read(path: Path, out: Path, until: float) -> None:
     with out.open("w") as file:
         while True:
             memory = memory.refresh()
-            file.write(f"{memory.manifest.generation}\t{measured(memory)}\n")
+            file.write(f"{memory.manifest.version}\t{measured(memory)}\n")
             if time.time() >= until:
                 break
 
@@ -48,7 +48,7 @@ def readers(folder: Path, share: float) -> dict[str, Any]:
                 os._exit(code)
         children.append(child)
     memory = Memory.open(path)
-    expected = {memory.manifest.generation: measured(memory)}
+    expected = {memory.manifest.version: measured(memory)}
     number = 0
     while time.time() < until:
         number += 1
@@ -59,7 +59,7 @@ def readers(folder: Path, share: float) -> dict[str, Any]:
             memory = memory.remove([f"n{number - 1}"])
         else:
             memory = memory.compact()
-        expected[memory.manifest.generation] = measured(memory)
+        expected[memory.manifest.version] = measured(memory)
     for child in children:
         assert os.waitpid(child, 0)[1] == 0
     seen = []

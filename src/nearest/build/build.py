@@ -142,7 +142,7 @@ def new_manifest(
         probe = probe_of(model, KeyLayer(keys.layer, keys.module, entry, keys.dim))
     return Manifest(
         format=FORMAT,
-        generation=1,
+        version=1,
         created_by=f"nearest {__version__}",
         model=ModelRecord(
             name=tokenizer_name(tokenizer) if model is None else model_name(model),
@@ -285,7 +285,7 @@ def store_settings(
         gates = dict(change.manifest.gates)
         if gate is not None:
             gates[method] = write_gate(change.files(), method, gate)
-        found_at = change.number if found_in is None else found_in.generation
+        found_at = change.number if found_in is None else found_in.version
         change.publish(
             settings={**change.manifest.settings, method: dict(settings)},
             gates=gates,

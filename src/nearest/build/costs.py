@@ -22,7 +22,7 @@ from nearest.index.building import (
 )
 from nearest.index.choice import EXACT, resolve_spec
 from nearest.index.exact import BLOCK_BYTES, ExactIndex
-from nearest.index.keys import Float16Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.search import Searched, Searcher
 from nearest.index.suffix import sort_suffixes
 from nearest.index.tuning import RECALL_AT, RECALL_QUERIES, measured_recall
@@ -76,7 +76,7 @@ def indexing(entries: int, dim: int, spec: str, recall: float) -> IndexCost:
         return IndexCost(0.0, 0, 0)
     rng = np.random.default_rng(0)
     count = min(entries, _INDEX_ROWS)
-    keys = Float16Keys(rng.normal(size=(count, dim)).astype(np.float16), "l2")
+    keys = FloatKeys(rng.normal(size=(count, dim)).astype(np.float16), "l2")
     ids: Int[np.ndarray, " m"] = np.arange(count)
     lists = number_of_lists(spec, dim)
     few = min(lists, 256)

@@ -4,14 +4,13 @@
 the sizes of both, the dimension of the model, and from what the values may be.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Integer
 
-from nearest.errors import CorpusError, SettingError
+from nearest.errors import CorpusError, SettingError, warn_caller
 
 KEYS, VALUES = "_keys.npy", "_vals.npy"
 _BLOCK = 1 << 20
@@ -124,10 +123,9 @@ def open_store(files: StoreFiles, dim: int, vocab_size: int, entries: int | None
     if not used:
         raise CorpusError(f"{files.keys} holds nothing but zeros: make the datastore anew")
     if entries is None and used < rows:
-        warnings.warn(
+        warn_caller(
             f"the last {rows - used:,} of {rows:,} entries were never written (they are zeros): "
-            "they are left out",
-            stacklevel=2,
+            "they are left out"
         )
     return Store(keys[:used], values[:used])
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from nearest.build.corpus_segments import write_added
-from nearest.build.lifecycle import (
+from nearest.build.add import (
     AddOptions,
-    Stored,
-    StoredIds,
     encoder_of,
     merged_tail,
     plan_of_additions,
-    without,
 )
+from nearest.build.corpus_segments import write_added
 from nearest.build.match import rules_of
+from nearest.build.remove import without
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.reading import Corpus
@@ -26,6 +24,7 @@ from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError
 from nearest.store.change import changing
 from nearest.store.snapshot import Snapshot
+from nearest.store.stored_ids import Stored, StoredIds
 
 
 @dataclass(frozen=True)

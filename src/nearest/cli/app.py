@@ -16,6 +16,7 @@ from rich.markup import escape
 from nearest.cli.options import (
     Answering,
     MethodSettings,
+    ModelChoice,
     MoreMemories,
     Opening,
     Sampling,
@@ -24,7 +25,7 @@ from nearest.cli.options import (
 )
 from nearest.cli.output import is_closed, is_of_output, write_in_any_encoding
 from nearest.corpus.report import CorpusWarning
-from nearest.errors import NearestError
+from nearest.errors import ModelError, NearestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,13 +126,46 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
     """Open a memory and load the model that built it, or the one named instead."""
-    from nearest.encode.loading import load_model_and_tokenizer
     from nearest.memory import Memory
-    from nearest.verbs.change import name_of_model
 
     opened = Memory.open(memory, opening.search_on)
-    name = opening.model or name_of_model(opened)
-    return opened, *load_model_and_tokenizer(name, opening.dtype, opening.device)
+    return opened, *model_of(opened, opening)
+
+
+def model_of(memory: "Memory", choice: ModelChoice) -> "tuple[PreTrainedModel, Any]":
+    """Load the model that built a memory, or the one named instead, and its tokenizer.
+
+    Raises:
+        ModelError: none built it, or one that was nowhere but in RAM, or loading fails.
+    """
+    from nearest.encode.loading import load_model_and_tokenizer
+
+    record = memory.manifest.model
+    if record.tokenizer_only and choice.model is None:
+        raise ModelError(
+            f"{memory.path} was built with the tokenizer {record.name!r} alone: name a language "
+            "model that has this tokenizer (--model)"
+        )
+    return load_model_and_tokenizer(choice.model or _named(memory), choice.dtype, choice.device)
+
+
+def what_reads_for(memory: "Memory", choice: ModelChoice) -> tuple[Any, Any]:
+    """What reads documents for a memory: a model, or None where none built it, and a tokenizer."""
+    from nearest.encode.loading import load_tokenizer
+
+    if memory.manifest.model.tokenizer_only and choice.model is None:
+        return None, load_tokenizer(_named(memory))
+    return model_of(memory, choice)
+
+
+def _named(memory: "Memory") -> str:
+    """Where the model, or the tokenizer alone, that built a memory is."""
+    if not memory.manifest.model.name:
+        raise ModelError(
+            f"{memory.path} does not say where its model is, for it was built with one in RAM: "
+            "name it (--model)"
+        )
+    return memory.manifest.model.name
 
 
 def opened_to_write(
@@ -158,7 +192,9 @@ def opened_to_write(
 
     opened, model, tokenizer = open_with_model(memory, opening)
     torch.manual_seed(sampling.seed)
-    return opened_beside(opened, beside), model, tokenizer, arguments
+    memories = opened_beside(opened, beside)
+    say_settings(memories, [answering.method])
+    return memories, model, tokenizer, arguments
 
 
 def say_what_was_read(corpus: "Corpus") -> None:
@@ -175,12 +211,13 @@ def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
 
 
 def say_settings(memories: "Sequence[Memory]", methods: Sequence[str]) -> None:
-    """Which settings are in use where none are given: tuned, self-tuned, or the paper's."""
+    """Say where settings come from that are not given: tuned, self-tuned, or the defaults."""
     from nearest.retrieval.settings import MEMORY_METHODS
-    from nearest.retrieval.tuned import origin
 
     for memory in memories:
-        used = [f"{name}: {origin(memory, name)}" for name in methods if name in MEMORY_METHODS]
+        used = [
+            f"{name}: {memory.settings_from(name)}" for name in methods if name in MEMORY_METHODS
+        ]
         if used:
             err.print(f"[dim]settings of {escape(str(memory.path))}: {', '.join(used)}[/]")
 

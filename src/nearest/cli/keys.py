@@ -18,7 +18,7 @@ def index(
     nprobe: Nprobe = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give a memory another index, as a new generation."""
+    """Give a memory another index, in a new snapshot."""
     from nearest.build.build import rebuild_index
     from nearest.memory import Memory
     from nearest.store.parts.index import IndexChoice
@@ -43,7 +43,7 @@ def cluster(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find which entries share a state, for RetoMaton to follow; a new generation."""
+    """Cluster entries that share a state, for RetoMaton to follow, in a new snapshot."""
     from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
     from nearest.memory import Memory
 
@@ -81,7 +81,7 @@ def compress(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a memory's keys smaller, as a new generation; tune it again afterwards."""
+    """Make a memory's keys smaller, in a new snapshot; tune it again afterwards."""
     from nearest.build.compress import Compression, compress_memory
     from nearest.memory import Memory
 

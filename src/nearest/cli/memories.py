@@ -8,7 +8,14 @@ import typer
 from rich.markup import escape
 
 from nearest import reports
-from nearest.cli.app import err, open_with_model, out, quiet_libraries, say_what_was_read
+from nearest.cli.app import (
+    err,
+    open_with_model,
+    out,
+    quiet_libraries,
+    say_what_was_read,
+    what_reads_for,
+)
 from nearest.cli.options import (
     Adding,
     AsJson,
@@ -78,17 +85,17 @@ def build(
 ) -> None:
     """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
     quiet_libraries()
-    from nearest.verbs import build as verb
+    from nearest.build.build import BuildOptions, planned_memory
+    from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
+    from nearest.memory import Memory
+    from nearest.store.change import check_new
 
-    model, corpus = (None, sources) if tokenizer else (sources[0], sources[1:])
+    corpus = sources if tokenizer else sources[1:]
     if not corpus:
         raise NearestError(
             f"{sources[0]!r} is all that is named, which is the model: name a corpus, too"
         )
     options: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "tokenizer_name": tokenizer,
         "keys": keys or ("none" if tokenizer else "int8"),
         **vars(keying),
         "nprobe": nprobe,
@@ -96,8 +103,14 @@ def build(
         "special_tokens": special_tokens,
     }
     documents = files.corpus(corpus)
+    check_new(out_path)  # before a model is loaded for nothing
+    model, reader = (
+        (None, load_tokenizer(tokenizer))
+        if tokenizer
+        else load_model_and_tokenizer(sources[0], dtype, device)
+    )
     if plan:
-        needs = verb.plan(model, documents, out_path, **options)
+        needs = planned_memory(out_path, documents, model, reader, BuildOptions(**options))
         if as_json:
             typer.echo(json.dumps(needs.as_json() | {"corpus": documents.report.to_dict()}))
         else:
@@ -105,7 +118,9 @@ def build(
         say_what_was_read(documents)
         return
     with reports.live_progress(err) as progress:
-        memory = verb.build(model, documents, out_path, progress=progress, tune=tune, **options)
+        memory = Memory.build(
+            model, reader, documents, out_path, progress=progress, tune=tune, **options
+        )
     show_info(memory, as_json, documents)
 
 
@@ -128,7 +143,7 @@ def add(
     files: FileOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Add documents to a memory, as a new generation; the others are not touched."""
+    """Add documents to a memory in a new snapshot; the others are not touched."""
     _add(memory, files.corpus(corpus), adding, as_json, if_exists=if_exists)
 
 
@@ -140,7 +155,7 @@ def update(
     files: FileOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Replace documents under their ids, in one new generation."""
+    """Replace documents under their ids, in one new snapshot."""
     _add(memory, files.corpus(corpus), adding, as_json, replace=True)
 
 
@@ -161,16 +176,15 @@ def sync(
     Files are told by their paths below CORPUS, rows by their ids. All is one new snapshot.
     """
     quiet_libraries()
-    from nearest.verbs.change import sync as sync_memory
+    from nearest.memory import Memory
 
-    documents = files.corpus(corpus)
+    documents, opened = files.corpus(corpus), Memory.open(memory)
+    model, tokenizer = (None, None) if dry_run else what_reads_for(opened, adding)
     with reports.live_progress(err) as progress:
-        opened, synced = sync_memory(
-            memory,
+        opened, synced = opened.sync(
+            model,
+            tokenizer,
             documents,
-            model_name=adding.model,
-            dtype=adding.dtype,
-            device=adding.device,
             dry_run=dry_run,
             batch_size=adding.batch_size,
             force=adding.force,
@@ -194,15 +208,15 @@ def _add(
     if_exists: Literal["error", "skip", "replace"] = "error",
 ) -> None:
     quiet_libraries()
-    from nearest.verbs.change import add as add_to_memory
+    from nearest.memory import Memory
 
+    opened = Memory.open(memory)
+    model, tokenizer = what_reads_for(opened, adding)
     with reports.live_progress(err) as progress:
-        changed = add_to_memory(
-            memory,
+        changed = opened.add(
+            model,
+            tokenizer,
             corpus,
-            model_name=adding.model,
-            dtype=adding.dtype,
-            device=adding.device,
             replace=replace,
             if_exists=if_exists,
             batch_size=adding.batch_size,
@@ -223,8 +237,8 @@ def remove(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take documents back: nothing leads to them any more. `compact` then erases their bytes."""
-    from nearest.build.lifecycle import remove_documents
+    """Remove documents from what is searched; `compact` then erases their bytes."""
+    from nearest.build.remove import remove_documents
 
     wanted = {}
     for condition in where or []:

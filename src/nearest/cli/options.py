@@ -125,12 +125,18 @@ class Keying:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """With which model a memory is opened, and where it is searched."""
+class ModelChoice:
+    """Which model a memory is used with; the one that built it where none is named."""
 
     model: ModelName = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class Opening(ModelChoice):
+    """With which model a memory is opened, and where it is searched."""
+
     search_on: Annotated[
         Literal["cpu", "gpu"],
         typer.Option(help="Where to search; on a GPU all keys are scanned."),
@@ -138,12 +144,9 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Adding:
+class Adding(ModelChoice):
     """How documents come into a memory that is there."""
 
-    model: ModelName = None
-    dtype: Dtype = "auto"
-    device: Device = "auto"
     batch_size: BatchSize = None
     force: Force = False
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from nearest.errors import CorpusError
 
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 # Bytes of one document's text, or of the line it stands on: what is ever held of it at once.
 LARGEST_DOCUMENT = 1 << 30
 
@@ -155,11 +157,7 @@ def check_storable(value: Any, origin: str) -> None:
     if isinstance(value, str) and value.isascii():
         return
     try:
-        text = (
-            value
-            if isinstance(value, str)
-            else json.dumps(value, ensure_ascii=False, allow_nan=False)
-        )
+        text = value if isinstance(value, str) else _as_json(value)
         text.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(

@@ -1,13 +1,12 @@
 """Documents with unique ids and without empty ones, from whatever a reader gives."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from nearest.corpus.documents import Document
 from nearest.corpus.report import CorpusReport, CorpusWarning
 from nearest.corpus.unique import SeenIds
-from nearest.errors import CorpusError
+from nearest.errors import CorpusError, warn_caller
 
 _EMPTY = "empty"
 
@@ -48,7 +47,7 @@ def settled(
         report.documents += 1
         yield document
     if report.notable:
-        warnings.warn(str(report), CorpusWarning, stacklevel=2)
+        warn_caller(str(report), CorpusWarning)
 
 
 def _refuse_repeated(

@@ -56,9 +56,13 @@ class Text:
         """Document and position in it of tokens, given by sequence and position there (≥ 1)."""
         if not self.stream:
             return sequences, positions
-        before = np.cumsum([0, *(len(tokens) - 1 for tokens in self.documents)])
-        documents = np.searchsorted(before, positions, side="left") - 1
-        return documents, positions - before[documents]
+        documents = np.searchsorted(self._before, positions, side="left") - 1
+        return documents, positions - self._before[documents]
+
+    @cached_property
+    def _before(self) -> Int[np.ndarray, " documents_plus_1"]:
+        """Predictions before each document, and of all."""
+        return np.cumsum([0, *(len(tokens) - 1 for tokens in self.documents)])
 
     @property
     def own_tokens(self) -> list[Tokens]:

@@ -78,6 +78,7 @@ def tokenise(
     """
     mentioned = _Mentioned.of(tokenizer, rules)
     as_text = split_special_tokens(rules)
+    start = np.array([rules.start_token])
     for batch in _batches(documents):
         beside: Iterable[Tokens | None] = itertools.repeat(None, len(batch))
         texts = [document.text for document in batch]
@@ -91,11 +92,11 @@ def tokenise(
             all_ids = tokenizer(texts, add_special_tokens=False, verbose=False, **as_text)[
                 "input_ids"
             ]
+        check_vocabulary(start, rules.vocab_size, batch[0].origin)
         all_ids.reverse()
         for document, encoder_tokens in zip(batch, beside, strict=True):
             found = np.asarray(all_ids.pop())  # those of a long text are not kept for long
-            for part in (np.array([rules.start_token]), found):
-                check_vocabulary(part, rules.vocab_size, document.origin)
+            check_vocabulary(found, rules.vocab_size, document.origin)
             tokens = np.empty(len(found) + 1, dtype=np.int32)
             tokens[0], tokens[1:] = rules.start_token, found
             del found

@@ -1,17 +1,19 @@
 """Forward passes over batches of windows: keys alone, or keys with what the model predicts."""
 
 import inspect
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nearest.corpus.batches import EncoderInputs
+from nearest.encode.hooks import captured_input, inputs_shown
 from nearest.encode.identity import input_device
-from nearest.encode.layers import KeyLayer, captured_input, of_this_thread
+from nearest.encode.layers import KeyLayer
 from nearest.encode.view import LmView, lm_view
 
 
@@ -39,18 +41,14 @@ def encode_keys(
 
     `encoder_inputs` are what an encoder reads for each row.
     """
+    seen: list[Tensor] = []
 
-    def stop(_module: nn.Module, _args: Any) -> None:
+    def stop(states: Tensor) -> None:
+        seen.append(states)
         raise _KeysReachedError
 
-    with captured_input(layer.module) as seen:
-        handle = layer.module.register_forward_pre_hook(of_this_thread(stop))
-        try:
-            model(**_arguments(model, inputs, encoder_inputs))
-        except _KeysReachedError:
-            pass
-        finally:
-            handle.remove()
+    with inputs_shown(layer.module, stop), suppress(_KeysReachedError):
+        model(**_arguments(model, inputs, encoder_inputs))
     return _rows(seen[0], inputs.shape, torch.from_numpy(wanted))
 
 

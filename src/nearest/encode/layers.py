@@ -8,18 +8,14 @@ encoder.
 """
 
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from nearest.encode.dtype import quantisation
+from nearest.encode.hooks import captured_input, of_this_thread
 from nearest.encode.identity import input_device, reads_sources
 from nearest.errors import ModelError, SettingError
 
@@ -81,46 +77,6 @@ def _equal_but_for_rounding(model: PreTrainedModel, one: Tensor, other: Tensor) 
     if quantisation(model) is not None:
         return bool((one - other).norm() <= _QUANTISED_MOVES * one.norm())
     return torch.allclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
-@contextmanager
-def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first input of every call of `module` by this thread, while the context lasts."""
-    seen: list[Tensor] = []
-    handle = input_hook(module, of_this_thread(seen.append))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def input_hook(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-    """Show `see` the first input of every call of `module`, whichever thread calls it.
-
-    While one thread adds or removes a hook, torch may call it in another without its keyword
-    arguments. The thread that wants to see something does neither meanwhile.
-    """
-
-    def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        if args or kwargs:
-            see((args[0] if args else next(iter((kwargs or {}).values()))).detach())
-
-    untraced: Callable[..., None] = torch.compiler.disable(hook)
-    return module.register_forward_pre_hook(untraced, with_kwargs=True)
-
-
-def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a hook so that it fires only in the thread that wrapped it."""
-    owner = threading.get_ident()
-
-    def called(*args: Any) -> None:
-        if threading.get_ident() == owner:
-            hook(*args)
-
-    untraced: Callable[..., None] = torch.compiler.disable(called)
-    return untraced
 
 
 def _refuse_compiled_parts(model: PreTrainedModel) -> None:

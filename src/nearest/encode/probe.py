@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nearest.encode.hooks import captured_input, of_this_thread
 from nearest.encode.identity import (
     encoder_vocabulary_size,
     input_device,
@@ -17,7 +18,7 @@ from nearest.encode.identity import (
     reads_sources,
     source_positions,
 )
-from nearest.encode.layers import KeyLayer, blocks_of, captured_input
+from nearest.encode.layers import KeyLayer, blocks_of
 from nearest.errors import ModelError
 
 SKETCH = 32  # dimensions that states are projected to, and tokens whose logits are kept
@@ -104,7 +105,10 @@ def _scrambled(count: int, seed: int) -> Int[np.ndarray, " count"]:
 
 @contextmanager
 def _noise(model: PreTrainedModel) -> Iterator[None]:
-    """Multiply what enters each block by 1 + noise, as if it were rounded to bfloat16 there."""
+    """Multiply what enters each block by 1 + noise, as if it were rounded to bfloat16 there.
+
+    In passes of this thread alone.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def shaken(states: Tensor) -> Tensor:
@@ -122,10 +126,13 @@ def _noise(model: PreTrainedModel) -> Iterator[None]:
             blocks = blocks_of(model.get_decoder() if reads_sources(model) else model)
         except ModelError:  # no list of blocks: noise enters with the embeddings
             table: Any = model.get_input_embeddings()
-            handle = table.register_forward_hook(lambda _, __, states: shaken(states))
+            handle = table.register_forward_hook(
+                of_this_thread(lambda _, __, states: shaken(states))
+            )
             stack.callback(handle.remove)
         else:
+            hook = of_this_thread(shake_input)
             for block in blocks:
-                handle = block.register_forward_pre_hook(shake_input, with_kwargs=True)
+                handle = block.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
         yield

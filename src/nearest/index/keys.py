@@ -70,32 +70,8 @@ class KeyFormat(Protocol):
         """Open stored arrays as keys."""
 
 
-class Float32Keys:
-    """float32 keys [n, dim], in RAM only."""
-
-    def __init__(self, keys: Float[np.ndarray, "n dim"], metric: Metric) -> None:
-        self._keys = keys
-        self.metric = metric
-        self.dim = keys.shape[1]
-
-    def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
-        rows: Float[np.ndarray, "m dim"] = self._keys[ids]
-        return rows
-
-    def distances(
-        self,
-        queries: Float[np.ndarray, "q dim"],
-        ids: Int[np.ndarray, "q k"],
-        shard: Shard = WHOLE,
-    ) -> Float[np.ndarray, "q k"]:
-        return key_distances(self._keys, queries, ids, self.metric, shard)
-
-    def problems(self) -> list[str]:
-        return []
-
-
-class Float16Keys:
-    """float16 keys [n, dim]."""
+class FloatKeys:
+    """float16 keys [n, dim], as they are stored, or float32 ones, which are in RAM only."""
 
     def __init__(self, keys: Float[np.ndarray, "n dim"], metric: Metric) -> None:
         self._keys = np.asarray(keys)  # a plain array: views of a memory map are slow to make
@@ -103,7 +79,7 @@ class Float16Keys:
         self.dim = keys.shape[1]
 
     def rows(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m dim"]:
-        rows: Float[np.ndarray, "m dim"] = self._keys[ids].astype(np.float32)
+        rows: Float[np.ndarray, "m dim"] = self._keys[ids].astype(np.float32, copy=False)
         return rows
 
     def distances(
@@ -136,7 +112,7 @@ class Float16Format:
         return {"keys": rows.astype(np.float16)}
 
     def open(self, arrays: Mapping[str, np.ndarray], metric: Metric) -> Keys:
-        return Float16Keys(arrays["keys"], metric)
+        return FloatKeys(arrays["keys"], metric)
 
 
 class Int8Keys:

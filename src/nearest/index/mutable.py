@@ -8,7 +8,7 @@ from nearest.index.approximate import ApproximateIndex
 from nearest.index.building import build_index, check_spec, training_rows
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float32Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import NO_ENTRY, Metric, Neighbours, sort_nearest_first
 from nearest.index.search import Searched, Searcher
 
@@ -46,7 +46,7 @@ class MutableIndex:
                 f"be {len(rows):,}: choose exact, or an index with fewer lists"
             )
         self._rows = rows
-        self._keys = Float32Keys(rows, _METRIC)
+        self._keys = FloatKeys(rows, _METRIC)
         self._spec = spec
         self._nprobe = nprobe
         self._built: ApproximateIndex | None = None

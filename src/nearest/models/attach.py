@@ -10,7 +10,6 @@ import functools
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,9 +23,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.build.match import common_key_layer, refuse_attached
 from nearest.encode.forward import encode_and_score
+from nearest.encode.hooks import captured_input, hooked, without_input_hook
 from nearest.encode.identity import AnyModel, bare_model
-from nearest.encode.layers import input_hook
-from nearest.errors import ModelError, NearestError, SettingError
+from nearest.errors import ModelError, NearestError, SettingError, warn_caller
 from nearest.models.arguments import TextArguments
 from nearest.models.generated import Generated, Prompt, begins_twice
 from nearest.models.mixing import logits_needed, mix_rows, mix_states
@@ -35,6 +34,7 @@ from nearest.models.sources import TokenSources, token_sources
 from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
+from nearest.store.tuned import SettingsFrom
 
 _TWO_STARTS = (
     "the prompt begins with two start tokens (BOS), where a memory's documents begin with one, so "
@@ -134,8 +134,7 @@ class Session:
             replaced[_BATCHING] = self._refuse_batching
         self._originals = {name: vars(model).get(name) for name in replaced}
         with ExitStack() as undo:
-            self._hook = input_hook(self._layer.module, self._here.see)
-            undo.callback(self._hook.remove)
+            undo.enter_context(hooked(self._layer.module))
             for name, replacement in replaced.items():
                 undo.callback(_restore, vars(model), name, self._originals[name])
                 vars(model)[name] = replacement
@@ -151,6 +150,20 @@ class Session:
     def settings(self) -> Settings:
         """λ, temperature and whatever else is in use, of the first memory."""
         return self._ensemble.lookups[0].settings
+
+    @property
+    def settings_from(self) -> SettingsFrom:
+        """Where settings come from that were not given: "tuned", "self-tuned", "defaults".
+
+        Of several memories the least of these; "given" where all were (`settings=`).
+        """
+        return self._ensemble.settings_from
+
+    def __repr__(self) -> str:
+        first = self._ensemble.lookups[0]
+        settings = ", ".join(f"{n}={v}" for n, v in first.settings.of(first.method).items())
+        memories = ", ".join(str(lookup.memory.path) for lookup in self._ensemble.lookups)
+        return f"Session({first.method} with {memories}; settings {self.settings_from}: {settings})"
 
     @property
     def ensemble(self) -> Ensemble:
@@ -177,9 +190,7 @@ class Session:
         for name, original in self._originals.items():
             _restore(state, name, original)
         vars(copied).update(copy.deepcopy(state, memo))
-        module = copied.get_submodule(self._layer.path)
-        module._forward_pre_hooks.pop(self._hook.id, None)
-        module._forward_pre_hooks_with_kwargs.pop(self._hook.id, None)
+        without_input_hook(copied.get_submodule(self._layer.path))
         return copied
 
     @contextmanager
@@ -270,8 +281,9 @@ class Session:
                 if "logits_to_keep" in parameters:
                     cut = self._layer.name == "last_hidden"
                     kwargs["logits_to_keep"] = logits_needed(ensemble, spans, keep, cut=cut)
-            output, hidden = here.seen_in(original, *args, return_dict=True, **kwargs)
-            hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
+            with captured_input(self._layer.module) as seen:
+                output = original(*args, return_dict=True, **kwargs)
+            hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
             if spans is not None:
                 output.logits = mix_rows(ensemble, spans, prefixes, hidden, output.logits, keep)
             else:
@@ -329,7 +341,7 @@ class Session:
                 named |= named.pop("kwargs", {})
                 prompt = Prompt.of(self._text, named)
                 if begins_twice(prompt, named, self._start_token):
-                    warnings.warn(_TWO_STARTS, stacklevel=2)
+                    warn_caller(_TWO_STARTS)
                 ensemble = None if here.base_only or not self.ensemble.used else self.ensemble
                 with self._following(prompt):
                     output = original(*args, **kwargs)
@@ -367,7 +379,6 @@ class _Here(threading.local):
     base_only = False
     generating = False
     generated: Generated | None = None  # by the last call of generate()
-    seen: list[Tensor] | None = None  # what went into the key layer, during a pass
     ensemble: Ensemble | None = None  # where this thread weighs the memories otherwise
     # Of each memory, while generating with a method that looks at the context.
     prefixes: list[Prefixes] | None = None
@@ -375,19 +386,6 @@ class _Here(threading.local):
     ids: Tensor | None = None
     sequences: Sequences | None = None
     encoded: tuple[Tensor, Int[np.ndarray, " rows"]] | None = None  # what an encoder gave, hashed
-
-    def see(self, states: Tensor) -> None:
-        """Keep what goes into the key layer, where this thread wants to know."""
-        if self.seen is not None:
-            self.seen.append(states)
-
-    def seen_in(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """What a pass gives, and what went into the key layer."""
-        self.seen = []
-        try:
-            return forward(*args, **kwargs), self.seen[0]
-        finally:
-            self.seen = None
 
     def encoded_rows(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
         """Numbers that tell apart what an encoder gave to each row; hashed once a generate()."""

@@ -1,4 +1,4 @@
-"""A method on its way through a text: what it predicts, what of that is the memory's, its costs."""
+"""Run a method over a text: its predictions, the memory's part in them, and its costs."""
 
 import time
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from nearest.retrieval.step import State, Step, steps
 
 
 class Details(NamedTuple):
-    """What the memory had to say at each of n predictions.
+    """What the memory contributed to each of n predictions.
 
     Attributes:
         lams: weight that it was given, after the guard.
@@ -35,7 +35,7 @@ class Details(NamedTuple):
 
     @classmethod
     def empty(cls, n: int) -> "Details":
-        """Of a memory that says nothing."""
+        """Of a memory that contributes nothing."""
         return cls(
             np.zeros(n),
             np.full(n, np.inf, np.float32),
@@ -46,10 +46,10 @@ class Details(NamedTuple):
 
 
 class MethodRun:
-    """A method on its way through a text, with its costs so far.
+    """Runs one method over a text, and adds up its costs.
 
     Attributes:
-        seconds: of its own part.
+        seconds: spent by the method itself, without the model.
         tokens, searches: how many it predicted, and made.
         given: weight that its gate gave to the memory, over all tokens, before any guard.
         right: of that, what fell on the tokens that came.
@@ -96,7 +96,7 @@ class MethodRun:
 
 
 class EnsembleRun:
-    """One method in several memories on its way through a text; figures as of a `MethodRun`."""
+    """Runs one method in several memories over a text; figures as of a `MethodRun`."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         self.ensemble = ensemble
@@ -152,11 +152,9 @@ class EnsembleRun:
 def heaviest_entries(
     ids: Int[np.ndarray, "q c"], weights: Float[np.ndarray, "q c"]
 ) -> tuple[Int[np.ndarray, " q"], Float[np.ndarray, " q"]]:
-    """The entry of each row with the largest weight in all, and that weight; -1 and 0 if none.
+    """The entry of each row with the largest total weight, and that weight; -1 and 0 if none.
 
-    Of equal ones it is the lowest.
-
-    An entry may stand in a row several times.
+    An entry may stand in a row several times. Ties go to the lowest id.
     """
     if not ids.shape[1]:
         return np.full(len(ids), NO_ENTRY, dtype=np.int64), np.zeros(len(ids))

@@ -1,4 +1,4 @@
-"""What tuning and evaluation share: a text made ready for a model, and its memory's key layer."""
+"""Prepare a text for scoring: its tokens, its windows, and the memory's key layer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class ScoredBlock:
     seconds: float
 
     def rows(self, rows: slice) -> "ScoredBlock":
-        """A run of its predictions, with the seconds of all."""
+        """A run of its predictions; `seconds` stays that of the whole block."""
         return ScoredBlock(
             self.sequences[rows],
             self.documents[rows],
@@ -158,7 +158,7 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        sequences = self.text.sequences  # of a stream, made anew at every look
+        sequences = self.text.sequences
         for group in self.encoder.scores(sequences, with_view, self.text.encoder_tokens):
             scored = []
             for batch in group:
@@ -257,7 +257,7 @@ def read_text(
 
 
 def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool) -> None:
-    """Refuse what makes no sense where each text has a source (SettingError, CorpusError)."""
+    """Refuse what an encoder–decoder cannot score (SettingError, CorpusError)."""
     if arrays:
         raise CorpusError(
             "an encoder–decoder reads a source for each text, and arrays of token ids have none: "

@@ -1,4 +1,4 @@
-"""Which entries spoke for the tokens of a finished sequence."""
+"""Which entries contributed to the tokens of a finished sequence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ _SHOWN = 3  # entries of a token, where it is printed
 
 @dataclass(frozen=True)
 class Source:
-    """An entry that spoke for a token: where it stands, and its share of the memory's say."""
+    """An entry that contributed to a token: where it is, and its share of the memory's weight."""
 
     entry: int
     document: int
@@ -54,8 +54,8 @@ class TokenSources:
         return asdict(self)
 
 
-class _Spoken(NamedTuple):
-    """A token, what each entry added to its probability (strongest first), and what the model."""
+class _Contribution(NamedTuple):
+    """What each entry added to a token's probability (strongest first), and what the model did."""
 
     token: int
     entries: dict[tuple[int, int], float]  # number of the memory, and entry
@@ -74,13 +74,13 @@ def token_sources(
     `lm_log_probs` are the model's of the targets, in nats.
     """
     each = [
-        _spoken(number, lookup, queries, targets, lm_log_probs, skip)
+        _contributions(number, lookup, queries, targets, lm_log_probs, skip)
         for number, lookup in enumerate(ensemble.lookups)
         if ensemble.weights[number]
     ]
     weights = [weight for _, weight in ensemble.used]
     alone = (1 - sum(weights)) * lm_log_probs[skip:].double().exp().numpy()
-    spoken = []
+    contributions = []
     for token, rest, *of_token in zip(targets[skip:].tolist(), alone.tolist(), *each, strict=True):
         entries = {
             entry: weight * share
@@ -89,20 +89,20 @@ def token_sources(
         }
         from_lm = sum(w * one.from_lm for one, w in zip(of_token, weights, strict=True))
         strongest = dict(sorted(entries.items(), key=lambda item: -item[1]))
-        spoken.append(_Spoken(token, strongest, from_lm + rest))
-    return _placed([lookup.memory for lookup in ensemble.lookups], spoken)
+        contributions.append(_Contribution(token, strongest, from_lm + rest))
+    return _placed([lookup.memory for lookup in ensemble.lookups], contributions)
 
 
-def _spoken(
+def _contributions(
     number: int,
     lookup: Lookup,
     queries: Queries,
     targets: Int[np.ndarray, " n"],
     lm_log_probs: Float[Tensor, " n"],
     skip: int,
-) -> list[_Spoken]:
-    """What the entries of one memory, and the model beside it, gave to each token."""
-    spoken: list[_Spoken] = []
+) -> list[_Contribution]:
+    """What the entries of one memory, and the model beside it, added to each token."""
+    contributions: list[_Contribution] = []
     sequences = np.zeros(len(targets), dtype=np.int64)
     for one in steps(lookup, queries, sequences, targets, lm_log_probs, {}):
         prediction, trust = one.prediction, one.prediction.trust
@@ -113,14 +113,14 @@ def _spoken(
         for i, row in enumerate(one.rows.tolist()):
             if row >= skip:
                 entries = _totals(number, prediction.candidates.ids[i], right[i])
-                spoken.append(_Spoken(int(targets[row]), entries, float(from_lm[i])))
-    return spoken
+                contributions.append(_Contribution(int(targets[row]), entries, float(from_lm[i])))
+    return contributions
 
 
 def _totals(
     memory: int, ids: Int[np.ndarray, " c"], weights: Float[np.ndarray, " c"]
 ) -> dict[tuple[int, int], float]:
-    """What each entry weighs in all; one that stands twice among the candidates counts twice."""
+    """Total weight of each entry; one that is a candidate twice counts twice."""
     some = weights > 0
     entries, at = np.unique(ids[some], return_inverse=True)
     totals = np.bincount(at, weights[some], minlength=len(entries))
@@ -130,10 +130,10 @@ def _totals(
     }
 
 
-def _placed(memories: Sequence[Memory], spoken: list[_Spoken]) -> list[TokenSources]:
+def _placed(memories: Sequence[Memory], contributions: list[_Contribution]) -> list[TokenSources]:
     """Look up where the entries stand; each document is read once, in the file's order."""
     of_memory: dict[int, list[int]] = {}
-    for memory, entry in sorted({entry for one in spoken for entry in one.entries}):
+    for memory, entry in sorted({entry for one in contributions for entry in one.entries}):
         of_memory.setdefault(memory, []).append(entry)
     places: dict[tuple[int, int], Place] = {}
     for memory, ids in of_memory.items():
@@ -143,7 +143,7 @@ def _placed(memories: Sequence[Memory], spoken: list[_Spoken]) -> list[TokenSour
     needed = sorted({(memory, place.document) for (memory, _), place in places.items()})
     documents = {(memory, number): memories[memory].document(number) for memory, number in needed}
     result = []
-    for token, entries, from_lm in spoken:
+    for token, entries, from_lm in contributions:
         total = sum(entries.values())
         sources = [
             Source(

@@ -2,7 +2,7 @@
 
 A state is the entries that agreed with the last token; its pointers are their successors in the
 corpus (Alon et al., 2022, arXiv:2201.12431). Everything is a pure function of arrays: rows are
-sequences, a row's entries stand nearest first, and -1 fills what a row lacks.
+sequences, entries of a row come nearest first, and short rows are padded with -1.
 """
 
 from typing import Any, no_type_check
@@ -19,10 +19,10 @@ from nearest.index.threads import in_threads
 def extend(
     pointers: Int[np.ndarray, "q p"], clusters: Clusters | None, most: int
 ) -> Int[np.ndarray, "q e"]:
-    """Pointers and, where they leave room, all members of their clusters; at most `most` a row.
+    """Pointers, then the members of their clusters, up to `most` entries a row.
 
-    The clusters that hold most of the pointers come first (equal ones by number), their members in
-    the corpus's order. As published, a member that is a pointer too stands twice.
+    Clusters with the most pointers come first (ties by cluster number), members in corpus order. As
+    published, an entry that is both a pointer and a member is listed twice.
     """
     counts = (pointers >= 0).sum(1)
     width = int(counts.max(initial=0)) + (0 if clusters is None else len(clusters.members))
@@ -42,7 +42,7 @@ def extend(
 def extend_reference(
     pointers: Int[np.ndarray, "q p"], clusters: Clusters | None, most: int
 ) -> list[list[int]]:
-    """What `extend` gives, row by row, without the filling."""
+    """`extend` in plain Python: lists without padding."""
     rows = []
     for row in pointers.tolist():
         kept = [pointer for pointer in row if pointer >= 0][:most]
@@ -58,7 +58,7 @@ def extend_reference(
 def without_repeated(
     ids: Int[np.ndarray, "q e"], others: Int[np.ndarray, "q k"]
 ) -> Int[np.ndarray, "q e"]:
-    """Ids with -1 in the place of each that stands among the row's others, or earlier in it."""
+    """Replace by -1 each id that occurs in the same row of `others`, or earlier in its own."""
     kept = ids.copy()
     for row, other in zip(kept, others, strict=True):
         repeated = np.isin(row, other)
@@ -74,7 +74,7 @@ def agreeing(
     values: Int[np.ndarray, "q c"],
     tokens: Int[np.ndarray, " q"],
 ) -> Int[np.ndarray, "q a"]:
-    """Candidates whose value is the token that came, nearest first, equal ones as they stood."""
+    """Ids of candidates whose value is the token that came, nearest first; stable for ties."""
     right: Bool[np.ndarray, "q c"] = (values == tokens[:, None]) & (ids >= 0)
     kept = np.full((len(ids), int(right.sum(1).max(initial=0))), NO_ENTRY, dtype=np.int64)
 

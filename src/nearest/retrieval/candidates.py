@@ -1,4 +1,4 @@
-"""The entries that are weighed for a prediction, of whichever kind."""
+"""Candidate entries of a prediction, from every kind of retrieval."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,10 +12,9 @@ KINDS = ("dense", "pointers", "suffix")
 
 
 class Candidates(NamedTuple):
-    """Entries of each query, a column each; a kind's columns stand together, in KINDS' order.
+    """Candidate entries, one row a query; columns of one kind are contiguous, in KINDS' order.
 
-    Where a kind has fewer entries than columns for a query, the id and value are -1, the distance
-    +inf and the length 0.
+    A row with fewer entries of a kind is padded: id and value -1, distance +inf, length 0.
     """
 
     ids: Int[np.ndarray, "q c"]  # int64
@@ -28,7 +27,7 @@ class Candidates(NamedTuple):
     log_counts: Float[np.ndarray, "q c"] | None = None
 
     def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Candidates":
-        """Those of some queries."""
+        """The candidates of some queries."""
         return Candidates(
             self.ids[rows],
             self.values[rows],
@@ -40,12 +39,12 @@ class Candidates(NamedTuple):
         )
 
     def of(self, *kinds: str) -> slice:
-        """The columns of neighbouring kinds, such as "dense" and "pointers"."""
+        """The columns of one kind, or of kinds that are adjacent in KINDS."""
         first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
         return slice(sum(self.columns[:first]), sum(self.columns[: last + 1]))
 
     def has(self, kind: str) -> Bool[np.ndarray, " q"]:
-        """Whether anything of a kind was found."""
+        """Which queries have a candidate of this kind."""
         found: Bool[np.ndarray, " q"] = (self.ids[:, self.of(kind)] != NO_ENTRY).any(axis=1)
         return found
 
@@ -59,13 +58,13 @@ class Part(NamedTuple):
 
 
 def no_part(queries: int) -> Part:
-    """No candidates, as of a kind that was not looked up."""
+    """An empty part, for a kind that was not looked up."""
     shape = queries, 0
     return Part(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int16))
 
 
 def side_by_side(parts: Sequence[Part]) -> Part:
-    """The columns of all parts."""
+    """Concatenate parts along the candidate axis."""
     wide = [part for part in parts if part.ids.shape[1]] or parts[:1]
     if len(wide) == 1:
         return wide[0]
@@ -73,9 +72,9 @@ def side_by_side(parts: Sequence[Part]) -> Part:
 
 
 def without_own(part: Part, own: Int[np.ndarray, " q"], most: int) -> Part:
-    """Up to `most` entries a row, of `most` + 1 that were looked for: all but the query's own.
+    """Drop each query's own entry from a result of `most` + 1 candidates.
 
-    A row that lacks its own loses its last.
+    Rows that do not contain it drop their last column instead.
     """
     if part.ids.shape[1] <= most:
         part = Part(
@@ -90,7 +89,7 @@ def without_own(part: Part, own: Int[np.ndarray, " q"], most: int) -> Part:
 
 
 def scattered(part: Part, rows: Bool[np.ndarray, " n"]) -> Part:
-    """Parts of some queries as parts of all n; the other rows hold nothing."""
+    """Expand a part of the queries marked in `rows` to all n queries; other rows are empty."""
     if rows.all():
         return part
     shape = len(rows), part.ids.shape[1]

@@ -29,7 +29,7 @@ _LOG_LENGTHS = np.log1p(np.arange(MAX_MATCH + 1, dtype=np.float32))
 
 
 class Component(NamedTuple):
-    """A distribution made of some kinds' candidates, in one way of weighing them."""
+    """How candidates of some kinds are weighed into one distribution."""
 
     kinds: tuple[str, ...]  # that stand side by side in KINDS
     temperature: float
@@ -40,7 +40,7 @@ class Component(NamedTuple):
 def component_probs(
     candidates: Candidates, components: Sequence[Component], tokens: Int[np.ndarray, " q"]
 ) -> Float[np.ndarray, "q components"]:
-    """Probability (float64) that each component gives to one token a query; 0 where it is empty."""
+    """Probability (float64) of one token per query under each component; 0 if it is empty."""
     probs = np.zeros((len(tokens), len(components)))
     for n, component in enumerate(components):
         columns = _columns(candidates, component)
@@ -101,7 +101,7 @@ def candidate_weights(
 def token_probs(
     weights: Weights, candidates: Candidates, tokens: Int[np.ndarray, " q"]
 ) -> Float[np.ndarray, " q"]:
-    """What the candidates give to one token a query, in all."""
+    """Total probability that the candidates give to one token per query."""
     right = weights.candidates * (candidates.values == tokens[:, None])
     probs: Float[np.ndarray, " q"] = right.sum(axis=1)
     return probs

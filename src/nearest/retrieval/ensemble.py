@@ -15,9 +15,10 @@ from nearest.memory import Memory
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings, resolve_settings
 from nearest.retrieval.tuned import warn_of_settings
+from nearest.store.tuned import SettingsFrom
 
 _ROUNDING = 1e-6  # of weights that are to sum to 1
-
+_LEAST_FIRST: tuple[SettingsFrom, ...] = ("defaults", "self-tuned", "tuned")
 
 Memories = Memory | Sequence[Memory]
 
@@ -36,12 +37,17 @@ class Ensemble:
     p_m is what the model predicts with memory m alone, by that memory's own settings, gate and
     guard. A memory of weight 0 is not looked up.
 
+    Attributes:
+        settings_from: where settings come from that were not given singly: "tuned", "self-tuned" or
+            "defaults" (of several memories the least of these), or all were "given".
+
     Raises:
         SettingError: the weights are not one for each memory, negative, or sum to more than 1.
     """
 
     lookups: tuple[Lookup, ...]
     weights: tuple[float, ...]
+    settings_from: SettingsFrom = "given"
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.lookups):
@@ -83,7 +89,12 @@ class Ensemble:
             for memory in memories
         )
         equal = (1 / len(lookups),) * len(lookups)
-        return cls(lookups, equal if weights is None else tuple(weights))
+        found = [memory.settings_from(method) for memory in memories]
+        return cls(
+            lookups,
+            equal if weights is None else tuple(weights),
+            min(found, key=_LEAST_FIRST.index) if settings is None else "given",
+        )
 
     @cached_property
     def used(self) -> list[tuple[Lookup, float]]:

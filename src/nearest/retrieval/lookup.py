@@ -35,11 +35,11 @@ from nearest.retrieval.settings import Settings, method_named
 
 
 class Lookup:
-    """A memory, a method, its settings, and the gate that weighs what is found.
+    """One method over one memory, with its settings and the gate that weighs its candidates.
 
-    A method with a trained gate needs one (`gates.stored`); else λ is fixed. Dense searches are the
-    memory's own, unless several lookups share them (`search_cache`). Their candidates come nearest
-    first if `ordered`, else as they are found.
+    A method with a trained gate is given it (`gates.stored`); otherwise λ is fixed. Dense searches
+    call `Memory.search`, or a search that several lookups share (`search_cache`). If `ordered`,
+    they return candidates nearest first, otherwise in no particular order.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Lookup:
 
     @classmethod
     def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
-        """With the gate that the memory has for the method, and in order where it matters.
+        """Load the memory's gate for the method, and sort candidates only where order matters.
 
-        It does to gates that look at the nearest, and to pointers, which go on from them.
+        It matters to gates, which look at the nearest, and to pointers, which are kept in order.
 
         Raises:
             SettingError: the method needs a gate that the memory does not have.
@@ -79,7 +79,7 @@ class Lookup:
         return cls(memory, method, settings, gate, ordered=ordered)
 
     def unguarded(self) -> "Lookup":
-        """The same without a guard."""
+        """A copy without the guard."""
         if not self.settings.guard:
             return self
         other = copy(self)
@@ -150,7 +150,7 @@ class Lookup:
     def follow(
         self, candidates: Candidates, tokens: Int[np.ndarray, " q"]
     ) -> Int[np.ndarray, "q p"]:
-        """Pointers for the next prediction: the entries after those whose value came."""
+        """Pointers for the next prediction: successors of candidates whose value is the token."""
         columns = candidates.of("dense", "pointers")
         agreed = automaton.agreeing(
             candidates.ids[:, columns],
@@ -175,9 +175,9 @@ class Lookup:
     def _to_search(
         self, queries: Queries, left: Int[np.ndarray, " q"], pointed: Part, matched: Part
     ) -> Bool[np.ndarray, " q"]:
-        """Which queries are searched for: as the gate says, else where few pointers are left.
+        """Which queries get a dense search: the gate's choice, or those with few pointers left.
 
-        `left` counts them before clusters add to them.
+        `left` counts pointers before members of their clusters are added.
         """
         count = len(queries.keys)
         if "dense" not in self.kinds:
@@ -231,13 +231,13 @@ class Lookup:
 
     @staticmethod
     def _others(queries: Queries, find: Callable[[int], Part], most: int) -> Part:
-        """Up to `most` entries as found, the queries' own left out."""
+        """Up to `most` candidates a query, without the query's own entry (leave-one-out)."""
         if queries.own is None:
             return find(most)
         return without_own(find(most + 1), queries.own, most)
 
     def _lengths(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Int[np.ndarray, "q c"]:
-        """Match lengths, where the gate weighs by them."""
+        """Match lengths if a component weighs by them, otherwise zeros."""
         if not self._measures_matches:
             return np.zeros(ids.shape, dtype=np.int16)
         return self.memory.match_lengths(ids, queries.context, queries.ends)

@@ -13,7 +13,7 @@ from nearest.memory import Memory
 
 @runtime_checkable
 class Search(Protocol):
-    """What `Memory.search` is."""
+    """The signature of `Memory.search`."""
 
     def __call__(
         self,
@@ -29,9 +29,9 @@ class Search(Protocol):
 
 @dataclass
 class _Answers:
-    """Of one kind of search: neighbours by the query's bytes, and what finding them took."""
+    """Results of one kind of search by the query's bytes, and the time that they took."""
 
-    of: dict[bytes, Neighbours] = field(default_factory=dict)
+    by_query: dict[bytes, Neighbours] = field(default_factory=dict)
     seconds: float = 0.0
     searched: int = 0
 
@@ -66,12 +66,12 @@ class SearchCache:
         wide = _fetched(k, distances, rerank)
         answers = self._answers.setdefault((distances, wide), _Answers())
         names = [row.tobytes() for row in queries]
-        unseen = {name: row for row, name in enumerate(names) if name not in answers.of}
+        unseen = {name: row for row, name in enumerate(names) if name not in answers.by_query}
         if unseen:
             self._search(queries, unseen, wide, distances, answers)
         found = Neighbours(
-            np.stack([answers.of[name].ids[0, :k] for name in names]),
-            np.stack([answers.of[name].distances[0, :k] for name in names]),
+            np.stack([answers.by_query[name].ids[0, :k] for name in names]),
+            np.stack([answers.by_query[name].distances[0, :k] for name in names]),
         )
         self.seconds += time.perf_counter() - started
         return found
@@ -89,7 +89,7 @@ class SearchCache:
     def forget(self) -> None:
         """Forget the queries, but not what they cost."""
         for answers in self._answers.values():
-            answers.of.clear()
+            answers.by_query.clear()
 
     def _search(
         self,
@@ -104,7 +104,7 @@ class SearchCache:
         answers.seconds += time.perf_counter() - started
         answers.searched += len(unseen)
         for row, name in enumerate(unseen):
-            answers.of[name] = Neighbours(*(array[row : row + 1] for array in found))
+            answers.by_query[name] = Neighbours(*(array[row : row + 1] for array in found))
 
 
 def _fetched(k: int, distances: str, rerank: int) -> int:

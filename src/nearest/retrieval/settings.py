@@ -1,13 +1,12 @@
 """The methods by name, and what each leaves open."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
-from nearest.errors import SettingError
+from nearest.errors import SettingError, warn_caller
 from nearest.memory import Memory
 from nearest.retrieval.candidates import KINDS
 from nearest.store.searched import DISTANCES
@@ -189,10 +188,9 @@ def resolve_settings(
     settings = Settings(**{**defaults, **tuned, **chosen})
     if "dense" in method_named(method).kinds and settings.k > memory.entries:
         if "k" in chosen:
-            warnings.warn(
+            warn_caller(
                 f"k = {settings.k:,} is more than the memory's {memory.entries:,} entries: "
-                "all of them are used",
-                stacklevel=2,
+                "all of them are used"
             )
         settings = replace(settings, k=memory.entries)
     return settings

@@ -1,4 +1,4 @@
-"""How the candidates' say is spread over tokens: what a gate can tell about a distribution."""
+"""Summary statistics of the candidates' distribution over tokens, as inputs of gates."""
 
 from typing import Any, no_type_check
 
@@ -14,7 +14,7 @@ VOTES = ("top probability", "entropy", "log distinct tokens")
 def votes(
     weights: Float[np.ndarray, "q c"], values: Int[np.ndarray, "q c"]
 ) -> Float[np.ndarray, "q 3"]:
-    """Of each row's distribution over tokens, as in VOTES (entropy in nats); 0 without any."""
+    """VOTES of each row's distribution over tokens (entropy in nats); 0 without candidates."""
     found = np.zeros((len(weights), len(VOTES)), dtype=np.float32)
 
     def work(part: slice) -> None:
@@ -27,7 +27,7 @@ def votes(
 def votes_reference(
     weights: Float[np.ndarray, "q c"], values: Int[np.ndarray, "q c"]
 ) -> Float[np.ndarray, "q 3"]:
-    """What `votes` gives, with a dictionary a row."""
+    """`votes` in plain Python."""
     found = np.zeros((len(weights), len(VOTES)))
     for row, (own, tokens) in enumerate(zip(weights.tolist(), values.tolist(), strict=True)):
         totals: dict[int, float] = {}

@@ -67,7 +67,7 @@ class Retrieval:
 
 def version_of(memory: Memory) -> int:
     """The version that a memory was opened in."""
-    return memory.manifest.generation
+    return memory.manifest.version
 
 
 def name_of(path: Path) -> str:

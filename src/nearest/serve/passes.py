@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from nearest.encode.layers import KeyLayer, captured_input
+from nearest.encode.hooks import captured_input
+from nearest.encode.layers import KeyLayer
 from nearest.errors import ModelError
 
 

@@ -74,7 +74,7 @@ class Change:
     @property
     def number(self) -> int:
         """The number of the next snapshot."""
-        return self.manifest.generation + 1
+        return self.manifest.version + 1
 
     def files(self, segment: str | None = None) -> NewFiles:
         """Where new files of a segment go; without its name, those that all segments share."""
@@ -91,7 +91,7 @@ class Change:
     def publish(self, **fields: Any) -> None:
         """Make the snapshot that differs in some fields of the manifest the one that stands."""
         write_manifest(
-            self.path, msgspec.structs.replace(self.manifest, generation=self.number, **fields)
+            self.path, msgspec.structs.replace(self.manifest, version=self.number, **fields)
         )
 
 

@@ -22,6 +22,7 @@ from nearest.folder import ArrayFile
 FRAME_DTYPE = np.dtype(np.int64)
 _FRAME_BYTES = 1 << 18
 _LARGEST_FRAME = 1 << 30  # bytes, decompressed: what a reader is ready to hold
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` would make one at each call
 
 
 def document_line(document: Document) -> bytes:
@@ -30,7 +31,12 @@ def document_line(document: Document) -> bytes:
     if document.encoder_text is not None:
         record["encoder_text"] = document.encoder_text
     # Of a long text few copies at once: the string is gone before the line gets its end.
-    return b"".join((json.dumps(record, ensure_ascii=False).encode(), b"\n"))
+    return b"".join((_as_json(record).encode(), b"\n"))
+
+
+def _id_first(document_id: str) -> bytes:
+    """How the line of a document with this id begins."""
+    return b'{"id": ' + _as_json(document_id).encode() + b", "
 
 
 class DocumentWriter:
@@ -99,18 +105,14 @@ class DocumentReader:
     def __init__(self, file: BinaryIO, frames: Int[np.ndarray, "frames 2"], documents: int) -> None:
         self._file = file
         self._frames = frames
+        self._first = np.ascontiguousarray(frames[:, 0])  # document of each frame
         self._documents = documents
-        self._cached: tuple[int, list[bytes]] = (-1, [])
+        self._cached: tuple[int, list[bytes]] = (0, [])  # the first document's number, and lines
 
     def __getitem__(self, number: int) -> Document:
         """The document with this number in the segment."""
-        frame = int(np.searchsorted(self._frames[:, 0], number, side="right")) - 1
-        cached, lines = self._cached  # read once: another thread may replace it
-        if cached != frame:
-            lines = self._read_frame(frame)
-            self._cached = (frame, lines)
         try:
-            record: dict[str, Any] = json.loads(lines[number - int(self._frames[frame, 0])])
+            record: dict[str, Any] = json.loads(self._line(number))
             return Document(
                 record["id"],
                 record["text"],
@@ -118,11 +120,27 @@ class DocumentReader:
                 record["id"],
                 record.get("encoder_text"),
             )
-        except (IndexError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
 
     def __len__(self) -> int:
         return self._documents
+
+    def has_id(self, number: int, document_id: str) -> bool:
+        """Whether the document with this number has this id; seldom decodes the document."""
+        return self._line(number).startswith(_id_first(document_id)) or (
+            self[number].id == document_id  # written with its fields in another order
+        )
+
+    def _line(self, number: int) -> bytes:
+        first, lines = self._cached  # read once: another thread may replace it
+        if not first <= number < first + len(lines):
+            frame = int(self._first.searchsorted(number, side="right")) - 1
+            first, lines = self._cached = int(self._first[frame]), self._read_frame(frame)
+        try:
+            return lines[number - first]
+        except IndexError as error:
+            raise self._damaged(error) from error
 
     def _read_frame(self, frame: int) -> list[bytes]:
         start = int(self._frames[frame, 1])

@@ -6,6 +6,7 @@ from typing import Any
 from nearest.index.choice import explained
 from nearest.store.manifest import KeysRecord, ModelRecord
 from nearest.store.snapshot import Snapshot
+from nearest.store.tuned import changed_since_tuning, settings_from
 
 
 def memory_info(memory: Snapshot) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
     return {
         "memory": str(memory.path),
         "format": manifest.format,
-        "generation": manifest.generation,
+        "snapshot": manifest.version,
         "documents": documents,
         "tokens": entries + documents,
         "entries": entries,
@@ -67,19 +68,16 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
             "members": sum(segment.members or 0 for segment in manifest.segments),
         },
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
-        "settings_found": {
-            method: "self-tuned" if values.get("self_tuned") else "tuned"
-            for method, values in manifest.settings.items()
-        }
+        "settings_found": {method: settings_from(manifest, method) for method in manifest.settings}
         or "none: the paper's defaults are in use",
-        "tuned_before_documents_changed": [
-            method
-            for method, generation in manifest.tuned_at.items()
-            if generation < manifest.documents_of
-        ],
-        "tuned_before_keys_changed": [
-            method for method in manifest.tuned_at if manifest.stale(method) == "keys"
-        ],
+        **{
+            f"tuned_before_{what}_changed": [
+                method
+                for method in manifest.tuned_at
+                if what in changed_since_tuning(manifest, method)
+            ]
+            for what in ("documents", "keys")
+        },
     }
 
 

@@ -210,11 +210,11 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
 
     `documents_of`: the snapshot in which documents were last added or removed; `tuned_at`: that
     in which each method's settings were found; `keys_of`: that in which keys or indexes were last
-    rewritten for all entries. (In the file, "generation" is the number of the snapshot.)
+    rewritten for all entries; `version` is the number of the snapshot ("generation" in the file).
     """
 
     format: Positive
-    generation: Positive
+    version: Positive = msgspec.field(name="generation")
     created_by: str
     model: ModelRecord
     keys: KeysRecord | None
@@ -248,17 +248,6 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
         return records
-
-    def stale(self, method: str) -> Literal["keys", "documents"] | None:
-        """What has changed since a method's settings and gate were found; None if nothing has.
-
-        "keys": they were found with other keys or another index (`nearest compress`, `nearest
-        index`), so that distances mean something else. "documents": some came or went.
-        """
-        tuned = self.tuned_at.get(method)
-        if tuned is None or tuned >= max(self.keys_of, self.documents_of):
-            return None
-        return "keys" if tuned < self.keys_of else "documents"
 
 
 def hub_blobs(folder: Path) -> Path | None:
@@ -347,7 +336,7 @@ def _decode(folder: Path, data: bytes) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Publish a generation: before the rename the old one stands, after it the new one."""
+    """Publish a snapshot: before the rename the old one stands, after it the new one."""
     unsigned = msgspec.structs.replace(manifest, checksum=_UNSIGNED)
     data = msgspec.json.format(msgspec.json.encode(unsigned), indent=1) + b"\n"
     checksum = _checksum(data, _UNSIGNED)

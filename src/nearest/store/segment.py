@@ -193,7 +193,7 @@ class Segment:
     def find(self, document_id: str) -> int | None:
         """The stored number of the document with this id; None where there is none (any more)."""
         for number in np.flatnonzero(self.id_hashes == id_hash(document_id)).tolist():
-            if number not in self.removed and self.documents[number].id == document_id:
+            if number not in self.removed and self.documents.has_id(number, document_id):
                 return int(number)
         return None
 

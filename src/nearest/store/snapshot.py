@@ -8,7 +8,7 @@ int64 and count through all segments; positions of removed documents are counted
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ from nearest.store.manifest import KeysRecord, Manifest, read_manifest
 from nearest.store.parts.corpus import pair_bytes
 from nearest.store.parts.suffix import suffix_array
 from nearest.store.segment import Segment, no_keys
+from nearest.store.tuned import Changed, SettingsFrom, changed_since_tuning, settings_from
 
 
 class Place(NamedTuple):
@@ -68,20 +69,24 @@ class Snapshot:
                 segments = [Segment(path, manifest, record) for record in manifest.segments]
                 return Snapshot(path, manifest, segments)
             except (FolderError, FileNotFoundError):
-                if read_manifest(path).generation == manifest.generation:
+                if read_manifest(path).version == manifest.version:
                     raise  # else a writer has published meanwhile, and deleted the files of before
 
     def settings(self, method: str) -> dict[str, Any]:
         """What `tune` found for a method; empty when it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
 
-    def settings_stale(self, method: str) -> Literal["keys", "documents"] | None:
-        """What has changed since a method was tuned; None if nothing has, or it was not tuned.
+    def settings_from(self, method: str) -> SettingsFrom:
+        """Where the settings of a method come from: "tuned", "self-tuned" or "defaults"."""
+        return settings_from(self.manifest, method)
 
-        "keys": keys or indexes were rewritten (`compress`, `reindex`): distances mean something
-        else, and a gate trained on them must not be used. "documents": some came or went.
+    def changed_since_tuning(self, method: str) -> dict[Changed, str]:
+        """What has changed since a method was tuned, "keys" or "documents", and how.
+
+        Where keys or indexes were rewritten (`compress`, `reindex`), distances mean something else,
+        and a gate trained on them is refused. Empty if nothing has changed, or nothing was tuned.
         """
-        return self.manifest.stale(method)
+        return changed_since_tuning(self.manifest, method)
 
     def __repr__(self) -> str:
         keys = self.manifest.keys

@@ -1,4 +1,4 @@
-"""What a mean hides: where a method harms, and whether its neighbours know anything at all."""
+"""What a mean hides: where a method does harm, and whether its neighbours are informative."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Harm:
     documents: tuple[tuple[str, float], ...]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, None for what is infinite."""
+        """Plain values; None for infinite ones."""
         return {
             "fraction": self.fraction,
             "mean": _finite(self.mean),
@@ -43,7 +43,7 @@ def harm_of(
     documents: Int[np.ndarray, " tokens"],
     ids: Sequence[str],
 ) -> Harm:
-    """From what each token loses to the base model: nll minus the base model's, in nats."""
+    """Summarise losses: the nll of each token minus the base model's, in nats."""
     losses = np.where(np.isnan(losses), 0.0, losses)  # impossible for both
     worse = losses > _NOTICEABLE
     sums = np.bincount(documents, losses, minlength=len(ids))
@@ -59,13 +59,13 @@ def harm_of(
 
 @dataclass(frozen=True)
 class NeighbourCheck:
-    """What the neighbours know: of the weight that they are given, how much falls on which tokens.
+    """Whether neighbours are informative: how much of their weight falls on the right token.
 
     Attributes:
-        right: on the token that came, which is p_memory(token), weighed by λ.
-        chance: on tokens that came elsewhere in the text: all that neighbours give which know
-            nothing of the context.
-        tokens: that were predicted.
+        right: mean p_memory of the token that came, weighed by λ.
+        chance: mean p_memory of tokens from elsewhere in the text, which is what neighbours that
+            know nothing of the context reach.
+        tokens: number of predictions.
     """
 
     right: float
@@ -74,7 +74,7 @@ class NeighbourCheck:
 
     @property
     def useless(self) -> bool:
-        """Whether they give hardly more to the right token than to any other of the text.
+        """Whether the right token gets hardly more weight than any other token of the text.
 
         The mixture is then about (1 − λ) of the base model: perplexity grows by 1 / (1 − λ).
         """

@@ -19,7 +19,7 @@ from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
 from nearest.retrieval.settings import BASE, Settings, check_method, check_settings, settings_of
 from nearest.verbs.checks import NeighbourCheck, harm_of
 from nearest.verbs.leak import Leak, find_leak
-from nearest.verbs.records import RecordFile, Records, check_records_path, records_of
+from nearest.verbs.records import Records, check_records_path, record_file, records_of
 from nearest.verbs.results import Checks, Cost, Result, result_of
 
 
@@ -134,7 +134,7 @@ def evaluate(
 def _sink(records: str | Path | Records | None) -> AbstractContextManager[Records | None]:
     """What takes the records while the context lasts."""
     if isinstance(records, str | Path):
-        return RecordFile(Path(records))
+        return record_file(Path(records))
     return nullcontext(records)
 
 
@@ -188,6 +188,7 @@ class _Scored:
             _common_settings(run.ensemble, method),
             compared_to,
             checks,
+            run.ensemble.settings_from,
         )
 
 

@@ -14,6 +14,7 @@ from nearest.models.attach import attach
 from nearest.models.sources import Source, TokenSources
 from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.settings import BASE, check_method
+from nearest.store.tuned import SettingsFrom
 from nearest.verbs.prompt import FirstToken, Messages, Streamer, prompt_tokens
 
 _CONTEXT_TOKENS = 12
@@ -54,6 +55,7 @@ class Generation:
 
     `prompt` is the last message of a chat. `continues`: whether the text goes on where the prompt
     ends. An answer in a chat does not, nor does what an encoder–decoder makes of its input.
+    `settings_from`: as of a `Session`; None for the base model.
     """
 
     prompt: str
@@ -61,6 +63,7 @@ class Generation:
     tokens: list[GeneratedToken]
     documents: list[DocumentShare]
     continues: bool = True
+    settings_from: SettingsFrom | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -128,6 +131,7 @@ def generate(
     if method == BASE:
         output = model.generate(**arguments)  # type: ignore[operator]
         named: list[TokenSources] = []
+        settings_from = None
     else:
         with attach(
             model,
@@ -141,6 +145,7 @@ def generate(
         ) as session:
             output = model.generate(**arguments)  # type: ignore[operator]
             named = session.sources(0) if sources else []
+            settings_from = session.settings_from
     new, before = output[0, len(text) :].tolist(), text[1:]
     pieces = decode_pieces(tokenizer, before, [token.token for token in named])
     pieces[:1] = [piece.removeprefix(read.spaces) for piece in pieces[:1]]
@@ -153,6 +158,7 @@ def generate(
         ],
         _document_shares(tokenizer, memories, named),
         continues,
+        settings_from,
     )
 
 

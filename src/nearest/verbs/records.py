@@ -3,11 +3,9 @@
 Records stream by in tables of columns, and to disk as Parquet, whole or not at all.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from nearest.corpus.text import Text
 from nearest.errors import FolderError, require
-from nearest.folder import disk_errors_explained, fsync_file
+from nearest.folder import disk_errors_explained, whole_file
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.models.method_run import Details
@@ -125,54 +123,30 @@ def _beginning(path: Path) -> bytes:
         raise FolderError(f"{path} cannot be read ({error.strerror}): choose another") from error
 
 
-class RecordFile:
-    """Write records to a Parquet file, which appears whole when the context ends without error."""
+@contextmanager
+def record_file(path: Path) -> Iterator[Records]:
+    """Writes records to a Parquet file, which appears whole when the context ends without error."""
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
+    schema = _schema()
 
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._schema = _schema()
-        with disk_errors_explained(path.parent):
-            self._file = self._partial.open("wb")
-            self._writer = parquet.ParquetWriter(self._file, self._schema)
-
-    def __call__(self, records: Mapping[str, np.ndarray]) -> None:
-        """Add rows."""
-        import pyarrow as pa
-
+    def write(records: Mapping[str, np.ndarray]) -> None:
         arrays = []
-        for column in self._schema:
+        for column in schema:
             values = records[column.name]
             # NaN and None are missing by themselves
             missing = values == NO_ENTRY if column.name == "source_position" else None
             arrays.append(pa.array(values, column.type, mask=missing, from_pandas=True))
-        with disk_errors_explained(self._path.parent):
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
-    def __enter__(self) -> "RecordFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    with disk_errors_explained(path.parent), whole_file(path) as file:
+        writer = parquet.ParquetWriter(file, schema)
         try:
-            if kind is None:
-                with disk_errors_explained(self._path.parent):
-                    self._writer.close()
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._partial.replace(self._path)
-                    fsync_file(self._path.parent)
+            yield write
+            writer.close()
         finally:
-            self._writer.is_open = False  # else it tries to write when it is collected
-            with suppress(OSError):  # of what is thrown away
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
+            writer.is_open = False  # else it tries to write when it is collected
 
 
 def _schema() -> Any:

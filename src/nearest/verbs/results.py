@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from nearest.corpus.text import Text
 from nearest.errors import require
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
+from nearest.store.tuned import SettingsFrom
 from nearest.verbs.checks import Harm, NeighbourCheck
 from nearest.verbs.leak import Leak
 
@@ -56,6 +57,9 @@ class Result:
         document_nll: summed nll of each document, in nats.
         document_tokens: tokens predicted in each document.
         checks: what to know before the figures are believed.
+        settings_from: where the settings come from that were not given: "tuned", "self-tuned" or
+            "defaults" (of several memories the least of these); "given" where all were; None for
+            the base model.
     """
 
     method: str
@@ -79,6 +83,7 @@ class Result:
     document_nll: Float[np.ndarray, " documents"]
     document_tokens: Int[np.ndarray, " documents"]
     checks: Checks
+    settings_from: SettingsFrom | None = None
 
     def __repr__(self) -> str:
         """Method, perplexity with its interval, and on how many tokens."""
@@ -118,6 +123,7 @@ def result_of(
     settings: Mapping[str, Any],
     compared_to: Float[np.ndarray, " documents"] | None = None,
     checks: Checks | None = None,
+    settings_from: SettingsFrom | None = None,
 ) -> Result:
     """Figures from the summed nll of each document, and of those it is compared to."""
     counts = np.array([len(tokens) - 1 for tokens in text.documents])
@@ -151,6 +157,7 @@ def result_of(
         document_nll=nll,
         document_tokens=counts,
         checks=checks or Checks(),
+        settings_from=settings_from,
     )
 
 

@@ -20,7 +20,7 @@ from nearest.progress import Progress, no_progress
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.gates.gate import Examples
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.tuned import SELF_TUNED, found_on
+from nearest.store.tuned import SELF_TUNED, found_on
 from nearest.verbs.settings_search import Sweep, best_settings, looked_up
 
 _PREDICTIONS = 10_000  # of the sample, or a tenth of the memory's, but
@@ -67,7 +67,7 @@ def self_tune(
         tuned = best_settings(wide, (_held_out(one, own, kept, most) for one in examples))
         settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
         stored = replace(tuned, settings=settings).as_json()
-        stored = {**stored, **found_on(memory), SELF_TUNED: True}
+        stored = {**stored, **found_on(memory.manifest), SELF_TUNED: True}
         store_settings(memory.path, method, stored, found_in=memory.manifest)
     memory.take_over_settings()
     return True

@@ -54,7 +54,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The widest look-up of a method, and what of it is varied beside temperature and λ."""
+    """A grid search: the lookup with the most candidates, and what varies beside λ and T."""
 
     lookup: Lookup
     variant: str
@@ -62,7 +62,7 @@ class Sweep:
 
     @classmethod
     def of(cls, memory: Memory, method: str, given: dict[str, Any]) -> "Sweep":
-        """With some settings fixed."""
+        """The grid for a method, with the given settings fixed."""
         defaults = Settings(**method_named(method).defaults)
         known = method_named(method).settings
         widest = replace(defaults, **given)
@@ -79,7 +79,7 @@ class Sweep:
         return cls(Lookup(memory, method, widest), variant, variants)
 
     def components(self, value: float) -> list[Component]:
-        """At every temperature, with one of the variants."""
+        """One component per temperature, at one value of what varies."""
         power, first = self.lookup.settings.length_power, None
         if self.variant == "k":
             first = int(value)
@@ -88,7 +88,7 @@ class Sweep:
         return [Component(self.lookup.kinds, t, power, first) for t in TEMPERATURES]
 
     def settings(self, temperature: float, value: float, lam: float) -> Settings:
-        """Those of one point of the sweep."""
+        """The settings of one point of the grid."""
         settings = replace(self.lookup.settings, temperature=temperature, lam=lam)
         if self.variant == "k":
             # It was chosen among the widest's candidates, and is to be fetched among as many.
@@ -97,7 +97,7 @@ class Sweep:
 
 
 def best_settings(sweep: Sweep, examples: Iterable[Examples]) -> Tuned:
-    """The point of the sweep with the lowest nll on examples that `sweep.lookup` found."""
+    """The grid point with the lowest nll on examples that `sweep.lookup` found."""
     lm_parts, parts = [], []
     for one in examples:
         lm_parts.append(np.exp(one.lm_log_probs.astype(np.float64)))
@@ -130,7 +130,7 @@ def best_settings(sweep: Sweep, examples: Iterable[Examples]) -> Tuned:
 def _best_on_grid(
     lm_probs: Float[np.ndarray, " n"], probs: Float[np.ndarray, "n temperatures"]
 ) -> tuple[Float[np.ndarray, " temperatures"], Float[np.ndarray, " temperatures"]]:
-    """The best of LAMS at each temperature, which stands beside the exact one, and its mean nll."""
+    """The best of LAMS at each temperature (next to the exact optimum), and its mean nll."""
     below = np.searchsorted(LAMS, best_lams(lm_probs, probs) + 1e-9) - 1
     around = [np.array(LAMS)[np.minimum(below + i, len(LAMS) - 1)] for i in range(2)]
     nlls = np.array([nll(lm_probs, probs, lams) for lams in around]) / len(lm_probs)

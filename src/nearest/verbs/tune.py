@@ -38,7 +38,7 @@ from nearest.retrieval.settings import (
     method_named,
     resolve_settings,
 )
-from nearest.retrieval.tuned import found_on
+from nearest.store.tuned import found_on
 from nearest.verbs.settings_search import Sweep, Tuned, best_settings, looked_up
 
 
@@ -137,7 +137,7 @@ def store_tuned(memory: Memory, tuned: Tuned | TunedGate) -> None:
     """
     method = tuned.method
     gate = to_store(tuned.gate, memory, method) if isinstance(tuned, TunedGate) else None
-    settings = {**tuned.as_json(), **found_on(memory)}
+    settings = {**tuned.as_json(), **found_on(memory.manifest)}
     try:
         store_settings(memory.path, method, settings, gate, found_in=memory.manifest)
     except (NearestError, OSError) as error:

@@ -4,6 +4,7 @@ A gate weighs components, which are distributions made of the candidates, after 
 some gates also decide, before the dense search, whether it is made at all.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -73,7 +74,7 @@ class SearchGate(Protocol):
         """Whether to search, such that about `skip` of the tuning text's searches are saved."""
 
 
-class StoredGate(nn.Module):
+class StoredGate(nn.Module, ABC):
     """A trained gate, which a memory keeps: tensors and a checked configuration.
 
     The constructor of each kind takes both, and raises KeyError or ValueError where they do not
@@ -89,11 +90,11 @@ class StoredGate(nn.Module):
         self.config = config
 
     @property
-    def components(self) -> tuple[Component, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def components(self) -> tuple[Component, ...]: ...
 
-    def shares(self, view: View) -> Float[np.ndarray, "q components"]:
-        raise NotImplementedError
+    @abstractmethod
+    def shares(self, view: View) -> Float[np.ndarray, "q components"]: ...
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from nearest.retrieval.gates.gate import StoredGate
 from nearest.retrieval.gates.meta_k import MetaKGate
 from nearest.retrieval.gates.mixture import MixtureGate
 from nearest.retrieval.settings import method_named
-from nearest.retrieval.tuned import what_keys
 from nearest.store.parts.gates import NewGate
+from nearest.store.tuned import what_keys
 
 GATES: dict[str, type[StoredGate]] = {
     "buckets": BucketsGate,
@@ -49,7 +49,7 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
             f"the gate of {memory.path} for {method} is of another kind, {file.record.kind!r}: "
             f"{cure}"
         )
-    config, keys = file.record.config, what_keys(memory)
+    config, keys = file.record.config, what_keys(memory.manifest)
     if config.get("keys", keys) != keys:
         raise SettingError(
             f"the gate of {memory.path} for {method} was trained with other keys "
@@ -87,6 +87,10 @@ def restored(kind: str, config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
 
 def to_store(gate: StoredGate, memory: Memory, method: str) -> NewGate:
     """A trained gate as it goes into the memory, with the method and the keys it is for."""
-    config = {**msgspec.to_builtins(gate.config), "method": method, "keys": what_keys(memory)}
+    config = {
+        **msgspec.to_builtins(gate.config),
+        "method": method,
+        "keys": what_keys(memory.manifest),
+    }
     arrays = {name: tensor.numpy() for name, tensor in gate.state_dict().items()}
     return NewGate(str(method_named(method).gate), config, arrays)

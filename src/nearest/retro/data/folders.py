@@ -1,29 +1,19 @@
 """Reading and writing the small folders of arrays that RETRO's data is made of."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nearest.errors import FolderError
-from nearest.folder import fsync_file
+from nearest.folder import whole_file
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write `.npy` in one rename: a kill leaves the old file or the new."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_file(path.parent)
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def read_array(path: Path) -> np.ndarray:

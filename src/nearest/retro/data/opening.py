@@ -83,7 +83,7 @@ def check_current(database: ChunkDatabase) -> None:
     memory = database.record.get("memory")
     if memory is None or not is_memory(memory["path"]):
         return
-    version = Memory.open(memory["path"]).manifest.generation
+    version = Memory.open(memory["path"]).manifest.version
     if version != memory["version"]:
         raise FolderError(
             f"{database.path} was made of version {memory['version']} of {memory['path']}, which "

@@ -12,7 +12,7 @@ from nearest.index.approximate import ApproximateIndex, inverted_lists
 from nearest.index.building import build_index, check_spec
 from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
-from nearest.index.keys import Float16Keys, Float32Keys, Keys
+from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import NO_ENTRY, Neighbours
 from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import recall as share_found
@@ -42,7 +42,7 @@ class ChunkIndex:
         self.record = record
         self.faiss_index = faiss_index
         self.entries, self.dim = embeddings.shape
-        keys = _keys(embeddings)
+        keys = FloatKeys(embeddings, "l2")
         backend = (
             ExactIndex(keys, np.arange(self.entries))
             if faiss_index is None
@@ -81,7 +81,7 @@ class ChunkIndex:
         if spec == EXACT or _too_few(spec, count):
             return exact
         rng = np.random.default_rng(seed)
-        built = build_index(_keys(embeddings), np.arange(count), spec, rng)
+        built = build_index(FloatKeys(embeddings, "l2"), np.arange(count), spec, rng)
         sample = np.sort(rng.choice(count, min(_RECALL_QUERIES, count), replace=False))
         queries = np.asarray(embeddings[sample], dtype=np.float32)
         at = min(RECALL_AT, count)
@@ -99,11 +99,6 @@ class ChunkIndex:
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest of each query, fewer where there are; ties in the random order of ids."""
         return self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-
-
-def _keys(embeddings: Float[np.ndarray, "n dim"]) -> Keys:
-    half = embeddings.dtype == np.float16
-    return Float16Keys(embeddings, "l2") if half else Float32Keys(embeddings, "l2")
 
 
 def _too_few(spec: str, count: int) -> bool:

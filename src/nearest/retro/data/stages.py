@@ -65,7 +65,7 @@ def chunk_memory(
             yield document.id, date_of(document), ends.put(tokens)
 
     record = {
-        "memory": {"path": str(memory.path), "version": memory.manifest.generation},
+        "memory": {"path": str(memory.path), "version": memory.manifest.version},
         **asdict(ends),
     }
     vocabulary = max([memory.manifest.model.vocab_size, *_beyond(ends)])

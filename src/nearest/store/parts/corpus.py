@@ -31,6 +31,7 @@ Paths = Mapping[str, Path]  # of a segment's files, by their names in the manife
 
 OFFSET_DTYPE = np.dtype(np.int64)
 _ID_DTYPE = np.dtype(np.uint64)
+_TOKENS_AT_ONCE = 1 << 16  # that are written
 
 _CORPUS = {
     "tokens": "tokens.npy",
@@ -117,7 +118,7 @@ def write_corpus(
     """
     files.path("").mkdir(parents=True)
     dtype = token_dtype(model.vocab_size)
-    lengths, hashes, total = array("q", [0]), array("Q"), 0
+    lengths, hashes, total, written = array("q", [0]), array("Q"), 0, 0
     with (
         ArrayFile(files.path(LAYOUT["tokens"]), dtype) as file,
         DocumentWriter(files.path(LAYOUT["documents"]), files.path(LAYOUT["frames"])) as store,
@@ -125,15 +126,21 @@ def write_corpus(
         if model.source_vocab_size is None
         else _SourceWriter(files, model.source_vocab_size) as sources,
     ):
+        tokens: list[Tokens] = []
         for item in documents:
-            file.append(item.tokens.astype(dtype))
+            tokens.append(item.tokens)
             store.append(item.document)
             if sources is not None and item.encoder_tokens is not None:
                 sources.append(item.encoder_tokens)
             hashes.append(int(id_hash(item.document.id)))
             lengths.append(len(item.tokens))
             total += len(item.tokens)
+            if total - written >= _TOKENS_AT_ONCE:
+                file.append(np.concatenate(tokens, dtype=dtype, casting="unsafe"))
+                tokens, written = [], total
             progress("tokens", total, None)
+        if tokens:
+            file.append(np.concatenate(tokens, dtype=dtype, casting="unsafe"))
     if not hashes:
         raise CorpusError("the corpus holds no documents: give it at least one")
     entries = total - len(hashes)

@@ -1,22 +1,20 @@
-"""Add documents to a memory, replace them, and take them back: each as one new snapshot."""
+"""Add documents to a memory, or replace some, as one new snapshot."""
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
-import numpy as np
 
 from nearest.build.corpus_segments import write_added
 from nearest.build.keys import EncodedKeys
 from nearest.build.match import check_tokenizer, matching_key_layer, refuse_attached, rules_of
+from nearest.build.remove import without
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
-from nearest.corpus.unique import id_hash
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, SettingError
@@ -26,22 +24,15 @@ from nearest.store.change import Change, changing
 from nearest.store.manifest import SegmentRecord
 from nearest.store.new_files import NewFiles
 from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
-from nearest.store.parts.corpus import LAYOUT
 from nearest.store.parts.index import IndexChoice
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
+from nearest.store.stored_ids import StoredIds
 
 _SEGMENTS_OF_A_SIZE = 4
 
 
 IfExists = Literal["error", "skip", "replace"]
-
-
-class Stored(NamedTuple):
-    """Where a document is: the number of its segment, and its stored number in it."""
-
-    segment: int
-    number: int
 
 
 @dataclass(frozen=True)
@@ -190,55 +181,6 @@ def plan_of_additions(change: Change, encoder: Encoder | None, options: AddOptio
     )
 
 
-class StoredIds:
-    """The ids of all documents of a memory, sorted by their hashes once for all look-ups."""
-
-    def __init__(self, memory: Snapshot) -> None:
-        self.path = memory.path
-        self._segments = memory.segments
-        numbers = [segment.numbers for segment in memory.segments]
-        hashes = [s.id_hashes[own] for s, own in zip(memory.segments, numbers, strict=True)]
-        every = np.concatenate(hashes)
-        order = np.argsort(every, kind="stable")
-        self._hashes = every[order]
-        self._segment = np.repeat(np.arange(len(numbers)), list(map(len, numbers)))[order]
-        self._number = np.concatenate(numbers)[order]
-
-    def has_hash_of(self, document_id: str) -> bool:
-        """Whether a document has this id, or another with the same hash; reads no document."""
-        wanted = id_hash(document_id)
-        at = int(np.searchsorted(self._hashes, wanted))
-        return at < len(self._hashes) and bool(self._hashes[at] == wanted)
-
-    def find(self, ids: Sequence[str]) -> list[Stored | None]:
-        """Where the document with each id is stored; None where there is none (any more).
-
-        Documents are read in the order in which they are stored, for they are compressed together.
-        """
-        wanted = np.array([id_hash(document_id) for document_id in ids], self._hashes.dtype)
-        bounds = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
-        candidates = [
-            (Stored(int(self._segment[at]), int(self._number[at])), i)
-            for i, (start, stop) in enumerate(zip(*bounds, strict=True))
-            for at in range(start, stop)  # more than one where different ids have one hash
-        ]
-        found: list[Stored | None] = [None] * len(ids)
-        for stored, i in sorted(candidates):
-            if self._segments[stored.segment].documents[stored.number].id == ids[i]:
-                found[i] = stored
-        return found
-
-    def stored(self, ids: Sequence[str]) -> list[Stored]:
-        """As `find`; a CorpusError where a document is not there."""
-        places = self.find(ids)
-        if None in places:
-            raise CorpusError(
-                f"{self.path} has no document with the id {ids[places.index(None)]!r}: "
-                "nothing was changed"
-            )
-        return [place for place in places if place is not None]
-
-
 def _taken(
     known: StoredIds,
     documents: Iterable[Document],
@@ -273,70 +215,3 @@ def _taken(
         if there:
             replaced.append(document.id)
         yield document
-
-
-def remove_documents(path: Path, ids: Iterable[str], where: Mapping[str, Any]) -> list[Document]:
-    """Take documents back: those with these ids, or with all of this metadata.
-
-    A text in `where` also means the value of metadata that it is the JSON of: "2020" means 2020.
-
-    Returns:
-        What was removed, in the order in which it was stored.
-
-    Raises:
-        CorpusError: an id is not there, no document fits, or none would be left.
-        SettingError: neither ids nor metadata are given, or both.
-    """
-    ids = list(dict.fromkeys(ids))
-    if bool(ids) == bool(where):
-        raise SettingError("say which documents: either by id (--doc) or by metadata (--where)")
-    with changing(path) as change:
-        memory = change.snapshot
-        removed = sorted(StoredIds(memory).stored(ids) if ids else _with_metadata(memory, where))
-        documents = [memory.segments[s].documents[number] for s, number in removed]
-        segments = without(change, removed)
-        left = (Segment(path, change.manifest, record).entry_count for record in segments)
-        if not any(left):
-            raise CorpusError(
-                f"nothing would be left of {path}: delete its folder instead, or leave a document"
-            )
-        change.publish(segments=segments, documents_of=change.number)
-    return documents
-
-
-def _with_metadata(memory: Snapshot, where: Mapping[str, Any]) -> list[Stored]:
-    removed = []
-    for number, segment in enumerate(memory.segments):
-        for stored in segment.numbers.tolist():
-            metadata = segment.documents[stored].metadata
-            if all(key in metadata and _is(metadata[key], where[key]) for key in where):
-                removed.append(Stored(number, stored))
-    if not removed:
-        wanted = ", ".join(f"{key}={value}" for key, value in where.items())
-        raise CorpusError(f"{memory.path} has no document with {wanted}: nothing was removed")
-    return removed
-
-
-def _is(value: Any, wanted: Any) -> bool:
-    """Whether metadata has a value, or the text by which the command line names it."""
-    if value == wanted and isinstance(value, bool) == isinstance(wanted, bool):
-        return True
-    return (
-        isinstance(wanted, str)
-        and not isinstance(value, str)
-        and wanted == json.dumps(value, ensure_ascii=False)
-    )
-
-
-def without(change: Change, removed: Iterable[Stored]) -> list[SegmentRecord]:
-    """The segments, of which those that hold removed documents say so."""
-    records = list(change.manifest.segments)
-    own: dict[int, list[int]] = {}
-    for segment, number in removed:
-        own.setdefault(segment, []).append(number)
-    for segment, numbers in own.items():
-        record, before = records[segment], change.segments[segment].removed
-        every = np.sort(np.concatenate([before, numbers])).astype(np.int64)
-        file = change.files(record.name).write(LAYOUT["removed"], every)
-        records[segment] = record.with_files({"removed": file}, removed=len(every))
-    return records
