@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import random_documents
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
-from nearest.build import add
+from nearest.build import add as additions
 from nearest.build.build import rebuild_index
 from nearest.index import choice
 from nearest.index.neighbours import sort_nearest_first
@@ -73,7 +73,7 @@ def test_segments_that_are_scanned_become_one_with_an_index_when_there_are_many(
 ) -> None:
     memory = build_memory(tiny_model, DOCUMENTS[:5])
     folder, entries = memory.path, memory.entries
-    for module in (add, index_files, choice):
+    for module in (additions, index_files, choice):
         monkeypatch.setattr(module, "EXACT_BELOW", entries + 40)
     memory = add(memory, [Document("few", "the law")])
     assert filled_from(memory) == [None, None]
