@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from conftest import BYTES_AND_SPECIALS
+from conftest import BYTES_AND_SPECIALS, gates_trained_at_once, make_documents
+from nearest import Memory, tune
 from nearest.serve.app import ServeOptions, make_service
 from nearest.serve.run import Server
 
@@ -40,6 +41,25 @@ def roomy_model(positions: int = 512) -> PreTrainedModel:
     return model
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def with_gates(
+    model: PreTrainedModel, memory: Memory, tokenizer: Any, methods: Sequence[str]
+) -> Memory:
+    """The memory with briefly trained gates of some methods."""
+    tuning = make_documents(5, 20, seed=9)
+    with gates_trained_at_once():
+        for method in methods:
+            name, _, gate = method.partition("+")
+            tune(model, memory, tuning, method=name, tokenizer=tokenizer, gate=gate or "mixture")
+    return Memory.open(memory.path)
+
+
 class Running:
     """A server that runs, and a client of it."""
 
@@ -62,13 +82,13 @@ class Running:
 
 
 @contextmanager
-def serving(model: Any, tokenizer: Any, memories: list[Any], **options: Any) -> Iterator[Running]:
+def serving(
+    model: Any, tokenizer: Any, memories: list[Any], port: int | None = None, **options: Any
+) -> Iterator[Running]:
     """Serve, until the context ends."""
     chosen = ServeOptions(**{"model_name": "tiny", "grace": 1.0, **options})
     service = make_service(model, tokenizer, memories, chosen)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port or free_port()
     server = Server(service, chosen, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

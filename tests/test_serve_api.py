@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from jsonschema_rs import Draft202012Validator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents
@@ -333,9 +335,17 @@ def test_bodies_that_are_no_request(
         "/v1/completions", content=content, headers={"Content-Type": kind}
     )
     assert response.status_code == status, response.text
-    assert response.text
-    if status == 400:
-        assert response.json()["error"]["message"]
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/query", "/search/memory/search"])
+def test_bodies_without_a_length_are_limited_too(server: Running, path: str) -> None:
+    """In pieces, as a client sends them that does not know how much will come."""
+    pieces = (b"x" * (1 << 20) for _ in range(9))
+    kind = {"Content-Type": "application/json"}
+    response = server.client.post(path, content=pieces, headers=kind)
+    assert response.status_code == 413
+    assert "limit of 8,388,608 bytes" in response.json()["error"]["message"]
 
 
 def test_unknown_models_and_paths(server: Running) -> None:
@@ -362,8 +372,35 @@ def test_documents(server: Running, memory: Memory) -> None:
     assert missing.status_code == 404
 
 
+def test_answers_are_as_the_published_schema_says(server: Running) -> None:
+    schemas = server.client.get("/v1/nearest/schema").json()
+    assert schemas == json.loads(Path("docs/nearest-extension.json").read_text("utf-8"))
+    answer, piece = (Draft202012Validator(schemas[name]) for name in ("answer", "piece"))
+    options = {"settings": {"lam": 1.0}, "sources": True}
+    for method in ("base", "knn", "suffix", "retomaton"):
+        nearest = {} if method == "base" else options
+        asked = {"model": f"tiny@{method}", "max_tokens": 12, "nearest": nearest}
+        told = server.complete(PROMPT, echo=True, n=2, **asked)
+        for choice in told["choices"]:
+            answer.validate(choice["nearest"])
+        assert told["choices"][0]["nearest"]["tokens"]
+        body = {"prompt": PROMPT, "stream": True, **asked}
+        lines = server.post("/v1/completions", body).text.splitlines()
+        pieces = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        for one in pieces[:-1]:
+            piece.validate(one["choices"][0]["nearest"])
+        answer.validate(pieces[-1]["choices"][0]["nearest"])
+    request = Draft202012Validator(schemas["request"])
+    request.validate(options)
+    assert not request.is_valid({"sorces": True})
+    broken = {**told["choices"][0]["nearest"], "spans": None}
+    assert not answer.is_valid(broken)
+
+
 def test_health_and_metrics(server: Running) -> None:
-    assert server.client.get("/health").json() == {"status": "ok"}
+    assert server.client.get("/health").text == "ok"  # the RETRO line's client looks for it
+    as_json = server.client.get("/health", headers={"Accept": "application/json"})
+    assert as_json.json() == {"status": "ok"}
     assert server.client.get("/ready").json() == {"status": "ready"}
     server.complete("x", max_tokens=3)
     text = server.client.get("/metrics").text

@@ -2,23 +2,25 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_model
-from nearest import Memory
+from nearest import Memory, attach, evaluate
 from nearest.serve.vocabulary import Stops
-from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates
 
 WRITE_KEY = "a-key-to-write"
 METHODS = ("base", "knn", "retomaton", "suffix")
+GATED = ("hybrid", "knn+buckets", "knn+meta-k", "knn+adaptret")
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,12 @@ def server(
         yield running
 
 
-def asked(server: Running, number: int) -> dict[str, Any]:
+def asked(server: Running, number: int, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """A request of its own length, method and options."""
     rng = np.random.default_rng(number)
     prompt = [0, *rng.integers(60, 120, size=int(rng.integers(1, 90))).tolist()]
     body: dict[str, Any] = {
-        "model": f"tiny@{METHODS[number % len(METHODS)]}",
+        "model": f"tiny@{methods[number % len(methods)]}",
         "prompt": prompt,
         "max_tokens": int(rng.integers(1, 24)),
         "temperature": 0,
@@ -77,6 +79,34 @@ def test_what_else_runs_changes_nothing(server: Running) -> None:
         together = list(clients.map(lambda number: asked(server, number), range(count)))
     for one, other in zip(alone, together, strict=True):
         assert_same(one, other)
+
+
+def test_gates_and_guards_are_each_requests_own(
+    model: PreTrainedModel,
+    build_memory: Callable[..., Memory],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Alone, together, and as the attached model scores it: the same log-probabilities."""
+    memory = with_gates(model, build_memory(model), tiny_tokenizer, GATED)
+    with serving(model, tiny_tokenizer, [memory]) as server:
+        alone = [asked(server, number, GATED) for number in range(16)]
+        with ThreadPoolExecutor(16) as clients:
+            together = list(clients.map(lambda n: asked(server, n, GATED), range(16)))
+        for one, other in zip(alone, together, strict=True):
+            assert_same(one, other)
+        tokens = [0, *tiny_tokenizer("the court shall the law")["input_ids"]]
+        for method in GATED:
+            answer = server.complete(
+                tokens, max_tokens=0, model=f"tiny@{method}", logprobs=1, echo=True
+            )
+            told = answer["choices"][0]["logprobs"]["token_logprobs"]
+            ids = torch.tensor([tokens])
+            with torch.inference_mode(), attach(model, memory, method, replay="full"):
+                expected = model(ids).logits[0, :-1].log_softmax(-1)
+            right = expected.gather(1, ids[0, 1:, None])[:, 0]
+            np.testing.assert_allclose(told[1:], right, atol=1e-4, err_msg=method)
+            scored = evaluate(model, memory, [np.array(tokens)], method, tokenizer=tiny_tokenizer)
+            assert -np.mean(told[1:]) == pytest.approx(scored.nll, abs=1e-4)
 
 
 def test_writers_and_leaving_clients_disturb_nobody(server: Running) -> None:

@@ -1,9 +1,11 @@
 """Whatever a client sends gets an answer that is no fault of the server's."""
 
+import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +110,35 @@ def test_a_client_that_stops_reading_is_disconnected(
             while running.service.engine.busy:
                 assert time.monotonic() < deadline, "the work goes on for a client that left"
                 time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much is used")
+def test_memory_stays_flat_under_abuse(server: Running) -> None:
+    """Huge prompts, bodies cut short, wrong types: after the first rounds nothing piles up."""
+    port = int(server.url.rsplit(":", 1)[1])
+    huge = json.dumps({"model": "tiny", "prompt": "x" * 4_000_000}).encode()
+    many = json.dumps({"model": "tiny", "prompt": [[1] * 500] * 256, "max_tokens": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 7000000\r\n\r\n"
+    kind = {"Content-Type": "application/json"}
+
+    def round_of_abuse() -> None:
+        for body in (huge, many, b"[" * 1_000_000, b'{"model": {"a": [1, {}]}}'):
+            answer = server.client.post("/v1/completions", content=body, headers=kind)
+            assert answer.status_code in (200, 400, 429), answer.text
+            assert answer.status_code == 200 or answer.json()["error"]["message"]
+        for _ in range(4):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as cut:
+                cut.sendall(head + b"{" * 100_000)
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(4):
+        round_of_abuse()
+    before = resident()
+    for _ in range(12):
+        round_of_abuse()
+    server.complete("x", max_tokens=1)
+    assert resident() - before < 64 << 20

@@ -15,6 +15,8 @@ from nearest.models.memorizing.attention import MemorizingAttention as Memorizin
 from nearest.models.memorizing.layers import memorize as memorize
 from nearest.models.memorizing.memory import AttentionMemory as AttentionMemory
 from nearest.models.scoring import read_text as read_text
+from nearest.remote.memory import RemoteMemory as RemoteMemory
+from nearest.remote.neighbours import RemoteNeighbours as RemoteNeighbours
 from nearest.retrieval.settings import Settings as Settings
 from nearest.verbs.callback import MemoryCallback as MemoryCallback
 from nearest.verbs.evaluate import evaluate as evaluate

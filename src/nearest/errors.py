@@ -38,6 +38,10 @@ class SettingError(NearestError):
     """A value outside the range in which it means something."""
 
 
+class RemoteError(NearestError):
+    """A service that cannot be reached now, or does not speak the same protocol."""
+
+
 class SettingsWarning(UserWarning):
     """Settings in use that nobody tuned, or that were tuned before the memory changed."""
 

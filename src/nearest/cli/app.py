@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from nearest.memory import Memory
 
 Command = Callable[..., None]
+_ADDRESS = re.compile(r"(https?):/+([^/]+)(?:/+(.+))?")  # as a path, with one slash
 
 app = typer.Typer(
     help="A memory for language models: look a corpus up while predicting, with sources.",
@@ -124,11 +127,25 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
-    """Open a memory and load the model that built it, or the one named instead."""
+def open_memory(path: Path, search_on: str = "cpu") -> "Memory":
+    """Open a memory's folder, or one that `nearest serve` holds at http://HOST:PORT[/NAME].
+
+    The key of such a server is read from NEAREST_API_KEY.
+    """
     from nearest.memory import Memory
 
-    opened = Memory.open(memory, opening.search_on)
+    address = _ADDRESS.fullmatch(str(path))
+    if address is None:
+        return Memory.open(path, search_on)
+    from nearest.remote.memory import RemoteMemory
+
+    scheme, host, name = address.groups()
+    return RemoteMemory(f"{scheme}://{host}", name, api_key=os.environ.get("NEAREST_API_KEY"))
+
+
+def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
+    """Open a memory and load the model that built it, or the one named instead."""
+    opened = open_memory(memory, opening.search_on)
     return opened, *model_of(opened, opening)
 
 
@@ -205,9 +222,7 @@ def say_what_was_read(corpus: "Corpus") -> None:
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
     """The first memory, and those that were named beside it."""
-    from nearest.memory import Memory
-
-    return [first, *(Memory.open(path, first.search_on) for path in beside.more or ())]
+    return [first, *(open_memory(path, first.search_on) for path in beside.more or ())]
 
 
 def say_settings(memories: "Sequence[Memory]", methods: Sequence[str]) -> None:

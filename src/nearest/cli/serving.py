@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearest.cli.app import err, open_with_model, quiet_libraries
+from nearest.cli.app import err, open_memory, open_with_model, quiet_libraries
 from nearest.cli.options import Force, MethodSettings, Opening, given
 from nearest.errors import NearestError, require
+
+if TYPE_CHECKING:
+    from nearest.retro.data.live import MemoryNeighbours
 
 
 def serve(
@@ -41,6 +44,10 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja template, in place of the model's.")
     ] = None,
+    chunks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `nearest retro prepare`: serve the neighbours of chunks."),
+    ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Continuations that advance together.")
     ] = 64,
@@ -58,7 +65,6 @@ def serve(
     require("uvicorn", "serve")
     require("prometheus_client", "serve")
     quiet_libraries()
-    from nearest.memory import Memory
     from nearest.serve.app import ServeOptions, make_service
     from nearest.serve.engine import Limits
     from nearest.serve.run import Server, check_exposure, log_to
@@ -76,7 +82,7 @@ def serve(
         except (OSError, UnicodeDecodeError) as error:
             raise NearestError(f"{chat_template} cannot be read: {error}") from error
     first, model, tokenizer = open_with_model(memories[0], opening)
-    opened = [first, *(Memory.open(path, opening.search_on) for path in memories[1:])]
+    opened = [first, *(open_memory(path, opening.search_on) for path in memories[1:])]
     options = ServeOptions(
         model_name=name,
         method=method,
@@ -87,9 +93,23 @@ def serve(
         limits=Limits(max_running, max_waiting),
         timeout=timeout,
         force=force,
+        chunks=None if chunks is None else _neighbours(chunks, opening),
     )
     service = make_service(model, tokenizer, opened, options)
     log_to(sys.stderr)
     shown = f"[{host}]" if ":" in host else host
     err.print(f"serving {service.model_name} on http://{shown}:{port}/", soft_wrap=True)
     Server(service, options, host, port).run()
+
+
+def _neighbours(folder: Path, opening: Opening) -> "MemoryNeighbours":
+    """What finds the neighbours of chunks in a database, with the embedder that made it."""
+    from nearest.retro.data.live import MemoryNeighbours
+    from nearest.retro.data.opening import decoder, embedder_of, open_database, tokenizer_of
+
+    database = open_database(folder)
+    return MemoryNeighbours(
+        database,
+        embedder_of(database, device=opening.device or "auto"),
+        decoder(tokenizer_of(database)),
+    )

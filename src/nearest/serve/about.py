@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nearest.serve.errors import ApiError
+from nearest.serve.extension import schemas
 from nearest.serve.library import version_of
 from nearest.serve.provenance import title_of
 from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
@@ -31,9 +33,12 @@ def router(service: Service) -> APIRouter:
     vocabulary = service.vocabulary
 
     @routes.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         alive = service.engine.alive
-        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+        word, status = ("ok", 200) if alive else ("dead", 503)
+        if "application/json" in request.headers.get("accept", ""):
+            return JSONResponse({"status": word}, status)
+        return PlainTextResponse(word, status)  # what the RETRO line's client expects
 
     @routes.get("/ready")
     async def ready() -> Response:
@@ -79,6 +84,10 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/nearest")
     async def about() -> dict[str, Any]:
         return await in_thread(_about, service)
+
+    @routes.get("/v1/nearest/schema")
+    async def schema() -> dict[str, Any]:
+        return schemas()
 
     @routes.get("/v1/nearest/documents/{memory}")
     async def documents(

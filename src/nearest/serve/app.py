@@ -23,10 +23,11 @@ from nearest.encode.identity import (
 from nearest.encode.layers import LanguageModel
 from nearest.errors import ModelError, SettingError
 from nearest.memory import Memory
-from nearest.serve import about, completions, living, retrieval
+from nearest.retro.data.live import MemoryNeighbours
+from nearest.serve import about, chunks, completions, living, remote_memory, retrieval
 from nearest.serve.engine import Engine, Limits
 from nearest.serve.errors import ApiError, of_http, of_validation
-from nearest.serve.guards import LOOPBACK, AccessLog, KeyGuard, SlowClients
+from nearest.serve.guards import LOOPBACK, AccessLog, BodyLimit, KeyGuard, SlowClients
 from nearest.serve.library import Library
 from nearest.serve.metrics import Metrics
 from nearest.serve.passes import Passes
@@ -52,6 +53,7 @@ class ServeOptions:
         max_body: bytes of a request's body.
         grace: seconds for what is under way when the server is told to stop.
         force: accept another model than the one that built the memories.
+        chunks: finds the neighbours of RETRO's chunks for `/search/chunks`; None: no such route.
     """
 
     model_name: str | None = None
@@ -67,6 +69,7 @@ class ServeOptions:
     max_body: int = 8 << 20
     grace: float = 20.0
     force: bool = False
+    chunks: MemoryNeighbours | None = None
 
 
 def make_service(
@@ -125,17 +128,20 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
-        max_body_size=options.max_body,
         telemetry={"auto_configure": False},
     )
     app.include_router(completions.router(service))
     app.include_router(retrieval.router(service))
+    app.include_router(remote_memory.router(service))
+    if options.chunks is not None:
+        app.include_router(chunks.router(options.chunks))
     app.include_router(about.router(service))
     if service.writer is not None:
         app.include_router(living.router(service, service.writer))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_middleware(BodyLimit, most=options.max_body)
     app.add_middleware(
         KeyGuard, key=options.api_key, write_key=options.write_key, hosts=options.hosts
     )

@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nearest.errors import NearestError
+from nearest.errors import FolderError, NearestError, RemoteError
 from nearest.serve.errors import ApiError
 from nearest.serve.metrics import Metrics
 from nearest.serve.mixing import Mixture, row_queries
 from nearest.serve.passes import Batch, Passed, Passes
 from nearest.serve.prompts import Prompt, tell
-from nearest.serve.sampling import choose
+from nearest.serve.sampling import choose_each
 from nearest.serve.vocabulary import Vocabulary
 from nearest.serve.work import Failure, News, Row, Work
 
@@ -192,24 +192,23 @@ class Engine:
         for row in rows:
             if prompt.echoed:
                 work.listener(News(row.choice, prompt.echoed))
-            if wanted.max_tokens:
-                self._tell(row, prompt.prediction, prompt.number)
-            else:
+            if not wanted.max_tokens:
                 row.finished = "length"
                 work.listener(News(row.choice, [], row.finished))
+        if wanted.max_tokens:
+            self._tell(rows, prompt.prediction, [prompt.number] * len(rows))
         self._metrics.first_token.observe(time.monotonic() - work.submitted)
         going = [row for row in rows if row.finished is None]
         if not going:
             return
-        batch = prompt.batch
-        if len(going) > 1:
-            batch = self._passes.repeat(batch, len(going))
-        if self._passes.joins and self._running:
-            running = self._running[0]
-            running.batch = self._passes.join(running.batch, batch)
-            running.rows += going
-        else:
+        batch = self._passes.repeat(prompt.batch, len(going))
+        if not self._passes.joins:
             self._running.append(_Running(going, batch))
+        elif self._running:
+            self._passes.join(self._running[0].batch, batch)
+            self._running[0].rows += going
+        else:
+            self._running.append(_Running(going, self._passes.join(None, batch)))
 
     def _advance(self, running: "_Running") -> None:
         """One more token for each of the rows; those of one method are looked up together."""
@@ -234,26 +233,33 @@ class Engine:
         running.keep([row for row in running.rows if row.finished is None], self._passes)
 
     def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
+        ensemble = rows[0].work.ensemble
+        # Contexts that are not looked at need not be put together.
+        contexts = [row.tokens if ensemble.needs_context else row.tokens[-1:] for row in rows]
         with self._metrics.mix_seconds.time():
-            queries = row_queries(passed.keys[:, -1].numpy(), [row.tokens for row in rows])
             prediction = Mixture(
-                rows[0].work.ensemble,
-                queries,
+                ensemble,
+                row_queries(passed.keys[:, -1].numpy(), contexts),
                 [row.state for row in rows],
                 passed.log_probs[:, -1],
             )
-        for number, row in enumerate(rows):
-            self._tell(row, prediction, number)
+        self._tell(rows, prediction, range(len(rows)))
 
-    def _tell(self, row: Row, prediction: Mixture, number: int) -> None:
-        """Choose a row's next token, tell its listener, and carry its state on."""
-        wanted = row.work.wanted
-        token = choose(prediction.log_probs[number], wanted.temperature, wanted.top_p, row.rng)
-        told = row.add(tell(wanted, prediction, number, token))
-        row.state = prediction.after(number, token)
-        self._metrics.generated_tokens.inc()
-        if told or row.finished:
-            row.work.listener(News(row.choice, told, row.finished, row.new))
+    def _tell(self, rows: Sequence[Row], prediction: Mixture, numbers: Sequence[int]) -> None:
+        """Choose each row's next token, tell its listener, and carry its state on.
+
+        `numbers` are the rows' places in the prediction.
+        """
+        wanted = [row.work.wanted for row in rows]
+        tokens = choose_each(prediction.log_probs, numbers, wanted, [row.rng for row in rows])
+        told = tell(wanted, prediction, numbers, tokens)
+        states = prediction.after(numbers, tokens)
+        self._metrics.generated_tokens.inc(len(rows))
+        for row, one, state in zip(rows, told, states, strict=True):
+            final = row.add(one)
+            row.state = state
+            if final or row.finished:
+                row.work.listener(News(row.choice, final, row.finished, row.new))
 
 
 class _Running:
@@ -268,7 +274,7 @@ class _Running:
         if rows and len(rows) < len(self.rows):
             kept = {id(row) for row in rows}
             numbers = [n for n, row in enumerate(self.rows) if id(row) in kept]
-            self.batch = passes.select(self.batch, numbers)
+            rows = [self.rows[n] for n in passes.keep(self.batch, numbers)]
         self.rows = rows
 
 
@@ -296,6 +302,8 @@ def _fail(works: Sequence[Work], error: Exception) -> None:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RemoteError | FolderError):  # of a memory elsewhere, or of a disk
+        return ApiError(503, str(error), headers={"Retry-After": "1"})
     if isinstance(error, NearestError):
         return ApiError(400, str(error))
     return ApiError(500, "the server failed at this request; its log says why")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nearest.serve.errors import ApiError
@@ -102,6 +103,35 @@ def _not_from_page(headers: Headers) -> ApiError | None:
     return None
 
 
+class BodyLimit:
+    """Refuse bodies that are too large with 413, at their announced length or on the way."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what fits."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced, read = Headers(scope=scope).get("content-length", ""), 0
+        message = f"the body is larger than this server's limit of {self._most:,} bytes"
+        if announced.isdecimal() and int(announced) > self._most:
+            await ApiError(413, message).response()(scope, receive, send)
+            return
+
+        async def receive_within() -> Message:
+            nonlocal read
+            part = await receive()
+            read += len(part.get("body", b""))
+            if read > self._most:
+                raise HTTPException(413, message)
+            return part
+
+        await self._app(scope, receive_within, send)
+
+
 class SlowClients:
     """Close the connection of a client that does not take its answer for too long."""
 
@@ -113,7 +143,8 @@ class SlowClients:
         """Pass on, with a limit to each piece's sending."""
 
         async def send_in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._seconds)
+            async with asyncio.timeout(self._seconds):
+                await send(message)
 
         try:
             await self._app(scope, receive, send_in_time if scope["type"] == "http" else send)

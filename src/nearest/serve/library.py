@@ -6,6 +6,7 @@ that is under way. Requests that ask for the same share one `Ensemble`, and with
 
 import copy
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import numpy as np
 from msgspec import structs
 
 from nearest.corpus.documents import Document
-from nearest.errors import NearestError, SettingError
+from nearest.errors import NearestError, RemoteError, SettingError
 from nearest.memory import Memory
+from nearest.remote.memory import RemoteMemory
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
@@ -30,6 +32,7 @@ from nearest.store.snapshot import Snapshot
 
 _KEPT_ENSEMBLES = 64
 _KEPT_DOCUMENTS = 4096
+_ASKED_EVERY = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,25 @@ class Library:
                 )
             stamp = _stamp(memory)
             if stamp != self._stamps[name]:
-                self._memories[name] = memory = memory.refresh()
+                try:
+                    self._memories[name] = memory = memory.refresh()
+                except RemoteError:  # look-ups say so; what is here needs none
+                    return memory
                 self._stamps[name] = stamp
             return memory
+
+    def chosen(self, name: str | None) -> tuple[str, Memory]:
+        """A memory by name; without one, the only memory there is.
+
+        Raises:
+            ApiError: there is none of this name, or a name is needed.
+        """
+        if name is None and len(self._memories) > 1:
+            raise ApiError(
+                400, f"name the memory: one of {', '.join(self._memories)}", param="memory"
+            )
+        name = next(iter(self._memories)) if name is None else name
+        return name, self.memory(name)
 
     def retrieval(self, method: str | None, options: NearestOptions | None) -> Retrieval:
         """What a request looks up.
@@ -177,6 +196,8 @@ class Library:
 
     def number(self, memory: Memory, document_id: str) -> int | None:
         """The number of the document with this id; None where there is none."""
+        if isinstance(memory, RemoteMemory):
+            return memory.number_of(document_id)
         first = 0
         for segment in memory.segments:
             stored = segment.find(document_id)
@@ -189,6 +210,12 @@ class Library:
         """A memory as it would be without some documents; nothing is written."""
         if not ids:
             return memory
+        if isinstance(memory, RemoteMemory):
+            raise ApiError(
+                400,
+                f"memory {name!r} is held by another server, so that no document can be left out",
+                param="nearest.without",
+            )
         found = {one: [segment.find(one) for segment in memory.segments] for one in ids}
         for one, numbers in found.items():
             if all(number is None for number in numbers):
@@ -264,8 +291,13 @@ class Library:
         return Retrieval(method, names, memories, ensemble)
 
 
-def _stamp(memory: Memory) -> tuple[int, int, int]:
-    """Changes whenever a writer publishes; costs one system call."""
+def _stamp(memory: Memory) -> tuple[int, ...]:
+    """Changes whenever a writer publishes; costs one system call.
+
+    A server elsewhere is asked every other second.
+    """
+    if isinstance(memory, RemoteMemory):
+        return (int(time.monotonic() / _ASKED_EVERY),)
     status = (memory.path / "manifest.json").stat()
     return status.st_ino, status.st_mtime_ns, status.st_size
 

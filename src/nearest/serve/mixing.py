@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -69,6 +70,7 @@ class Mixture:
         if ensemble.needs_lm:
             queries = queries._replace(lm=lm_view(base))
         self.base = base
+        self._ensemble = ensemble
         self._numbers = [number for number, weight in enumerate(ensemble.weights) if weight]
         self._weights = [weight for _, weight in ensemble.used]
         self._predictions: list[Prediction] = [
@@ -78,13 +80,16 @@ class Mixture:
         predicted = [prediction.log_probs(base) for prediction in self._predictions]
         self.log_probs = ensemble.mixed(predicted, base)
 
-    def after(self, row: int, token: int) -> States:
-        """What a row carries once a token has come."""
-        base, token_array = self.base[row, token : token + 1], np.array([token])
-        one = slice(row, row + 1)
-        return tuple(
-            advance(prediction.rows(one), token_array, base) for prediction in self._predictions
-        )
+    def after(self, rows: Sequence[int], tokens: Sequence[int]) -> list[States]:
+        """What some rows carry once their tokens have come."""
+        if not self._ensemble.keeps_state:
+            return [beginning(self._ensemble)] * len(rows)
+        numbers, chosen = np.array(rows), np.array(tokens)
+        base = self.base[torch.from_numpy(numbers), torch.from_numpy(chosen)]
+        states = [
+            advance(prediction.rows(numbers), chosen, base) for prediction in self._predictions
+        ]
+        return [tuple(one.rows(slice(n, n + 1)) for one in states) for n in range(len(rows))]
 
     def spoke(self, row: int, token: int) -> list[Spoke]:
         """The entries that spoke for a token, strongest first; weights sum to what they added."""

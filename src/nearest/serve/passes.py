@@ -1,14 +1,13 @@
 """Forward passes of rows that share a cache, on transformers' caches.
 
 A row is one sequence. Rows of one `Batch` advance by one token a pass; shorter ones are padded at
-the left. Batches are joined when a prompt has been read, and lose rows that have finished. Padding
-is masked and positions are given, so that a row's logits do not depend on the rows beside it but
-for the order in which numbers are added (about 1e-6).
+the left. A batch takes up rows whose prompt has been read, and loses rows that have finished.
+Padding is masked and positions are given, so that a row's logits do not depend on the rows beside
+it but for the order in which numbers are added (about 1e-6).
 """
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from nearest.encode.hooks import captured_input
 from nearest.encode.layers import KeyLayer
 from nearest.errors import ModelError
+from nearest.serve.rows_cache import RowsCache
 
 
 class Passed(NamedTuple):
@@ -29,17 +29,21 @@ class Passed(NamedTuple):
     log_probs: Float[Tensor, "rows n vocab"]  # float32, of the model alone, in nats
 
 
-@dataclass
 class Batch:
-    """The cache of some rows, and how many columns of padding stand before each."""
+    """Rows that advance together, and their cache."""
 
-    cache: Any
-    padding: list[int]
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
     @property
     def length(self) -> int:
-        """Columns of the cache."""
+        """Columns that a pass sees."""
         return int(self.cache.get_seq_length())
+
+    @property
+    def padding(self) -> list[int]:
+        """Columns before each row's own; of one sequence there are none."""
+        return self.cache.padding if isinstance(self.cache, RowsCache) else [0]
 
 
 class Passes:
@@ -59,7 +63,7 @@ class Passes:
 
     def begin(self) -> Batch:
         """One row without tokens."""
-        return Batch(DynamicCache(config=self.model.config), [0])
+        return Batch(DynamicCache(config=self.model.config))
 
     @torch.inference_mode()
     def read(self, batch: Batch, tokens: Sequence[int], keep: int) -> Passed:
@@ -73,40 +77,33 @@ class Passes:
         ids = torch.tensor(list(tokens), device=self.model.device)[:, None]
         return self._pass(batch, ids, 1)
 
-    @torch.inference_mode()
-    def join(self, one: Batch, other: Batch) -> Batch:
-        """The rows of both."""
-        length = max(one.length, other.length)
-        pads = length - one.length, length - other.length
-        cache = DynamicCache()
-        for number, (a, b) in enumerate(zip(one.cache.layers, other.cache.layers, strict=True)):
-            keys = torch.cat([_padded(a.keys, pads[0]), _padded(b.keys, pads[1])])
-            values = torch.cat([_padded(a.values, pads[0]), _padded(b.values, pads[1])])
-            cache.update(keys, values, number)
-        padding = [p + pads[0] for p in one.padding] + [p + pads[1] for p in other.padding]
-        return Batch(cache, padding)
+    def join(self, batch: Batch | None, one: Batch) -> Batch:
+        """A batch, None for a new one, with the row of another."""
+        if batch is None:
+            return Batch(RowsCache(one.cache))
+        batch.cache.add(one.cache)
+        return batch
 
     @torch.inference_mode()
     def repeat(self, batch: Batch, times: int) -> Batch:
         """One row several times, for several continuations of a prompt."""
-        batch.cache.batch_repeat_interleave(times)
-        return Batch(batch.cache, batch.padding * times)
+        if times > 1:
+            batch.cache.batch_repeat_interleave(times)
+        return batch
 
     @torch.inference_mode()
-    def select(self, batch: Batch, rows: Sequence[int]) -> Batch:
-        """Some rows, without padding that all of them have."""
+    def keep(self, batch: Batch, rows: Sequence[int]) -> list[int]:
+        """Forget the other rows; the numbers of the kept ones in the order that they have now."""
+        if isinstance(batch.cache, RowsCache):
+            return batch.cache.keep(rows)
         batch.cache.batch_select_indices(torch.tensor(list(rows), device=self.model.device))
-        padding = [batch.padding[row] for row in rows]
-        common = min(padding)
-        if common:
-            for layer in batch.cache.layers:
-                layer.keys = layer.keys[..., common:, :]
-                layer.values = layer.values[..., common:, :]
-        return Batch(batch.cache, [pad - common for pad in padding])
+        return list(rows)
 
     def _pass(self, batch: Batch, ids: Tensor, keep: int) -> Passed:
         rows, width = ids.shape
-        past = batch.length
+        past, grows = batch.length, isinstance(batch.cache, RowsCache)
+        if grows:
+            batch.cache.make_room(width)
         arguments: dict[str, Any] = {"past_key_values": batch.cache, "use_cache": True}
         if self.joins:
             columns = torch.arange(past + width, device=ids.device)
@@ -117,11 +114,8 @@ class Passes:
             arguments["logits_to_keep"] = keep
         with captured_input(self._layer.module) as seen:
             logits = self.model(input_ids=ids, **arguments).logits
+        if grows:
+            batch.cache.appended(width)
         keys = seen[0].reshape(rows, -1, seen[0].shape[-1])[:, -keep:]
         log_probs = logits[:, -keep:].float().log_softmax(-1)
         return Passed(keys.float().cpu(), log_probs)
-
-
-def _padded(states: Tensor, columns: int) -> Tensor:
-    """Cached states [rows, heads, length, dim] with zeros in front."""
-    return torch.nn.functional.pad(states, (0, 0, columns, 0)) if columns else states

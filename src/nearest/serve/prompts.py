@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from nearest.retrieval.queries import Queries
 from nearest.serve.mixing import Mixture, States, beginning
@@ -59,12 +60,13 @@ class Prompt:
         """Predict what follows each of the positions."""
         wanted = self.work.wanted
         for prediction, part in self._predictions(positions, passed):
-            for number, position in enumerate(part):
-                if position + 1 == len(self._tokens):
-                    self.prediction, self.number = prediction, number
-                elif wanted.echo:
-                    token = int(self._tokens[position + 1])
-                    self._echo(tell(wanted, prediction, number, token))
+            if part[-1] + 1 == len(self._tokens):
+                self.prediction, self.number = prediction, len(part) - 1
+            if wanted.echo:
+                tokens = self._tokens[part[0] + 1 : part[-1] + 2].tolist()
+                rows = range(len(tokens))
+                for told in tell([wanted] * len(tokens), prediction, rows, tokens):
+                    self._echo(told)
 
     def _predictions(
         self, positions: range, passed: Passed
@@ -79,7 +81,7 @@ class Prompt:
             prediction = Mixture(ensemble, queries, states, base[rows])
             following = part[-1] + 1
             if ensemble.keeps_state and following < len(self._tokens):
-                self._state = prediction.after(0, int(self._tokens[following]))
+                self._state = prediction.after([0], [int(self._tokens[following])])[0]
             yield prediction, part
 
     def _echo(self, told: Told) -> None:
@@ -89,15 +91,37 @@ class Prompt:
         self.echoed.append(told._replace(text=piece, prompt=True))
 
 
-def tell(wanted: Wanted, prediction: Mixture, number: int, token: int) -> Told:
-    """What is to be told about a token, whose text is found elsewhere."""
-    mixed, base = prediction.log_probs[number], prediction.base[number]
-    return Told(
-        token,
-        "",
-        float(mixed[token]),
-        float(base[token]),
-        likeliest(mixed, wanted.top),
-        likeliest(base, wanted.base_top),
-        prediction.spoke(number, token) if wanted.sources else [],
-    )
+def tell(
+    wanted: Sequence[Wanted],
+    prediction: Mixture,
+    numbers: Sequence[int],
+    tokens: Sequence[int],
+) -> list[Told]:
+    """What is to be told about tokens, whose text is found elsewhere.
+
+    `numbers` are the rows of the prediction that the tokens were chosen from.
+    """
+    rows = list(numbers)
+    mixed, base = prediction.log_probs[rows], prediction.base[rows]
+    at = torch.tensor(list(tokens), device=mixed.device)[:, None]
+    return [
+        Told(
+            token,
+            "",
+            log_prob,
+            base_log_prob,
+            top,
+            base_top,
+            prediction.spoke(number, token) if one.sources else [],
+        )
+        for one, number, token, log_prob, base_log_prob, top, base_top in zip(
+            wanted,
+            numbers,
+            tokens,
+            mixed.gather(1, at)[:, 0].tolist(),
+            base.gather(1, at)[:, 0].tolist(),
+            likeliest(mixed, [one.top for one in wanted]),
+            likeliest(base, [one.base_top for one in wanted]),
+            strict=True,
+        )
+    ]

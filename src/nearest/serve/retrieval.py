@@ -6,8 +6,6 @@ since ids of one version mean nothing in another.
 
 import base64
 import binascii
-import io
-import zipfile
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,18 +15,18 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nearest.errors import SettingError
+from nearest.errors import CorpusError, SettingError
 from nearest.memory import Memory
+from nearest.remote.wire import SNAPSHOT_HEADER, VERSION_HEADER, npy, packed, read_npy
 from nearest.serve.errors import ApiError
 from nearest.serve.library import version_of
 from nearest.serve.provenance import title_of
 from nearest.serve.schema import Strict, Text
 from nearest.serve.service import Service, in_thread
 
-_MOST_NEIGHBOURS = 4096
+MOST_NEIGHBOURS = 4096
 _MOST_NUMBERS = 1 << 24  # in an answer: 64 MB of float32
-_VERSION = "X-Nearest-Version"
-Neighbours = Annotated[int, Query(ge=1, le=_MOST_NEIGHBOURS)]
+Neighbours = Annotated[int, Query(ge=1, le=MOST_NEIGHBOURS)]
 
 
 class TokenSearch(Strict):
@@ -36,7 +34,7 @@ class TokenSearch(Strict):
 
     queries: str
     memory: Text | None = None
-    k: int = Field(16, ge=1, le=_MOST_NEIGHBOURS)
+    k: int = Field(16, ge=1, le=MOST_NEIGHBOURS)
     distances: Literal["keys", "index"] = "keys"
 
 
@@ -52,20 +50,10 @@ def router(service: Service) -> APIRouter:
     """The routes of the retrieval service."""
     routes = APIRouter()
 
-    def chosen(name: str | None) -> tuple[str, Memory]:
-        if name is None and len(service.library.names) > 1:
-            raise ApiError(
-                400,
-                f"name the memory: one of {', '.join(service.library.names)}",
-                param="memory",
-            )
-        name = service.library.names[0] if name is None else name
-        return name, service.library.memory(name)
-
     def searched(
         name: str | None, queries: Float[np.ndarray, "q dim"], k: int, distances: str
     ) -> tuple[Memory, dict[str, Any]]:
-        _, memory = chosen(name)
+        _, memory = service.library.chosen(name)
         if len(queries) * k > _MOST_NUMBERS:
             raise ApiError(400, "this asks for too many neighbours at once", param="k")
         try:
@@ -85,9 +73,9 @@ def router(service: Service) -> APIRouter:
         memory: str | None = None,
         distances: Literal["keys", "index"] = "keys",
     ) -> Response:
-        queries = read_npy(await request.body(), "body")
+        queries = queries_of(await request.body(), "body")
         opened, arrays = await in_thread(searched, memory, queries, k, distances)
-        return zipped(arrays, version_of(opened))
+        return zipped(arrays, opened)
 
     @routes.post("/search/tokens")
     async def tokens(body: TokenSearch) -> dict[str, Any]:
@@ -95,18 +83,18 @@ def router(service: Service) -> APIRouter:
             raw = base64.b64decode(body.queries, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ApiError(400, "queries is no base64", param="queries") from error
-        queries = read_npy(raw, "queries")
+        queries = queries_of(raw, "queries")
         opened, arrays = await in_thread(searched, body.memory, queries, body.k, body.distances)
         encoded = {name: base64.b64encode(npy(array)).decode() for name, array in arrays.items()}
         return {"version": version_of(opened), **encoded}
 
     @routes.post("/search/text")
     async def text(body: TextSearch) -> dict[str, Any]:
-        return await in_thread(_text, service, *chosen(body.memory), body)
+        return await in_thread(_text, service, *service.library.chosen(body.memory), body)
 
     @routes.post("/query", include_in_schema=False)
     async def query(request: Request, k: Neighbours = 4, memory: str | None = None) -> Response:
-        queries = read_npy(await request.body(), "body")
+        queries = queries_of(await request.body(), "body")
 
         def work() -> Response:
             if len(queries) * k * queries.shape[1] > _MOST_NUMBERS:
@@ -118,7 +106,7 @@ def router(service: Service) -> APIRouter:
             embeddings[found] = opened.keys.rows(ids[found])
             distances = _wide(arrays["distances"], k, np.inf).astype(np.float32)
             told = {"distances": distances, "indices": ids, "embeddings": embeddings}
-            return zipped(told, version_of(opened), suffix=False)
+            return zipped(told, opened, suffix=False)
 
         return await in_thread(work)
 
@@ -152,45 +140,31 @@ def _text(service: Service, name: str, memory: Memory, body: TextSearch) -> dict
     return {"memory": name, "version": version_of(memory), "matches": matches}
 
 
-def npy(array: np.ndarray) -> bytes:
-    """An array as the bytes of a `.npy` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def read_npy(content: bytes, param: str) -> Float[np.ndarray, "q dim"]:
-    """Queries from the bytes of a `.npy` file, which a stranger may have made (ApiError)."""
+def queries_of(content: bytes, param: str) -> Float[np.ndarray, "q dim"]:
+    """Queries from the bytes of a `.npy` file, one of them or several (ApiError)."""
     wrong = ApiError(
         400, "the queries must be a .npy file with floats [queries, dims], all finite", param=param
     )
-    buffer = io.BytesIO(content)
     try:
-        version = np.lib.format.read_magic(buffer)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(buffer)
-    except (ValueError, EOFError, SyntaxError, TypeError, KeyError, UnicodeError) as error:
+        queries = read_npy(content)
+    except CorpusError as error:
         raise wrong from error
-    shape = shape if len(shape) == 2 else (1, *shape)
-    left = len(content) - buffer.tell()
-    if len(shape) != 2 or dtype.kind != "f" or fortran or not all(0 < n < 2**31 for n in shape):
+    queries = queries[None] if queries.ndim == 1 else queries
+    if queries.ndim != 2 or queries.dtype.kind != "f" or not queries.size:
         raise wrong
-    if shape[0] * shape[1] * dtype.itemsize != left:
-        raise wrong
-    queries = np.frombuffer(content, dtype, offset=buffer.tell()).reshape(shape)
     queries = queries.astype(np.float32)
     if not np.isfinite(queries).all():
         raise wrong
     return queries
 
 
-def zipped(arrays: dict[str, np.ndarray], version: int, *, suffix: bool = True) -> Response:
-    """Arrays as `.npy` members of a stored zip; numpy reads one whose names have the suffix."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            archive.writestr(f"{name}.npy" if suffix else name, npy(array))
-    headers = {_VERSION: str(version)}
-    return Response(buffer.getvalue(), media_type="application/zip", headers=headers)
+def zipped(arrays: dict[str, np.ndarray], memory: Memory, *, suffix: bool = True) -> Response:
+    """Arrays as a stored zip, with the memory's version."""
+    return Response(
+        packed(arrays, suffix=suffix),
+        media_type="application/zip",
+        headers={
+            VERSION_HEADER: str(version_of(memory)),
+            SNAPSHOT_HEADER: memory.manifest.checksum,
+        },
+    )

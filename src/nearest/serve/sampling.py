@@ -1,9 +1,13 @@
 """The choice of a token from a distribution. Pure functions; randomness comes as an argument."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from nearest.serve.work import Wanted
 
 _LIKELY = 1024  # tokens that hold top_p of the probability nearly always
 
@@ -33,6 +37,23 @@ def choose(
     return int(tokens[_inverse(likely[before < top_p], drawn)])
 
 
+def choose_each(
+    log_probs: Float[Tensor, "rows vocab"],
+    numbers: Sequence[int],
+    wanted: Sequence[Wanted],
+    rngs: Sequence[np.random.Generator],
+) -> list[int]:
+    """A token for each of some sequences, of which `numbers` are the rows."""
+    greedy = [one.temperature == 0 for one in wanted]
+    likeliest_tokens = log_probs.argmax(-1).tolist() if any(greedy) else []
+    return [
+        likeliest_tokens[number]
+        if is_greedy
+        else choose(log_probs[number], one.temperature, one.top_p, rng)
+        for number, is_greedy, one, rng in zip(numbers, greedy, wanted, rngs, strict=True)
+    ]
+
+
 def _inverse(probs: Float[Tensor, " n"], drawn: float) -> int:
     """The first index at which the cumulated probability exceeds the drawn fraction of all."""
     sums = probs.cumsum(0)
@@ -41,9 +62,17 @@ def _inverse(probs: Float[Tensor, " n"], drawn: float) -> int:
     return min(index, last)
 
 
-def likeliest(log_probs: Float[Tensor, " vocab"], count: int) -> list[tuple[int, float]]:
-    """The `count` likeliest tokens and their log-probabilities, likeliest first."""
-    if not count:
-        return []
-    values, tokens = log_probs.topk(min(count, len(log_probs)))
-    return list(zip(tokens.tolist(), values.tolist(), strict=True))
+def likeliest(
+    log_probs: Float[Tensor, "rows vocab"], counts: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """Each row's `counts[row]` likeliest tokens and their log-probabilities, likeliest first."""
+    most = min(max(counts), log_probs.shape[-1])
+    if not most:
+        return [[] for _ in counts]
+    values, tokens = log_probs.topk(most)
+    return [
+        list(zip(row_tokens[:count], row_values[:count], strict=True))
+        for row_tokens, row_values, count in zip(
+            tokens.tolist(), values.tolist(), counts, strict=True
+        )
+    ]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from nearest.serve.metrics import Metrics
 from nearest.serve.provenance import Provenance
 from nearest.serve.schema import NearestOptions, Sampling
 from nearest.serve.vocabulary import Vocabulary
-from nearest.serve.work import Failure, News, Wanted, Work
+from nearest.serve.work import Failure, Listener, News, Wanted, Work
 
 T = TypeVar("T")
 
@@ -157,15 +158,10 @@ class Service:
 
         Leaving the iterator cancels what is under way.
         """
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[tuple[int, News | Failure]] = asyncio.Queue()
+        inbox = Inbox()
 
-        def listener(number: int) -> Any:
-            def listen(news: News | Failure) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                    loop.call_soon_threadsafe(inbox.put_nowait, (number, news))
-
-            return listen
+        def listener(number: int) -> Listener:
+            return lambda news: inbox.put(number, news)
 
         deadline = time.monotonic() + self.timeout
         works = [
@@ -176,14 +172,54 @@ class Service:
         self.engine.submit(works)
         try:
             while left:
-                number, news = await inbox.get()
-                if isinstance(news, Failure):
-                    raise news.error
-                left -= news.finished is not None
-                yield number * wanted[number].n + news.choice, news
+                for number, news in await inbox.get():
+                    left -= news.finished is not None
+                    yield number * wanted[number].n + news.choice, news
         finally:
             for work in works:
                 work.cancelled = True
+
+
+class Inbox:
+    """News from the engine's thread for one coroutine, which takes all that have come at once.
+
+    Where several of one continuation have come they are one: a client that is slower than the
+    model gets larger pieces, and costs less.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._came = asyncio.Event()
+        self._news: deque[tuple[int, News | Failure]] = deque()
+
+    def put(self, number: int, news: News | Failure) -> None:
+        """Take news of the request's prompt of this number; from any thread."""
+        self._news.append((number, news))
+        if len(self._news) == 1:  # else the reader is awake, or about to be
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._came.set)
+
+    async def get(self) -> list[tuple[int, News]]:
+        """All news that have come.
+
+        Raises:
+            ApiError: the work was given up.
+        """
+        await self._came.wait()
+        self._came.clear()
+        merged: dict[tuple[int, int], News] = {}
+        while self._news:
+            number, news = self._news.popleft()
+            if isinstance(news, Failure):
+                if not merged:
+                    raise news.error
+                self._news.appendleft((number, news))  # after what came before it
+                self._came.set()
+                break
+            which = number, news.choice
+            before = merged.get(which)
+            merged[which] = news if before is None else before.and_then(news)
+        return [(number, news) for (number, _), news in merged.items()]
 
 
 def new_seed(seed: int | None) -> int:

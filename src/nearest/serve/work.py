@@ -68,6 +68,10 @@ class News(NamedTuple):
     finished: str | None = None  # "stop" or "length"
     generated: int = 0  # so far, with tokens whose text is held back or cut
 
+    def and_then(self, later: "News") -> "News":
+        """These and the next of the same continuation, as one."""
+        return later._replace(told=self.told + later.told)
+
 
 class Failure(NamedTuple):
     """The work was given up."""

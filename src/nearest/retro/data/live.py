@@ -1,12 +1,14 @@
 """Neighbours that are looked up while a model reads or writes, with their sources."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearest.errors import SettingError
@@ -31,6 +33,15 @@ class PassageSource:
     document: str
     position: int
     distance: float
+
+
+class Passages(NamedTuple):
+    """Neighbours of n chunks: ids and distances, their tokens with what follows, their places."""
+
+    ids: Int[np.ndarray, "n neighbours"]  # −1 where there is none
+    distances: Float[np.ndarray, "n neighbours"]
+    tokens: Int[np.ndarray, "n neighbours length"]  # −1 pads
+    sources: list[list[PassageSource]]
 
 
 class MemoryNeighbours:
@@ -95,23 +106,52 @@ class MemoryNeighbours:
         Raises:
             SettingError: the chunks are of another size than the database's.
         """
-        tokens = chunks.detach().cpu().numpy().astype(np.int64)
+        found = self.look_up(chunks.detach().cpu().numpy().astype(np.int64))
+        self.sources = found.sources
+        return torch.from_numpy(found.tokens).to(chunks.device)
+
+    def look_up(
+        self,
+        tokens: Int[np.ndarray, "n m"],
+        vectors: Float[np.ndarray, "n dim"] | None = None,
+        neighbours: int | None = None,
+        continuation: int | None = None,
+    ) -> Passages:
+        """Neighbours of chunks; any thread may ask.
+
+        Args:
+            tokens: of the chunks; negative ones are padding.
+            vectors: of the chunks, by the database's embedder; made here when not given.
+            neighbours, continuation: as of the object when not given.
+
+        Raises:
+            SettingError: the chunks are of another size than the database's.
+        """
         if tokens.shape[1] != self.chunk_size:
             raise SettingError(
                 f"the model reads chunks of {tokens.shape[1]} tokens, the database holds chunks of "
                 f"{self.chunk_size}: prepare one with --chunk-size {tokens.shape[1]}"
             )
-        vectors = None
-        if self._method != "bm25" and self._embedder is not None:
+        if vectors is None and self._method != "bm25" and self._embedder is not None:
             vectors = self._embedder([self._decode(row[row >= 0].tolist()) for row in tokens])
+        k = neighbours or self.neighbours
+        after = self.continuation if continuation is None else continuation
         search = self._searched.search(self._method, tokens, vectors)
-        found = search(np.arange(len(tokens)), self.neighbours).padded(self.neighbours)
-        database = self._searched.chunks
-        self.sources = [
+        found = search(np.arange(len(tokens)), k).padded(k)
+        sources = [
             [self._source(int(i), float(far)) for i, far in zip(ids, distances, strict=True)]
             for ids, distances in zip(found.ids, found.distances, strict=True)
         ]
-        return torch.from_numpy(database.rows(found.ids, self.continuation)).to(chunks.device)
+        rows = self._searched.chunks.rows(found.ids, after)
+        return Passages(found.ids, found.distances, rows, sources)
+
+    @property
+    def digest(self) -> str:
+        """Another one where the chunks, their order or their embedder are others."""
+        parts = [str(database.record["digest"]) for database in self._searched.databases]
+        if self._method != "bm25":
+            parts += [database.embedder.weights for database in self._searched.databases]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _source(self, chunk: int, distance: float) -> PassageSource:
         if chunk == PADDING:

@@ -71,6 +71,10 @@ export class Answer {
     for (const run of summary?.verbatim ?? []) {
       for (const token of generated.slice(run.first_token, run.first_token + run.tokens)) token.node.classList.add("copied");
     }
+    for (const span of summary?.spans ?? []) {
+      const number = summary.documents.findIndex((one) => key(one) === key(span)) + 1;
+      generated[span.first_token + span.tokens - 1].node.dataset.cite = number;
+    }
     if (generated.length) {
       const mean = generated.reduce((sum, t) => sum + t.memory_weight, 0) / generated.length;
       this.name.append(element("span", { className: "tag" }, `${generated.length} tokens`));
@@ -80,7 +84,7 @@ export class Answer {
     }
   }
 
-  choose(n) {
+  choose(n, scroll = true) {
     if (!this.tokens.length) return;
     n = Math.max(0, Math.min(this.tokens.length - 1, n));
     this.tokens[this.chosen]?.node.setAttribute("aria-selected", "false");
@@ -88,8 +92,15 @@ export class Answer {
     const { node } = this.tokens[n];
     node.setAttribute("aria-selected", "true");
     this.box.setAttribute("aria-activedescendant", node.id);
-    node.scrollIntoView({ block: "nearest" });
+    if (scroll) node.scrollIntoView({ block: "nearest" });
     this.onChoose(this, this.tokens[n]);
+  }
+
+  // The token that the memory decided most; -1 where it decided none.
+  get strongest() {
+    const weights = this.tokens.map((token) => (token.prompt ? 0 : token.memory_weight));
+    const most = Math.max(0, ...weights);
+    return most ? weights.indexOf(most) : -1;
   }
 
   release() {

@@ -4,6 +4,7 @@ import { Failure, get, send, stream } from "./api.js";
 import { Answer, element, percent } from "./answer.js";
 import { openDocument, showDocuments, showToken, showVerbatim } from "./panels.js";
 import { startLibrary } from "./library.js";
+import { decoded, encoded, save, savePage } from "./keeping.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { about: null, mode: "prompt", turns: [], without: [], answers: [], running: null, asked: null };
@@ -75,6 +76,8 @@ async function run(previous = null) {
   const said = state.mode === "chat" ? state.turns.map((turn) => element("article", { className: "answer said" }, element("h2", {}, turn.role), element("p", { className: "tokens" }, turn.content))) : [];
   $("output").replaceChildren(...said, ...answers.map((answer) => answer.node), ...(previous ? [previous.node] : []));
   state.answers = answers;
+  $("examples").hidden = true;
+  $("story").hidden = true;
   try {
     await Promise.all(answers.map((answer, n) => fill(answer, n ? "base" : method, control.signal)));
     finished(answers, previous);
@@ -106,12 +109,32 @@ function finished(answers, previous) {
     answer.name.append(element("span", { className: "tag" }, count ? `${count} tokens differ` : "the same words"));
   }
   if (state.mode === "text") textFigures(answer);
+  else tellStory(answer);
   if (state.mode === "chat") {
     state.turns.push({ role: "assistant", content: answer.text });
     $("new-chat").hidden = false;
   }
   $("announce").textContent = note;
   history.replaceState(null, "", permalink());
+}
+
+// In a sentence: how much the memory decided, where most of it stands, and what it changed.
+function tellStory(answer) {
+  const generated = answer.tokens.filter((token) => !token.prompt);
+  const mean = generated.reduce((sum, token) => sum + token.memory_weight, 0) / Math.max(1, generated.length);
+  const story = $("story");
+  story.hidden = answer.summary?.method === "base" || !generated.length;
+  if (story.hidden) return;
+  if (!mean) {
+    story.replaceChildren("The memory had no part in this answer: the model wrote it alone.");
+    return;
+  }
+  const other = generated.filter((token) => token.base_alternatives[0] && token.base_alternatives[0].id !== token.id).length;
+  const first = answer.summary.documents[0];
+  story.replaceChildren(
+    element("b", { className: "key" }, `The memory decided ${percent(mean)}`), " of this answer, most of it from ",
+    element("b", {}, first.title), `. At ${other} of ${generated.length} tokens the model alone would have said something else.`);
+  if (answer.chosen < 0 && document.activeElement !== answer.box) answer.choose(answer.strongest, false);
 }
 
 // Perplexity with and without memory, of a text that was read.
@@ -172,21 +195,16 @@ function report(error) {
 
 // --- links and files --------------------------------------------------------------------------
 
-function permalink() {
-  const kept = {
-    mode: state.mode, asked: state.asked, turns: state.mode === "chat" ? state.turns.slice(0, -1) : undefined,
-    options: options(), temperature: $("temperature").value, tokens: $("tokens").value, without: state.without,
-    versions: Object.fromEntries(state.about.memories.map((memory) => [memory.name, memory.version])),
-  };
-  const bytes = new TextEncoder().encode(JSON.stringify(kept));
-  return `#${btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
-}
+const permalink = () => encoded({
+  mode: state.mode, asked: state.asked, turns: state.mode === "chat" ? state.turns.slice(0, -1) : undefined,
+  options: options(), temperature: $("temperature").value, tokens: $("tokens").value, without: state.without,
+  versions: Object.fromEntries(state.about.memories.map((memory) => [memory.name, memory.version])),
+});
 
 function fromLink() {
-  if (location.hash.length < 2) return;
+  if (location.hash.length < 2) return false;
   try {
-    const binary = atob(location.hash.slice(1).replaceAll("-", "+").replaceAll("_", "/"));
-    const kept = JSON.parse(new TextDecoder().decode(Uint8Array.from(binary, (letter) => letter.charCodeAt(0))));
+    const kept = decoded(location.hash);
     setMode(kept.mode);
     $("method").value = kept.options.method;
     showSettings();
@@ -206,12 +224,7 @@ function fromLink() {
   } catch {
     report(new Failure("This link cannot be read: it was cut or changed."));
   }
-}
-
-function save(name, type, content) {
-  const link = element("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  return true;
 }
 
 const asJson = () => JSON.stringify({
@@ -219,12 +232,24 @@ const asJson = () => JSON.stringify({
   answers: state.answers.map((a) => ({ title: a.title, text: a.text, ...a.summary, tokens: a.tokens.map(({ node, ...token }) => token) })),
 }, null, 2);
 
-async function savePage() {
-  const css = await (await fetch("/page/viewer.css")).text();
-  const copy = document.documentElement.cloneNode(true);
-  copy.querySelectorAll("script, link, form, nav, dialog, .skip, #library, #tools, button").forEach((node) => node.remove());
-  copy.querySelector("head").append(Object.assign(document.createElement("style"), { textContent: css }));
-  save("answer.html", "text/html", `<!doctype html>\n${copy.outerHTML}`);
+// A few beginnings from the documents, so that nobody has to think of a first prompt.
+async function showExamples() {
+  const memory = state.about.memories[0].name;
+  const path = `/v1/nearest/documents/${encodeURIComponent(memory)}`;
+  const { documents } = await get(path);
+  const some = [0.2, 0.5, 0.8].map((share) => documents[Math.floor(share * documents.length)]);
+  const texts = await Promise.all([...new Set(some)].map((one) => get(`${path}?id=${encodeURIComponent(one.id)}`)));
+  const beginnings = texts.map((one) => beginning(one.text)).filter(Boolean);
+  if (!beginnings.length || state.asked !== null) return;
+  $("examples").append(...beginnings.map((text) =>
+    element("button", { type: "button", onclick: () => { setMode("prompt"); $("input").value = text; ask(); } }, text)));
+  $("examples").hidden = false;
+}
+
+// The first words of the first line that reads like a sentence.
+function beginning(text) {
+  const line = text.split("\n").map((one) => one.trim()).find((one) => one.split(" ").length > 6) ?? text.trim();
+  return line.split(" ").slice(0, 4).join(" ");
 }
 
 // --- the page ---------------------------------------------------------------------------------
@@ -281,7 +306,7 @@ function startControls() {
   document.querySelectorAll("[data-mode]").forEach((one) => one.addEventListener("click", () => {
     state.turns = []; state.asked = null; setMode(one.dataset.mode);
   }));
-  $("new-chat").addEventListener("click", () => { state.turns = []; state.answers = []; state.asked = null; $("output").replaceChildren(); setMode("chat"); });
+  $("new-chat").addEventListener("click", () => { state.turns = []; state.answers = []; state.asked = null; $("output").replaceChildren(); $("story").hidden = true; setMode("chat"); });
   $("link").addEventListener("click", async () => {
     history.replaceState(null, "", permalink());
     await navigator.clipboard?.writeText(location.href).catch(() => {});
@@ -326,7 +351,7 @@ async function start() {
   document.querySelector('[data-mode="chat"]').hidden = !chat;
   setMode(chat ? "chat" : "prompt");
   showSettings();
-  fromLink();
+  if (!fromLink()) showExamples().catch(report);
   window.addEventListener("hashchange", fromLink);
 }
 

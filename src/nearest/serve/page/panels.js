@@ -76,7 +76,8 @@ export function showDocuments(summary, actions) {
     return;
   }
   const strongest = Math.max(...documents.map((one) => one.weight));
-  const items = documents.map((one) => {
+  const items = documents.map((one, n) => {
+    const number = element("span", { className: "number", aria: { hidden: "true" } }, String(n + 1));
     const name = element("button", { type: "button", className: "name", aria: { pressed: "false" } }, one.title);
     name.addEventListener("click", () => {
       const on = name.getAttribute("aria-pressed") !== "true";
@@ -85,14 +86,14 @@ export function showDocuments(summary, actions) {
       actions.mark(on ? one : null);
     });
     return element("li", { data: { document: one.document, memory: one.memory } },
-      name, bar(one.weight / strongest, true),
+      element("div", { className: "row heading" }, number, name), bar(one.weight / strongest, true),
       element("div", { className: "row" }, tag(`${percent(one.weight)} of the answer`, true), tag(`${one.tokens} tokens`),
         ...(one.licence ? [tag(one.licence)] : []), element("span", { className: "space" }),
         button("Open", () => actions.open(one)), button("Without it", () => actions.leaveOut(one))));
   });
   panel.replaceChildren(
     element("h2", {}, `Documents (${documents.length})`),
-    element("p", { className: "quiet" }, "A document's name outlines its tokens. “Without it” runs again as if it were not there."),
+    element("p", { className: "quiet" }, "Numbers stand behind the passages that a document decided. Choose a name to outline its tokens; “Without it” runs again as if it were not there."),
     element("ul", { className: "list" }, ...items.slice(0, SHOWN)),
     ...(items.length > SHOWN
       ? [element("details", {}, element("summary", {}, `${items.length - SHOWN} more, which carried little`), element("ul", { className: "list" }, ...items.slice(SHOWN)))]

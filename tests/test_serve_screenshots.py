@@ -1,0 +1,131 @@
+"""Pictures of the viewer with a real model, for docs/viewer.md and for eyes.
+
+NEAREST_SCREENSHOTS=docs/viewer pytest -m slow tests/test_serve_screenshots.py
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from nearest import Document, Memory
+from nearest.demo.run import MODEL
+from nearest.encode.loading import load_model_and_tokenizer
+from serving import Running, serving
+from test_serve_viewer import ARGUMENTS, CHROMIUM, complete
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
+
+TOPICS = ("for", "while", "global", "nonlocal", "break", "continue", "pass", "return", "yield")
+PROMPT = "The global statement"
+LICENCE = "PSF-2.0"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    model, tokenizer = load_model_and_tokenizer(str(MODEL))
+    documents = [
+        Document(name, topics[name], {"title": f"{name} (Python reference)", "licence": LICENCE})
+        for name in TOPICS
+        if name in topics
+    ]
+    path = tmp_path_factory.mktemp("viewer") / "python.memory"
+    memory = Memory.build(model, tokenizer, documents, path)
+    with serving(
+        model, tokenizer, [memory], model_name="general-gpt2-7m", write_key="only-for-tests"
+    ) as running:
+        yield running
+
+
+def opened(browser: Any, server: Running, width: int = 1280, scheme: str = "light") -> Page:
+    context = browser.new_context(
+        viewport={"width": width, "height": 860 if width > 600 else 1400},
+        color_scheme=scheme,
+        device_scale_factor=2 if width < 600 else 1,
+        http_credentials={"username": "me", "password": "only-for-tests", "send": "always"},
+    )
+    page: Page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(server.url)
+    expect(page.locator("#serving")).to_contain_text("python")
+    return page
+
+
+def asked(page: Page, mode: str = "prompt", text: str = PROMPT) -> None:
+    page.click(f'[data-mode="{mode}"]')
+    page.fill("#input", text)
+    page.click("#run")
+    complete(page)
+
+
+def strongest(page: Page) -> None:
+    """Choose the token that the memory decided most."""
+    page.evaluate(
+        """() => [...document.querySelectorAll('.t')]
+            .sort((a, b) => b.style.getPropertyValue('--w') - a.style.getPropertyValue('--w'))[0]
+            .click()"""
+    )
+
+
+def test_pictures(server: Running, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("NEAREST_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: list[Path] = []
+
+    def take(page: Page, name: str) -> None:
+        taken.append(folder / f"{name}.png")
+        page.mouse.move(0, 0)
+        page.screenshot(path=taken[-1])
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = opened(browser, server)
+        take(page, "start")
+        asked(page)
+        take(page, "answer")
+        strongest(page)
+        take(page, "token")
+        page.locator("#token-card .list .name").first.click()
+        expect(page.locator("#document-text mark")).to_be_visible()
+        page.wait_for_timeout(300)  # until it has scrolled to the place
+        take(page, "document")
+        page.click("#document-close")
+        page.locator("#documents .list > li").first.get_by_text("Without it").click()
+        complete(page)
+        take(page, "without")
+        page.locator("#without button").first.click()
+        complete(page)
+        page.check("#compare")
+        complete(page)
+        take(page, "compare")
+        page.uncheck("#compare")
+        asked(
+            page, "text", "The global statement makes a name of the module visible in a function."
+        )
+        page.locator(".t").nth(4).click()
+        take(page, "text")
+        page.click("#view-library")
+        expect(page.locator("#library-list > li").first).to_be_visible()
+        take(page, "documents")
+        for name, width, scheme in (("dark", 1280, "dark"), ("narrow", 320, "light")):
+            page = opened(browser, server, width, scheme)
+            asked(page)
+            strongest(page)
+            page.evaluate("window.scrollTo(0, 0)")
+            take(page, name)
+            if width < 600:
+                page.screenshot(path=folder / "narrow-whole.png", full_page=True)
+        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        sys.stderr.write(f"first contentful paint after {paint:.0f} ms\n")
+        browser.close()
+    sizes = [path.stat().st_size for path in taken]
+    assert min(sizes) > 5_000
+    assert len(set(sizes)) == len(sizes)  # each shows something else
