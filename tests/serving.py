@@ -55,8 +55,7 @@ def with_gates(
     tuning = make_documents(5, 20, seed=9)
     with gates_trained_at_once():
         for method in methods:
-            name, _, gate = method.partition("+")
-            tune(model, memory, tuning, method=name, tokenizer=tokenizer, gate=gate or "mixture")
+            tune(model, memory, tuning, method=method, tokenizer=tokenizer)
     return Memory.open(memory.path)
 
 

@@ -173,7 +173,7 @@ class RemoteMemory(Memory):
         return self._of_entries("log_weights", ids.reshape(-1)).reshape(ids.shape)
 
     @property
-    def keys(self) -> Keys:  # type: ignore[override]
+    def keys(self) -> Keys:
         self._refuse()
 
     @cached_property

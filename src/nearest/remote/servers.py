@@ -7,6 +7,7 @@ tried with one request. Requests only read, so that each may be sent again, to w
 import random
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,7 @@ class Servers:
             timeout=httpx.Timeout(self._patience.answer, connect=self._patience.connect),
             trust_env=False,  # no proxy stands between machines that share a memory
         )
+        self._closing = weakref.finalize(self, self._client.close)
 
     def __repr__(self) -> str:
         return f"<Servers {', '.join(server.url for server in self._servers)}>"
@@ -96,8 +98,8 @@ class Servers:
         return self._servers[0].url
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections; otherwise they are closed when nobody uses this any more."""
+        self._closing()
 
     def get(self, path: str, params: Mapping[str, Any]) -> httpx.Response:
         """A page; see `post`."""

@@ -59,6 +59,8 @@ def unpacked(content: bytes) -> dict[str, np.ndarray]:
             members = archive.infolist()
             if any(one.compress_type != zipfile.ZIP_STORED for one in members):
                 raise CorpusError("the zip is compressed: store its members as they are")
+            if sum(one.file_size for one in members) > len(content):  # they overlap
+                raise CorpusError("the zip says that it holds more than was sent")
             return {
                 one.filename.removesuffix(".npy"): read_npy(archive.read(one)) for one in members
             }

@@ -6,7 +6,7 @@ at every token.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from nearest.serve.schema import NearestOptions
 
@@ -128,8 +128,12 @@ class Piece(_Told):
 
 def schemas() -> dict[str, Any]:
     """JSON schemas of the extension: of requests, answers, and pieces of a stream."""
-    kinds = {"request": NearestOptions, "answer": Answer, "piece": Piece}
+    kinds: dict[str, type[BaseModel]] = {
+        "request": NearestOptions,
+        "answer": Answer,
+        "piece": Piece,
+    }
     return {
         "version": VERSION,
-        **{name: TypeAdapter(kind).json_schema() for name, kind in kinds.items()},
+        **{name: kind.model_json_schema() for name, kind in kinds.items()},
     }

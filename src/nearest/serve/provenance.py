@@ -29,6 +29,7 @@ class Provenance:
         self._library = library
         self._vocabulary = vocabulary
         self._base_url = base_url.rstrip("/")
+        self._predicted = 0  # tokens, with those of the prompt that are told
         self._told: list[Told] = []
         self._weights: list[float] = []
         self._strongest: list[tuple[int, int] | None] = []  # memory and document
@@ -37,6 +38,7 @@ class Provenance:
 
     def token(self, told: Told) -> dict[str, Any]:
         """A token as answers tell it, with its sources."""
+        self._predicted += told.log_prob is not None
         total = sum(one.weight for one in told.spoke)
         weight = 0.0
         if told.log_prob is not None and told.spoke:
@@ -82,7 +84,7 @@ class Provenance:
 
     def summary(self) -> dict[str, Any]:
         """The whole answer's documents, spans and verbatim runs, and what was looked up."""
-        count = max(1, len(self._told))
+        count = max(1, self._predicted)
         documents = [
             {
                 **self._document(*which),

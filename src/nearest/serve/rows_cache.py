@@ -7,6 +7,7 @@ free place, and one that leaves is overwritten by the last.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ class RowsCache(Cache):
         lengths: of each row, in tokens.
     """
 
-    def __init__(self, first: Cache) -> None:
+    def __init__(self, first: Any) -> None:
         """Begin with the rows of another cache, all of which have the same length."""
-        length = first.get_seq_length()
-        super().__init__(layers=[_RowsLayer(self, one.keys, one.values) for one in first.layers])
+        self._buffers = [_RowsLayer(self, one.keys, one.values) for one in first.layers]
+        super().__init__(layers=[*self._buffers])
         self.lengths: list[int] = []
-        self.end = length
+        self.end = int(first.get_seq_length())
         self._room = 0
         self.add(first)
 
@@ -43,18 +44,19 @@ class RowsCache(Cache):
         return [longest - length for length in self.lengths]
 
     @torch.inference_mode()
-    def add(self, other: Cache) -> None:
+    def add(self, other: Any) -> None:
         """Add the rows of a cache, all of which have the same length."""
-        length, begin = other.get_seq_length(), len(self.lengths)
+        length, begin = int(other.get_seq_length()), len(self.lengths)
         stop = begin + len(other.layers[0].keys)
         if stop > self._room:
-            self._room = 2 * stop
+            self._room = stop + max(8, stop // 2)
             self._resize(max(self.end - self.first, length))
         elif length > self.end:
             self._resize(length)
-        for layer, one in zip(self.layers, other.layers, strict=True):
-            layer.keys[begin:stop, :, self.end - length : self.end] = one.keys
-            layer.values[begin:stop, :, self.end - length : self.end] = one.values
+        own = slice(self.end - length, self.end)
+        for buffer, layer in zip(self._buffers, other.layers, strict=True):
+            buffer.all_keys[begin:stop, :, own] = layer.keys
+            buffer.all_values[begin:stop, :, own] = layer.values
         self.lengths += [length] * (stop - begin)
 
     @torch.inference_mode()
@@ -65,9 +67,9 @@ class RowsCache(Cache):
         free = sorted(set(range(len(rows))) - set(order))
         columns = slice(self.first, self.end)
         for place, row in zip(free, last, strict=True):
-            for layer in self.layers:
-                layer.keys[place, :, columns] = layer.keys[row, :, columns]
-                layer.values[place, :, columns] = layer.values[row, :, columns]
+            for buffer in self._buffers:
+                buffer.all_keys[place, :, columns] = buffer.all_keys[row, :, columns]
+                buffer.all_values[place, :, columns] = buffer.all_values[row, :, columns]
         moved = dict(zip(free, last, strict=True))
         order = [moved.get(place, place) for place in range(len(rows))]
         self.lengths = [self.lengths[row] for row in order]
@@ -75,7 +77,7 @@ class RowsCache(Cache):
 
     def make_room(self, columns: int) -> None:
         """See to it that so many columns can be appended."""
-        if self.end + columns > self.layers[0].keys.shape[-2]:
+        if self.end + columns > self._buffers[0].all_keys.shape[-2]:
             self._resize(self.end - self.first)
 
     def appended(self, columns: int) -> None:
@@ -86,8 +88,8 @@ class RowsCache(Cache):
     def _resize(self, end: int) -> None:
         """Move all rows so that they end at a column, with room for half as much after it."""
         capacity = end + max(_SPARE_COLUMNS, end // 2)
-        for layer in self.layers:
-            layer.resize(self._room, capacity, end)
+        for buffer in self._buffers:
+            buffer.resize(self._room, capacity, end)
         self.end = end
 
 
@@ -95,10 +97,10 @@ class _RowsLayer(CacheLayerMixin):
     """One layer's buffers [room, heads, capacity, dim]; stale columns hold finite numbers."""
 
     def __init__(self, rows: RowsCache, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rows = rows
-        self.keys = keys[:0]
-        self.values = values[:0]
+        self.all_keys = keys[:0]
+        self.all_values = values[:0]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -110,16 +112,16 @@ class _RowsLayer(CacheLayerMixin):
         """Append a pass's columns; the states that it attends to."""
         rows, end = len(key_states), self._rows.end
         stop = end + key_states.shape[-2]
-        self.keys[:rows, :, end:stop] = key_states
-        self.values[:rows, :, end:stop] = value_states
+        self.all_keys[:rows, :, end:stop] = key_states
+        self.all_values[:rows, :, end:stop] = value_states
         seen = slice(self._rows.first, stop)
-        return self.keys[:rows, :, seen], self.values[:rows, :, seen]
+        return self.all_keys[:rows, :, seen], self.all_values[:rows, :, seen]
 
     def resize(self, room: int, capacity: int, end: int) -> None:
         """Buffers of another size, with the columns that rows have moved to end at `end`."""
         columns = slice(self._rows.first, self._rows.end)
-        self.keys = _moved(self.keys, columns, room, capacity, end)
-        self.values = _moved(self.values, columns, room, capacity, end)
+        self.all_keys = _moved(self.all_keys, columns, room, capacity, end)
+        self.all_values = _moved(self.all_values, columns, room, capacity, end)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a pass sees, and where they begin."""

@@ -66,7 +66,7 @@ def likeliest(
     log_probs: Float[Tensor, "rows vocab"], counts: Sequence[int]
 ) -> list[list[tuple[int, float]]]:
     """Each row's `counts[row]` likeliest tokens and their log-probabilities, likeliest first."""
-    most = min(max(counts), log_probs.shape[-1])
+    most = min(max(counts, default=0), log_probs.shape[-1])
     if not most:
         return [[] for _ in counts]
     values, tokens = log_probs.topk(most)
