@@ -120,7 +120,7 @@ def test_a_whole_text_is_scored_as_with_the_folder(
     over = evaluate(model, remote, texts, METHODS, tokenizer=tiny_tokenizer)
     for one, other in zip(own, over, strict=True):
         assert other.nll == pytest.approx(one.nll, abs=1e-6)
-        assert other.cost.foss == one.cost.foss
+        assert other.foss == one.foss
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -146,6 +146,20 @@ def test_a_text_is_read_under_model_and_memory(page: Page) -> None:
     ran(page, "the court shall the law", mode="text")
     assert page.locator(".t").count() == len("the court shall the law")
     expect(page.locator(".answer h2")).to_contain_text("perplexity")
+    expect(page.locator("#story")).to_contain_text("likelier with it")
+    expect(page.locator("#legend-text")).to_be_visible()
+    expect(page.locator("#compare-field")).to_be_hidden()
+
+
+def test_a_stranger_has_something_to_begin_with(page: Page) -> None:
+    example = page.locator("#examples button").first
+    words = example.inner_text()
+    example.click()
+    complete(page)
+    expect(page.locator(".prompt")).to_have_text(words)
+    expect(page.locator("#examples")).to_be_hidden()
+    expect(page.locator("#story")).to_contain_text("The memory decided")
+    expect(page.locator("#token-card")).to_contain_text("odel alone")  # a token is chosen already
 
 
 def test_chat_goes_on(page: Page) -> None:

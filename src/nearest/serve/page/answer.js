@@ -14,6 +14,8 @@ export const percent = (share) => (share > 0 && share < 0.005 ? "<1 %" : `${Math
 
 export const shown = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
+const CITED = 3; // tokens of a passage that gets its document's number
+
 const key = (one) => `${one.memory}\u0000${one.document}`;
 
 export class Answer {
@@ -71,7 +73,7 @@ export class Answer {
     for (const run of summary?.verbatim ?? []) {
       for (const token of generated.slice(run.first_token, run.first_token + run.tokens)) token.node.classList.add("copied");
     }
-    for (const span of summary?.spans ?? []) {
+    for (const span of (summary?.spans ?? []).filter((one) => one.tokens >= CITED)) {
       const number = summary.documents.findIndex((one) => key(one) === key(span)) + 1;
       generated[span.first_token + span.tokens - 1].node.dataset.cite = number;
     }
@@ -96,11 +98,15 @@ export class Answer {
     this.onChoose(this, this.tokens[n]);
   }
 
-  // The token that the memory decided most; -1 where it decided none.
-  get strongest() {
-    const weights = this.tokens.map((token) => (token.prompt ? 0 : token.memory_weight));
-    const most = Math.max(0, ...weights);
-    return most ? weights.indexOf(most) : -1;
+  // The token that says most about the memory: a word that it decided against the model.
+  get telling() {
+    const worth = this.tokens.map((token) => {
+      if (token.prompt) return 0;
+      const other = token.base_alternatives[0]?.id !== token.id ? 1 : 0.3;
+      return token.memory_weight * other * (/\p{L}{3}/u.test(token.text) ? 1 : 0.3);
+    });
+    const most = Math.max(0, ...worth);
+    return most ? worth.indexOf(most) : -1;
   }
 
   release() {

@@ -22,6 +22,7 @@ export function save(name, type, content) {
 export async function savePage() {
   const css = await (await fetch("/page/viewer.css")).text();
   const copy = document.documentElement.cloneNode(true);
+  copy.querySelectorAll("button.name").forEach((node) => node.replaceWith(element("b", {}, node.textContent)));
   copy.querySelectorAll("script, link, form, nav, dialog, .skip, #library, #tools, #examples, button").forEach((node) => node.remove());
   copy.querySelector("head").append(Object.assign(document.createElement("style"), { textContent: css }));
   save("answer.html", "text/html", `<!doctype html>\n${copy.outerHTML}`);

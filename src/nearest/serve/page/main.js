@@ -1,7 +1,7 @@
 // The page's state: what is asked, how, and what came back.
 
 import { Failure, get, send, stream } from "./api.js";
-import { Answer, element, percent } from "./answer.js";
+import { Answer, difference, element, percent } from "./answer.js";
 import { openDocument, showDocuments, showToken, showVerbatim } from "./panels.js";
 import { startLibrary } from "./library.js";
 import { decoded, encoded, save, savePage } from "./keeping.js";
@@ -97,9 +97,11 @@ async function run(previous = null) {
 
 function finished(answers, previous) {
   const [answer, other] = answers;
-  showDocuments(answer.summary, actions);
+  showDocuments(answer.summary, actions, state.mode === "text" ? "text" : "answer");
   showVerbatim(answer.summary, actions);
   $("tools").hidden = false;
+  $("legend-text").hidden = state.mode !== "text";
+  $("legend-answer").hidden = state.mode === "text";
   const against = previous ?? other;
   let note = `Answer complete: ${answer.text}`;
   if (against && against.tokens.length < 2000) {
@@ -134,7 +136,7 @@ function tellStory(answer) {
   story.replaceChildren(
     element("b", { className: "key" }, `The memory decided ${percent(mean)}`), " of this answer, most of it from ",
     element("b", {}, first.title), `. At ${other} of ${generated.length} tokens the model alone would have said something else.`);
-  if (answer.chosen < 0 && document.activeElement !== answer.box) answer.choose(answer.strongest, false);
+  if (answer.chosen < 0 && document.activeElement !== answer.box) answer.choose(answer.telling, false);
 }
 
 // Perplexity with and without memory, of a text that was read.
@@ -142,9 +144,19 @@ function textFigures(answer) {
   const scored = answer.tokens.filter((token) => token.logprob !== null);
   if (!scored.length) return;
   const perplexity = (name) => Math.exp(-scored.reduce((sum, token) => sum + token[name], 0) / scored.length);
+  const [alone, together] = [perplexity("base_logprob"), perplexity("logprob")];
   answer.name.append(
-    element("span", { className: "tag" }, `perplexity ${perplexity("base_logprob").toFixed(2)} alone`),
-    element("span", { className: "tag strong" }, `${perplexity("logprob").toFixed(2)} with memory`));
+    element("span", { className: "tag" }, `perplexity ${alone.toFixed(2)} alone`),
+    element("span", { className: "tag strong" }, `${together.toFixed(2)} with memory`));
+  const likelier = scored.filter((token) => token.logprob > token.base_logprob).length;
+  $("story").hidden = answer.summary?.method === "base";
+  $("story").replaceChildren(
+    element("b", { className: "key" }, together < alone ? "The memory expects this text" : "The memory does not expect this text"),
+    together < alone
+      ? `: with it a token is ${(alone / together).toFixed(1)} times as likely as under the model alone, on average; `
+      : " better than the model alone does; ",
+    `${likelier} of ${scored.length} tokens are likelier with it.`);
+  if (answer.chosen < 0) answer.choose(answer.tokens.reduce((best, token, n, all) => (difference(token) > difference(all[best]) ? n : best), 0), false);
 }
 
 function choose(answer, token) {
@@ -266,6 +278,7 @@ function setMode(mode) {
   $("input").placeholder = words[1];
   $("run").textContent = words[2];
   $("new-chat").hidden = mode !== "chat" || !state.turns.length;
+  $("compare-field").hidden = mode === "text";
 }
 
 function ask() {

@@ -68,11 +68,11 @@ export function showToken(token, actions) {
 }
 
 // Documents by what they carried of an answer.
-export function showDocuments(summary, actions) {
+export function showDocuments(summary, actions, what) {
   const panel = $("documents");
   const documents = summary?.documents ?? [];
   if (!documents.length) {
-    panel.replaceChildren(element("h2", {}, "Documents"), element("p", { className: "empty" }, "No document spoke for this answer: it is the model's alone."));
+    panel.replaceChildren(element("h2", {}, "Documents"), element("p", { className: "empty" }, `No document spoke for this ${what}: it is the model's alone.`));
     return;
   }
   const strongest = Math.max(...documents.map((one) => one.weight));
@@ -86,14 +86,16 @@ export function showDocuments(summary, actions) {
       actions.mark(on ? one : null);
     });
     return element("li", { data: { document: one.document, memory: one.memory } },
-      element("div", { className: "row heading" }, number, name), bar(one.weight / strongest, true),
-      element("div", { className: "row" }, tag(`${percent(one.weight)} of the answer`, true), tag(`${one.tokens} tokens`),
+      element("div", { className: "row heading" }, number, name, element("span", { className: "space" }),
+        element("span", { className: "share" }, percent(one.weight), element("span", { className: "sr" }, ` of the ${what}`))),
+      bar(one.weight / strongest, true),
+      element("div", { className: "row" }, tag(`spoke for ${one.tokens} ${one.tokens === 1 ? "token" : "tokens"}`),
         ...(one.licence ? [tag(one.licence)] : []), element("span", { className: "space" }),
         button("Open", () => actions.open(one)), button("Without it", () => actions.leaveOut(one))));
   });
   panel.replaceChildren(
     element("h2", {}, `Documents (${documents.length})`),
-    element("p", { className: "quiet" }, "Numbers stand behind the passages that a document decided. Choose a name to outline its tokens; “Without it” runs again as if it were not there."),
+    element("p", { className: "quiet" }, `Each document's share of the ${what}. Choose a name to outline its tokens; “Without it” runs again as if it were not there.`),
     element("ul", { className: "list" }, ...items.slice(0, SHOWN)),
     ...(items.length > SHOWN
       ? [element("details", {}, element("summary", {}, `${items.length - SHOWN} more, which carried little`), element("ul", { className: "list" }, ...items.slice(SHOWN)))]
