@@ -24,8 +24,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
 
-TOPICS = ("for", "while", "global", "nonlocal", "break", "continue", "pass", "return", "yield")
-PROMPT = "A break statement may only occur"
+TOPICS = (
+    *("for", "while", "if", "try", "with", "global", "nonlocal", "break", "continue", "pass"),
+    *("return", "yield", "raise", "import", "assert", "del", "lambda", "bltin-null-object"),
+)
+PROMPT = 'The "global" statement'
 LICENCE = "PSF-2.0"
 
 
@@ -50,7 +53,7 @@ def prose(topic: str) -> str:
     paragraphs = [
         " ".join(part.split()) for part in topic.split("\n\n") if not part.startswith(" ")
     ]
-    return "\n".join(part for part in paragraphs if part.endswith("."))
+    return "\n".join(part for part in paragraphs if len(part) > 60 and "***" not in part)
 
 
 def opened(browser: Any, server: Running, width: int = 1280, scheme: str = "light") -> Page:
