@@ -107,10 +107,14 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
         take(page, "without")
         page.locator("#without button").first.click()
         complete(page)
+        asked(page)
         page.check("#compare")
+        page.wait_for_timeout(400)  # changes are waited for, a moment
         complete(page)
         take(page, "compare")
         page.uncheck("#compare")
+        page.wait_for_timeout(400)
+        complete(page)
         asked(
             page,
             "text",
@@ -127,6 +131,9 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
             take(page, name)
             if width < 600:
                 page.screenshot(path=folder / "narrow-whole.png", full_page=True)
+        page.goto(server.url)
+        page.reload()
+        expect(page.locator("#serving")).to_contain_text("python")
         paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         sys.stderr.write(f"first contentful paint after {paint:.0f} ms\n")
         browser.close()

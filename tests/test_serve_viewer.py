@@ -99,7 +99,8 @@ def test_documents_and_tokens_are_linked_both_ways(page: Page) -> None:
     first.locator(".name").click()
     assert page.locator(".t.of").count() > 0
     page.locator(".t.of").first.click()
-    assert page.locator('#documents .name[aria-pressed="true"]').count() > 0
+    assert page.locator('#documents .name[aria-pressed="true"]').count() == 1
+    assert page.locator("#documents .name[aria-current]").count() > 0
     first.get_by_text("Open").click()
     expect(page.locator("#document")).to_be_visible()
     expect(page.locator("#document-about")).to_contain_text("doc-")

@@ -12,6 +12,9 @@ export function element(tag, properties = {}, ...children) {
 
 export const percent = (share) => (share > 0 && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`);
 
+// Without the space that begins most words' tokens; white space alone as it is.
+export const word = (text) => shown(text).trim() || shown(text);
+
 export const shown = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 const CITED = 3; // tokens of a passage that gets its document's number
@@ -75,7 +78,9 @@ export class Answer {
     }
     for (const span of (summary?.spans ?? []).filter((one) => one.tokens >= CITED)) {
       const number = summary.documents.findIndex((one) => key(one) === key(span)) + 1;
-      generated[span.first_token + span.tokens - 1].node.dataset.cite = number;
+      let last = span.first_token + span.tokens - 1;
+      while (/^\p{L}/u.test(generated[last + 1]?.text ?? "")) last++; // to the end of the word
+      generated[last].node.dataset.cite = number;
     }
     if (generated.length) {
       const mean = generated.reduce((sum, t) => sum + t.memory_weight, 0) / generated.length;

@@ -70,7 +70,7 @@ async function run(previous = null) {
   const method = $("method").value;
   const title = method === "base" ? "Model alone" : `With memory: ${method}`;
   const answers = [new Answer(title, choose)];
-  if (previous) answers[0].name.prepend(element("span", { className: "tag" }, "now"));
+  if (previous) answers[0].name.prepend(element("span", { className: "tag when" }, "now"));
   if ($("compare").checked && method !== "base" && state.mode !== "text") answers.push(new Answer("Model alone", choose));
   if (state.mode === "prompt") answers.forEach((answer) => answer.context(state.asked));
   const said = state.mode === "chat" ? state.turns.map((turn) => element("article", { className: "answer said" }, element("h2", {}, turn.role), element("p", { className: "tokens" }, turn.content))) : [];
@@ -164,7 +164,7 @@ function choose(answer, token) {
   showToken(token, actions);
   document.querySelectorAll("#documents .list > li").forEach((item) => {
     const used = token.sources.some((s) => s.document === item.dataset.document && s.memory === item.dataset.memory);
-    item.querySelector(".name").setAttribute("aria-pressed", String(used));
+    item.querySelector(".name").toggleAttribute("aria-current", used);
   });
 }
 
@@ -184,7 +184,8 @@ function again() {
   if (state.asked === null) return;
   if (state.mode === "chat") state.turns.pop();
   const before = state.answers[0];
-  before.name.prepend(element("span", { className: "tag" }, "before"));
+  before.name.querySelector(".when")?.remove();
+  before.name.prepend(element("span", { className: "tag when" }, "before"));
   run(before);
 }
 

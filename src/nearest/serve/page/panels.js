@@ -1,7 +1,7 @@
 // The side of the page: the chosen token, the documents, copied passages, and a document's text.
 
 import { get } from "./api.js";
-import { element, percent, shown } from "./answer.js";
+import { element, percent, shown, word } from "./answer.js";
 
 const SHOWN = 6; // documents, before the rest is folded away
 const $ = (id) => document.getElementById(id);
@@ -40,7 +40,7 @@ export function showToken(token, actions) {
   const alone = token.base_alternatives[0];
   const verdict = element("p", { className: "verdict" });
   if (alone && alone.id !== token.id) {
-    verdict.append("The model alone would have said ", element("b", {}, `“${shown(alone.token)}”`), ` (${percent(probability(alone.logprob))}).`);
+    verdict.append("The model alone would have said ", element("b", {}, `“${word(alone.token)}”`), ` (${percent(probability(alone.logprob))}).`);
   } else if (token.memory_weight > 0) {
     verdict.append("The model alone would have said the same.");
   } else {
@@ -55,7 +55,7 @@ export function showToken(token, actions) {
         ...(source.match_length ? [tag(`${source.match_length} tokens alike`)] : []),
         ...(source.licence ? [tag(source.licence)] : []))));
   card.replaceChildren(
-    element("div", { className: "row" }, element("h2", {}, "Token"), element("span", { className: "token-name" }, shown(token.token))),
+    element("div", { className: "row" }, element("h2", {}, "Token"), element("span", { className: "token-name" }, word(token.token))),
     verdict,
     element("dl", { className: "facts" },
       ...fact("with memory", probability(token.logprob), true),
