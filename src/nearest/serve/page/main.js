@@ -164,7 +164,9 @@ function choose(answer, token) {
   showToken(token, actions);
   document.querySelectorAll("#documents .list > li").forEach((item) => {
     const used = token.sources.some((s) => s.document === item.dataset.document && s.memory === item.dataset.memory);
-    item.querySelector(".name").toggleAttribute("aria-current", used);
+    const name = item.querySelector(".name");
+    if (used) name.setAttribute("aria-current", "true");
+    else name.removeAttribute("aria-current");
   });
 }
 
