@@ -21,8 +21,8 @@ from nearest.retro.data.live import MemoryNeighbours
 from retro_data import database, documents, embedder, words
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving
 
-# Of each operation, as far as there are different ones; 5,000 in all: NEAREST_FUZZ_CASES=500
 WRITE_KEY = "a-key-to-write"
+# Of each operation, as far as there are different ones; 5,000 in all: NEAREST_FUZZ_CASES=500
 CASES = int(os.environ.get("NEAREST_FUZZ_CASES", "25"))
 
 
