@@ -72,8 +72,10 @@ def test_every_look_up_is_the_memorys(memory: Memory, remote: RemoteMemory) -> N
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(7, 32)).astype(np.float32)
     ids = rng.integers(-1, memory.positions, size=(7, 5))
-    context = np.array([0, *rng.integers(60, 120, size=600)])
-    ends = np.array([3, 5, 7, 100, 599, 600, 20])
+    text = [*memory.document_tokens(2), *memory.document_tokens(5)]
+    context = np.array([*text, 0, *rng.integers(60, 120, size=9000), *text])
+    ends = np.array([3, 5, 7, 100, 8000, 9100, 20])
+    assert memory.longest_matches(context, ends, 1).lengths[:3].min() > 2
     assert (remote.entries, remote.documents) == (memory.entries, memory.documents)
     assert remote.manifest == memory.manifest
     for distances in ("keys", "index"):

@@ -31,6 +31,7 @@ from nearest.store.manifest import Manifest
 from nearest.store.parts.gates import GateFile
 
 _AT_ONCE = 1 << 18  # numbers of one array in a request
+_BETWEEN = -1  # no token: where one context ends and another begins
 _KNOWN = 4  # answers whose entries' values are remembered
 
 
@@ -332,7 +333,17 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *names: str) -> list[np.n
 
 
 def _text(context: Tokens, ends: Int[np.ndarray, " q"]) -> dict[str, np.ndarray]:
-    """The part of a context that matches can reach back to, and where the queries end in it."""
-    first = max(0, int(ends.min()) - MAX_MATCH - 1) if len(ends) else 0
+    """What matches can reach back to of a context, and where the queries end in it.
+
+    Queries that are far apart in a long context each bring their own part, with what no context
+    holds between them.
+    """
+    reach = MAX_MATCH + 1
+    first = max(0, int(ends.min()) + 1 - reach) if len(ends) else 0
     last = int(ends.max(initial=-1)) + 1
-    return {"context": np.asarray(context[first:last], np.int64), "ends": ends - first}
+    if last - first <= len(ends) * (reach + 1):
+        return {"context": np.asarray(context[first:last], np.int64), "ends": ends - first}
+    parts = [context[max(0, end + 1 - reach) : end + 1] for end in ends.tolist()]
+    joined = np.concatenate([np.append(part, _BETWEEN) for part in parts]).astype(np.int64)
+    stops = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64)
+    return {"context": joined, "ends": stops - 2}
