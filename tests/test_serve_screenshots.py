@@ -94,6 +94,7 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
     def take(page: Page, name: str) -> None:
         taken.append(folder / f"{name}.png")
         page.mouse.move(0, 0)
+        page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=taken[-1])
         small(taken[-1])
 

@@ -127,10 +127,11 @@ export class Answer {
     }
   }
 
-  // Underline the tokens that differ from another answer's.
+  // Underline the tokens that differ from another answer's, unless most of them do.
   compare(other) {
     const same = common(this.tokens.map((t) => t.id), other.tokens.map((t) => t.id));
-    this.tokens.forEach((token, n) => token.node.classList.toggle("changed", !same.has(n)));
+    const few = same.size > 0.4 * this.tokens.length;
+    this.tokens.forEach((token, n) => token.node.classList.toggle("changed", few && !same.has(n)));
     return this.tokens.length - same.size;
   }
 
