@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_model
 from nearest import Memory, attach, evaluate
+from nearest.serve.app import ServeOptions, make_service
 from nearest.serve.vocabulary import Stops
+from nearest.serve.work import News, Wanted, Work
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates
 
 WRITE_KEY = "a-key-to-write"
@@ -79,6 +81,35 @@ def test_what_else_runs_changes_nothing(server: Running) -> None:
         together = list(clients.map(lambda number: asked(server, number), range(count)))
     for one, other in zip(alone, together, strict=True):
         assert_same(one, other)
+
+
+def test_prompts_take_turns(
+    model: PreTrainedModel,
+    build_memory: Callable[..., Memory],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """First come, first served; a long one lets short ones pass, and none waits for ever."""
+    service = make_service(model, tiny_tokenizer, [build_memory(model)], ServeOptions(method="knn"))
+    nothing = service.library.retrieval("base", None).ensemble
+    ended: list[int] = []
+
+    def work(number: int, length: int) -> Work:
+        def listener(news: Any) -> None:
+            assert isinstance(news, News)
+            if news.finished:
+                ended.append(number)
+
+        return Work([0] * length, Wanted(1, temperature=0), nothing, listener)
+
+    lengths = [500, *[100] * 9]
+    service.engine._waiting.extend(work(n, length) for n, length in enumerate(lengths))
+    later = itertools.count(len(lengths))
+    for rounds in range(1, 12):
+        service.engine._waiting.append(work(next(later), 100))  # somebody always comes
+        service.engine._round()
+        if rounds == 5:
+            assert ended.index(0) < 6  # two rounds of its own, between those of others
+    assert [n for n in ended if n] == list(range(1, len(ended)))
 
 
 def test_gates_and_guards_are_each_requests_own(

@@ -1,6 +1,7 @@
 """`/v1/completions` and `/v1/chat/completions`, whole or as server-sent events."""
 
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -179,8 +180,8 @@ def _check_size(wanted: Sequence[Wanted]) -> None:
 
 
 async def _answer(service: Service, asked: _Asked, request: Request) -> Response:
-    with service.metrics.request_seconds.time():
-        if not asked.request.stream:
+    if not asked.request.stream:
+        with service.metrics.request_seconds.time():
             return JSONResponse(await unless_gone(request, _whole(service, asked)))
     events = _events(service, asked)
     first = await unless_gone(request, anext(events))  # what is refused has a status of its own
@@ -241,6 +242,7 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[str, None]:
     if with_usage:
         head["usage"] = None
     begun: set[int] = set()
+    started = time.perf_counter()
     try:
         async with aclosing(_news(service, asked)) as stream:
             async for number, news in stream:
@@ -266,6 +268,8 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[str, None]:
         if not begun:
             raise
         yield _event(error.body())
+    finally:
+        service.metrics.request_seconds.observe(time.perf_counter() - started)
     yield "data: [DONE]\n\n"
 
 

@@ -1,8 +1,9 @@
 """The batching loop: requests join and leave between steps, and share passes and searches.
 
-One thread owns the model. Each round reads one piece of one waiting prompt, so that a long prompt
-delays running continuations by no more than a piece, and then advances all running continuations by
-one token. News go to listeners that must not block, so that a slow client delays nobody.
+One thread owns the model. Each round reads a piece of a long prompt, or as many short ones as make
+one, so that prompts delay running continuations by no more than a piece, and then advances all
+running continuations by one token. Prompts take turns. News go to listeners that must not block, so
+that a slow client delays nobody.
 """
 
 import logging
@@ -17,7 +18,7 @@ from nearest.serve.errors import ApiError
 from nearest.serve.metrics import Metrics
 from nearest.serve.mixing import Mixture, row_queries
 from nearest.serve.passes import Batch, Passed, Passes
-from nearest.serve.prompts import Prompt, tell
+from nearest.serve.prompts import PIECE, Prompt, tell
 from nearest.serve.sampling import choose_each
 from nearest.serve.vocabulary import Vocabulary
 from nearest.serve.work import Failure, News, Row, Work
@@ -135,9 +136,9 @@ class Engine:
     def _round(self) -> None:
         self._drop_ended()
         self._admit()
-        if self._prompts:
-            self._read_piece(self._prompts[0])
-            self._prompts.rotate(-1)
+        read = 0
+        while self._prompts and read < PIECE:
+            read += self._read_piece(self._prompts.popleft())
         for running in list(self._running):
             self._advance(running)
         self._running = [one for one in self._running if one.rows]
@@ -173,17 +174,21 @@ class Engine:
                     _give_up(work)
         self._running = [one for one in self._running if one.rows]
 
-    def _read_piece(self, prompt: Prompt) -> None:
-        """Read a piece of a prompt; after the last, choose each continuation's first token."""
+    def _read_piece(self, prompt: Prompt) -> int:
+        """Read a piece of a prompt; after the last, choose each continuation's first token.
+
+        Returns the number of tokens read. A prompt of which more is to be read waits for its turn.
+        """
         try:
-            if not prompt.read_piece():
-                return
-            self._prompts.remove(prompt)
-            self._begin(prompt)
+            read = prompt.read_piece()
+            if prompt.done:
+                self._begin(prompt)
+            else:
+                self._prompts.append(prompt)
+            return read
         except Exception as error:
-            if prompt in self._prompts:
-                self._prompts.remove(prompt)
             _fail([prompt.work], error)
+            return PIECE
 
     def _begin(self, prompt: Prompt) -> None:
         work, wanted = prompt.work, prompt.work.wanted

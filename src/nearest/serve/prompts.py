@@ -12,7 +12,7 @@ from nearest.serve.sampling import likeliest
 from nearest.serve.vocabulary import TextStream, Vocabulary
 from nearest.serve.work import Told, Wanted, Work
 
-_PIECE = 256  # tokens that are read at once
+PIECE = 256  # tokens that are read at once
 _STATEFUL_PIECE = 32  # where each of them is looked up after the one before
 _PIECE_LOGITS = 1 << 24  # numbers, 64 MB, where all of them are predicted
 
@@ -38,22 +38,27 @@ class Prompt:
         if work.wanted.echo:
             self._echo(Told(int(self._tokens[0]), "", None, None, [], [], [], True))
 
-    def read_piece(self) -> bool:
-        """Read the next piece; whether it was the last."""
+    def read_piece(self) -> int:
+        """Read the next piece; the number of its tokens."""
         start, stop = self._read, min(self._read + self._size(), len(self._tokens))
         keep = max(1, stop - max(start, self._first))
         passed = self._passes.read(self.batch, self._tokens[start:stop].tolist(), keep)
         if stop > self._first:
             self._predict(range(stop - keep, stop), passed)
         self._read = stop
-        return stop == len(self._tokens)
+        return stop - start
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has been read."""
+        return self._read == len(self._tokens)
 
     def _size(self) -> int:
         if not self._passes.joins:  # such caches take a prompt whole
             return len(self._tokens)
         if self._first == len(self._tokens) - 1:
-            return _PIECE
-        size = _STATEFUL_PIECE if self.work.ensemble.keeps_state else _PIECE
+            return PIECE
+        size = _STATEFUL_PIECE if self.work.ensemble.keeps_state else PIECE
         return min(size, max(16, _PIECE_LOGITS // self._vocabulary.size))
 
     def _predict(self, positions: range, passed: Passed) -> None:
