@@ -209,7 +209,7 @@ def _arguments(
 def _keys_of(
     model: LanguageModel | None, options: BuildOptions
 ) -> tuple[Encoder, KeysRecord] | tuple[None, None]:
-    """What reads the documents, and what its keys are; None of both without keys."""
+    """The encoder and the record of its keys; both None for a memory without keys."""
     if options.keys == NO_KEYS:
         return None, None
     if model is None:
@@ -224,7 +224,7 @@ def _keys_of(
 
 
 def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRecord:
-    """What keys are that an encoder makes, stored in this format."""
+    """The record of keys that an encoder makes, stored in this format."""
     return KeysRecord(
         layer=encoder.layer.name,
         module=encoder.layer.path,

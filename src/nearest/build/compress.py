@@ -170,7 +170,7 @@ def _rewrite(
 
 
 def _index_choice(manifest: Manifest, compression: Compression) -> IndexChoice:
-    """As asked for, else as the memory's was."""
+    """The index choice asked for, or else the memory's own."""
     before = IndexChoice.of(manifest)
     return IndexChoice(
         before.spec if compression.index is None else compression.index,

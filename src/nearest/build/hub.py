@@ -43,7 +43,7 @@ def push(
     token: str | None,
     repo_type: str,
 ) -> str:
-    """As `Memory.push_to_hub`: the live files of a snapshot, its manifest and a card."""
+    """Upload the live files of a snapshot, its manifest and a card; see `Memory.push_to_hub`."""
     manifest, folder = snapshot.manifest, snapshot.path
     if removed := sum(segment.removed for segment in manifest.segments):
         raise FolderError(

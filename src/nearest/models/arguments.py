@@ -27,7 +27,7 @@ class TextArguments:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "TextArguments":
-        """Those of a model."""
+        """The argument names of a model."""
         if reads_sources(model):
             return cls(
                 model, "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask"
@@ -52,7 +52,7 @@ class TextArguments:
         return torch.Size((0, 0)) if given is None else given.shape[:2]
 
     def loss(self, logits: Tensor, labels: Tensor, rest: Mapping[str, Any]) -> Tensor:
-        """As the model computes it: causal labels are shifted, a decoder's are not."""
+        """The loss as the model computes it: causal labels are shifted, a decoder's are not."""
         if reads_sources(self.model):
             return functional.cross_entropy(
                 logits.flatten(0, 1), labels.to(logits.device).flatten()

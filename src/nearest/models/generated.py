@@ -1,4 +1,4 @@
-"""What generate() was given and returned, kept so that a sequence can be read once more."""
+"""The arguments and output of generate(), kept so that a sequence can be read again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Prompt:
 
     @classmethod
     def of(cls, text: TextArguments, named: Mapping[str, Any]) -> "Prompt":
-        """From the arguments of generate()."""
+        """Build from the arguments of generate()."""
         given = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
         tokens = given if isinstance(given, Tensor) and not given.is_floating_point() else None
         mask = named.get("attention_mask")
@@ -85,7 +85,7 @@ class GeneratedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Generated:
-    """What a call of generate() returned."""
+    """The result of one call of generate()."""
 
     sequences: Tensor
     prompt: Prompt
@@ -102,7 +102,7 @@ class Generated:
         named: Mapping[str, Any],
         ensemble: Ensemble | None,
     ) -> "Generated | None":
-        """From its output and arguments; None where what was given cannot be read again."""
+        """Build from its output and arguments; None if the prompt cannot be read again."""
         sequences = getattr(output, "sequences", output)
         if not prompt.shown or not isinstance(sequences, Tensor):
             return None
@@ -138,7 +138,7 @@ def _padding(model: PreTrainedModel, named: Mapping[str, Any]) -> int | None:
 
 
 def _option(model: PreTrainedModel, named: Mapping[str, Any], name: str) -> Any:
-    """What generate() goes by: its argument, else the configuration given, else the model's."""
+    """The value that generate() uses: its argument, else the given config's, else the model's."""
     if name in named:
         return named[name]
     given = getattr(named.get("generation_config"), name, None)

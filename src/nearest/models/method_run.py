@@ -35,7 +35,7 @@ class Details(NamedTuple):
 
     @classmethod
     def empty(cls, n: int) -> "Details":
-        """Of a memory that contributes nothing."""
+        """Details of a memory that contributes nothing."""
         return cls(
             np.zeros(n),
             np.full(n, np.inf, np.float32),
@@ -106,7 +106,7 @@ class EnsembleRun:
 
     @property
     def seconds(self) -> float:
-        """Of all memories' parts."""
+        """Seconds spent by all memories."""
         return sum(run.seconds for run in self._runs)
 
     @property

@@ -1,4 +1,4 @@
-"""From what a forward pass gives to the log-probabilities of base and memories together."""
+"""Mix a forward pass's logits with the memories' predictions."""
 
 from collections.abc import Sequence
 

@@ -52,7 +52,7 @@ class Sequences:
         first: int | None = None,
         encoded: Int[np.ndarray, " rows"] | None = None,
     ) -> "Sequences":
-        """From token ids and the attention mask, whose zeros in front are padding."""
+        """Build from token ids and an attention mask, whose leading zeros are padding."""
         rows, columns = ids.shape
         starts = np.zeros(rows, dtype=np.int64)
         if mask is not None and mask.shape == ids.shape:
@@ -304,7 +304,7 @@ class Prefixes:
     def _parent(
         self, number: int, prefix: Tokens, encoded: np.int64
     ) -> tuple[Prediction, int, int] | None:
-        """What the last pass predicted after a prefix; most often in the row of that number."""
+        """The last pass's prediction after a prefix, looked for in row `number` first."""
         for other in sorted(range(len(self._tokens)), key=lambda other: other != number):
             found = self._reached.get((other, len(prefix) - 1))
             if found is None or self._encoded[other] != encoded:

@@ -219,7 +219,7 @@ class ReadText:
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
     ) -> Iterator[ScoredBlock]:
-        """What was read; gates' views are there anyway."""
+        """The blocks that were read; they hold the gates' views in any case."""
         done = 0
         for block in self.read:
             yield block

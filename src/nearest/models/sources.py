@@ -101,7 +101,7 @@ def _contributions(
     lm_log_probs: Float[Tensor, " n"],
     skip: int,
 ) -> list[_Contribution]:
-    """What the entries of one memory, and the model beside it, added to each token."""
+    """What entries of one memory, and the model, added to each token's probability."""
     contributions: list[_Contribution] = []
     sequences = np.zeros(len(targets), dtype=np.int64)
     for one in steps(lookup, queries, sequences, targets, lm_log_probs, {}):

@@ -177,7 +177,7 @@ def vocabulary_log_probs_in_torch(
     weights: Weights,
     values: Int[np.ndarray, "q c"],
 ) -> Float[Tensor, "q vocab"]:
-    """What `vocabulary_log_probs` computes, on any device, and differentiable."""
+    """`vocabulary_log_probs` in torch: on any device, and differentiable."""
     device = lm_log_probs.device
     tokens = torch.from_numpy(values).to(device).clamp(min=0)
     shared = _shared(lm_log_probs, torch.from_numpy(weights.lm)[:, None].to(device))

@@ -98,7 +98,7 @@ class Ensemble:
 
     @cached_property
     def used(self) -> list[tuple[Lookup, float]]:
-        """Those with a weight."""
+        """The lookups whose weight is above 0, with their weights."""
         pairs = zip(self.lookups, self.weights, strict=True)
         return [(lookup, weight) for lookup, weight in pairs if weight]
 

@@ -1,4 +1,4 @@
-"""What is asked of a memory: positions at which the next token is to be predicted."""
+"""Queries to a memory: positions at which the next token is to be predicted."""
 
 from typing import NamedTuple
 

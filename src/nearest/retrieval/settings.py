@@ -142,7 +142,7 @@ class Settings:
             raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
 
     def of(self, method: str) -> dict[str, Any]:
-        """Those that the method has."""
+        """The settings that the method has, by name."""
         values = asdict(self)
         return {name: values[name] for name in method_named(method).settings}
 
@@ -207,5 +207,5 @@ def check_settings(methods: Sequence[str], given: Mapping[str, Any]) -> None:
 
 
 def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that the method has."""
+    """The given settings that the method has."""
     return {n: v for n, v in given.items() if n in method_named(method).settings}

@@ -63,12 +63,12 @@ class Change:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the snapshot that stands."""
+        """Of the current snapshot."""
         return self.snapshot.manifest
 
     @property
     def segments(self) -> list[Segment]:
-        """Of the snapshot that stands."""
+        """Of the current snapshot."""
         return self.snapshot.segments
 
     @property

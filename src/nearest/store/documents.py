@@ -137,10 +137,9 @@ class DocumentReader:
         if not first <= number < first + len(lines):
             frame = int(self._first.searchsorted(number, side="right")) - 1
             first, lines = self._cached = int(self._first[frame]), self._read_frame(frame)
-        try:
-            return lines[number - first]
-        except IndexError as error:
-            raise self._damaged(error) from error
+        if not 0 <= number - first < len(lines):
+            raise self._damaged(IndexError(f"document {number} is not where its frame should be"))
+        return lines[number - first]
 
     def _read_frame(self, frame: int) -> list[bytes]:
         start = int(self._frames[frame, 1])

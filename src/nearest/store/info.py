@@ -1,4 +1,4 @@
-"""What a memory folder holds, in figures."""
+"""Facts and figures about a memory folder."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from nearest.store.tuned import changed_since_tuning, settings_from
 
 
 def memory_info(memory: Snapshot) -> dict[str, Any]:
-    """What a memory holds, how it is searched and what was tuned, as `nearest info` shows."""
+    """Contents, index and settings of a memory, as `nearest info` shows them."""
     manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
     documents = sum(segment.documents - segment.removed for segment in manifest.segments)
     entries, sizes = sum(segment.entry_count for segment in memory.segments), dict[str, int]()

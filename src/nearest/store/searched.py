@@ -65,7 +65,7 @@ class SearchedSnapshot(Snapshot):
 
     @property
     def searcher(self) -> Searcher:
-        """What searches the memory; indexes are read at the first use, by one thread."""
+        """The searcher of the whole memory; indexes are read at first use, by one thread."""
         with self._reading:
             if self._searcher is None:
                 self._searcher = searcher_of(self.segments, self.keys, self.search_on)
@@ -84,7 +84,7 @@ class SearchedSnapshot(Snapshot):
     def index_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """As `key_distances`, but to the index's own codes, as its searches measure them."""
+        """Like `key_distances`, but to the index's own codes, as its searches measure them."""
         queries = self._stored(queries)
         if self.has_weights:
             ids = self.heads(ids)

@@ -101,7 +101,7 @@ class Segment:
 
     @cached_property
     def sources(self) -> StoredSources | None:
-        """What the encoder read for each document; None for a model without one."""
+        """The encoder's tokens of each document; None for a model without an encoder."""
         found = self._sources
         if found is not None:
             self._within("sources", found.tokens, 0, self._source_vocab_size or 0)
@@ -262,7 +262,7 @@ class Segment:
 
     @cached_property
     def searcher(self) -> Searcher:
-        """What searches this segment alone, for merging entries and for `verify`."""
+        """The searcher of this segment alone, for merging entries and for `verify`."""
         return searcher_of([self], self.keys)
 
     @property
@@ -300,12 +300,12 @@ class Segment:
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
     def source_of(self, number: int) -> Tokens | None:
-        """What the encoder read for a document, by its stored number; None where there is none."""
+        """The encoder's tokens of a document, by its stored number; None without an encoder."""
         return None if self.sources is None else self.sources[number]
 
 
 def no_keys(folder: Path) -> SettingError:
-    """What to say where keys are needed and the memory was built without."""
+    """The error of a memory that was built without keys where they are needed."""
     return SettingError(
         f"{folder} has no keys (it was built with --keys none, or with a tokenizer alone), and "
         "this needs them: build it with a model and --keys fp16 or int8, or use the method suffix, "

@@ -73,7 +73,7 @@ class Snapshot:
                     raise  # else a writer has published meanwhile, and deleted the files of before
 
     def settings(self, method: str) -> dict[str, Any]:
-        """What `tune` found for a method; empty when it was not tuned."""
+        """The settings that `tune` stored for a method; empty if it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
 
     def settings_from(self, method: str) -> SettingsFrom:
@@ -190,7 +190,7 @@ class Snapshot:
 
     @property
     def keys_record(self) -> KeysRecord:
-        """What the keys are (SettingError when the memory has none)."""
+        """The manifest's record of the keys (SettingError if the memory has none)."""
         if self.manifest.keys is None:
             raise no_keys(self.path)
         return self.manifest.keys
@@ -262,7 +262,7 @@ class Snapshot:
 
     @cached_property
     def _runs(self) -> list[_Run]:
-        """What values are read from; suffix arrays are not touched."""
+        """The token arrays that values are read from; suffix arrays are not touched."""
         return [_Run(segment.tokens, first) for segment, first in self._located()]
 
     @cached_property
@@ -324,7 +324,7 @@ class Snapshot:
         return np.array([found[pair] for pair in wanted], dtype=np.int64)
 
     def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
-        """As `first_entries`, of any memory."""
+        """Like `first_entries`, for any memory."""
         arrays = [np.asarray(tokens, dtype=np.int64) for tokens in documents]
         found = np.full(len(arrays), NO_ENTRY, dtype=np.int64)
         for segment, suffixes in zip(self.segments, self._suffix_arrays, strict=True):

@@ -56,7 +56,7 @@ class StoredIds:
         return found
 
     def stored(self, ids: Sequence[str]) -> list[Stored]:
-        """As `find`; a CorpusError where a document is not there."""
+        """Like `find`, but raises CorpusError if a document is not there."""
         places = self.find(ids)
         if None in places:
             raise CorpusError(

@@ -10,7 +10,7 @@ SELF_TUNED = "self_tuned"  # in stored settings: found on the memory's own text
 
 
 def what_keys(manifest: Manifest) -> str:
-    """What distances are measured between; another one where keys have been compressed since."""
+    """A description of the keys, which changes when they are compressed."""
     keys = manifest.keys
     if keys is None:
         return "none"
@@ -24,7 +24,7 @@ def what_index(manifest: Manifest) -> str:
 
 
 def found_on(manifest: Manifest) -> dict[str, Any]:
-    """What is stored with settings, so that a later change can be told."""
+    """Stored with settings, so that a later change of keys or index can be detected."""
     return {"tuned_keys": what_keys(manifest), "tuned_index": what_index(manifest)}
 
 

@@ -132,7 +132,7 @@ def evaluate(
 
 
 def _sink(records: str | Path | Records | None) -> AbstractContextManager[Records | None]:
-    """What takes the records while the context lasts."""
+    """Where records go while the context is open."""
     if isinstance(records, str | Path):
         return record_file(Path(records))
     return nullcontext(records)
@@ -193,7 +193,7 @@ class _Scored:
 
 
 def _common_settings(ensemble: Ensemble, method: str) -> dict[str, Any]:
-    """What the method is set to in all memories alike."""
+    """The method's settings that are equal in all memories."""
     first, *others = [lookup.settings.of(method) for lookup in ensemble.lookups]
     return {n: v for n, v in first.items() if all(other[n] == v for other in others)}
 

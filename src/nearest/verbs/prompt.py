@@ -1,4 +1,4 @@
-"""What a prompt becomes before a model continues it: plain text, or messages of a chat."""
+"""Turn a prompt into model inputs: plain text, or the messages of a chat."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

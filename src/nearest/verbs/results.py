@@ -1,4 +1,4 @@
-"""What scoring a text gives: one method's figures, with intervals by document bootstrap."""
+"""The figures of one method on a text, with intervals by document bootstrap."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

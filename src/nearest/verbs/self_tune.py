@@ -110,7 +110,7 @@ def _copied(
 
 
 def _wider(sweep: Sweep) -> Sweep:
-    """With more candidates, of which a document's own may be left out."""
+    """The same grid with more candidates, so that a document's own can be dropped."""
     lookup, settings = sweep.lookup, sweep.lookup.settings
     if "dense" in lookup.kinds:
         k = min(settings.k + _SPARE, lookup.memory.entries)

@@ -43,7 +43,7 @@ class Tuned:
     variants: tuple[float, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """What was found, as stored in the memory."""
+        """The result as it is stored in the memory."""
         return {
             **as_stored(self.settings, self.method),
             "tuned_nll": self.nll,

@@ -176,7 +176,7 @@ class _Run:
 
     @property
     def searches(self) -> int:
-        """That it asked for."""
+        """Number of searches that it asked for."""
         return self._run.searches
 
     def follow(self, block: ScoredBlock, cache: SearchCache) -> None:
@@ -187,12 +187,12 @@ class _Run:
         np.add.at(self.nll, block.documents, -log_probs.double().numpy())
 
     def seconds_a_search(self, cache: SearchCache) -> float:
-        """What a search of its kind takes, on average."""
+        """Mean seconds of a search of its kind."""
         settings = self.variation.lookup.settings
         return cache.seconds_a_search(settings.k, settings.distances, settings.rerank)
 
     def cost(self, base_seconds: float, cache: SearchCache) -> Cost:
-        """As if it had made its searches itself."""
+        """Seconds as if it had made its searches itself."""
         own = self._run.seconds - self._answered_in
         searching = self.searches * self.seconds_a_search(cache)
         return Cost(base_seconds, own + searching, 1 - self.searches / self._run.tokens)

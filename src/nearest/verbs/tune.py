@@ -54,7 +54,7 @@ class TunedGate:
     tokens: int
 
     def as_json(self) -> dict[str, Any]:
-        """What is stored in the memory beside the gate."""
+        """The settings stored beside the gate."""
         return {
             **as_stored(self.settings, self.method),
             "tuned_nll": self.nll,

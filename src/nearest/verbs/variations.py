@@ -1,4 +1,4 @@
-"""What a sweep varies: each method at every value of what decides how often it searches."""
+"""The points of a sweep: each method at every value of the setting that controls searching."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Variation(NamedTuple):
 
 
 def default_methods(memory: Memory) -> list[str]:
-    """Those the memory was tuned for; when for none, all that need no gate."""
+    """The methods that the memory was tuned for, or all that need no gate."""
     has_keys = memory.manifest.keys is not None
     usable = [name for name in MEMORY_METHODS if has_keys or not _searches(name)]
     gateless = [name for name in usable if method_named(name).gate is None]

@@ -159,7 +159,7 @@ def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
 
 
 def _joined(parts: Sequence[_Data]) -> _Data:
-    """In the order of the text."""
+    """Concatenate the parts in the order of the text."""
     whole = _Data(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     order = np.argsort(whole.rows, kind="stable")
     return _Data(*(array[order] for array in whole))

@@ -1,4 +1,4 @@
-"""What fits share: a text as arrays, the best constant λ and shares, and what is tried for them."""
+"""Shared by all fits: a text as arrays, the best constant λ and shares, and the values tried."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, NamedTuple

@@ -123,7 +123,7 @@ def quantiles_of(figures: Float[np.ndarray, " n"]) -> Float[Tensor, " quantiles"
 
 
 def checked_quantiles(quantiles: Tensor) -> Float[Tensor, " quantiles"]:
-    """As given, if `quantiles_of` can have made them (ValueError)."""
+    """Check that `quantiles_of` can have made these quantiles (ValueError)."""
     known = quantiles.shape == (_STEPS + 1,) and quantiles.dtype == torch.float32
     if not known or not quantiles.isfinite().all() or not (quantiles.diff() >= 0).all():
         raise ValueError(f"quantiles must be {_STEPS + 1} finite float32 that do not fall")

@@ -89,11 +89,11 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         return tuple(Component(*component) for component in self.components)
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
-        """What the mixing network looks at."""
+        """Inputs of the mixing network."""
         return _features(view, self.kinds, [self.weighed[i] for i in self.voted])
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
-        """What the searching network looks at: nothing that depends on earlier searches."""
+        """Inputs of the search network: nothing that depends on earlier searches."""
         return _features(view, self._free_kinds, self._free_voted)
 
     @property

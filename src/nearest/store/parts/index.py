@@ -70,7 +70,7 @@ class IndexChoice:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "IndexChoice":
-        """What was asked for when the memory's indexes were last built."""
+        """The choice that the memory's indexes were last built with."""
         targets = [s.index.recall_target for s in manifest.segments if s.index is not None]
         if manifest.keys is None or not targets:
             return cls()
@@ -265,7 +265,7 @@ def write_all(
 
 
 def served(segment: "Segment") -> Int[np.ndarray, " _"]:
-    """What a search returns for queries at the keys of removed entries."""
+    """Search results for queries at the keys of removed entries."""
     heads, merged = segment.removed_entries(), segment.stored_merged
     if segment.record.index is None or not len(heads) or not segment.searched_count:
         return np.empty(0, np.int64)

@@ -33,7 +33,7 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
 
 
 def suffix_array(segment: "Segment", first: int = 0) -> SuffixArray:
-    """What matches are found in: the array, and which of its entries are left."""
+    """The suffix array to search, and which of its entries are alive."""
     alive = segment.alive if len(segment.removed) else None
     return SuffixArray(segment.tokens, segment.suffixes, first, alive)
 
