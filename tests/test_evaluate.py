@@ -236,7 +236,7 @@ def test_the_tokenizer_is_found_where_the_model_came_from(
         ([np.array([0, 999])], {}, CorpusError, "token 999"),
         ([np.array([0, -1])], {}, CorpusError, "token -1"),
         ([TEXT[0], np.array([0, 5])], {}, CorpusError, "mixed"),
-        ("one text", {}, CorpusError, "list of documents"),
+        ("one text", {}, CorpusError, "give a list"),
         ([np.array([0, 5])], {"score_eos": True}, SettingError, "score_eos needs text"),
         (TEXT, {"method": "magic"}, SettingError, "choose among base, knn"),
         (TEXT, {"method": ["knn", "knn"]}, SettingError, "only once"),

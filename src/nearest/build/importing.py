@@ -96,7 +96,8 @@ def import_store(
     encoder = Encoder.of(model, layer, options.window, options.stride)
     keys = keys_record(encoder, options.keys, options.metric, options.index)
     keys = msgspec.structs.replace(keys, dtype=None)  # a datastore does not tell
-    manifest = new_manifest(model, tokenizer, keys)
+    # What the tokenizer makes of the values is the text, special tokens included.
+    manifest = new_manifest(model, tokenizer, keys, special_tokens=True)
     record = manifest.model
     store = open_store(files, layer.dim, record.vocab_size, options.entries)
     ends = _document_ends(store, tokenizer.eos_token_id if options.split else None)
