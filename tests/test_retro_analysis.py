@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,9 @@ def test_the_report_is_a_folder_that_needs_nothing_else(
     (out / "mine.txt").write_text("")
     with pytest.raises(FolderError, match=r"mine\.txt, which is not of an earlier analysis"):
         report.check_folder(out)
+
+
+def test_chunks_without_text_make_no_point() -> None:
+    """A chunk may hold nothing but the end token."""
+    analysis = replace(made(), chunk_bytes=np.array([0, 6, 8, 0]))
+    assert [point.high for point in analysis.by_share((0.0, 0.5, 1.0))] == [0.5, 1.0]

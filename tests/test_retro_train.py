@@ -20,9 +20,9 @@ from nearest.errors import FolderError, ModelError, SettingError
 from nearest.retro import RetroForCausalLM, retrofit
 from nearest.retro.loss import IGNORED
 from nearest.retro.passages import Course, Passages, next_labels
+from nearest.retro.runs import PARTIAL, checkpoints, publish, read_curve
 from nearest.retro.training import OPTIMIZERS, TrainingSettings, train
 from nearest.retro.training import reports as reports_module
-from nearest.retro.training.checkpoints import PARTIAL, checkpoints, publish, read_curve
 from nearest.retro.training.trainer import RetroTrainer, optimizer_of
 from retro_models import CHUNK, VARIANTS, stir
 from retro_training import QUIET, dataset, fresh_model, in_processes, passages

@@ -19,7 +19,7 @@ from nearest.retro.data.stages import Databases
 from nearest.retro.data.table import NeighbourTable
 from nearest.retro.model import RetroForCausalLM
 from nearest.retro.retrofit import ADAPTER_CONFIG, load_retrofit
-from nearest.retro.training.checkpoints import MODEL, checkpoints
+from nearest.retro.runs import MODEL, checkpoints
 
 
 def open_retro(

@@ -65,17 +65,13 @@ class Passages(Dataset[dict[str, Tensor]]):
             raise CorpusError(
                 f"no document has a passage of {least} tokens: there is nothing to read"
             )
-        self._items, self._begins, self.sizes = items[kept], begins[kept], sizes[kept]
+        self._items, self._begins = items[kept], begins[kept]
+        self.sizes: Int[np.ndarray, " passages"] = sizes[kept]  # tokens of each
+        self.documents: Int[np.ndarray, " passages"] = dataset.documents[self._items]  # numbers
 
     def __len__(self) -> int:
         """Passages."""
         return len(self._items)
-
-    @property
-    def documents(self) -> Int[np.ndarray, " passages"]:
-        """The document of each passage, by number."""
-        found: np.ndarray = self.dataset.documents[self._items]
-        return found
 
     def begin(self, passage: int) -> int:
         """Where a passage begins in its document, in tokens."""

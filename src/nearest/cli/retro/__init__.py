@@ -1,7 +1,7 @@
-"""`nearest retro`: from documents to neighbours of every chunk, and weights of public models."""
+"""`nearest retro`: neighbours of every chunk, models that read them, and what they are worth."""
 
 from nearest.cli.app import Command
-from nearest.cli.retro import convert, data, look
+from nearest.cli.retro import convert, data, evaluate, generate, look, train
 
 COMMANDS: dict[str, Command] = {
     "prepare": data.prepare,
@@ -12,4 +12,9 @@ COMMANDS: dict[str, Command] = {
     "show": look.show,
     "verify": look.verify,
     "convert": convert.convert,
+    "train": train.train,
+    "fit": train.fit,
+    "eval": evaluate.evaluate,
+    "analyse": evaluate.analyse,
+    "generate": generate.generate,
 }

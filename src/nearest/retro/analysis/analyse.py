@@ -102,7 +102,7 @@ class Analysis:
         points = []
         for share in shares:
             kept = self.shares <= share + 1e-9
-            if kept[self.chunks].any():
+            if self.chunk_bytes[kept].any():
                 points.append(self._chunk_point(share, kept))
         return points
 

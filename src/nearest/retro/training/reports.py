@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nearest.errors import require
-from nearest.retro.training.checkpoints import Curve
+from nearest.retro.runs import Curve
 from nearest.retro.training.trainer import RetroTrainer, Validate
 
 
@@ -103,32 +103,27 @@ class Reports(TrainerCallback):
         self._curve = curve
         self._seconds = 0.0
         self._tokens = 0
-        self._began = 0.0
+        self._since = 0.0
         self._first = 0
         self._rate = 0.0
         self.last: StepReport | None = None
-        self.validation: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._first = state.global_step
+        self._since = time.perf_counter()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._rate = cast(Any, self._trainer.optimizer).param_groups[0]["lr"]
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._began = time.perf_counter()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         loss = self._trainer.end_step()
-        self._seconds += time.perf_counter() - self._began
+        self._seconds += time.perf_counter() - self._since  # data and checkpoints included
         self._tokens += self._trainer.step_tokens
         step, settings = state.global_step, self._trainer.settings
         every = settings.validate_every
@@ -137,7 +132,8 @@ class Reports(TrainerCallback):
         )
         validation = None
         if due and self._validate is not None:
-            validation = self.validation = self._validate(step)
+            validation = self._validate(step)
+        self._since = time.perf_counter()
         done = step - self._first
         self.last = StepReport(
             step=step,

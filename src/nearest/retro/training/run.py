@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nearest.errors import SettingError
+from nearest.errors import SettingError, require
 from nearest.retro.evaluation.scoring import check_fit, collate_of, mean_loss, retro_config
 from nearest.retro.passages import Course, Passages
-from nearest.retro.training.checkpoints import MODEL, Curve, begin, read_curve, step_of
+from nearest.retro.runs import MODEL, Curve, begin, read_curve, step_of
 from nearest.retro.training.reports import Report, Reports, open_tensorboard
 from nearest.retro.training.settings import TrainingSettings
 from nearest.retro.training.trainer import RetroTrainer, processes
@@ -66,6 +66,7 @@ def train(
         ModelError: the loss or a gradient is no number any more; says in which documents.
         FolderError: the folder is something else, or the disk fails.
     """
+    require("accelerate", "train")
     settings = settings or TrainingSettings()
     run = Path(out)
     for some in (passages, validation):

@@ -16,7 +16,7 @@ from nearest.errors import ModelError
 from nearest.retro.data.dataset import NOT_SCORED, Collate
 from nearest.retro.loss import next_token_loss
 from nearest.retro.passages import Course, PassageCollate, next_labels
-from nearest.retro.training.checkpoints import PARTIAL, checkpoints, publish
+from nearest.retro.runs import PARTIAL, checkpoints, publish
 from nearest.retro.training.settings import Optimizing, TrainingSettings
 from nearest.retro.training.weights import load_weights
 
