@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_a_failing_prompt_does_not_end_the_loop(
     result = called("generate", trained, *given, typed=f"{PROMPT}\n{PROMPT}\n")
     assert "error: the service is gone" in result.stderr
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_service_that_is_not_there_is_named(trained: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    result = called("generate", trained, "--service", url, "--prompt", PROMPT, code=2)
+    assert "127.0.0.1" in result.output
+    assert "Traceback" not in result.output
+    both = called("generate", trained, "--ask", "--service", url, "--prompt", PROMPT, code=2)
+    assert "--ask and --service are given" in both.output
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`nearest retro generate`: text written with neighbours that can be seen."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ class NeighbourOrigin:
     ask: Annotated[bool, typer.Option("--ask", help="You type the neighbours of each chunk.")] = (
         False
     )
+    service: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL of a service (nearest serve --chunks); repeat or commas for more of the "
+            "same chunks. Its key is read from NEAREST_API_KEY."
+        ),
+    ] = None
     method: Annotated[
         Literal["dense", "bm25", "rerank", "fusion"], typer.Option(help="How they are found.")
     ] = "dense"
@@ -53,6 +61,7 @@ class NeighbourOrigin:
             "--database": self.database is not None,
             "--neighbours-file": self.neighbours_file is not None,
             "--ask": self.ask,
+            "--service": bool(self.service),
         }
         if sum(named.values()) > 1:
             both = " and ".join(name for name, is_given in named.items() if is_given)
@@ -62,6 +71,8 @@ class NeighbourOrigin:
             return FixedNeighbours.from_file(self.neighbours_file, tokenizer, length)
         if self.ask:
             return AskedNeighbours(tokenizer, self.neighbours, length, _typed)
+        if self.service:
+            return NeighbourCache(self._of_service(), self.cache_size)
         if self.database is not None:
             return NeighbourCache(self._of_databases(tokenizer), self.cache_size)
         return None
@@ -81,6 +92,16 @@ class NeighbourOrigin:
             neighbours=self.neighbours,
             continuation=self.continuations,
             method=self.method,
+        )
+
+    def _of_service(self) -> Any:
+        from nearest.remote.neighbours import RemoteNeighbours
+
+        return RemoteNeighbours(
+            [part for name in self.service or () for part in with_commas(name)],
+            neighbours=self.neighbours,
+            continuation=self.continuations,
+            api_key=os.environ.get("NEAREST_API_KEY"),
         )
 
     def _opened(self) -> "list[ChunkDatabase]":
@@ -133,7 +154,8 @@ def generate(
     retrieve = origin.retrieve(tokenizer, loaded.retro_config.chunk_size)
     if retrieve is None:
         err.print(
-            "[yellow]note:[/] retrieval is off: give --database, --neighbours-file or --ask",
+            "[yellow]note:[/] retrieval is off: give --database, --service, --neighbours-file or "
+            "--ask",
             soft_wrap=True,
         )
     start = origin.start()
