@@ -51,10 +51,12 @@ def test_both_grains_generate_what_they_evaluate(
 ) -> None:
     """Each new token's probability is that of the whole sequence, read anew in one window."""
     ids = torch.from_numpy(memory.document_tokens(0)[:11].astype(np.int64))[None]
-    with attach(fitted, memory, method="knn", **SETTINGS) as session:
+    with (
+        looking_up(fitted, found),
+        attach(fitted, memory, method="knn", **SETTINGS) as session,
+    ):
         output = fitted.generate(
             ids,
-            neighbours=found,
             max_new_tokens=14,
             eos_token_id=None,
             do_sample=False,
