@@ -180,7 +180,34 @@ def test_a_memory_in_the_hubs_cache_opens_and_is_not_changed(built: Memory, tmp_
         opened.remove([built.document(0).id])
 
 
-@pytest.mark.parametrize("escape", ["outside", "folder", "beside", "no cache"])
+@pytest.mark.parametrize("layout", ["copied", "flat"])
+def test_a_memory_of_links_opens_wherever_its_cache_is_moved(
+    built: Memory, tmp_path: Path, layout: str
+) -> None:
+    in_cache(built, tmp_path)
+    repo = tmp_path / "models--someone--law"
+    if layout == "copied":  # the cache of one repository, under another name
+        folder = Path(shutil.move(repo, tmp_path / "plain")) / "snapshots" / COMMIT
+    else:  # a snapshot beside its blobs
+        folder = repo / "snapshot"
+        for file in (repo / "snapshots" / COMMIT).rglob("*"):
+            if file.is_symlink():
+                link = folder / file.relative_to(repo / "snapshots" / COMMIT)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+    opened = Memory.open(folder)
+    assert same(opened, built)
+    with pytest.raises(FolderError, match="copy the memory first"):
+        opened.remove([built.document(0).id])
+
+
+def test_a_memory_beside_a_folder_of_blobs_is_changed_as_any(built: Memory, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built.path, tmp_path / "law.memory"))
+    (tmp_path / "blobs").mkdir()
+    assert Memory.open(copy).remove([built.document(0).id]).documents == built.documents - 1
+
+
+@pytest.mark.parametrize("escape", ["outside", "folder", "beside"])
 def test_links_that_leave_the_cache_are_refused(built: Memory, tmp_path: Path, escape: str) -> None:
     folder = in_cache(built, tmp_path)
     name = built.manifest.segments[0].files["tokens"].path
@@ -192,13 +219,9 @@ def test_links_that_leave_the_cache_are_refused(built: Memory, tmp_path: Path, e
         shutil.rmtree(folder / "segments")
         (folder / "segments").symlink_to(tmp_path / "segments")
         other = None
-    elif escape == "beside":  # in another repository of the cache
+    else:  # in another repository of the cache
         (tmp_path / "models--other--one/blobs").mkdir(parents=True)
         other = tmp_path / "models--other--one/blobs/x"
-    else:
-        moved = tmp_path / "plain"
-        shutil.move(tmp_path / "models--someone--law", moved)
-        folder, other = moved / "snapshots" / COMMIT, None
     if other is not None:
         shutil.copy(link, other)
         link.unlink()

@@ -1,7 +1,9 @@
 """What the operating system offers: limits of RAM, file systems, and calls that may be missing."""
 
+import errno
 import mmap
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,42 @@ def test_arrays_are_written_and_read_without_calls_that_only_linux_has(
     with ArrayFile(tmp_path / "a.npy", INT64, rows=4) as file:
         file.write(2, np.array([7]))
     assert open_array(tmp_path / "a.npy", INT64, (4,)).tolist() == [0, 0, 7, 0]
+
+
+def test_ram_is_counted_on_where_a_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_cgroup_limits", list)
+    monkeypatch.delattr(os, "sysconf")
+    assert machine_memory() == 4 << 30
+    monkeypatch.setattr(machine, "_cgroup_limits", lambda: [5_000])
+    assert machine_memory() == 5_000
+
+
+def test_a_writer_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "fcntl", None)
+        with pytest.warns(UserWarning, match="this system has no locks"), writer_lock(tmp_path):
+            pass
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="this file system has no locks"), writer_lock(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_no_missing_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        ArrayFile(tmp_path / "a.npy", INT64, rows=4)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with ArrayFile(tmp_path / "b.npy", INT64, rows=4) as file:
+        file.write(2, np.array([7]))
+    assert open_array(tmp_path / "b.npy", INT64, (4,)).tolist() == [0, 0, 7, 0]

@@ -3,9 +3,12 @@
 import errno
 import mmap
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
+_ALONE = "let no other process write the memory meanwhile"
+_UNKNOWN_MEMORY = 4 << 30  # bytes that are counted on where the system does not say
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -13,7 +16,10 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 def machine_memory() -> int:
     """Bytes of RAM that this process may use: the machine's, or less in a container or a job."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # a system that does not tell
+        physical = _UNKNOWN_MEMORY
     return min([physical, *_cgroup_limits()])
 
 
@@ -88,12 +94,20 @@ def ask_for_large_pages(mapped: mmap.mmap) -> None:
 def try_lock(fd: int) -> bool:
     """Lock an open file or folder for this process alone; whether nobody else holds it.
 
-    The kernel releases the lock with the descriptor, or with the process.
+    The kernel releases the lock with the descriptor, or with the process. Where the system or the
+    file system knows no such locks, a warning says so.
     """
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        warnings.warn(f"this system has no locks: {_ALONE}", stacklevel=2)
+        return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"this file system has no locks: {_ALONE}", stacklevel=2)
     return True

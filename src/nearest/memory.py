@@ -127,9 +127,6 @@ class Memory(SearchedSnapshot):
             repo_or_path: the folder, or "owner/name" on the hub.
             search_on: as in `open`.
             **options: of `huggingface_hub.snapshot_download`, such as revision, token, repo_type.
-
-        Raises:
-            FolderError: it cannot be found or downloaded, or is no memory.
         """
         from nearest.build.hub import downloaded
 
@@ -276,9 +273,6 @@ class Memory(SearchedSnapshot):
         Args:
             ids: of documents, all of which must be there.
             where: metadata that documents must have, all of it.
-
-        Raises:
-            NearestError: nothing fits, or nothing would be left; the memory stays as it was.
         """
         from nearest.build.remove import remove_documents
 
@@ -286,11 +280,7 @@ class Memory(SearchedSnapshot):
         return self.refresh()
 
     def compact(self, progress: Progress = no_progress) -> "Memory":
-        """Make one segment, or a few large ones, of all that was not removed, and open it.
-
-        Raises:
-            FolderError: the folder cannot be written, or the disk has no room for a second copy.
-        """
+        """Make one segment, or a few large ones, of all that was not removed, and open it."""
         from nearest.build.compact import compact_memory
 
         compact_memory(self.path, progress)

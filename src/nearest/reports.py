@@ -198,7 +198,8 @@ def info_table(memory: "Memory") -> RenderableType:
     for name, value in memory.info().items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-        table.add_row(name.replace("_", " "), escape(_plain(value)))
+        if value != []:
+            table.add_row(name.replace("_", " "), escape(_plain(value)))
     return table
 
 

@@ -32,6 +32,14 @@ def refuse_attached(model: LanguageModel) -> None:
         )
 
 
+def refuse_pickling(protocol: int) -> Any:
+    """Refuse to pickle a model that has a memory attached (SettingError)."""
+    raise SettingError(
+        "a model with a memory attached cannot be pickled: detach it first "
+        "(nearest.detach(model)), or use save_pretrained, which saves the model alone"
+    )
+
+
 def rules_of(manifest: Manifest, model: LanguageModel | None) -> TokenRules:
     """How documents are tokenised for a memory, to be read by the model if there is one."""
     record = manifest.model
@@ -50,7 +58,7 @@ def check_tokenizer(memory: _Opened, tokenizer: Any) -> None:
     if record.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer, record.reads_sources):
         raise ModelError(
             f"this tokenizer differs from the one that built {memory.path}, so a token id does not "
-            f"mean the same text. Load {record.name!r}, build a memory with this one, or force it "
+            f"mean the same text. Load {_named(record)}, build a memory with this one, or force it "
             "(--force) and risk wrong words"
         )
 
@@ -101,25 +109,30 @@ def matching_key_layer(
     if reads_sources(model) != record.reads_sources:
         raise ModelError(
             f"this model is {kinds[reads_sources(model)]} and {memory.path} is a memory of "
-            f"{kinds[record.reads_sources]}. Load {record.name!r}, or build a memory with this one"
+            f"{kinds[record.reads_sources]}. Load {_named(record)}, or build a memory with this one"
         )
     layer = find_key_layer(model, "last_hidden" if keys is None else keys.layer)
     if keys is not None and layer.dim != keys.dim:
         raise ModelError(
-            f"the keys have {keys.dim} dims but this model gives {layer.dim}: the memory was built "
-            f"with {record.name!r}. Load that model, or build a memory with this one"
+            f"the keys of {memory.path} have {keys.dim} dims but this model gives {layer.dim}: "
+            f"load {_named(record)}, or build a memory with this one"
         )
     if force:
         return layer
     if keys is not None and (reason := _departure(record, keys, model, layer)) is not None:
         raise ModelError(
             f"this model is not the one that built {memory.path}: {reason}, so its states and the "
-            f"stored keys cannot be compared. Load {record.name!r}, build a memory with this one, "
+            f"stored keys cannot be compared. Load {_named(record)}, build a memory with this one, "
             "or force it (--force) and risk meaningless neighbours"
         )
     if tokenizer is not None:
         check_tokenizer(memory, tokenizer)
     return layer
+
+
+def _named(record: ModelRecord) -> str:
+    """The model that built a memory, as messages name it; one from memory has no name."""
+    return repr(record.name) if record.name else "the model that built it"
 
 
 def _departure(

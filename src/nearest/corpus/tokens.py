@@ -11,7 +11,7 @@ would be a command. Its characters are read as any others, unless the rules say 
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def tokenise(
         CorpusError: the tokenizer gives an id that the model's vocabulary does not have, or an
             encoder text is missing or too long.
     """
-    mentioned = _Mentioned.of(tokenizer, rules)
+    mentioned = _Mentioned(tokenizer, rules)
     as_text = split_special_tokens(rules)
     start = np.array([rules.start_token])
     for batch in _batches(documents):
@@ -109,18 +109,21 @@ def split_special_tokens(rules: TokenRules) -> dict[str, bool]:
     return {} if rules.special_tokens else {"split_special_tokens": True}
 
 
+def special_token_names(tokenizer: Tokenizer) -> "re.Pattern[str] | None":
+    """What finds the names of a tokenizer's special tokens in a text; None where it has none."""
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    names = {str(token) for token in added.values() if token.special}
+    names |= set(getattr(tokenizer, "all_special_tokens", []))
+    found = sorted(names - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
+
+
 class _Mentioned:
     """Counts texts in which special tokens are named."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        found = sorted({name for name in names if name}, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, found))) if found else None
+    def __init__(self, tokenizer: Tokenizer, rules: TokenRules) -> None:
+        self._names = None if rules.special_tokens else special_token_names(tokenizer)
         self._texts, self._first = 0, ""
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, rules: TokenRules) -> "_Mentioned":
-        """Of the tokenizer's special tokens, where they are read as text."""
-        return cls([] if rules.special_tokens else getattr(tokenizer, "all_special_tokens", []))
 
     def look(self, texts: Iterable[str]) -> None:
         """Count those that mention one."""

@@ -20,12 +20,15 @@ def bare_model(model: AnyModel) -> PreTrainedModel:
     `forward` and `generate`, which is what is measured and replaced.
 
     Raises:
-        ModelError: an adapter stands before the model, where it cannot be called without it.
+        ModelError: it is no such model, or an adapter stands before the model, where it cannot be
+            called without it.
     """
     inner: Any = model
     while True:
         if (compiled := getattr(inner, "_orig_mod", None)) is not None:
             inner = compiled
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
         elif hasattr(inner, "get_base_model"):
             config = getattr(inner, "active_peft_config", None)
             if getattr(config, "is_prompt_learning", False):
@@ -35,9 +38,13 @@ def bare_model(model: AnyModel) -> PreTrainedModel:
                     "layers, such as LoRA, or the base model (get_base_model())"
                 )
             inner = inner.get_base_model()
+        elif isinstance(inner, PreTrainedModel):
+            return inner
         else:
-            bare: PreTrainedModel = inner
-            return bare
+            raise ModelError(
+                f"a Hugging Face language model is needed, and this is a {type(inner).__name__}: "
+                "load one (AutoModelForCausalLM.from_pretrained)"
+            )
 
 
 def reads_sources(model: PreTrainedModel) -> bool:
@@ -72,6 +79,11 @@ def token_rules(
 
 def start_token(tokenizer: Any) -> int:
     """The token each document starts with: BOS, or EOS or [CLS] where there is none."""
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise ModelError(
+            f"a tokenizer is needed, and this is a {type(tokenizer).__name__}: load the model's "
+            "(AutoTokenizer.from_pretrained)"
+        )
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
         if token is not None:
             return int(token)

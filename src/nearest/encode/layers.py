@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from nearest.encode.dtype import quantisation
 from nearest.encode.hooks import captured_input, of_this_thread
-from nearest.encode.identity import input_device, reads_sources
+from nearest.encode.identity import input_device, reads_sources, vocabulary_size
 from nearest.errors import ModelError, SettingError
 
 LanguageModel = PreTrainedModel  # for layers that need not know transformers
@@ -48,11 +48,18 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         raise ModelError(
             "the model is in training mode, where dropout blurs keys: call model.eval()"
         )
-    if reads_sources(model) and model.main_input_name != "input_ids":
+    if model.main_input_name != "input_ids":
+        reader = "the encoder of " if reads_sources(model) else ""
         raise ModelError(
-            f"the encoder of {type(model).__name__} reads {model.main_input_name}, and a memory's "
-            "sources are text: load a model that reads text"
+            f"{reader}{type(model).__name__} reads {model.main_input_name}, and a memory's "
+            f"{'sources are' if reader else 'documents are'} text: load a model that reads text"
         )
+    if not hasattr(model, "hf_device_map") and all(w.is_meta for w in model.parameters()):
+        raise ModelError(
+            f"the weights of {type(model).__name__} are not loaded (they are on the device meta): "
+            "load it with from_pretrained"
+        )
+    _output_embeddings(model)
     _refuse_compiled_parts(model)
     module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
     path = next(path for path, candidate in model.named_modules() if candidate is module)
@@ -93,7 +100,8 @@ def _refuse_compiled_parts(model: PreTrainedModel) -> None:
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module:
     module: nn.Module | None = model.get_output_embeddings()
-    if module is None:
+    width = getattr(module, "out_features", None)
+    if module is None or (width is not None and width < vocabulary_size(model) // 2):
         raise ModelError(
             f"{type(model).__name__} has no output embeddings: load it with a language-model head "
             "(AutoModelForCausalLM)"

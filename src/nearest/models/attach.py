@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
-from nearest.build.match import common_key_layer, refuse_attached
+from nearest.build.match import common_key_layer, refuse_attached, refuse_pickling
 from nearest.encode.forward import encode_and_score
 from nearest.encode.hooks import captured_input, hooked, without_input_hook
 from nearest.encode.identity import AnyModel, bare_model
@@ -123,6 +123,7 @@ class Session:
         replaced: dict[str, Any] = {
             "forward": self._wrap_forward(model.forward),
             "__deepcopy__": self._copy,
+            "__reduce_ex__": refuse_pickling,
         }
         if hasattr(model, "prepare_inputs_for_generation"):
             replaced["prepare_inputs_for_generation"] = self._wrap_prepare(

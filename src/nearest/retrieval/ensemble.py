@@ -24,10 +24,20 @@ Memories = Memory | Sequence[Memory]
 
 
 def memories_of(memory: Memories | None) -> list[Memory]:
-    """One memory, several or none as a list."""
+    """One memory, several or none as a list.
+
+    Raises:
+        SettingError: something given is no memory.
+    """
     if memory is None:
         return []
-    return [memory] if isinstance(memory, Memory) else list(memory)
+    several = memory if isinstance(memory, list | tuple) else [memory]
+    for one in several:
+        if not isinstance(one, Memory):
+            raise SettingError(
+                f"a memory is needed, and this is a {type(one).__name__}: open it (Memory.open)"
+            )
+    return list(several)
 
 
 @dataclass(frozen=True)

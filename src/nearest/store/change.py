@@ -22,7 +22,7 @@ from nearest.store.manifest import (
     MANIFEST,
     Manifest,
     SegmentRecord,
-    hub_blobs,
+    in_hub_cache,
     read_manifest,
     write_manifest,
 )
@@ -177,7 +177,7 @@ def changing(path: Path) -> Iterator[Change]:
         FolderError: the folder is no memory, cannot be written, or another process writes it.
     """
     read_manifest(path)  # what is no memory is told apart from what is locked
-    if hub_blobs(path) is not None:
+    if in_hub_cache(path):
         raise FolderError(
             f"{path} is in the hub's cache, which is not to be changed: copy the memory first "
             f"(cp -rL {path} my.memory)"

@@ -1,7 +1,6 @@
 """The manifest: the one file that says which others live, and what they are."""
 
 import hashlib
-import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,6 @@ from nearest.index.product import product_parts
 FORMAT = 5
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
-_HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -250,20 +248,26 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
         return records
 
 
-def hub_blobs(folder: Path) -> Path | None:
-    """Where the Hugging Face hub's cache keeps the files that a snapshot's links lead to.
+def _hub_blobs(folder: Path) -> Path | None:
+    """Where the Hugging Face hub's client keeps the files that a snapshot's links lead to.
 
-    None for a folder that is not of the cache: models--owner--name/snapshots/commit, or below.
+    That is the folder `blobs` beside `snapshots`, which holds the snapshot, or beside the snapshot
+    itself; None where there is none.
     """
-    for parent in folder.resolve().parents:
-        if parent.name == "snapshots" and _HUB_REPO.fullmatch(parent.parent.name):
-            return parent.parent / "blobs"
-    return None
+    real = folder.resolve()
+    above = [parent.parent for parent in real.parents if parent.name == "snapshots"]
+    places = [place / "blobs" for place in (*above[:1], real.parent)]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a memory's files are links to those that the hub's client keeps."""
+    return (folder / MANIFEST).is_symlink() and _in_hub_cache(folder, folder / MANIFEST)
 
 
 def _in_hub_cache(folder: Path, path: Path) -> bool:
     """Whether a file of a snapshot in the hub's cache leads to the repository's own files."""
-    blobs, real = hub_blobs(folder), folder.resolve()
+    blobs, real = _hub_blobs(folder), folder.resolve()
     inside = path.parent.resolve() == real / path.parent.relative_to(folder)
     return blobs is not None and inside and path.resolve().parent == blobs
 

@@ -36,7 +36,9 @@ class PromptTokens:
     first: list[int] | None = None
 
     def check_length(self, model: PreTrainedModel, new: int | None) -> None:
-        """Refuse a prompt that leaves no room for `new` tokens (SettingError)."""
+        """Refuse no new tokens, or a prompt that leaves no room for them (SettingError)."""
+        if new is not None and new < 1:
+            raise SettingError(f"the number of new tokens must be at least 1, got {new}")
         positions = max_positions(model)
         if positions is not None and len(self.text) + (new or 0) > positions:
             raise SettingError(
@@ -91,16 +93,18 @@ def prompt_tokens(
         model: decides whether the prompt is continued or read by an encoder.
         tokenizer: the model's.
         prompt: text, or messages for the tokenizer's chat template.
-        special_tokens: read "<|endoftext|>" and its like in a text as tokens, not as plain text.
+        special_tokens: read "<|endoftext|>" and its like, in a text or in what messages say, as
+            tokens, not as plain text.
         heal: leave spaces at the end of a text to the first new token. Most vocabularies hold
             words with the space before them, and after a token for the space alone, which their
             training texts hardly have, models continue badly.
 
     Raises:
-        SettingError: the prompt is no text, or no chat template is there.
+        SettingError: the prompt is neither text nor messages, no chat template is there, or it
+            refuses the messages.
     """
     if not isinstance(prompt, str):
-        return _chat_tokens(model, tokenizer, prompt)
+        return _chat_tokens(model, tokenizer, prompt, special_tokens=special_tokens)
     _check_text(prompt)
     if reads_sources(model):
         rules = token_rules(model, tokenizer)
@@ -121,19 +125,47 @@ def prompt_tokens(
     return PromptTokens(ids, ids, spaces, first)
 
 
-def _chat_tokens(model: PreTrainedModel, tokenizer: Any, messages: Messages) -> PromptTokens:
+def _chat_tokens(
+    model: PreTrainedModel, tokenizer: Any, messages: Messages, *, special_tokens: bool
+) -> PromptTokens:
     if reads_sources(model) or not getattr(tokenizer, "chat_template", None):
         raise SettingError(
             "this model has no chat template, so it was not trained to chat: give a prompt to "
             "continue (`nearest generate`), or a model that chats"
         )
-    for message in messages:
-        _check_text(message["content"])
-    rendered = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True
-    )
+    _check_messages(messages)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=True,
+            return_dict=True,
+            sanitize_control_tokens=not special_tokens,
+        )
+    except Exception as error:  # of the template's language, or what the template itself raises
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError(
+            f"the tokenizer's chat template cannot be used for these messages ({reason}): change "
+            "them, or leave a system message out"
+        ) from error
     ids = list(rendered["input_ids"])
     return PromptTokens(ids, ids)
+
+
+def _check_messages(messages: Any) -> None:
+    """Refuse what a chat template cannot write (SettingError)."""
+    given = isinstance(messages, Sequence) and len(messages) > 0
+    if not given or not all(
+        isinstance(one, Mapping)
+        and isinstance(one.get("role"), str)
+        and isinstance(one.get("content"), str)
+        for one in messages
+    ):
+        raise SettingError(
+            "a prompt is text, or a list of messages, each with a 'role' and a 'content' that is "
+            "text: give one of the two"
+        )
+    for one in messages:
+        _check_text(one["content"])
 
 
 def _check_text(prompt: str) -> None:
