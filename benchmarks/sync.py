@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def write(folder: Path, number: int, rng: np.random.Generator) -> None:
-    words = rng.choice(WORDS, size=int(rng.integers(20, 200)))
+    words = rng.choice(WORDS, size=int(rng.integers(10, 60)))
     (folder / f"{number}.txt").write_text(f"{number}: {' '.join(words)}\n")
 
 

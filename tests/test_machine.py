@@ -3,16 +3,23 @@
 import errno
 import mmap
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
-from nearest import machine
+from conftest import make_tokenizer
+from nearest import Memory, machine
 from nearest.folder import ArrayFile, open_array, writer_lock
 from nearest.machine import file_system, machine_memory
 
+SOURCE = str(Path(machine.__file__).parents[1])
+_AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 INT64 = np.dtype(np.int64)
 PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -124,3 +131,35 @@ def test_a_full_disk_is_no_missing_call(tmp_path: Path, monkeypatch: pytest.Monk
     with ArrayFile(tmp_path / "b.npy", INT64, rows=4) as file:
         file.write(2, np.array([7]))
     assert open_array(tmp_path / "b.npy", INT64, (4,)).tolist() == [0, 0, 7, 0]
+
+
+def test_code_is_compiled_anew_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.code_can_be_cached() is True
+
+    def no_place(**_: object) -> object:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr("numba.njit", no_place)
+    machine.code_can_be_cached.cache_clear()
+    try:
+        assert machine.code_can_be_cached() is False
+    finally:
+        machine.code_can_be_cached.cache_clear()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs another user")
+def test_another_user_without_a_home_runs_commands(tiny_model: PreTrainedModel) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        memory = Path(folder) / "m"
+        Memory.build(tiny_model, make_tokenizer(), ["a text"], memory, keys="none")
+        memory.chmod(0o755)
+        command = "from nearest.index import ids, matches; from nearest.cli import main; main()"
+        done = subprocess.run(
+            [*_AS_NOBODY, sys.executable, "-c", command, "info", str(memory)],
+            env={"HOME": "/nonexistent", "PATH": os.environ["PATH"], "PYTHONPATH": SOURCE},
+            cwd="/",
+            capture_output=True,
+            text=True,
+        )
+    assert (done.returncode, "documents" in done.stdout) == (0, True), done.stderr

@@ -1,6 +1,7 @@
 """What the machine and its operating system offer, with a portable way around what is missing."""
 
 import errno
+import functools
 import mmap
 import os
 import warnings
@@ -45,6 +46,25 @@ def _cgroup_limits() -> list[int]:
                 with suppress(OSError, ValueError):  # not there, or "max"
                     limits.append(int((folder / name).read_text()))
     return limits
+
+
+@functools.cache
+def code_can_be_cached() -> bool:
+    """Whether numba finds a place for compiled code, in the installation or the user's cache.
+
+    Where both are read-only, every process compiles its own.
+    """
+    import numba
+
+    try:
+        numba.njit(cache=True)(_nothing)
+    except RuntimeError:  # "no locator available"
+        return False
+    return True
+
+
+def _nothing() -> None:
+    pass
 
 
 def file_system(folder: Path) -> str:

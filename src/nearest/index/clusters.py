@@ -16,6 +16,7 @@ from nearest.errors import SettingError
 from nearest.index.faiss_module import load_faiss
 from nearest.index.ids import position_dtype
 from nearest.index.keys import Keys
+from nearest.machine import code_can_be_cached
 from nearest.progress import Progress, no_progress
 
 NO_CLUSTER = -1
@@ -240,7 +241,7 @@ def greedy_merge(
 
 
 @no_type_check  # numba compiles the bare function
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _merge(block: Any, neighbours: Any, values: Any, into: Any, weights: Any) -> None:
     for i in range(len(block)):
         entry = block[i]

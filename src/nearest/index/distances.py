@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 from nearest.index.neighbours import Metric
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 AHEAD = 8  # rows are prefetched this many entries before they are read
 
@@ -163,7 +164,7 @@ prefetch: Any = intrinsic(_ask_for)
     ],
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
-    cache=True,
+    cache=code_can_be_cached(),
 )
 def _distances(keys: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any) -> None:
     last, size = ids.shape[1] - 1, len(keys)
@@ -196,7 +197,7 @@ def _distances(keys: Any, queries: Any, ids: Any, first: int, is_l2: bool, dista
     "float32[:, ::1], int64[:, ::1], int64, boolean, float32[:, ::1])",
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
-    cache=True,
+    cache=code_can_be_cached(),
 )
 def _scaled_distances(
     codes: Any, scales: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any

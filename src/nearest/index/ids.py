@@ -10,6 +10,8 @@ from typing import Any, no_type_check
 import numba
 import numpy as np
 
+from nearest.machine import code_can_be_cached
+
 
 def position_dtype(tokens: int) -> np.dtype[Any]:
     """int32 if that can number all positions, else int64."""
@@ -18,7 +20,7 @@ def position_dtype(tokens: int) -> np.dtype[Any]:
 
 # fmt: off
 @no_type_check  # numba compiles the bare function
-@numba.vectorize([numba.uint64(numba.int64)], cache=True)
+@numba.vectorize([numba.uint64(numba.int64)], cache=code_can_be_cached())
 def random_order(entry: Any) -> Any:
     """Rank of an entry in the random order, unique; id -1 comes last.
 

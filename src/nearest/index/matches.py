@@ -19,6 +19,7 @@ from nearest.index.suffix import (
     shared_length,
 )
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 
 @runtime_checkable
@@ -123,7 +124,7 @@ def values_of(
 
 # fmt: off
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _edge(
     tokens: Any, array: Any, context: Any, end: Any, length: Any, start: Any, step: Any
 ) -> Any:
@@ -153,7 +154,7 @@ def _edge(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _limit(start_token: Any, context: Any, end: Any) -> Any:
     """Longest possible match: back to the context's start token, at most MAX_MATCH."""
     limit = 0
@@ -165,7 +166,7 @@ def _limit(start_token: Any, context: Any, end: Any) -> Any:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _measure(
     tokens: Any, first: Any, start_token: Any, ids: Any, context: Any, ends: Any, lengths: Any
 ) -> None:
@@ -178,7 +179,7 @@ def _measure(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _take(tokens: Any, first: Any, ids: Any, values: Any) -> None:
     for i in range(len(ids)):
         entry = ids[i] - first
@@ -187,7 +188,7 @@ def _take(tokens: Any, first: Any, ids: Any, values: Any) -> None:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _find(
     tokens: Any, array: Any, start_token: Any, context: Any, ends: Any, least: Any,
     counts: Any, lengths: Any, lows: Any, highs: Any,
@@ -223,7 +224,7 @@ def _find(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _choose(
     counts: Any, lengths: Any, lows: Any, highs: Any, owners: Any, places: Any, shared: Any,
     longest: Any, whole: Any, begins: Any, stops: Any,
@@ -279,7 +280,7 @@ def _choose(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _read(array: Any, first: Any, number: Any, owners: Any, ids: Any) -> None:
     """Replace places in one array by entry ids."""
     for i in range(len(ids)):

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from nearest.errors import SettingError
 from nearest.index.ids import random_order
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 Metric = Literal["l2", "ip"]
 NO_ENTRY = -1
@@ -134,7 +135,7 @@ def _rising(bits: Any) -> Any:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _pack(ids: Any, distances: Any, packed: Any) -> None:
     for i in range(len(ids)):
         for j in range(ids.shape[1]):
@@ -143,7 +144,7 @@ def _pack(ids: Any, distances: Any, packed: Any) -> None:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _order_ties(packed: Any, k: Any) -> None:
     """Put equal distances among the first k, and those equal to the k-th, in the random order."""
     size = packed.shape[1]
@@ -162,7 +163,7 @@ def _order_ties(packed: Any, k: Any) -> None:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _unpack(packed: Any, ids: Any, distances: Any) -> None:
     for i in range(len(ids)):
         for j in range(ids.shape[1]):
@@ -172,7 +173,7 @@ def _unpack(packed: Any, ids: Any, distances: Any) -> None:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _take_nearest(ids: Any, distances: Any, nearest_ids: Any, nearest_distances: Any) -> None:
     size, k = ids.shape[1], nearest_ids.shape[1]
     rising = np.empty(size, dtype=np.uint32)

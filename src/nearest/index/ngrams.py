@@ -17,6 +17,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.index.sample import sample
 from nearest.index.suffix import SuffixArray, count, insertion, position_at, shared_length
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 SAMPLED = 256  # successors that are read, at most, of an n-gram
 
@@ -107,7 +108,7 @@ def equal_documents(
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _bound(tokens: Any, array: Any, low: Any, high: Any, depth: Any, token: Any) -> Any:
     """First index in [low, high) whose token `depth` places back is `token` or greater.
 
@@ -124,7 +125,7 @@ def _bound(tokens: Any, array: Any, low: Any, high: Any, depth: Any, token: Any)
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _look_up(
     tokens: Any, array: Any, start_token: Any, context: Any, ends: Any, lows: Any, highs: Any
 ) -> None:
@@ -143,7 +144,7 @@ def _look_up(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _find_spans(
     tokens: Any, array: Any, context: Any, ends: Any, length: Any, found: Any
 ) -> None:
@@ -163,7 +164,7 @@ def _find_spans(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _find_document(tokens: Any, array: Any, offsets: Any, document: Any) -> Any:
     limit = len(document) - 1
     at, longest = insertion(tokens, array, document, limit - 1, limit)

@@ -18,6 +18,7 @@ from nearest.errors import SettingError
 from nearest.index.distances import AHEAD, WHOLE, Shard, measured, prefetch
 from nearest.index.faiss_module import load_faiss
 from nearest.index.neighbours import Metric
+from nearest.machine import code_can_be_cached
 
 CENTROIDS = 256
 
@@ -132,7 +133,7 @@ def product_distances(
     "float32[:, ::1], int64[:, ::1], int64, boolean, float32[:, ::1])",
     nogil=True,
     fastmath={"reassoc", "contract", "nsz"},
-    cache=True,
+    cache=code_can_be_cached(),
 )
 def _product_distances(
     codes: Any, codebooks: Any, queries: Any, ids: Any, first: int, is_l2: bool, distances: Any

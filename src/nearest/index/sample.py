@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from nearest.index.ids import random_order
 from nearest.index.suffix import EARLY_BITS, SuffixArray, position_at
+from nearest.machine import code_can_be_cached
 
 _LAST = np.uint64(2**64 - 1)
 
@@ -47,7 +48,7 @@ def sample(
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _sample(
     array: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,
     wanted: Any, columns: Any, limits: Any, found: Any, ids: Any,
@@ -91,7 +92,7 @@ def _sample(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _keep_first(entries: Any, count: Any, want: Any) -> Any:
     """Move the first `want` entries of the random order to the front; return its last rank."""
     last = np.partition(random_order(entries[:count]), want - 1)[want - 1]

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from nearest.corpus.tokens import Tokens
 from nearest.index.ids import position_dtype, random_order
+from nearest.machine import code_can_be_cached
 
 MAX_MATCH = 512  # tokens; longer matches say no more, and bound the cost of repetitive text
 EARLY_BITS = 3  # each list of early entries has one of 2^3 entries of the one before
@@ -130,14 +131,14 @@ def _reversed_bytes(tokens: Tokens, width: int) -> UInt8[np.ndarray, " bytes"]:
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def count(array: Any) -> Any:
     """The number of alive entries of `SuffixArray.skipping`."""
     return len(array[0]) - len(array[1])
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def position_at(array: Any, place: Any) -> Any:
     """The position of an alive entry of `SuffixArray.skipping`, given its place among them."""
     suffixes, skips = array
@@ -147,7 +148,7 @@ def position_at(array: Any, place: Any) -> Any:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def shared_length(
     tokens: Any, position: Any, context: Any, end: Any, known: Any, limit: Any
 ) -> Any:
@@ -161,7 +162,7 @@ def shared_length(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def insertion(
     tokens: Any, array: Any, context: Any, end: Any, limit: Any
 ) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from nearest.index.clusters import Clusters
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 
 def extend(
@@ -87,7 +88,7 @@ def agreeing(
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _nearest_first(right: Any, ids: Any, distances: Any, kept: Any) -> None:
     for i in range(len(ids)):
         at = np.flatnonzero(right[i])
@@ -97,7 +98,7 @@ def _nearest_first(right: Any, ids: Any, distances: Any, kept: Any) -> None:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _compact(pointers: Any, extended: Any) -> Any:
     """Copy the ids of each row to its front, as many as there is room for."""
     for i in range(len(pointers)):
@@ -109,7 +110,7 @@ def _compact(pointers: Any, extended: Any) -> Any:
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _extend(pointers: Any, of: Any, offsets: Any, members: Any, extended: Any) -> None:
     _compact(pointers, extended)
     most = extended.shape[1]

@@ -20,6 +20,7 @@ from nearest.errors import ModelError
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.fast_exp import fast_exp
 
@@ -217,7 +218,7 @@ def _part_of(
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy", fastmath=_FAST)
 def _weigh(
     distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, length_power: Any,
     weights: Any,
@@ -250,7 +251,7 @@ def _weigh(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
 def _token_probs(
     distances: Any, lengths: Any, values: Any, log_counts: Any, tokens: Any, per_distance: Any,
     length_power: Any, probs: Any,
@@ -269,7 +270,7 @@ def _token_probs(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
 def _add_weights(
     distances: Any, lengths: Any, log_counts: Any, per_distance: Any, length_power: Any,
     shares: Any, weights: Any, lm: Any,
@@ -286,7 +287,7 @@ def _add_weights(
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
 def _mix(log_probs: Any, weights: Any, values: Any, lm: Any, mixed: Any) -> None:
     votes = np.zeros(log_probs.shape[1], dtype=np.float32)
     for i in range(len(log_probs)):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 
 VOTES = ("top probability", "entropy", "log distinct tokens")
 
@@ -42,7 +43,7 @@ def votes_reference(
 
 # fmt: off
 @no_type_check  # numba compiles the bare function
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _count(weights: Any, values: Any, found: Any) -> None:
     size = 1
     while size < 2 * weights.shape[1]:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from nearest.errors import SettingError
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 from nearest.retro.data.chunks import PADDING, Chunks, owners
 
 KEPT = 0
@@ -134,7 +135,7 @@ def shares_run(
 
 
 @no_type_check
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=code_can_be_cached(), nogil=True)
 def _shares_run(a: Any, b: Any, length: Any) -> Any:
     """Any such run of `a` holds a place i ≡ length − 1 (mod length): runs are grown from these."""
     found = np.zeros(len(a), np.bool_)
@@ -173,7 +174,7 @@ def jaccard(a: Int[np.ndarray, "pairs la"], b: Int[np.ndarray, "pairs lb"], n: i
 
 
 @no_type_check
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=code_can_be_cached(), nogil=True)
 def _grams(x: Any, n: Any) -> Any:
     """Sorted hashes of the n-grams without padding."""
     hashes = np.empty(max(len(x) - n + 1, 0), np.uint64)
@@ -194,7 +195,7 @@ def _grams(x: Any, n: Any) -> Any:
 
 
 @no_type_check
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=code_can_be_cached(), nogil=True)
 def _jaccard(a: Any, b: Any, n: Any) -> Any:
     found = np.zeros(len(a), np.float64)
     for pair in range(len(a)):

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from nearest.errors import require
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.threads import in_threads
+from nearest.machine import code_can_be_cached
 from nearest.retro.data.chunks import Chunks
 
 K1, B = 0.9, 0.4  # as Lucene's users take them for passages
@@ -90,7 +91,7 @@ class Bm25:
 
 
 @no_type_check
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=code_can_be_cached(), nogil=True)
 def _score(queries: Any, rows: Any, ids: Any, idf: Any, norms: Any, out: Any) -> None:
     for q in range(len(queries)):
         for column in range(ids.shape[1]):
