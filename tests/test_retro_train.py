@@ -155,9 +155,12 @@ def test_a_finished_run_stays_and_a_constant_one_can_go_on(
     settings = replace(SHORT, schedule="constant")
     train(fresh_model(), read, tmp_path / "run", settings)
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
-    result = train(fresh_model(seed=9), read, tmp_path / "run", settings)
+    given = fresh_model(seed=9)
+    result = train(given, read, tmp_path / "run", settings)
     assert (result.resumed, result.train_loss) == (6, losses(tmp_path / "run")[6])
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
+    stored = RetroForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert torch.equal(given.lm_head.weight, stored.lm_head.weight)
     longer = train(fresh_model(), read, tmp_path / "run", replace(settings, max_steps=8))
     assert longer.resumed == 6
     whole = train(fresh_model(), read, tmp_path / "whole", replace(settings, max_steps=8))
@@ -406,6 +409,9 @@ def test_a_retrofit_trains_and_resumes_its_new_weights_alone(
         assert torch.equal(weights(again)[name], weight)
     for name, weight in base.state_dict().items():
         assert torch.equal(whole.base.state_dict()[name], weight)
+    other = retrofit(make_base("llama"), [1, 4], chunk_size=CHUNK, **DROPOUT)
+    with pytest.raises(SettingError, match=r"model\.base was .*, is "):
+        train(other, long_enough, tmp_path / "run", settings)
     names = {p.name for p in (tmp_path / "run/model").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 

@@ -132,7 +132,7 @@ class Reports(TrainerCallback):
         )
         validation = None
         if due and self._validate is not None:
-            validation = self._validate(step)
+            validation = self._validate()
         self._since = time.perf_counter()
         done = step - self._first
         self.last = StepReport(

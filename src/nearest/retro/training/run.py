@@ -7,13 +7,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from nearest.encode.fingerprint import model_fingerprint
 from nearest.errors import SettingError, require
 from nearest.retro.evaluation.scoring import check_fit, collate_of, mean_loss, retro_config
 from nearest.retro.passages import Course, Passages
+from nearest.retro.retrofit import RetrofitForCausalLM
 from nearest.retro.runs import MODEL, Curve, begin, read_curve, step_of
 from nearest.retro.training.reports import Report, Reports, open_tensorboard
 from nearest.retro.training.settings import TrainingSettings
 from nearest.retro.training.trainer import RetroTrainer, processes
+from nearest.retro.training.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ def train(
         checkpoint = begin(run, record)
     resumed = 0 if checkpoint is None else step_of(checkpoint)
     if resumed >= settings.max_steps and (run / MODEL).exists():
+        load_weights(model, run / MODEL)
         return _finished(run, model, settings, resumed)
 
-    def validate(_: int) -> float:
+    def validate() -> float:
         assert validation is not None  # for this it is asked
         args = trainer.args
         share = (args.process_index, args.world_size)
@@ -109,7 +113,7 @@ def train(
     scalars = open_tensorboard(run, resumed) if tensorboard and first else None
     curve = Curve(run, resumed) if first else None
     if validation is not None and checkpoint is None:
-        before = validate(0)
+        before = validate()
         if curve is not None:
             curve.add({"step": 0, "val_loss": before})
     reports = Reports(trainer, None if validation is None else validate, report, scalars, curve)
@@ -127,6 +131,7 @@ def _record(
     """What decides a run's numbers."""
     data = passages.dataset
     step = settings.batch_size * settings.accumulate * processes()
+    base = model_fingerprint(model.base) if isinstance(model, RetrofitForCausalLM) else None
     return {
         "settings": {**settings.deciding(), "passages_a_step": step},
         "data": {
@@ -139,7 +144,11 @@ def _record(
             "stride": passages.stride,
             "passages": len(passages),
         },
-        "model": {"kind": type(model).__name__, "config": retro_config(model).to_diff_dict()},
+        "model": {
+            "kind": type(model).__name__,
+            "config": retro_config(model).to_diff_dict(),
+            "base": base,
+        },
     }
 
 

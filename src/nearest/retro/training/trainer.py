@@ -20,8 +20,8 @@ from nearest.retro.runs import PARTIAL, checkpoints, publish
 from nearest.retro.training.settings import Optimizing, TrainingSettings
 from nearest.retro.training.weights import load_weights
 
-Validate = Callable[[int], float]
-"""Steps done → mean nll of the validation text, in nats; the same in every process."""
+Validate = Callable[[], float]
+"""Mean nll of the validation text, in nats; the same in every process."""
 
 
 def processes() -> int:
