@@ -9,7 +9,6 @@ import copy
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
@@ -27,10 +25,12 @@ from nearest.encode.hooks import captured_input, hooked, without_input_hook
 from nearest.encode.identity import AnyModel, bare_model
 from nearest.errors import ModelError, NearestError, SettingError, warn_caller
 from nearest.models.arguments import TextArguments
+from nearest.models.drafting import Drafter, Experience, can_draft
 from nearest.models.generated import Generated, Prompt, begins_twice
 from nearest.models.mixing import logits_needed, mix_rows, mix_states
-from nearest.models.prefixes import LookupSpans, Prefixes, Sequences, row_hashes
+from nearest.models.prefixes import LookupSpans, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
+from nearest.models.thread_state import ThreadState
 from nearest.retrieval.ensemble import Ensemble, Memories
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
@@ -41,6 +41,7 @@ _TWO_STARTS = (
     "that hardly any stored state is near: leave the tokenizer's or your own out "
     "(add_special_tokens=False)"
 )
+_DRAFTING = "_get_candidate_generator"  # what assisted decoding asks for drafts
 _BATCHING = "init_continuous_batching"  # what generate_batch and its kin begin with
 
 
@@ -53,6 +54,7 @@ def attach(
     tokenizer: Any = None,
     force: bool = False,
     replay: int | str = 0,
+    draft: bool = False,
     settings: Settings | None = None,
     **given: Any,
 ) -> "Session":
@@ -77,6 +79,11 @@ def attach(
         force: skip the checks that this model and tokenizer built the memory.
         replay: how many of a prompt's positions are looked up before the last, for a method that
             keeps state; "full" for all of them, as `evaluate` does.
+        draft: let memory and text draft several tokens for the model to verify in one pass, where
+            that is quicker, as a running estimate says. Greedy search gives the same text, and
+            sampling the same distribution, but another text for the same seed. Only `generate`
+            calls that write one text token by token are drafted for: no batches, no beams, no
+            stop strings.
         settings: of the method, all of them, in place of those stored in the memory.
         **given: single settings, by the names of `Settings`, before all others. What neither gives
             comes from `tune`'s result in the memory, else from the paper's defaults.
@@ -89,7 +96,7 @@ def attach(
     if replay != "full" and not (isinstance(replay, int) and replay >= 0):
         raise SettingError(f'replay must be a number of positions or "full", got {replay!r}')
     ensemble = Ensemble.of(memory, method, weights, settings, **given)
-    return Session(model, ensemble, tokenizer, force, replay)
+    return Session(model, ensemble, tokenizer, force, replay, draft=draft)
 
 
 def detach(model: AnyModel) -> None:
@@ -109,6 +116,8 @@ class Session:
         tokenizer: Any = None,
         force: bool = False,
         replay: int | str = 0,
+        *,
+        draft: bool = False,
     ) -> None:
         self.model = model = bare_model(model)
         refuse_attached(model)
@@ -117,7 +126,8 @@ class Session:
         self._start_token = memories[0].manifest.model.start_token
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
         self._replay = sys.maxsize if replay == "full" else int(replay)
-        self._here = _Here()
+        self._drafts = draft
+        self._here = ThreadState()
         self._last: Generated | None = None  # of whichever thread
         self._text = TextArguments.of(model)
         replaced: dict[str, Any] = {
@@ -131,6 +141,8 @@ class Session:
             )
         if hasattr(model, "generate"):
             replaced["generate"] = self._wrap_generate(cast(Any, model.generate))
+        if draft and hasattr(model, _DRAFTING):
+            replaced[_DRAFTING] = self._wrap_drafting(getattr(model, _DRAFTING))
         if any(lookup.needs_context for lookup in ensemble.lookups):
             replaced[_BATCHING] = self._refuse_batching
         self._originals = {name: vars(model).get(name) for name in replaced}
@@ -344,15 +356,30 @@ class Session:
                 if begins_twice(prompt, named, self._start_token):
                     warn_caller(_TWO_STARTS)
                 ensemble = None if here.base_only or not self.ensemble.used else self.ensemble
+                if self._drafts and ensemble and can_draft(self.model, prompt, named):
+                    here.drafting = ensemble
+                    kwargs["prompt_lookup_num_tokens"] = 1  # asks for assisted decoding
                 with self._following(prompt):
                     output = original(*args, **kwargs)
                 here.generated = Generated.of(output, self.model, prompt, named, ensemble)
                 self._last = here.generated
                 return output
             finally:
-                here.generating = False
+                here.generating, here.drafting = False, None
 
         return generate
+
+    def _wrap_drafting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def candidates(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            here = self._here
+            if here.drafting is None or here.base_only:
+                return original(generation_config, *args, **kwargs)
+            here.experience = here.experience or Experience()
+            memories = [lookup.memory for lookup, _ in here.drafting.used]
+            return Drafter(memories, here.experience, generation_config.max_length)
+
+        return candidates
 
     @contextmanager
     def _following(self, prompt: Prompt) -> Iterator[None]:
@@ -372,27 +399,3 @@ def _restore(attributes: dict[str, Any], name: str, original: Any) -> None:
     attributes.pop(name, None)
     if original is not None:
         attributes[name] = original
-
-
-class _Here(threading.local):
-    """Per-thread state, so that concurrent forward passes do not see each other's states."""
-
-    base_only = False
-    generating = False
-    generated: Generated | None = None  # by the last call of generate()
-    ensemble: Ensemble | None = None  # where this thread weighs the memories otherwise
-    # Of each memory, while generating with a method that looks at the context.
-    prefixes: list[Prefixes] | None = None
-    first = 0
-    ids: Tensor | None = None
-    sequences: Sequences | None = None
-    encoded: tuple[Tensor, Int[np.ndarray, " rows"]] | None = None  # what an encoder gave, hashed
-
-    def encoded_rows(self, outputs: Any) -> Int[np.ndarray, " rows"] | None:
-        """Numbers that tell apart what an encoder gave to each row; hashed once a generate()."""
-        if outputs is None:
-            return None
-        states = outputs[0]
-        if self.encoded is None or self.encoded[0] is not states:
-            self.encoded = states, row_hashes(states)
-        return self.encoded[1]

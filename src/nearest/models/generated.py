@@ -69,7 +69,7 @@ def _decoder_prompt(text: TextArguments, named: Mapping[str, Any]) -> tuple[int,
     ids, mask = named.get(text.ids), named.get(text.mask)
     if ids is None:
         return 1, []
-    start = torch.as_tensor(_option(text.model, named, "decoder_start_token_id"))
+    start = torch.as_tensor(generation_option(text.model, named, "decoder_start_token_id"))
     prepended = bool((ids[:, 0].cpu() != start.cpu().reshape(-1)).all())
     starts = [0] * len(ids) if mask is None or prepended else _starts(mask)
     return ids.shape[1] + prepended, starts
@@ -130,19 +130,19 @@ class Generated:
 
 
 def _stops(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:
-    return set(_token_ids(_option(model, named, "eos_token_id")))
+    return set(_token_ids(generation_option(model, named, "eos_token_id")))
 
 
 def _padding(model: PreTrainedModel, named: Mapping[str, Any]) -> int | None:
-    return next(iter(_token_ids(_option(model, named, "pad_token_id"))), None)
+    return next(iter(_token_ids(generation_option(model, named, "pad_token_id"))), None)
 
 
-def _option(model: PreTrainedModel, named: Mapping[str, Any], name: str) -> Any:
-    """The value that generate() uses: its argument, else the given config's, else the model's."""
+def generation_option(model: PreTrainedModel, named: Mapping[str, Any], name: str) -> Any:
+    """The value that generate() uses: its argument, else the given config\'s, else the model\'s."""
     if name in named:
         return named[name]
     given = getattr(named.get("generation_config"), name, None)
-    return getattr(model.generation_config, name) if given is None else given
+    return getattr(model.generation_config, name, None) if given is None else given
 
 
 def _starts(mask: Tensor) -> list[int]:

@@ -1,0 +1,173 @@
+"""Drafts of what comes next: how memory and text went on where the context stood before.
+
+Entries whose left context shares the longest suffix with the text, in the memory and in the text
+itself, vote token by token; those that voted for another token drop out. How often drafts of such
+votes were accepted decides how far a draft is worth its verification (`worth`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
+
+import numba
+import numpy as np
+from jaxtyping import Float, Int
+
+from nearest.corpus.tokens import Tokens
+from nearest.index.matches import match_lengths
+from nearest.index.neighbours import NO_ENTRY
+from nearest.memory import Memory
+
+LONGEST = 16  # tokens of a draft
+_MATCHES = 64  # entries of each memory that vote
+_OWN_MATCHES = 16  # places of the text itself
+_POWER = 3.0  # a vote weighs (1 + length of its match) to this power
+_LENGTHS = (2, 4, 8, 16)  # where classes of match lengths begin
+_SHARES = (0.5, 0.8, 0.95)  # where classes of agreement begin
+CLASSES = (len(_LENGTHS) + 1) * (len(_SHARES) + 1)
+_FORGET = 0.98  # what an observation keeps of its weight with each later one of its class
+_PRIOR = 4.0  # observations that the rate over all classes counts for in each
+
+
+class Draft(NamedTuple):
+    """Tokens that may come next, and the class of evidence that each rests on."""
+
+    tokens: Int[np.ndarray, " n"]
+    classes: Int[np.ndarray, " n"]
+
+    def first(self, count: int) -> "Draft":
+        """Its first tokens."""
+        return Draft(self.tokens[:count], self.classes[:count])
+
+
+NO_DRAFT = Draft(*np.empty((2, 0), dtype=np.int64))
+
+
+class _OwnText(NamedTuple):
+    tokens: Tokens
+    first: int = 0
+
+
+def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
+    """Up to `most` tokens that the longest matches agree on.
+
+    Args:
+        memories: of one model, whose matches vote with those of the context itself.
+        context: int64 token ids of the text so far, at least one.
+        most: number of tokens; at most LONGEST are drafted.
+    """
+    most = min(most, LONGEST)
+    start_token, last = memories[0].manifest.model.start_token, len(context) - 1
+    ends = np.array([last])
+    lengths, continuations = [], []
+    for memory in memories:
+        found = memory.longest_matches(context, ends, _MATCHES)
+        known = found.ids[0] >= 0
+        ids = found.ids[0][known]
+        lengths.append(found.lengths[0][known].astype(np.int64))
+        continuations.append(memory.values(ids[:, None] + np.arange(most)))
+    places = np.flatnonzero(context[:last] == context[last])[-_MATCHES:]
+    own = match_lengths([_OwnText(context)], start_token, places[None], context, ends)[0]
+    chosen = np.lexsort((-places, -own))[:_OWN_MATCHES]  # the longest, of these the latest
+    lengths.append(own[chosen].astype(np.int64))
+    after = places[chosen][:, None] + 1 + np.arange(most)
+    continuations.append(np.where(after <= last, context[np.minimum(after, last)], NO_ENTRY))
+    tokens, shares, matched = _vote(
+        np.concatenate(continuations), np.concatenate(lengths), start_token, _POWER
+    )
+    classes = np.digitize(matched, _LENGTHS) * (len(_SHARES) + 1) + np.digitize(shares, _SHARES)
+    return Draft(tokens, classes)
+
+
+# fmt: off
+@no_type_check
+@numba.njit(nogil=True, cache=True)
+def _vote(continuations: Any, lengths: Any, start_token: Any, power: Any) -> Any:
+    """The tokens that most weight is for, one after another, among those that agreed so far.
+
+    Returned with each are its share of the weight and the longest match that goes on with it. A
+    continuation ends with its document; where a third of the weight has ended, the draft does.
+    """
+    count, most = continuations.shape
+    tokens, shares = np.empty(most, np.int64), np.empty(most, np.float64)
+    matched = np.empty(most, np.int64)
+    weights = (1.0 + lengths) ** power
+    for j in range(most):
+        best, best_weight, total = -1, 0.0, 0.0
+        for i in range(count):
+            total += weights[i]
+        for i in range(count):
+            token = continuations[i, j]
+            if weights[i] == 0 or token < 0 or token == start_token:
+                continue
+            weight = 0.0
+            for other in range(count):
+                if continuations[other, j] == token:
+                    weight += weights[other]
+            if weight > best_weight or (weight == best_weight and token < best):
+                best, best_weight = token, weight
+        if best < 0 or best_weight < total / 3:
+            return tokens[:j], shares[:j], matched[:j]
+        tokens[j], shares[j], matched[j] = best, best_weight / total, 0
+        for i in range(count):
+            if continuations[i, j] != best:
+                weights[i] = 0.0
+            elif weights[i] > 0:
+                matched[j] = max(matched[j], lengths[i] + j)
+    return tokens, shares, matched
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often drafted tokens were accepted, by class of evidence; old observations fade.
+
+    Attributes:
+        accepted, tried: decayed counts of each class; the last of each is of all classes together.
+    """
+
+    accepted: Float[np.ndarray, " classes"]
+    tried: Float[np.ndarray, " classes"]
+
+    @classmethod
+    def start(cls) -> "Acceptance":
+        """Before any draft: even odds, which a few drafts outweigh."""
+        tried = np.zeros(CLASSES + 1)
+        tried[-1] = 2.0
+        return cls(tried / 2, tried)
+
+    def rates(self, classes: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The probability that a token of each class is accepted where those before it were."""
+        overall = self.accepted[-1] / self.tried[-1]
+        rates: Float[np.ndarray, " n"] = (self.accepted[classes] + _PRIOR * overall) / (
+            self.tried[classes] + _PRIOR
+        )
+        return rates
+
+    def after(self, classes: Int[np.ndarray, " n"], accepted: int) -> "Acceptance":
+        """After a draft whose first `accepted` tokens were; of the rest only the first was seen."""
+        hits, tried = self.accepted.copy(), self.tried.copy()
+        for place, one in enumerate(classes[: accepted + 1].tolist()):
+            for counted in (one, CLASSES):
+                hits[counted] = _FORGET * hits[counted] + (place < accepted)
+                tried[counted] = _FORGET * tried[counted] + 1
+        return Acceptance(hits, tried)
+
+
+def worth(
+    rates: Float[np.ndarray, " n"], alone: float, a_token: float, margin: float = 0.03
+) -> int:
+    """How many drafted tokens bring the most tokens a second; 0 where none pays.
+
+    Args:
+        rates: of each token, that it is accepted where those before it were.
+        alone: seconds of a pass that verifies nothing.
+        a_token: seconds that each further token adds to a pass.
+        margin: by which a draft must be better than none.
+    """
+    if not len(rates):
+        return 0
+    expected = 1 + np.cumsum(np.cumprod(rates))
+    speed = expected / (alone + a_token * np.arange(1, len(rates) + 1))
+    best = int(speed.argmax())
+    return best + 1 if speed[best] > (1 + margin) / alone else 0

@@ -1,0 +1,237 @@
+"""Drafts: the same text in fewer passes, for as long as they pay."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import BYTES_AND_SPECIALS
+from nearest import Memory, attach
+from nearest.models.drafting import Experience, PassTimes
+from nearest.retrieval.drafts import CLASSES, Acceptance, Draft, _vote, draft, worth
+
+LIKELY = {"lam": 0.95, "temperature": 1000.0}  # so that the memory is followed
+
+
+@contextmanager
+def passes(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The widths of the passes that a model makes."""
+    seen: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, arguments, __: seen.append(arguments[0].shape[-1])
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def prompt(memory: Memory, length: int = 6) -> Tensor:
+    return torch.from_numpy(memory.document_tokens(0)[:length].astype(np.int64))[None]
+
+
+def written(
+    model: PreTrainedModel, memory: Memory, method: str, *, drafts: bool, **options: Any
+) -> tuple[Tensor, list[int]]:
+    settings = {"suffix_k": 20} if method == "suffix" else {"k": 12}
+    ids = prompt(memory)
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": -1}
+    with (
+        attach(model, memory, method, draft=drafts, guard=False, **LIKELY, **settings),
+        passes(model) as widths,
+    ):
+        return model.generate(ids, **options), widths
+
+
+@pytest.mark.parametrize("method", ["suffix", "knn", "retomaton"])
+def test_greedy_search_gives_the_same_text_in_fewer_passes(
+    tiny_model: PreTrainedModel, tiny_memory: Memory, method: str
+) -> None:
+    plain, alone = written(tiny_model, tiny_memory, method, drafts=False, max_new_tokens=30)
+    drafted, widths = written(tiny_model, tiny_memory, method, drafts=True, max_new_tokens=30)
+    assert drafted.tolist() == plain.tolist()
+    assert len(alone) == 30
+    if method == "suffix":
+        assert len(widths) < 20
+        assert max(widths[1:]) > 1
+
+
+def test_what_it_has_learnt_is_kept_by_thread_and_the_model_is_given_back(
+    tiny_model: PreTrainedModel, tiny_memory: Memory
+) -> None:
+    before = dict(vars(tiny_model))
+    ids = prompt(tiny_memory)
+    with attach(tiny_model, tiny_memory, "suffix", draft=True, **LIKELY) as session:
+        tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
+        assert len(session.sources()) == 8
+        with session.disabled(), passes(tiny_model) as widths:
+            tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
+        assert len(widths) == 8
+    assert dict(vars(tiny_model)) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"use_cache": False}],
+    ids=["beams", "several", "no cache"],
+)
+def test_other_ways_of_writing_are_not_drafted_for(
+    tiny_model: PreTrainedModel, tiny_memory: Memory, options: dict[str, Any]
+) -> None:
+    results = []
+    for drafts in (False, True):
+        torch.manual_seed(0)
+        results.append(
+            written(tiny_model, tiny_memory, "suffix", drafts=drafts, max_new_tokens=8, **options)[
+                0
+            ]
+        )
+    assert results[0].tolist() == results[1].tolist()
+
+
+def test_a_batch_is_written_without_drafts(
+    tiny_model: PreTrainedModel, tiny_memory: Memory
+) -> None:
+    ids = prompt(tiny_memory).repeat(2, 1)
+    with (
+        attach(tiny_model, tiny_memory, "suffix", draft=True, **LIKELY),
+        passes(tiny_model) as seen,
+    ):
+        tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
+    assert len(seen) == 8
+
+
+def test_sampling_keeps_the_distribution(
+    tiny_model: PreTrainedModel, tiny_memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frequencies of the eight texts of three tokens, beside their exact probabilities (χ²)."""
+    monkeypatch.setattr("nearest.models.drafting.worth", lambda rates, *_: len(rates))
+    draws, ids = 400, prompt(tiny_memory)
+    options = {"do_sample": True, "top_k": 2, "pad_token_id": 1, "eos_token_id": -1}
+    settings = {"lam": 0.5, "temperature": 1000.0}
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    with attach(tiny_model, tiny_memory, "suffix", **settings):
+        for _ in range(3):
+            longer = {}
+            for new, probability in expected.items():
+                text = torch.cat([ids, torch.tensor([new], dtype=torch.int64)], dim=1)
+                top = tiny_model(text).logits[0, -1].detach().topk(2)
+                for token, share in zip(top.indices, top.values.softmax(-1), strict=True):
+                    longer[*new, int(token)] = probability * float(share)
+            expected = longer
+    counts = dict.fromkeys(expected, 0)
+    torch.manual_seed(0)
+    with (
+        attach(tiny_model, tiny_memory, "suffix", draft=True, **settings),
+        passes(tiny_model) as widths,
+    ):
+        for _ in range(draws):
+            text = tiny_model.generate(ids, max_new_tokens=3, **options)
+            counts[tuple(text[0, ids.shape[1] :].tolist())] += 1
+    assert sum(width > 1 for width in widths) > draws  # the prompt's, and drafts
+    chi = sum((counts[new] - draws * p) ** 2 / (draws * p) for new, p in expected.items())
+    assert chi < 24.3  # seven degrees of freedom: one in a thousand
+
+
+ROWS = st.lists(st.lists(st.integers(-1, 4), min_size=5, max_size=5), min_size=1, max_size=8)
+
+
+@given(rows=ROWS, data=st.data())
+def test_votes_are_those_of_a_dictionary(rows: list[list[int]], data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)))
+    tokens, shares, matched = _vote(np.array(rows), np.array(lengths), 0, 3.0)
+    left = dict(enumerate(lengths))
+    for place, (token, share, longest) in enumerate(zip(tokens, shares, matched, strict=True)):
+        votes: dict[int, float] = {}
+        for row, length in left.items():
+            votes[rows[row][place]] = votes.get(rows[row][place], 0.0) + (1 + length) ** 3
+        assert token > 0
+        assert votes[token] == max(weight for other, weight in votes.items() if other > 0)
+        assert share == pytest.approx(votes[token] / sum(votes.values()))
+        left = {row: length for row, length in left.items() if rows[row][place] == token}
+        assert longest == max(left.values()) + place
+    if len(tokens) < 5:
+        ended = {row: rows[row][len(tokens)] for row in left}
+        weight = sum((1 + left[row]) ** 3 for row in left)
+        for other in set(ended.values()) - {0, -1}:
+            own = sum((1 + left[row]) ** 3 for row in left if ended[row] == other)
+            assert own < weight / 3 * (1 + 1e-9)
+
+
+def test_drafts_go_on_as_documents_do(tiny_memory: Memory) -> None:
+    tokens = tiny_memory.document_tokens(0).astype(np.int64)
+    for length in range(24, len(tokens) - 4):
+        found = draft([tiny_memory], tokens[:length], 4).tokens.tolist()
+        assert found == tokens[length : length + 4].tolist()
+
+
+def test_a_repeated_text_drafts_for_itself(tiny_memory: Memory) -> None:
+    text = np.array([0, *[200, 201, 202, 203] * 4])
+    assert draft([tiny_memory], text, 6).tokens.tolist() == [200, 201, 202, 203]
+
+
+def test_no_draft_where_nothing_matches(tiny_memory: Memory) -> None:
+    unseen = BYTES_AND_SPECIALS - 1
+    assert not len(draft([tiny_memory], np.array([0, unseen]), 4).tokens)
+
+
+@given(rates=st.lists(st.floats(0, 1), max_size=8), a_token=st.floats(0, 2))
+def test_the_worth_is_the_best_of_all_lengths(rates: list[float], a_token: float) -> None:
+    speeds = [
+        (1 + sum(np.prod(rates[: i + 1]) for i in range(n))) / (1 + a_token * n)
+        for n in range(len(rates) + 1)
+    ]
+    found = worth(np.array(rates), 1.0, a_token)
+    if found:
+        assert speeds[found] == pytest.approx(max(speeds))
+    else:
+        assert max(speeds) <= 1.03 * (1 + 1e-9)
+
+
+def test_rates_follow_what_was_accepted() -> None:
+    acceptance = Acceptance.start()
+    good, bad = np.array([0, 0]), np.array([CLASSES - 1])
+    assert acceptance.rates(good).tolist() == [0.5, 0.5]
+    for _ in range(60):
+        acceptance = acceptance.after(good, 2).after(bad, 0)
+    assert acceptance.rates(good[:1]) > 0.9
+    assert acceptance.rates(bad) < 0.1
+    for _ in range(60):
+        acceptance = acceptance.after(good, 0)
+    assert acceptance.rates(good[:1]) < 0.4
+
+
+def test_the_line_of_times_is_the_one_that_was_measured() -> None:
+    times = PassTimes()
+    for n in (0, 4, 0, 2, 8, 1, 0, 3):
+        times.saw(n, 5.0 + 0.25 * n)
+    assert times.line == pytest.approx((5.0, 0.25))
+
+
+def test_where_nothing_pays_drafts_get_rare_and_come_back() -> None:
+    experience, nothing = Experience(), Draft(*np.empty((2, 0), dtype=np.int64))
+    found = Draft(np.arange(4), np.zeros(4, dtype=np.int64))
+
+    def run(count: int, accepted: int) -> int:
+        tried = 0
+        for _ in range(count):
+            length = (
+                0
+                if experience.resting
+                else experience.length(experience.acceptance.rates(found.classes))
+            )
+            tried += length > 0
+            experience.saw(found.first(length) if length else nothing, min(accepted, length), 1.0)
+        return tried
+
+    run(100, 0)
+    assert run(400, 0) < 8
+    run(400, 4)
+    assert run(50, 4) > 40
