@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from nearest.memory import Memory
 from nearest.models.generated import Prompt, generation_option
@@ -107,8 +106,11 @@ class Experience:
         self.waited = 0
 
 
-class Drafter(CandidateGenerator):  # type: ignore[misc]
-    """Drafts from memories and from the text itself, in one call of generate()."""
+class Drafter:
+    """Drafts from memories and from the text itself, in one call of generate().
+
+    It has the methods of transformers' `CandidateGenerator`.
+    """
 
     requires_model_outputs = False
 
