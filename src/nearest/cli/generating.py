@@ -54,6 +54,14 @@ def generate(
     replay: Annotated[
         str, typer.Option(help='Positions of the prompt to look up before the last, or "full".')
     ] = "0",
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft",
+            help="Let memory and text draft several tokens for the model to verify in one pass, "
+            "where that is quicker; greedy search writes the same text.",
+        ),
+    ] = False,
     encoding_errors: Encoding = "strict",
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +89,7 @@ def generate(
         [{"role": "user", "content": text}] if chat else text,
         sources=sources,
         replay=int(replay) if replay.isdecimal() else replay,
+        draft=draft,
         special_tokens=special_tokens,
         heal=heal,
         stream=shown_as_it_comes if streams else None,

@@ -81,6 +81,7 @@ def generate(
     sources: bool = True,
     force: bool = False,
     replay: int | str = 0,
+    draft: bool = False,
     settings: Mapping[str, Any] | None = None,
     special_tokens: bool = False,
     heal: bool = False,
@@ -99,6 +100,7 @@ def generate(
         sources: name, for every token, what the memory gave it.
         force: accept another model than the one that built the memory.
         replay: positions of the prompt that are looked up before the last, or "full".
+        draft: let memory and text draft several tokens for a pass, as in `attach`.
         settings: of the method; else as tuned.
         special_tokens, heal: how a text is read (`prompt.prompt_tokens`).
         stream: is given the continuation piece by piece, as it comes; not with beams.
@@ -141,6 +143,7 @@ def generate(
             tokenizer=tokenizer,
             force=force,
             replay=replay,
+            draft=draft,
             **(settings or {}),
         ) as session:
             output = model.generate(**arguments)  # type: ignore[operator]
