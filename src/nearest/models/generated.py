@@ -138,7 +138,7 @@ def _padding(model: PreTrainedModel, named: Mapping[str, Any]) -> int | None:
 
 
 def generation_option(model: PreTrainedModel, named: Mapping[str, Any], name: str) -> Any:
-    """The value that generate() uses: its argument, else the given config\'s, else the model\'s."""
+    """The value that generate() uses: its argument, else the given config's, else the model's."""
     if name in named:
         return named[name]
     given = getattr(named.get("generation_config"), name, None)
