@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_documents, make_model
 from nearest import Memory, attach, evaluate
 from nearest.serve.app import ServeOptions, make_service
+from nearest.serve.library import version_of
 from nearest.serve.vocabulary import Stops
 from nearest.serve.work import News, Wanted, Work
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates
@@ -192,6 +193,9 @@ def test_documents_are_added_replaced_and_removed(server: Running) -> None:
     assert server.complete("zebra ze", max_tokens=2, model="tiny@suffix")["choices"][0][
         "text"
     ].startswith("al")
+    # What was made of the versions before is not kept.
+    kept = server.service.library._ensembles.values()
+    assert {version_of(memory) for one in kept for memory in one.memories} == {3}
     gone = server.client.delete(url, params={"id": "é/1"}, headers=key)
     assert gone.json()["documents"] == 12
     assert server.client.get(url, params={"id": "é/1"}).status_code == 404

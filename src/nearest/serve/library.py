@@ -127,11 +127,28 @@ class Library:
             stamp = _stamp(memory)
             if stamp != self._stamps[name]:
                 try:
-                    self._memories[name] = memory = memory.refresh()
+                    memory = memory.refresh()
                 except RemoteError:  # look-ups say so; what is here needs none
                     return memory
-                self._stamps[name] = stamp
+                self._use(name, memory, stamp)
             return memory
+
+    def take_over(self, name: str, memory: Memory) -> None:
+        """Use a version that was made here from now on, with its index read before anyone waits."""
+        if memory.manifest.keys is not None:
+            _ = memory.searcher
+        stamp = _stamp(memory)
+        if memory.refresh() is memory:  # else another writer has published since
+            with self._lock:
+                self._use(name, memory, stamp)
+
+    def _use(self, name: str, memory: Memory, stamp: tuple[int, ...]) -> None:
+        """The memory of a name from now on; what was made of the version before is forgotten."""
+        if memory is not self._memories[name]:
+            self._memories[name] = memory
+            for key in [k for k, one in self._ensembles.items() if name in one.names]:
+                del self._ensembles[key]
+        self._stamps[name] = stamp
 
     def chosen(self, name: str | None) -> tuple[str, Memory]:
         """A memory by name; without one, the only memory there is.

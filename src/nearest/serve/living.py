@@ -55,7 +55,7 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
                 raise ApiError(400, str(error), param="documents") from error
             except NearestError as error:
                 raise ApiError(400, str(error)) from error
-            await in_thread(service.library.memory, name)  # readers find the new version open
+            await in_thread(service.library.take_over, name, after)
         return {"memory": name, "version": version_of(after), "documents": after.documents}
 
     @routes.post("/v1/nearest/documents/{memory}")
