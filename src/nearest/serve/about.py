@@ -1,6 +1,7 @@
 """Routes that tell about the server: models, tokens, documents, health, metrics and the viewer."""
 
 import time
+from functools import lru_cache
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -113,7 +114,8 @@ def router(service: Service) -> APIRouter:
 def _page_file(name: str) -> Response:
     """A file of the viewer."""
     kind = _KINDS.get(PurePosixPath(name).suffix)
-    if kind is None or not (file := _PAGE.joinpath(name)).is_file():
+    content = None if kind is None else _content(name)
+    if content is None:
         raise ApiError(404, f"the viewer has no file {name!r}")
     headers = {
         "Content-Security-Policy": _PAGE_POLICY,
@@ -121,7 +123,13 @@ def _page_file(name: str) -> Response:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    return Response(file.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
+    return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+@lru_cache(64)  # more names than there are files: a stranger may ask for any
+def _content(name: str) -> bytes | None:
+    file = _PAGE.joinpath(name)
+    return file.read_bytes() if file.is_file() else None
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
