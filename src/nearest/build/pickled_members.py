@@ -3,6 +3,9 @@
 A pickle is a program that calls what it names. Here it can name a sparse matrix, an array, a dtype
 and the functions that make arrays and bytes, and what it gets for each is an inert stand-in of ours
 that takes the state down; SciPy is not imported, and NumPy's readers of state are not called.
+
+`torch.load(weights_only=True)` would not do: it reads torch's own files, protocol 2 of pickle, and
+not the bare pickles of later protocols that the scripts of others write.
 """
 
 import pickle
