@@ -39,8 +39,9 @@ EVAL_KEYS = [
     "delta_nll",
     "delta_low",
     "delta_high",
+    "settings_from",
 ]
-CHECK_KEYS = ["settings_from", "memory_prob", "chance_prob", "useless_neighbours", "harm", "leak"]
+CHECK_KEYS = ["memory_prob", "chance_prob", "useless_neighbours", "harm", "leak"]
 
 
 def invoke(*arguments: Any) -> SimpleNamespace:

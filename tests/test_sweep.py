@@ -193,7 +193,7 @@ def test_what_is_remembered_at_a_time_changes_nothing(
     forget = SearchCache.forget
 
     def watched(self: SearchCache) -> None:
-        most.append(sum(len(answers.of) for answers in self._answers.values()))
+        most.append(sum(len(answers.by_query) for answers in self._answers.values()))
         forget(self)
 
     def swept() -> Sweep:

@@ -209,11 +209,13 @@ def _points(
     """The run's own, and for kNN-LM those of skipping searches at random."""
     method, setting, value, lookup = run.variation
     settings, cost = lookup.settings.of(method), run.cost(base_seconds, cache)
-    points = [Point(setting, value, result_of(text, method, run.nll, cost, settings, base))]
+    found = lookup.memory.settings_from(method)
+    own = result_of(text, method, run.nll, cost, settings, base, settings_from=found)
+    points = [Point(setting, value, own)]
     for share in sorted(set(skips) - {0}) if method == KNN else ():
         nll = (1 - share) * run.nll + share * base
         cost_then = Cost(base_seconds, (1 - share) * cost.own, share)
-        result = result_of(text, method, nll, cost_then, settings, base)
+        result = result_of(text, method, nll, cost_then, settings, base, settings_from=found)
         points.append(Point(RANDOM_SKIP, share, result))
     return points
 
