@@ -74,8 +74,13 @@ def generate(
         memory, answering, sampling, opening, settings, beside
     )
     streams = not (as_json or sources) and sampling.num_beams == 1
-    if streams and not chat:
-        out.print(text, style="bold", end="", markup=False, soft_wrap=True)
+    prompt_left = [text] if streams and not chat else []  # shown when the first piece comes
+
+    def show(piece: str) -> None:
+        if prompt_left:
+            out.print(prompt_left.pop(), style="bold", end="", markup=False, soft_wrap=True)
+        shown_as_it_comes(piece)
+
     if heal and not chat and text.endswith(" "):
         err.print(
             "[yellow]note:[/] the prompt's last spaces are left to the first new token "
@@ -92,13 +97,13 @@ def generate(
         draft=draft,
         special_tokens=special_tokens,
         heal=heal,
-        stream=shown_as_it_comes if streams else None,
+        stream=show if streams else None,
         **arguments,
     )
     if as_json:
         typer.echo(json.dumps(generation.to_dict()))
     elif streams:
-        out.print()
+        show("\n")
     else:
         out.print(reports.shaded_generation(generation, answering.show))
 
