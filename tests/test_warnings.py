@@ -13,6 +13,13 @@ from nearest.corpus.documents import Document
 from nearest.corpus.report import CorpusWarning
 from nearest.errors import SettingsWarning, warn_caller
 
+@pytest.fixture(autouse=True)
+def no_wrappers(request: pytest.FixtureRequest) -> None:
+    """Checks of annotations at each call stand between the package and its caller."""
+    if request.config.getoption("--jaxtyping-packages", None):
+        pytest.skip("functions are wrapped")
+
+
 TEXTS = ["the court", "", "the law of the court"]
 
 
