@@ -13,6 +13,7 @@ from nearest.corpus.documents import Document
 from nearest.corpus.report import CorpusWarning
 from nearest.errors import SettingsWarning, warn_caller
 
+
 @pytest.fixture(autouse=True)
 def no_wrappers(request: pytest.FixtureRequest) -> None:
     """Checks of annotations at each call stand between the package and its caller."""
