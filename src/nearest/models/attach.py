@@ -166,10 +166,7 @@ class Session:
 
     @property
     def settings_from(self) -> SettingsFrom:
-        """Where settings come from that were not given: "tuned", "self-tuned", "defaults".
-
-        Of several memories the least of these; "given" where all were (`settings=`).
-        """
+        """Where settings come from that were not given for this call; see `Ensemble`."""
         return self._ensemble.settings_from
 
     def __repr__(self) -> str:
