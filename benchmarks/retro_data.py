@@ -211,7 +211,7 @@ def beside_lucidrains(code: Path, texts: list[str], dim: int) -> dict[str, Any]:
 
 def prepared(path: Path, texts: list[str], tokenizer: Any, ends: Ends, dim: int) -> ChunkDatabase:
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
-    made = chunk_documents(documents, tokenizer, path, M, ends, vocab_size=len(tokenizer))
+    made = chunk_documents(documents, tokenizer, path, M, ends)
     made.embed(embedder(dim), words)
     made.build_index("exact")
     return made
@@ -225,11 +225,8 @@ def stages(texts: list[str], dim: int, most: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = [Document(str(number), text) for number, text in enumerate(texts)]
-        ends, vocabulary = Ends(None, 1), len(tokenizer)
         seconds["chunks"], made = timed(
-            lambda: chunk_documents(
-                documents, tokenizer, folder / "db", M, ends, vocab_size=vocabulary
-            )
+            lambda: chunk_documents(documents, tokenizer, folder / "db", M, Ends(None, 1))
         )
         seconds["embed (stand-in)"], _ = timed(lambda: made.embed(embedder(dim), words))
         seconds["index"], index = timed(made.build_index)

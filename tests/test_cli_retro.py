@@ -1,6 +1,7 @@
 """`nearest retro`, from files to neighbours, with a tiny BERT as embedder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from nearest.cli import app
-from nearest.retro import NeighbourTable, RetroForCausalLM
+from nearest.errors import ModelError
+from nearest.retro import MemoryNeighbours, NeighbourTable, RetroForCausalLM
 from nearest.retro.convert import read_retro_json, to_norlund
 from nearest.retro.data.database import ChunkDatabase
 from nearest.retro.data.embedders import Embedder
@@ -86,8 +88,10 @@ def test_stages_by_themselves_and_in_parts_give_the_same(
     run("index", db)
     (told,) = run("neighbours", db, "--json")
     assert told["complete"]
-    for name in ("tokens.npy", "embeddings.npy", "neighbours/ids.npy", "neighbours/table.json"):
+    for name in ("neighbours/ids.npy", "neighbours/distances.npy", "neighbours/table.json"):
         assert (db / name).read_bytes() == (prepared / name).read_bytes()
+    (vectors,), (others,) = (at.glob("segments/*/*vectors.npy") for at in (db, prepared))
+    assert vectors.read_bytes() == others.read_bytes()
     assert (
         run(
             "prepare",
@@ -174,19 +178,108 @@ def test_verify_finds_what_was_changed(prepared: Path, tmp_path: Path) -> None:
 
 def test_mistakes(prepared: Path, bert: str, tmp_path: Path) -> None:
     source = prepared.parent / "train.jsonl"
+    corpus(prepared.parent / "more.jsonl", 13)
     for arguments, named in (
         (("chunks", source, "--out", tmp_path / "x"), "--tokenizer"),
-        (("chunks", source, "--out", prepared, "--tokenizer", bert), "other chunks"),
+        (
+            ("chunks", source, "--out", prepared, "--tokenizer", bert),
+            "vectors of chunks of 8 tokens",
+        ),
+        (
+            (
+                "chunks",
+                prepared.parent / "more.jsonl",
+                "--out",
+                prepared,
+                "--tokenizer",
+                bert,
+                "--chunk-size",
+                8,
+            ),
+            "other documents",
+        ),
+        (
+            ("prepare", prepared, "--embedder", f"bert:{bert}", "--out", tmp_path / "x"),
+            "leave --out out",
+        ),
+        (("prepare", source, "--embedder", f"bert:{bert}", "--tokenizer", bert), "give --out"),
+        (("neighbours", prepared, "--table", tmp_path / "t", "--neighbours", 0), "at least 1"),
+        (("neighbours", prepared, "--part", "3/2"), "write 1/4"),
+        (("show", prepared, "--document", "d0-1", "--neighbours", 21), "stores 20"),
+        (("index", prepared, "--spec", "nonsense"), "nonsense"),
+        (("index", prepared, "--recall", 2), "(0, 1]"),
+        (("show", bert), "is not a memory"),
         (("embed", prepared, "--embedder", f"bert-cls:{bert}"), "pooling"),
         (("neighbours", prepared, "--neighbours", 3), "made otherwise"),
         (("neighbours", prepared, "--queries", source), "--table"),
-        (("neighbours", tmp_path), "not a database"),
+        (("neighbours", tmp_path), "is not a memory"),
         (("embed", prepared, "--embedder", f"bert:{tmp_path}"), "no encoder"),
         (("convert", tmp_path / "no.ckpt"), "--out"),
     ):
         result = CliRunner().invoke(app, ["retro", *map(str, arguments)])
         assert result.exit_code == 2, arguments
         assert named in result.stderr.replace("\n", " "), result.stderr
+
+
+def nearest(*arguments: Any, code: int = 0) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == code, result.output
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_the_life_of_a_prepared_memory(prepared: Path, bert: str, tmp_path: Path) -> None:
+    """add, remove, compact and info know chunks; what is stale says how to mend it."""
+    path = tmp_path / "m"
+    shutil.copytree(prepared, path)
+    more = corpus(tmp_path / "more.jsonl", 3, seed=2)
+    told = nearest("add", path, more)["chunks"]
+    assert (told["size"], told["embedder"], told["recall@4"]) == (8, bert, 1.0)
+    assert told["without_vector"] > 0
+    result = CliRunner().invoke(app, ["retro", "neighbours", str(path)])
+    assert result.exit_code == 2
+    assert "run `nearest retro embed" in " ".join(result.stderr.split())
+    nearest("remove", path, "--doc", "d0-3")
+    result = CliRunner().invoke(app, ["retro", "prepare", str(path), "--embedder", f"bert:{bert}"])
+    assert "--chunk-size" in result.stderr or "64" in result.stderr  # it was cut into chunks of 8
+    again = ("prepare", path, "--embedder", f"bert:{bert}", "--chunk-size", 8)
+    result = CliRunner().invoke(app, ["retro", *map(str, again)])
+    assert "made otherwise" in " ".join(result.stderr.split())  # the old table is in its place
+    shutil.rmtree(path / "neighbours")
+    (told,) = run(*again, "--json")
+    assert told["documents"] == 14
+    nearest("compact", path)
+    assert run("verify", path, "--sample", 1, "--json") == [{"problems": []}]
+    shown = run("show", path, "--document", "d2-0", "--neighbours", 20, "--json")
+    found = {n["document"] for chunk in shown for n in [*chunk["neighbours"], *chunk["struck"]]}
+    assert "d0-3" not in found
+    assert len(found) > 5
+
+
+def test_a_sentence_transformers_model_by_name(bert: str, tmp_path: Path) -> None:
+    """A tiny one, made here: by its folder, on the command line and live."""
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    reads = modules.Transformer(bert, max_seq_length=16)
+    pools = modules.Pooling(reads.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[reads, pools], device="cpu").save(str(tmp_path / "st"))
+    db = tmp_path / "db"
+    source = corpus(tmp_path / "train.jsonl", 6)
+    options = ("--tokenizer", bert, "--embedder", tmp_path / "st", "--chunk-size", 8)
+    run("prepare", source, "--out", db, *options, "--prefix", "w0 ")
+    live = MemoryNeighbours(db, neighbours=3)  # loads the embedder and the tokenizer by their names
+    own = ChunkDatabase.open(db)
+    assert own.embedder.prefix == "w0 "
+    np.testing.assert_allclose(np.linalg.norm(own.embeddings, axis=1), 1, atol=1e-3)
+    live(torch.from_numpy(own.chunks.rows(np.arange(3))))
+    assert [sources[0].chunk for sources in live.sources] == [0, 1, 2]
+    bert_like = Embedder.bert(bert, normalise=True, prefix="w0 ")
+    text = json.loads(source.read_text().splitlines()[0])["text"].split()[:8]
+    assert bert_like([" ".join(text)])[0] @ own.embeddings[0].astype(np.float32) > 0.5
+    shutil.rmtree(tmp_path / "st")
+    with pytest.raises(ModelError, match="no sentence-transformers model can be loaded"):
+        MemoryNeighbours(db)
 
 
 def test_the_berts_two_poolings(bert: str) -> None:

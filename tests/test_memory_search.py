@@ -18,9 +18,10 @@ from nearest.index.neighbours import sort_nearest_first
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings
-from nearest.store.manifest import FileRecord, IndexRecord, SegmentRecord
+from nearest.store.manifest import IndexRecord, SegmentRecord
 from nearest.store.parts import index as index_files
 from nearest.store.parts.index import IndexChoice, to_fill_like
+from nearest.store.records import FileRecord
 from nearest.store.verify import verify
 
 DOCUMENTS = list(random_documents())

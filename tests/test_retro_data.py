@@ -1,9 +1,7 @@
 """From documents to tables of neighbours: against brute force, in parts, and after kills."""
 
 import dataclasses
-import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from nearest.errors import CorpusError, FolderError, ModelError, SettingError
-from nearest.retro import RetroForCausalLM
+from nearest import Memory
+from nearest.errors import FolderError, ModelError, SettingError
+from nearest.index.vectors import VectorIndex
 from nearest.retro.data import database as database_module
 from nearest.retro.data import stages
 from nearest.retro.data.chunks import Chunks
 from nearest.retro.data.database import ChunkDatabase, Part
-from nearest.retro.data.dataset import Collate, RetroDataset, read_subset
+from nearest.retro.data.dataset import RetroDataset
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.filters import Filters, Judge
 from nearest.retro.data.live import MemoryNeighbours
-from nearest.retro.data.search import ChunkIndex, valid_neighbours
-from nearest.retro.data.stages import Databases, TableOptions, differing_rows, make_table
+from nearest.retro.data.search import valid_neighbours
+from nearest.retro.data.stages import (
+    Databases,
+    TableOptions,
+    check_table,
+    chunk_memory,
+    differing_rows,
+    make_table,
+)
 from nearest.retro.data.table import NeighbourTable
-from retro_data import M, database, documents, embedder, words
+from retro_data import M, database, documents, embedder, stored, tokenizer, words
 from retro_models import tiny_model
 
 TEXTS = documents(20, longest=20)
@@ -95,7 +100,7 @@ def test_rows_that_stay_short_are_counted_and_the_margin_grows(tmp_path: Path) -
     assert (table.ids[long:] >= 0).all()
 
 
-@pytest.mark.parametrize("texts", [[[5, 6]], [[5, 6], [7, 8]], [[], [3, 4, 5], []], [[]]])
+@pytest.mark.parametrize("texts", [[[5]], [[5, 6]], [[5, 6], [7, 8]], [[2, 3], [3, 4, 5], [9]]])
 def test_tiny_corpora(texts: list[list[int]], tmp_path: Path) -> None:
     own = database(tmp_path / "d", texts)
     table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=2))
@@ -116,11 +121,11 @@ def test_sixteen_chunks_with_an_index_that_has_more_lists(tmp_path: Path) -> Non
 def test_an_index_of_lists_reaches_its_recall() -> None:
     random = np.random.default_rng(0)
     vectors = random.normal(size=(2000, 16)).astype(np.float16)
-    index = ChunkIndex.build(vectors, "IVF32,SQ8", recall=0.95)
+    index = VectorIndex.build(vectors, "IVF32,SQ8", recall=0.95)
     assert index.record.recall >= 0.95
     assert 1 <= index.record.nprobe <= 32
     queries = random.normal(size=(50, 16)).astype(np.float32)
-    exact = ChunkIndex.build(vectors, "exact").search(queries, 4)
+    exact = VectorIndex.build(vectors, "exact").search(queries, 4)
     found = index.search(queries, 4)
     assert (
         np.mean([len(np.intersect1d(*rows)) / 4 for rows in zip(found.ids, exact.ids, strict=True)])
@@ -166,10 +171,8 @@ def test_the_same_bytes_in_however_many_parts(tmp_path: Path) -> None:
         assert make_table(parts, None, tmp_path / "3" / "t", part=Part(number, 3)) is None
     assert make_table(parts, None, tmp_path / "3" / "t", part=Part(2, 3)) is not None
     assert bytes_of(tmp_path / "1" / "t") == bytes_of(tmp_path / "3" / "t")
-    assert (tmp_path / "1/embeddings.npy").read_bytes() == (
-        tmp_path / "3/embeddings.npy"
-    ).read_bytes()
-    assert not (tmp_path / "3" / "embeddings.blocks").exists()
+    assert whole.embeddings.tobytes() == parts.embeddings.tobytes()
+    assert not (tmp_path / "3" / "chunks.blocks").exists()
 
 
 KILLED = """
@@ -177,39 +180,57 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import numpy as np
-from nearest.retro.data import database as d, folders, stages
-from retro_data import database, embedder, words
-from test_retro_data import TEXTS
+from nearest.retro.data import database as d, stages
+from retro_data import database
+from test_retro_data import TEXTS, bytes_of
+
 d.BLOCK = stages.BLOCK = 7
-count = 0
-real = os.fsync
-def fsync(fd):
-    global count
-    count += 1
-    if count == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(fd)
-os.fsync = fsync
-made = database(Path({path!r}), TEXTS)
-stages.make_table(made, None, Path({path!r}) / "t")
+real = {{name: getattr(os, name) for name in ("fsync", "replace", "unlink")}}
+
+
+def run(path, at=None):
+    # In a child: make the table, and be killed before the at-th change of the disk.
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    done = 0
+    for name, call in real.items():
+        def counted(*arguments, call=call, **options):
+            nonlocal done
+            done += 1
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+        setattr(os, name, counted)
+    try:
+        made = database(path, TEXTS[:5])
+        stages.make_table(made, None, path / "t")
+    except BaseException as error:
+        print(repr(error), flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+folder = Path({folder!r})
+assert run(folder / "whole") == 0
+for at in range(1, 2000):
+    path = folder / str(at)
+    status = run(path, at)
+    if status == 0:
+        break
+    assert status == signal.SIGKILL, (at, status)
+    assert run(path) == 0, at
+    assert bytes_of(path / "t") == bytes_of(folder / "whole" / "t"), at
+print("kills", at - 1)
 """
 
 
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    whole = database(tmp_path / "whole", TEXTS)
-    make_table(whole, None, tmp_path / "whole" / "t")
-    for at in range(1, 400, 9):  # file after file that is made durable
-        path = tmp_path / str(at)
-        code = KILLED.format(tests=str(Path(__file__).parent), at=at, path=str(path))
-        killed = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
-        if killed.returncode == 0:
-            break
-        assert killed.returncode == -signal.SIGKILL
-        make_table(database(path, TEXTS), None, path / "t")
-        assert bytes_of(path / "t") == bytes_of(tmp_path / "whole" / "t")
-    else:
-        pytest.fail("no run came to its end")
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert int(ran.stdout.rsplit("kills ", 1)[1]) > 40
 
 
 def test_a_stage_that_stopped_goes_on(tmp_path: Path) -> None:
@@ -315,64 +336,6 @@ def test_a_model_generates_with_live_neighbours(tmp_path: Path) -> None:
     assert whole == 3
 
 
-def test_items_of_the_data_set(tmp_path: Path) -> None:
-    own = database(tmp_path / "d", TEXTS)
-    table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=3))
-    data = RetroDataset(own.chunks, own.chunks, table, neighbours=2, max_len=2 * M)
-    assert len(data) == len(TEXTS)
-    for number, text in enumerate(TEXTS):
-        item = data[number]
-        assert item["input_ids"].tolist() == text[: 2 * M]
-        assert item["labels"].tolist() == text[: 2 * M]
-        ids = np.asarray(own.chunks.of_document(number))[:2]
-        expected = own.chunks.rows(table.ids[ids][:, :2], 1)
-        np.testing.assert_array_equal(item["neighbour_ids"].numpy(), expected)
-    whole = RetroDataset(own.chunks, own.chunks, table, subset=[4, 2])
-    assert [len(item["input_ids"]) for item in whole] == [len(TEXTS[4]), len(TEXTS[2])]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@torch.no_grad()
-def test_batches_and_their_loss(workers: int, tmp_path: Path) -> None:
-    """A padded batch has the loss of its documents one by one, and a seed's order is fixed."""
-    own = database(tmp_path / "d", TEXTS)
-    table = make_table(own, None, tmp_path / "t")
-    data = RetroDataset(own.chunks, own.chunks, table)
-    ordered = data.ordered(seed=3, steps=50)
-    numbers = [ordered.number(step) for step in range(50)]
-    assert sorted(numbers[:20]) == sorted(numbers[20:40]) == list(range(20))
-    assert numbers[:20] != numbers[20:40]
-    assert [data.ordered(3, 50).number(step) for step in (44, 7)] == [numbers[44], numbers[7]]
-    loader = DataLoader(
-        data.ordered(3, 6), batch_size=3, num_workers=workers, collate_fn=Collate(0, M)
-    )
-    model: RetroForCausalLM = tiny_model("norlund")
-    batches = list(loader)
-    for number, batch in enumerate(batches):
-        total, count = 0.0, 0
-        for step in range(3 * number, 3 * number + 3):
-            item = data[numbers[step]]
-            scored = len(item["labels"]) - 1
-            if scored:
-                alone = model(**{name: value[None] for name, value in item.items()}).loss
-                total, count = total + float(alone) * scored, count + scored
-        assert float(model(**batch).loss) == pytest.approx(total / count)
-        scored = int((batch["labels"][:, 1:] != -100).sum())
-        assert scored == count  # what transformers' Trainer counts
-
-
-def test_subset_files(tmp_path: Path) -> None:
-    path = tmp_path / "subset.txt"
-    path.write_text("3\n0\n")
-    assert read_subset(path, 4) == [3, 0]
-    for text, named in (("3\n\n1\n", "line 2 is blank"), ("4\n", "line 1 is 4"), ("x\n", "'x'")):
-        path.write_text(text)
-        with pytest.raises(CorpusError, match=named):
-            read_subset(path, 4)
-    with pytest.raises(CorpusError, match="cannot be read"):
-        read_subset(tmp_path / "none.txt", 4)
-
-
 def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
     own, other = database(tmp_path / "d", TEXTS), database(tmp_path / "e", TEXTS[:-1])
     table = make_table(own, None, tmp_path / "t", TableOptions(neighbours=2))
@@ -393,8 +356,10 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
         RetroDataset(own.chunks, own.chunks, table, subset=[20])
     with pytest.raises(FolderError, match="made otherwise"):
         make_table(own, None, tmp_path / "t", TableOptions(neighbours=3))
-    with pytest.raises(FolderError, match="other chunks"):
+    with pytest.raises(FolderError, match="other documents"):
         database(tmp_path / "d", TEXTS[:-1])
+    with pytest.raises(FolderError, match="vectors of chunks of 4 tokens"):
+        chunk_memory(tmp_path / "d", 5)
 
 
 def test_another_embedder_is_refused(tmp_path: Path) -> None:
@@ -409,8 +374,13 @@ def test_another_embedder_is_refused(tmp_path: Path) -> None:
     live = MemoryNeighbours(own, embedder(), words)
     with pytest.raises(SettingError, match="--chunk-size 5"):
         live(torch.ones(1, 5, dtype=torch.int64))
-    with pytest.raises(SettingError, match="embedder"):
+    with pytest.raises(ModelError, match="by the function 'words'"):
         MemoryNeighbours(own, None, words)
+    other = database(tmp_path / "o", TEXTS, indexed=False)
+    other.embed(embedder(version="2"), words)
+    other.build_index()
+    with pytest.raises(ModelError, match="the table was embedded with weights '1'"):
+        check_table(make_table(own), Databases([other]), other)
 
 
 @pytest.mark.parametrize(
@@ -435,8 +405,13 @@ def test_verifying_a_table(tmp_path: Path) -> None:
     wrong = dataclasses.replace(table, ids=ids)
     assert differing_rows(wrong, [own], None, options, 1.0) == [5]
     assert own.problems() == []
-    (own.path / "tokens.npy").write_bytes((own.path / "tokens.npy").read_bytes()[:-2])
-    assert own.problems() == ["tokens.npy differs from its checksum"]
+    own.build_index("IVF2,Flat")
+    with pytest.raises(SettingError, match="indexed anew"):
+        differing_rows(table, [own], None, options, 1.0)
+    (vectors,) = own.path.glob("segments/*/*chunks.vectors.npy")
+    vectors.write_bytes(vectors.read_bytes()[:-2] + b"ab")
+    (problem,) = own.problems()
+    assert "chunks.vectors.npy differs from its checksum" in problem
 
 
 def test_damaged_folders(tmp_path: Path) -> None:
@@ -446,18 +421,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     own.embed(embedder(), words)
     with pytest.raises(FolderError, match="retro index"):
         _ = own.index
-    with pytest.raises(FolderError, match="not a database"):
+    with pytest.raises(FolderError, match="not a memory"):
         ChunkDatabase.open(tmp_path)
-    record = json.loads((own.path / "chunks.json").read_text())
-    (own.path / "chunks.json").write_text(json.dumps({**record, "format": 9}))
-    with pytest.raises(FolderError, match="update nearest"):
-        ChunkDatabase.open(own.path)
-    (own.path / "chunks.json").write_text(json.dumps({**record, "chunks": 1}))
-    with pytest.raises(FolderError, match="damaged"):
-        ChunkDatabase.open(own.path)
-    (own.path / "tokens.npy").write_bytes(b"")
-    with pytest.raises(FolderError, match="damaged"):
-        ChunkDatabase.open(own.path)
+    Memory.build(None, tokenizer(), stored(TEXTS), tmp_path / "bare")
+    with pytest.raises(FolderError, match="no chunks yet: run `nearest retro prepare"):
+        ChunkDatabase.open(tmp_path / "bare")
     for text in ("0/3", "4/3", "x", "1"):
         with pytest.raises(SettingError, match="none"):
             Part.named(text)

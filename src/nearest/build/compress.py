@@ -23,7 +23,6 @@ from nearest.index.projection import Projection
 from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
 from nearest.store.manifest import (
-    FileRecord,
     KeysRecord,
     Manifest,
     ProjectionRecord,
@@ -39,6 +38,7 @@ from nearest.store.parts.keys import (
     open_projection,
     stored_format,
 )
+from nearest.store.records import FileRecord
 from nearest.store.segment import Segment
 
 _SEED = 0

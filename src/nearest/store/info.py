@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from nearest.index.choice import explained
+from nearest.store.chunks import ChunkVectors
 from nearest.store.manifest import KeysRecord, ModelRecord
+from nearest.store.records import ChunksRecord
 from nearest.store.snapshot import Snapshot
 from nearest.store.tuned import changed_since_tuning, settings_from
 
@@ -67,6 +69,7 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
             "clusters": clusters.clusters,
             "members": sum(segment.members or 0 for segment in manifest.segments),
         },
+        "chunks": "none" if manifest.chunks is None else _chunks(memory, manifest.chunks),
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
         "settings_found": {method: settings_from(manifest, method) for method in manifest.settings}
         or "none: the paper's defaults are in use",
@@ -78,6 +81,19 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
             ]
             for what in ("documents", "keys")
         },
+    }
+
+
+def _chunks(memory: Snapshot, chunks: ChunksRecord) -> dict[str, Any]:
+    found = ChunkVectors(memory.segments, chunks)
+    indexes = [s.chunk_index for s in memory.manifest.segments if s.chunk_index is not None]
+    return {
+        "size": chunks.size,
+        "chunks": len(found),
+        "without_vector": len(found.missing),
+        "embedder": "none" if chunks.embedder is None else chunks.embedder.name,
+        "indexes": [index.spec for index in indexes],
+        "recall@4": min((index.recall for index in indexes), default=None),
     }
 
 

@@ -9,38 +9,27 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from nearest.errors import FolderError
-from nearest.folder import sha256_of, write_atomically
+from nearest.folder import write_atomically
 from nearest.index.product import product_parts
+from nearest.store.records import (
+    ChunkIndexRecord,
+    ChunksRecord,
+    Count,
+    Digest,
+    FileRecord,
+    Positive,
+    Record,
+)
 
 FORMAT = 5
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Base64 = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9+/]+=*$", max_length=1 << 14)]
 ComputedIn = Literal["float64", "float32", "bfloat16", "float16"]
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Immutable, and strict when read: an unknown or missing field is an error."""
-
-
-class FileRecord(_Record, frozen=True):
-    """A file below the memory folder, with what it must be."""
-
-    path: str
-    size: Count
-    sha256: Digest
-
-    @classmethod
-    def of(cls, folder: Path, path: str) -> "FileRecord":
-        """Describe a file that is completely written."""
-        return cls(path, (folder / path).stat().st_size, sha256_of(folder / path))
-
-
-class FunctionRecord(_Record, frozen=True):
+class FunctionRecord(Record, frozen=True):
     """What the model makes of a fixed probe text (`encode.fingerprint.Probe`)."""
 
     structure: Digest
@@ -58,7 +47,7 @@ class FunctionRecord(_Record, frozen=True):
             raise ValueError("the states and logits of the probe are not of one shape")
 
 
-class ModelRecord(_Record, frozen=True, omit_defaults=True):
+class ModelRecord(Record, frozen=True, omit_defaults=True):
     """Which model and tokenizer made the keys and the tokens.
 
     `fingerprint` is a hash of the model's weights; None where a tokenizer alone made the memory,
@@ -88,14 +77,14 @@ class ModelRecord(_Record, frozen=True, omit_defaults=True):
         return self.fingerprint is None
 
 
-class ProjectionRecord(_Record, frozen=True):
+class ProjectionRecord(Record, frozen=True):
     """The map that keys and queries go through, to so many dimensions."""
 
     dim: Positive
     file: FileRecord
 
 
-class KeysRecord(_Record, frozen=True):
+class KeysRecord(Record, frozen=True):
     """What the keys are, how they are stored, and how documents were windowed to make them.
 
     `dim` is that of the model's states; `codebooks` are the centroids of product-quantised keys;
@@ -133,7 +122,7 @@ class KeysRecord(_Record, frozen=True):
         return [file for file in (self.codebooks, projection) if file is not None]
 
 
-class IndexRecord(_Record, frozen=True):
+class IndexRecord(Record, frozen=True):
     """How the segment's keys are searched; `file` is None when they are scanned exactly.
 
     `entries`: how many it holds, those that were removed since included. `recall`: measured
@@ -157,14 +146,15 @@ class IndexRecord(_Record, frozen=True):
         return [file for file in (self.file, self.trained) if file is not None]
 
 
-class SegmentRecord(_Record, frozen=True, omit_defaults=True):
+class SegmentRecord(Record, frozen=True, omit_defaults=True):
     """One part of the corpus with its access paths.
 
     `kept`: how many keys there are, where entries have been merged and share them; None where none
     have. `members`: how many entries are in a cluster; None where the memory has no clusters.
     `removed`: how many documents have been taken back; they still stand in the files until
     `nearest compact`. `source_tokens`: of what the encoder read for all documents; None where the
-    model has no encoder.
+    model has no encoder. `chunk_rows`: how many vectors of chunks there are; `chunk_index`: how
+    they are searched. None before they are made.
     """
 
     name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
@@ -178,6 +168,8 @@ class SegmentRecord(_Record, frozen=True, omit_defaults=True):
     members: Count | None
     removed: Count
     source_tokens: Positive | None = None
+    chunk_rows: Count | None = None
+    chunk_index: ChunkIndexRecord | None = None
 
     def with_files(self, files: Mapping[str, FileRecord], **changes: Any) -> "SegmentRecord":
         """The segment with more files, and with other fields."""
@@ -188,14 +180,14 @@ class SegmentRecord(_Record, frozen=True, omit_defaults=True):
             raise ValueError("more documents are removed than there are")
 
 
-class ClustersRecord(_Record, frozen=True):
+class ClustersRecord(Record, frozen=True):
     """How many clusters there are, and how they were found."""
 
     made_by: Literal["k-means", "greedy merge"]
     clusters: Count
 
 
-class GateRecord(_Record, frozen=True):
+class GateRecord(Record, frozen=True):
     """A gate that was trained for a method: its kind, what describes it, and its arrays."""
 
     kind: str
@@ -203,12 +195,13 @@ class GateRecord(_Record, frozen=True):
     file: FileRecord
 
 
-class Manifest(_Record, frozen=True, omit_defaults=True):
+class Manifest(Record, frozen=True, omit_defaults=True):
     """A snapshot of a memory.
 
     `documents_of`: the snapshot in which documents were last added or removed; `tuned_at`: that
     in which each method's settings were found; `keys_of`: that in which keys or indexes were last
-    rewritten for all entries; `version` is the number of the snapshot ("generation" in the file).
+    rewritten for all entries; `chunks`: of RETRO, where there are; `version` is the number of the
+    snapshot ("generation" in the file).
     """
 
     format: Positive
@@ -223,6 +216,7 @@ class Manifest(_Record, frozen=True, omit_defaults=True):
     documents_of: Positive
     tuned_at: dict[str, Positive]
     keys_of: Positive = 1
+    chunks: ChunksRecord | None = None
     checksum: Digest = ""  # of the file, with zeros in this place
 
     def __post_init__(self) -> None:

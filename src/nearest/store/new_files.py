@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from nearest.folder import ArrayFile
-from nearest.store.manifest import FileRecord
+from nearest.store.records import FileRecord
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.index.search import Searcher
 from nearest.store.documents import DocumentReader
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
+from nearest.store.parts.chunks import INDEX, open_vectors
 from nearest.store.parts.clusters import open_clusters
 from nearest.store.parts.corpus import StoredSources, open_corpus, valued_entries
 from nearest.store.parts.keys import Merged, open_keys, open_merged, stored_format
@@ -63,6 +64,8 @@ class Segment:
                 self._keys = self._open_keys(manifest.keys)
             self._suffixes = open_suffixes(paths, manifest, record)
             self._clusters = open_clusters(paths, manifest, record)
+            self.chunks, self.chunk_vectors = manifest.chunks, open_vectors(paths, manifest, record)
+            self._chunk_index = self._held_open(paths[INDEX]) if INDEX in paths else None
             self.documents = DocumentReader(
                 self._held_open(paths["documents"]), corpus.frames, record.documents
             )
@@ -281,6 +284,18 @@ class Segment:
                 f"{record.file.path} holds {index.ntotal:,} vectors of {index.d} dims, the "
                 f"manifest says {record.entries:,} of {keys.dim}: "
                 "rebuild it with `nearest index`"
+            )
+        return index
+
+    def read_chunk_index(self) -> Any:
+        """The FAISS index of the chunks' vectors, read anew; None where they are scanned."""
+        if self._chunk_index is None:
+            return None
+        index = read_index(self._chunk_index, self.record.files[INDEX].sha256)
+        if index.ntotal != self.record.chunk_rows:
+            raise FolderError(
+                f"{self.record.files[INDEX].path} holds {index.ntotal:,} vectors for "
+                f"{self.record.chunk_rows:,} chunks: run `nearest retro index`"
             )
         return index
 

@@ -27,7 +27,7 @@ from nearest.errors import NearestError
 
 
 def chunks(
-    sources: Sources, out_path: OutPath, *, cutting: Cutting, as_json: AsJson = False
+    sources: Sources, *, out_path: OutPath = None, cutting: Cutting, as_json: AsJson = False
 ) -> None:
     """Cut documents into chunks, without embedding them."""
     quiet_libraries()
@@ -46,11 +46,11 @@ def embed(
 ) -> None:
     """Make a vector for each chunk; a run that was stopped goes on."""
     quiet_libraries()
-    from nearest.retro.data.database import Part
+    from nearest.retro.data.database import ChunkDatabase, Part
     from nearest.retro.data.embedders import embedder_named
-    from nearest.retro.data.opening import decoder, open_database, tokenizer_of
+    from nearest.retro.data.opening import decoder, tokenizer_of
 
-    opened = open_database(database)
+    opened = ChunkDatabase.open(database)
     named = embedder_named(
         embedder, prefix=embedding.prefix, device=device, batch_size=embedding.batch_size
     )
@@ -64,9 +64,9 @@ def embed(
 
 def index(database: DatabasePath, *, indexing: Indexing, as_json: AsJson = False) -> None:
     """Make an index of the vectors, and measure its recall@4."""
-    from nearest.retro.data.opening import open_database
+    from nearest.retro.data.database import ChunkDatabase
 
-    made = open_database(database).build_index(indexing.spec, indexing.recall)
+    made = ChunkDatabase.open(database).build_index(indexing.spec, indexing.recall)
     report(asdict(made.record), as_json)
 
 
@@ -118,9 +118,9 @@ def neighbours(
 
 def prepare(
     sources: Sources,
-    out_path: OutPath,
     embedder: EmbedderName,
     *,
+    out_path: OutPath = None,
     cutting: Cutting,
     embedding: Embedding,
     indexing: Indexing,
@@ -142,7 +142,7 @@ def prepare(
     decode = decoder(tokenizer_of(made, cutting.tokenizer))
     with reports.live_progress(err) as progress:
         made.embed(named, decode, dtype=embedding.dtype, progress=progress)
-        if not (made.path / "index.json").exists():
+        if not made.indexed:
             made.build_index(indexing.spec, indexing.recall)
         table = make_table(made, None, None, options, progress=progress)
     counts = {} if table is None else table.record["counts"]

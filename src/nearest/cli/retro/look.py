@@ -43,11 +43,12 @@ def show(
 ) -> None:
     """Say what a database holds; or show a document's chunks with their neighbours."""
     quiet_libraries()
-    from nearest.retro.data.opening import decoder, open_database, tokenizer_of
+    from nearest.retro.data.database import ChunkDatabase
+    from nearest.retro.data.opening import decoder, tokenizer_of
     from nearest.retro.data.show import as_html, document_number, shown_chunks
 
     searched = opened_databases(database, more)
-    own = searched.databases[0] if queries is None else open_database(queries)
+    own = searched.databases[0] if queries is None else ChunkDatabase.open(queries)
     if document is None:
         report(_described(own, table), as_json)
         return
@@ -79,11 +80,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check files against their checksums, and search a sample of the neighbours again."""
-    from nearest.retro.data.opening import open_database
+    from nearest.retro.data.database import ChunkDatabase
     from nearest.retro.data.stages import differing_rows
 
     searched = opened_databases(database, more)
-    own = None if queries is None else open_database(queries)
+    own = None if queries is None else ChunkDatabase.open(queries)
     checked = [*searched.databases, *([] if own is None else [own])]
     problems = [f"{d.path}: {problem}" for d in checked for problem in d.problems()]
     folder = table or (own or searched.databases[0]).path / "neighbours"

@@ -20,9 +20,11 @@ Sources = Annotated[
     typer.Argument(metavar="SOURCE...", help="A memory; or files, folders, hf://owner/name."),
 ]
 DatabasePath = Annotated[
-    Path, typer.Argument(metavar="DATABASE", help="A database of chunks, or the memory beside it.")
+    Path, typer.Argument(metavar="MEMORY", help="A memory whose documents are cut into chunks.")
 ]
-OutPath = Annotated[Path, typer.Option("--out", help="The new folder.")]
+OutPath = Annotated[
+    Path | None, typer.Option("--out", help="The new memory; a memory holds its chunks itself.")
+]
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub name; a memory's own by default.")
 ]
@@ -34,11 +36,11 @@ EmbedderName = Annotated[
 ]
 PartOf = Annotated[str, typer.Option("--part", help="This process's share, as 2/4.")]
 TablePath = Annotated[
-    Path | None, typer.Option("--table", help="A table of neighbours; DATABASE/neighbours.")
+    Path | None, typer.Option("--table", help="A table of neighbours; MEMORY/neighbours.")
 ]
 Queries = Annotated[
     str | None,
-    typer.Option("--queries", help="Whose chunks: a database, memory, corpus; or its own."),
+    typer.Option("--queries", help="Whose chunks: a memory's or a corpus's; its own by default."),
 ]
 More = Annotated[
     list[str] | None, typer.Option("--database", help="Search these too, as one; repeat or commas.")
@@ -59,7 +61,7 @@ class Cutting:
     ] = True
     encoding_errors: Encoding = "strict"
 
-    def cut(self, sources: list[str], out_path: Path) -> "ChunkDatabase":
+    def cut(self, sources: list[str], out_path: Path | None) -> "ChunkDatabase":
         """The chunks of a memory, or of a corpus."""
         from nearest.retro.data.opening import chunk_sources
 
@@ -138,11 +140,9 @@ class Finding:
 
 def opened_databases(database: Path, more: list[str] | None) -> "Databases":
     """A database, and those named beside it, to be searched as one."""
-    from nearest.retro.data.opening import open_database
     from nearest.retro.data.stages import Databases
 
-    named = [part for name in more or () for part in name.split(",")]
-    return Databases([open_database(path) for path in (str(database), *named)])
+    return Databases.open([database, *(part for name in more or () for part in name.split(","))])
 
 
 def stored_table(own: "ChunkDatabase", table: Path | None) -> "tuple[NeighbourTable, TableOptions]":

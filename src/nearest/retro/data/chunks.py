@@ -1,20 +1,22 @@
 """Documents cut into chunks of m tokens, which are numbered through all documents.
 
 A chunk is not stored: where a document begins among the tokens says where its chunks do. The last
-one of a document may be shorter; what is missing reads as −1. Chunks never cross documents.
+one of a document may be shorter; what is missing reads as −1. Chunks never cross documents. A token
+that every document is to begin or end with need not be stored, either.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
 
 from nearest.corpus.tokens import token_dtype
 from nearest.errors import CorpusError, SettingError
+from nearest.store.parts.chunks import first_chunks
 
 PADDING = -1
 DIGEST_BYTES = 16
@@ -27,10 +29,11 @@ class Chunks:
     Attributes:
         tokens: flat; may be a memory map.
         starts, stops: where each document's tokens begin and, its padding left out, would end if
-            its chunks stood side by side.
+            its chunks stood side by side. What stands between documents is not read.
         size: tokens of a chunk, m.
         stride: tokens from one chunk of a document to its next; more than m where something stands
             between them.
+        start, end: token ids that are read before and after each document's; None: none.
         names: an id of each document; its number where there are none.
         dates: ISO 8601 of each document, "" where it is unknown; None where no document has one.
     """
@@ -40,6 +43,8 @@ class Chunks:
     stops: Int[np.ndarray, " documents"]
     size: int = 64
     stride: int = 0
+    start: int | None = None
+    end: int | None = None
     names: Sequence[str] | None = None
     dates: Sequence[str] | None = None
 
@@ -70,8 +75,18 @@ class Chunks:
     @cached_property
     def first(self) -> Int[np.ndarray, " documents_plus_1"]:
         """The first chunk of each document, and at the end the number of all."""
-        counts = -(-(self.stops - self.starts) // self.size)
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return first_chunks(self.lengths, self.size)
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " documents"]:
+        """Tokens of each document as it is read."""
+        ends = (self.start is not None) + (self.end is not None)
+        return np.asarray(self.stops - self.starts + ends, dtype=np.int64)
+
+    @property
+    def largest(self) -> int:
+        """No token id is above this one."""
+        return max(int(self.tokens.max(initial=0)), self.start or 0, self.end or 0)
 
     def __len__(self) -> int:
         """How many chunks there are."""
@@ -108,12 +123,20 @@ class Chunks:
         document = self.document_of(ids)
         within = (ids - self.first[document])[..., None] * self.size
         places = within + np.arange(self.size * (1 + continuation))
-        begin, end = self.starts[document][..., None], self.stops[document][..., None]
-        held = (places < end - begin) & (ids >= 0)[..., None]
+        begin, length = self.starts[document][..., None], self.lengths[document][..., None]
+        held = (places < length) & (ids >= 0)[..., None]
+        found = np.full(held.shape, PADDING, dtype=np.int64)
+        stored = held
+        if self.end is not None:
+            last = held & (places == length - 1)
+            found[last], stored = self.end, stored & ~last
+        if self.start is not None:
+            begins = held & (places == 0)
+            found[begins], stored = self.start, stored & ~begins
+            places = places - 1
         stride = self.stride or self.size
         flat = begin + places // self.size * stride + places % self.size
-        found = np.full(held.shape, PADDING, dtype=np.int64)
-        found[held] = self.tokens[flat[held]]
+        found[stored] = self.tokens[flat[stored]]
         return found
 
     def document_tokens(self, document: int) -> Int[np.ndarray, " n"]:
@@ -163,33 +186,55 @@ def joined(parts: Sequence[Chunks]) -> Chunks:
         raise SettingError("there are no chunks to join: name a database")
     if len(parts) == 1:
         return parts[0]
+    first, *others = parts
     sizes = sorted({part.size for part in parts})
     if len(sizes) > 1:
         raise SettingError(
             f"chunks of {' and '.join(map(str, sizes))} tokens cannot be searched as one: prepare "
             "all databases with one chunk size"
         )
-    arrays = [_side_by_side(part) for part in parts]
-    bounds = np.cumsum([0, *(len(tokens) for tokens, _ in arrays)])
-    offsets = [first + at for (_, first), at in zip(arrays, bounds[:-1].tolist(), strict=True)]
-    wide: Any = np.result_type(*(tokens.dtype for tokens, _ in arrays))
+    for name in ("start", "end", "stride"):
+        if any(getattr(part, name) != getattr(first, name) for part in others):
+            raise SettingError(
+                f"the databases' documents have other {name} tokens, or none: prepare all alike, "
+                "to be searched as one"
+            )
+    bases = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
+    wide: Any = np.result_type(*(part.tokens.dtype for part in parts))
+    dated = any(part.dates is not None for part in parts)
     return Chunks(
-        np.concatenate([tokens.astype(wide, copy=False) for tokens, _ in arrays]),
-        np.concatenate([first[:-1] for first in offsets]),
-        np.concatenate([first[1:] for first in offsets]),
-        sizes[0],
-        names=[part.name(number) for part in parts for number in range(part.documents)],
-        dates=[part.date(number) for part in parts for number in range(part.documents)]
-        if any(part.dates is not None for part in parts)
-        else None,
+        np.concatenate([part.tokens.astype(wide, copy=False) for part in parts]),
+        np.concatenate([part.starts + base for part, base in zip(parts, bases, strict=False)]),
+        np.concatenate([part.stops + base for part, base in zip(parts, bases, strict=False)]),
+        first.size,
+        first.stride,
+        first.start,
+        first.end,
+        names=Told([(part.documents, part.name) for part in parts]),
+        dates=Told([(part.documents, part.date) for part in parts]) if dated else None,
     )
 
 
-def _side_by_side(part: Chunks) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a corpus without gaps, and where each document begins, and the end."""
-    bounds = np.concatenate([[0], np.cumsum(part.stops - part.starts)]).astype(np.int64)
-    contiguous = not part.stride and np.array_equal(part.starts, bounds[:-1])
-    if contiguous:
-        return part.tokens[: bounds[-1]], bounds
-    rows = part.rows(np.arange(len(part)))
-    return rows[rows >= 0].astype(part.tokens.dtype), bounds
+class Told(Sequence[str]):
+    """What several corpora say of their documents, one corpus after the other, when it is asked."""
+
+    def __init__(self, parts: Sequence[tuple[int, Callable[[int], str]]]) -> None:
+        self._parts = [part for _, part in parts]
+        self._first = np.cumsum([0, *(count for count, _ in parts)])
+
+    def __len__(self) -> int:
+        """Documents of all."""
+        return int(self._first[-1])
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[str]: ...
+    def __getitem__(self, number: int | slice) -> str | Sequence[str]:
+        """What is said of a document."""
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        part = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self._parts[part](number - int(self._first[part]))

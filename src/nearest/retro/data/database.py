@@ -1,40 +1,42 @@
-"""A folder that holds a corpus in chunks, their vectors, and an index of these.
+"""A memory whose documents are cut into chunks, with vectors of these and an index of the vectors.
 
-    chunks.json      what the corpus is: chunk size, tokenizer, memory and its version, digests
-    tokens.npy       token ids of all documents (uint16 or uint32)
-    offsets.npy      int64, where each document begins, and the end
-    documents.jsonl  id and date of each document
-    embeddings.npy   a vector a chunk (float16 or float32), with embeddings.json beside it
-    index.faiss      an index of the vectors, with index.json beside it; neither for exact search
+Chunks, vectors and index are a part of the memory (`store.parts.chunks`): adding, removing and
+compacting keep them right. A chunk's id is its number among all that are left.
 
-Each JSON file is written last, so that a stage which was killed leaves nothing that is half there.
-Vectors are made in blocks, each a file of its own until all are there: a killed run goes on with
-the missing ones, and several processes may make some each.
+Vectors are made in blocks, each a file below `chunks.blocks` until all are there: a killed run goes
+on with the missing ones, and several processes may make some each. They are then stored as one new
+snapshot.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from nearest.build.chunks import index_chunks, store_vectors
+from nearest.corpus.documents import Document
 from nearest.errors import FolderError, SettingError
-from nearest.folder import disk_errors_explained, sha256_of, write_atomically
-from nearest.index.approximate import read_index
+from nearest.folder import disk_errors_explained, write_atomically
+from nearest.index.neighbours import Neighbours
+from nearest.index.vectors import RECALL, VectorIndexRecord
+from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
-from nearest.retro.data.chunks import Chunks
+from nearest.retro.data.chunks import Chunks, Told, joined
 from nearest.retro.data.embedders import Embedder, EmbedderIdentity
 from nearest.retro.data.folders import read_array, read_record, save_array
-from nearest.retro.data.search import RECALL, ChunkIndex, IndexRecord
+from nearest.store.chunks import ChunkVectors
+from nearest.store.records import ChunksRecord, EmbedderRecord
+from nearest.store.segment import Segment
 
 FORMAT = 1
 BLOCK = 1024  # chunks that are embedded, and looked up, together: the same in however many parts
-_CHUNKS, _EMBEDDINGS, _INDEX = "chunks.json", "embeddings.json", "index.json"
-_BLOCKS = "embeddings.blocks"
+_BLOCKS, _BEGUN = "chunks.blocks", "begun.json"
 
 Decode = Callable[[list[int]], str]
 """Token ids → text, special tokens left out."""
@@ -64,131 +66,94 @@ class Part:
         return range(self.number - 1, -(-rows // BLOCK), self.count)
 
 
+@dataclass(frozen=True)
+class ChunkIndex:
+    """Finds the nearest chunks of a memory; `record` says how, in its largest segment."""
+
+    vectors: ChunkVectors
+    record: VectorIndexRecord
+
+    def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        """The k nearest chunks, squared L2 distances by the stored vectors."""
+        return self.vectors.search(queries, k)
+
+
 class ChunkDatabase:
-    """Chunks that can be searched."""
+    """The chunks of a memory that can be searched; changes of its own are opened at once."""
 
-    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
-        self.path = path
-        self.record = record
-
-    @classmethod
-    def create(
-        cls,
-        path: Path | str,
-        documents: Iterable[tuple[str, str, np.ndarray]],
-        size: int,
-        record: Mapping[str, Any],
-        dtype: np.dtype[Any],
-    ) -> "ChunkDatabase":
-        """Write a corpus; an equal one that is there already is kept, with its vectors.
-
-        Args:
-            path: the folder.
-            documents: id, date and token ids of each; all are held in memory as token ids.
-            size: tokens of a chunk.
-            record: the tokenizer's name, and the memory and its version, if the corpus is one's.
-            dtype: of the stored tokens: uint16, or uint32 for vocabularies of more than 65,536.
-
-        Raises:
-            FolderError: another corpus is there, or the disk fails.
-        """
-        folder = Path(path)
-        names, dates, arrays = [], [], []
-        for name, date, tokens in documents:
-            names.append(name)
-            dates.append(date)
-            arrays.append(np.asarray(tokens).astype(dtype))
-        chunks = Chunks.of(arrays, size)
-        whole = {
-            **record,
-            "format": FORMAT,
-            "chunk_size": size,
-            "digest": chunks.digest,
-            "documents": len(arrays),
-            "chunks": len(chunks),
-            "tokens": len(chunks.tokens),
-        }
-        if (folder / _CHUNKS).exists():
-            there = cls.open(folder)
-            if {**there.record, "files": None} == {**whole, "files": None}:
-                return there
+    def __init__(self, memory: Memory) -> None:
+        """Of an open memory (FolderError where its documents have not been cut)."""
+        if memory.manifest.chunks is None:
             raise FolderError(
-                f"{folder} holds other chunks already: delete it, or choose another folder"
+                f"{memory.path} has no chunks yet: run `nearest retro prepare {memory.path}`"
             )
-        lines = "".join(
-            json.dumps({"id": name, "date": date}, ensure_ascii=False) + "\n"
-            for name, date in zip(names, dates, strict=True)
-        )
-        with disk_errors_explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_array(folder / "tokens.npy", chunks.tokens.astype(dtype))
-            save_array(folder / "offsets.npy", np.append(chunks.starts, len(chunks.tokens)))
-            write_atomically(folder / "documents.jsonl", lines.encode())
-            files = ("tokens.npy", "offsets.npy", "documents.jsonl")
-            whole["files"] = {name: sha256_of(folder / name) for name in files}
-            _write_record(folder / _CHUNKS, whole)
-        return cls.open(folder)
+        self.memory = memory
 
     @classmethod
-    def open(cls, path: Path | str) -> "ChunkDatabase":
-        """Read a folder that `create` wrote (FolderError where it is none, or damaged)."""
-        folder = Path(path)
-        database = cls(folder, read_record(folder / _CHUNKS, FORMAT, "a database of chunks"))
-        chunks = database.chunks
-        if (
-            chunks.documents != database.record["documents"]
-            or len(chunks) != (database.record["chunks"])
-        ):
-            raise FolderError(f"{folder} is damaged: its arrays have other sizes; make it anew")
-        return database
+    def open(cls, path: "Path | str | Memory | ChunkDatabase") -> "ChunkDatabase":
+        """A memory's chunks (FolderError where it is no memory, or has no chunks)."""
+        if isinstance(path, ChunkDatabase):
+            return path
+        return cls(path if isinstance(path, Memory) else Memory.open(path))
+
+    @property
+    def path(self) -> Path:
+        """The memory's folder."""
+        return self.memory.path
+
+    @property
+    def cut(self) -> ChunksRecord:
+        """How documents are cut, and with what their chunks were embedded."""
+        found = self.memory.manifest.chunks
+        if found is None:
+            raise FolderError(f"{self.path} has no chunks any more: open it again")
+        return found
+
+    @property
+    def version(self) -> int:
+        """The snapshot in which documents were last changed."""
+        return self.memory.manifest.documents_of
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How much it holds, and of what."""
+        return {
+            "documents": self.chunks.documents,
+            "tokens": int(self.chunks.lengths.sum()),
+            "chunks": len(self.chunks),
+            "chunk_size": self.cut.size,
+            "start": self.cut.start,
+            "end": self.cut.end,
+            "tokenizer": self.memory.manifest.model.name,
+            "version": self.version,
+        }
 
     @cached_property
     def chunks(self) -> Chunks:
-        """Its chunks; the tokens stay on disk."""
-        offsets = read_array(self.path / "offsets.npy")
-        tokens = read_array(self.path / "tokens.npy")
-        if len(offsets) == 0 or offsets[-1] != len(tokens):
-            raise FolderError(f"{self.path} is damaged: tokens are missing; make it anew")
-        text = (self.path / "documents.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        dates = [line["date"] for line in lines]
-        return Chunks(
-            tokens,
-            np.asarray(offsets[:-1]),
-            np.asarray(offsets[1:]),
-            self.record["chunk_size"],
-            names=[line["id"] for line in lines],
-            dates=dates if any(dates) else None,
-        )
+        """Its chunks; the tokens stay on disk where there is one segment."""
+        return joined([_chunks(segment, self.cut) for segment in self.memory.segments])
 
     @cached_property
-    def embedder(self) -> EmbedderIdentity:
-        """Which embedder made the vectors."""
-        return EmbedderIdentity(**self._embedding_record["embedder"])
+    def vectors(self) -> ChunkVectors:
+        """The vectors of its chunks, made or not."""
+        return ChunkVectors(self.memory.segments, self.cut)
 
     @property
-    def _embedding_record(self) -> dict[str, Any]:
-        path = self.path / _EMBEDDINGS
-        if not path.exists():
+    def embedder(self) -> EmbedderIdentity:
+        """Which embedder made the vectors (FolderError where some are not made yet)."""
+        embedder = self.cut.embedder
+        if embedder is None or len(self.vectors.missing):
+            some = "" if embedder is None else f" of {len(self.vectors.missing):,} chunks"
             raise FolderError(
-                f"{self.path} has no embeddings yet: run `nearest retro embed {self.path}`"
+                f"{self.path} has no embeddings yet{some}: run `nearest retro embed {self.path}`"
             )
-        record = read_record(path, FORMAT, "a database with embeddings")
-        if record["chunks"] != self.record["digest"]:
-            raise FolderError(f"{path} is of other chunks: delete it, and embed anew")
-        return record
+        return _identity(embedder)
 
-    @cached_property
+    @property
     def embeddings(self) -> Float[np.ndarray, "chunks dim"]:
-        """A vector for each chunk, mapped."""
-        record = self._embedding_record
-        array = read_array(self.path / "embeddings.npy")
-        if array.shape != (self.record["chunks"], record["embedder"]["dim"]):
-            raise FolderError(
-                f"{self.path / 'embeddings.npy'} has the shape {array.shape}, its record says "
-                f"({self.record['chunks']}, {record['embedder']['dim']}): embed anew"
-            )
-        return array
+        """A vector for each chunk, mapped where there is one segment (FolderError as above)."""
+        _ = self.embedder
+        return self.vectors.vectors
 
     def embed(
         self,
@@ -205,7 +170,7 @@ class ChunkDatabase:
             embedder: of the texts.
             decode: the tokenizer's.
             dtype: float16 or float32, of what is stored.
-            part: this process's share; the one that finds all blocks there joins them.
+            part: this process's share; the one that finds all blocks there stores them.
             progress: called after each block.
 
         Raises:
@@ -214,106 +179,81 @@ class ChunkDatabase:
         """
         if dtype not in ("float16", "float32"):
             raise SettingError(f"dtype {dtype!r} is unknown: choose float16 or float32")
+        blocks, there = self.path / _BLOCKS, self.cut.embedder
+        if there is not None:
+            embedder.identity.check_same(_identity(there), str(self.path))
+            if dtype != self.cut.dtype:
+                raise SettingError(
+                    f"{self.path} holds vectors in {self.cut.dtype}: go on with this --dtype"
+                )
+        missing = self.vectors.missing
+        if there is not None and not len(missing):
+            shutil.rmtree(blocks, ignore_errors=True)  # a run may have been killed just before
+            return True
         asked = {
             "format": FORMAT,
-            "chunks": self.record["digest"],
+            "chunks": self.chunks.digest,
+            "first": missing[:1].tolist(),
             "embedder": asdict(embedder.identity),
             "dtype": dtype,
         }
-        if (self.path / _EMBEDDINGS).exists():
-            embedder.identity.check_same(self.embedder, str(self.path))
-            return True
-        blocks = self.path / _BLOCKS
         with disk_errors_explained(self.path):
             blocks.mkdir(exist_ok=True)
-            _begin(blocks / _EMBEDDINGS, asked, embedder.identity)
-            paths = block_paths(blocks, len(self.chunks))
-            mine = part.blocks(len(self.chunks))
+            _begin(blocks / _BEGUN, asked, embedder.identity)
+            paths = block_paths(blocks, len(missing))
+            mine = part.blocks(len(missing))
             for done, number in enumerate(mine):
                 if not paths[number].exists():
-                    save_array(paths[number], self._embed_block(number, embedder, decode, dtype))
+                    ids = missing[number * BLOCK : (number + 1) * BLOCK]
+                    texts = [decode(row[row >= 0].tolist()) for row in self.chunks.rows(ids)]
+                    save_array(paths[number], embedder(texts).astype(dtype))
                 progress("embed", done + 1, len(mine))
-            return self._join_embeddings(blocks, asked)
-
-    def _embed_block(
-        self, number: int, embedder: Embedder, decode: Decode, dtype: str
-    ) -> Float[np.ndarray, "rows dim"]:
-        ids = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(self.chunks)))
-        texts = [decode(row[row >= 0].tolist()) for row in self.chunks.rows(ids)]
-        vectors: np.ndarray = embedder(texts).astype(dtype)
-        return vectors
-
-    def _join_embeddings(self, blocks: Path, asked: dict[str, Any]) -> bool:
-        """Make one array of the blocks once all are there, by one of the processes."""
-        paths = block_paths(blocks, len(self.chunks))
-        if not all(path.exists() for path in paths):
-            return (self.path / _EMBEDDINGS).exists()
-        shape = (0, asked["embedder"]["dim"])
-        arrays = [np.empty(shape, asked["dtype"]), *map(read_array, paths)]
-        save_array(self.path / "embeddings.npy", np.concatenate(arrays))
-        asked["sha256"] = sha256_of(self.path / "embeddings.npy")
-        _write_record(self.path / _EMBEDDINGS, asked)
-        for path in [*paths, blocks / _EMBEDDINGS]:
-            path.unlink(missing_ok=True)
-        blocks.rmdir()
+            if not all(path.exists() for path in paths):
+                return False
+            arrays = [np.empty((0, embedder.identity.dim), dtype), *map(read_array, paths)]
+            record = EmbedderRecord(**asdict(embedder.identity))
+            store_vectors(self.path, self.version, record, np.concatenate(arrays), dtype)
+            shutil.rmtree(blocks)
+        self._reopen()
         return True
 
-    def build_index(self, spec: str = "auto", recall: float = RECALL, seed: int = 0) -> ChunkIndex:
+    def build_index(self, spec: str = "auto", recall: float = RECALL) -> ChunkIndex:
         """Make the index of the vectors, and keep it with the recall that was measured."""
-        index = ChunkIndex.build(self.embeddings, spec, recall, seed)
-        record = {
-            "format": FORMAT,
-            "embeddings": self._embedding_record["sha256"],
-            **asdict(index.record),
-        }
+        _ = self.embedder  # says what is missing
         with disk_errors_explained(self.path):
-            (self.path / _INDEX).unlink(missing_ok=True)
-            if index.faiss_index is not None:
-                from nearest.index.approximate import ApproximateIndex
+            index_chunks(self.path, spec, recall)
+        self._reopen()
+        return self.index
 
-                partial = self.path / "index.faiss.partial"
-                ApproximateIndex(index.faiss_index, "l2").write(partial)
-                partial.replace(self.path / "index.faiss")
-                record["sha256"] = sha256_of(self.path / "index.faiss")
-            _write_record(self.path / _INDEX, record)
-        self.__dict__.pop("index", None)
-        return index
+    @property
+    def indexed(self) -> bool:
+        """Whether all chunks are indexed."""
+        return self.vectors.indexed
 
-    @cached_property
+    @property
     def index(self) -> ChunkIndex:
-        """The index that is stored (FolderError where there is none, or it is of other vectors)."""
-        path = self.path / _INDEX
-        if not path.exists():
+        """The index that is stored (FolderError where there is none)."""
+        _ = self.embedder
+        if not self.indexed:
             raise FolderError(
-                f"{self.path} has no index yet: run `nearest retro index {self.path}`"
+                f"{self.path} has no index yet, or not of all chunks: run `nearest retro index "
+                f"{self.path}`"
             )
-        record = read_record(path, FORMAT, "a database with an index")
-        if record["embeddings"] != self._embedding_record["sha256"]:
-            raise FolderError(f"{path} is of other embeddings: run `nearest retro index` again")
-        made = IndexRecord(record["spec"], record["nprobe"], record["recall"])
-        if "sha256" not in record:
-            return ChunkIndex(self.embeddings, made)
-        with (self.path / "index.faiss").open("rb") as file:
-            return ChunkIndex(self.embeddings, made, read_index(file, record["sha256"]))
+        made = [s.record.chunk_index for s in self.memory.segments]
+        sizes = [s.record.chunk_rows or 0 for s in self.memory.segments]
+        found = [one for one in made if one is not None]
+        largest = found[int(np.argmax(sizes))]
+        recall = min(one.recall for one in found)
+        return ChunkIndex(self.vectors, VectorIndexRecord(largest.spec, largest.nprobe, recall))
 
     def problems(self) -> list[str]:
-        """What a full check finds wrong: files that differ from their checksums."""
-        found = []
-        expected = dict(self.record["files"])
-        if (self.path / _EMBEDDINGS).exists():
-            expected["embeddings.npy"] = self._embedding_record["sha256"]
-        if (self.path / _INDEX).exists():
-            record = read_record(self.path / _INDEX, FORMAT, "a database with an index")
-            if "sha256" in record:
-                expected["index.faiss"] = record["sha256"]
-        for name, sha256 in expected.items():
-            if not (self.path / name).exists():
-                found.append(f"{name} is missing")
-            elif sha256_of(self.path / name) != sha256:
-                found.append(f"{name} differs from its checksum")
-        if not found and self.chunks.digest != self.record["digest"]:
-            found.append("the chunks are not those that the record says")
-        return found
+        """What a full check of the memory finds wrong."""
+        return self.memory.verify()
+
+    def _reopen(self) -> None:
+        """Take over the snapshot that stands now."""
+        self.memory = self.memory.refresh()
+        self.__dict__.pop("vectors", None)
 
 
 def block_paths(folder: Path, rows: int) -> list[Path]:
@@ -321,19 +261,40 @@ def block_paths(folder: Path, rows: int) -> list[Path]:
     return [folder / f"{number:06d}.npy" for number in range(-(-rows // BLOCK))]
 
 
-def _begin(path: Path, asked: dict[str, Any], identity: EmbedderIdentity) -> None:
+def date_of(document: Document) -> str:
+    """What its metadata calls its date; "" where there is none."""
+    return str(document.metadata.get("date", ""))
+
+
+def _chunks(segment: Segment, cut: ChunksRecord) -> Chunks:
+    """The chunks of what is left of a segment, its documents without their context token."""
+    numbers: Int[np.ndarray, " documents"] = segment.numbers
+    stored = numbers.tolist()
+    return Chunks(
+        segment.tokens,
+        segment.offsets[numbers] + 1,
+        segment.offsets[numbers + 1],
+        cut.size,
+        start=cut.start,
+        end=cut.end,
+        names=Told([(len(stored), lambda number: segment.documents[stored[number]].id)]),
+        dates=Told([(len(stored), lambda number: date_of(segment.documents[stored[number]]))]),
+    )
+
+
+def _identity(record: EmbedderRecord) -> EmbedderIdentity:
+    return EmbedderIdentity(**{name: getattr(record, name) for name in record.__struct_fields__})
+
+
+def _begin(path: Path, asked: Mapping[str, Any], identity: EmbedderIdentity) -> None:
     """Note what blocks are being made with, or refuse another way than they were begun with."""
-    if path.exists():
-        begun = read_record(path, FORMAT, "embeddings that were begun")
-        identity.check_same(EmbedderIdentity(**begun["embedder"]), str(path.parent.parent))
-        if begun != asked:
-            raise FolderError(
-                f"{path.parent} was begun with other chunks or another dtype ({begun['dtype']}): "
-                "go on as it was begun, or delete it"
-            )
+    if not path.exists():
+        write_atomically(path, json.dumps(asked, indent=1, sort_keys=True).encode())
         return
-    _write_record(path, asked)
-
-
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(record, indent=1, sort_keys=True).encode())
+    begun = read_record(path, FORMAT, "embeddings that were begun")
+    identity.check_same(EmbedderIdentity(**begun["embedder"]), str(path.parent.parent))
+    if begun != asked:
+        raise FolderError(
+            f"{path.parent} was begun with other chunks or another dtype ({begun['dtype']}): go on "
+            "as it was begun, or delete it"
+        )

@@ -77,7 +77,7 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
 
     def lengths(self) -> Int[np.ndarray, " items"]:
         """Tokens of each document that are read."""
-        found: np.ndarray = (self.chunks.stops - self.chunks.starts)[self.documents]
+        found: np.ndarray = self.chunks.lengths[self.documents]
         return found if self._most is None else found.clip(max=self._most * self.chunks.size)
 
     def part(self, item: int, first: int, stop: int | None) -> dict[str, Tensor]:

@@ -37,6 +37,11 @@ class EmbedderIdentity:
     normalised: bool
     dim: int
 
+    @property
+    def has_model(self) -> bool:
+        """Whether a model made the vectors, which its name leads to; else a function did."""
+        return len(self.weights) == hashlib.sha256().digest_size * 2
+
     def check_same(self, other: "EmbedderIdentity", of: str) -> None:
         """Refuse to compare vectors of two embedders (ModelError names what differs)."""
         mine, theirs = asdict(self), asdict(other)

@@ -109,11 +109,6 @@ class Judge:
 
 def _days(chunks: Chunks) -> np.ndarray:
     """The date of each document, to the second; NaT where it is unknown."""
-    if chunks.dates is None:
-        raise SettingError(
-            "no document has a date, so that none can be said to be older: give each a 'date' "
-            "(ISO 8601) in its metadata, or leave this filter out"
-        )
     days = np.empty(chunks.documents, "datetime64[s]")
     for number in range(chunks.documents):
         date = chunks.date(number)
@@ -124,6 +119,11 @@ def _days(chunks: Chunks) -> np.ndarray:
                 f"document {chunks.name(number)!r} has the date {date!r}, which is not ISO 8601: "
                 "write it as 2024-12-31"
             ) from error
+    if np.isnat(days).all():
+        raise SettingError(
+            "no document has a date, so that none can be said to be older: give each a 'date' "
+            "(ISO 8601) in its metadata, or leave this filter out"
+        )
     return days
 
 

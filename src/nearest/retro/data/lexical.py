@@ -27,7 +27,7 @@ class Bm25:
     def __init__(self, database: Chunks) -> None:
         self._database = database
         self._lengths = np.zeros(len(database), np.float32)
-        frequency = np.zeros(int(database.tokens.max(initial=0)) + 1, np.int64)
+        frequency = np.zeros(database.largest + 1, np.int64)
         for start in range(0, len(database), _ROWS):
             rows = database.rows(np.arange(start, min(start + _ROWS, len(database))))
             held = rows >= 0

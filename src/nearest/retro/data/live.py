@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.retro.data.chunks import PADDING
-from nearest.retro.data.database import ChunkDatabase, Decode
+from nearest.retro.data.database import Decode
 from nearest.retro.data.embedders import Embedder
-from nearest.retro.data.stages import METHODS, Databases, Method
+from nearest.retro.data.opening import decoder, embedder_of, tokenizer_of
+from nearest.retro.data.stages import METHODS, AnyDatabase, Databases, Method
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,28 @@ class MemoryNeighbours:
 
     def __init__(
         self,
-        databases: Sequence[Path | str | ChunkDatabase] | Path | str | ChunkDatabase,
-        embedder: Embedder | None,
-        decode: Decode,
+        databases: AnyDatabase | Sequence[AnyDatabase],
+        embedder: Embedder | None = None,
+        decode: Decode | None = None,
         *,
         neighbours: int = 2,
         continuation: int = 1,
         method: Method = "dense",
     ) -> None:
-        """Neighbours from databases of chunks.
+        """Neighbours from the chunks of a memory, or of several.
 
         Args:
-            databases: folders that `nearest retro prepare` made.
-            embedder: the one that made their vectors; None for the method "bm25".
-            decode: of the tokenizer that the model and the databases share.
+            databases: memories that `nearest retro prepare` has prepared, or their folders.
+            embedder: the one that made their vectors; None loads it by its name.
+            decode: of the tokenizer that the model and the memories share; None loads it.
             neighbours: of each chunk.
             continuation: chunks that follow each neighbour.
             method: as in `TableOptions`.
 
         Raises:
             ModelError: another embedder made the vectors.
-            SettingError: a number is out of its range, or the method needs an embedder.
+            SettingError: a number is out of its range.
+            FolderError: a memory has no chunks, vectors or index.
         """
         if neighbours < 1 or continuation < 0:
             raise SettingError(
@@ -81,13 +82,18 @@ class MemoryNeighbours:
             )
         if method not in METHODS:
             raise SettingError(f"method {method!r} is unknown: choose {', '.join(METHODS)}")
-        if method != "bm25" and embedder is None:
-            raise SettingError(f"method {method!r} embeds every chunk: give the embedder")
-        single = isinstance(databases, str | Path | ChunkDatabase)
-        self._searched = Databases.open([databases] if single else list(databases))  # type: ignore[list-item, arg-type]
-        if method != "bm25" and embedder is not None:
+        self._searched = Databases.open(databases)
+        first = self._searched.databases[0]
+        if method == "bm25":
+            embedder = None
+        elif embedder is None:
+            embedder = embedder_of(first)
+        if embedder is not None:
             for database in self._searched.databases:
                 embedder.identity.check_same(database.embedder, str(database.path))
+                _ = database.index  # says what is missing
+        if decode is None:
+            decode = decoder(tokenizer_of(first))
         self._embedder = embedder
         self._decode = decode
         self._method: Method = method
@@ -132,7 +138,7 @@ class MemoryNeighbours:
                 f"the model reads chunks of {tokens.shape[1]} tokens, the database holds chunks of "
                 f"{self.chunk_size}: prepare one with --chunk-size {tokens.shape[1]}"
             )
-        if vectors is None and self._method != "bm25" and self._embedder is not None:
+        if vectors is None and self._embedder is not None:
             vectors = self._embedder([self._decode(row[row >= 0].tolist()) for row in tokens])
         k = neighbours or self.neighbours
         after = self.continuation if continuation is None else continuation
@@ -148,7 +154,7 @@ class MemoryNeighbours:
     @property
     def digest(self) -> str:
         """Another one where the chunks, their order or their embedder are others."""
-        parts = [str(database.record["digest"]) for database in self._searched.databases]
+        parts = [database.chunks.digest for database in self._searched.databases]
         if self._method != "bm25":
             parts += [database.embedder.weights for database in self._searched.databases]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -181,13 +181,12 @@ def write_spec(
 
 
 def _write_shard(folder: Path, name: str, chunks: Chunks, pad: int) -> dict[str, str]:
-    tokens = chunks.tokens
-    if tokens.max(initial=0) > _LARGEST:
+    rows = chunks.rows(np.arange(len(chunks)))
+    if rows.max(initial=0) > _LARGEST:
         raise SettingError(
-            f"token {tokens.max()} does not fit the two bytes that this format has for one: it "
+            f"token {rows.max()} does not fit the two bytes that this format has for one: it "
             "holds vocabularies of up to 65,536 tokens"
         )
-    rows = chunks.rows(np.arange(len(chunks)))
     if (rows == pad).any():
         raise SettingError(
             f"a document holds the padding token {pad}, which this format cannot tell from padding"

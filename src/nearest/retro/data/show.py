@@ -10,7 +10,7 @@ from nearest.errors import SettingError
 from nearest.retro.data.chunks import Chunks
 from nearest.retro.data.database import ChunkDatabase, Decode
 from nearest.retro.data.filters import KEPT, REASONS, Judge
-from nearest.retro.data.stages import Databases, TableOptions
+from nearest.retro.data.stages import Databases, TableOptions, check_table
 from nearest.retro.data.table import NeighbourTable
 
 _STYLE = (
@@ -73,7 +73,7 @@ def shown_chunks(
     neighbours: int = 2,
 ) -> Iterator[ShownChunk]:
     """Each chunk of a document as the table has it; candidates are searched for again."""
-    table.check(own.chunks, searched.chunks)
+    check_table(table, searched, own)
     judge = Judge(own.chunks, searched.chunks, options.filters)
     stored = table.first(neighbours)
     for number in own.chunks.of_document(document):

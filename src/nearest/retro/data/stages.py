@@ -1,9 +1,8 @@
 """The stages from documents to a table of neighbours, each of which can be repeated or resumed."""
 
-import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
-from nearest.corpus.documents import Document
-from nearest.corpus.tokens import Tokenizer, token_dtype
+from nearest.build.chunks import cut_chunks
+from nearest.build.match import check_tokenizer
+from nearest.build.sync import compare_documents
+from nearest.corpus.incoming import Documents
+from nearest.corpus.tokens import Tokenizer
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
 from nearest.index.neighbours import Neighbours, sort_nearest_first
@@ -20,12 +22,16 @@ from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.retro.data.chunks import Chunks, joined
 from nearest.retro.data.database import BLOCK, ChunkDatabase, Part, block_paths
+from nearest.retro.data.embedders import EmbedderIdentity
 from nearest.retro.data.filters import REASONS, Filters, Judge
 from nearest.retro.data.folders import read_array, read_record, save_array
 from nearest.retro.data.lexical import Bm25, fused
 from nearest.retro.data.search import Found, Search, valid_neighbours
 from nearest.retro.data.table import FORMAT, NeighbourTable
+from nearest.store.manifest import MANIFEST
 
+AnyDatabase = Path | str | Memory | ChunkDatabase
+"""A memory with chunks: its folder, or open."""
 Method = Literal["dense", "bm25", "rerank", "fusion"]
 METHODS = ("dense", "bm25", "rerank", "fusion")
 SAVED = 20  # neighbours stored of each chunk; models read 2 to 4
@@ -34,95 +40,62 @@ _RERANKED = 200  # candidates that BM25 puts in order, or that each list gives t
 
 @dataclass(frozen=True)
 class Ends:
-    """Token ids that stand at each document's begin and end; None: none."""
+    """Token ids that are read at each document's begin and end; None: none."""
 
     start: int | None = None
     end: int | None = None
 
-    def put(self, tokens: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-        """The tokens between them."""
-        start = [] if self.start is None else [self.start]
-        end = [] if self.end is None else [self.end]
-        return np.concatenate([start, tokens, end]).astype(np.int64)
 
-
-def chunk_memory(
-    memory: Memory,
-    path: Path | str,
-    size: int = 64,
-    ends: Ends = Ends(),
-) -> ChunkDatabase:
-    """The chunks of a memory's present documents, without their context token.
+def chunk_memory(memory: Path | str | Memory, size: int = 64, ends: Ends = Ends()) -> ChunkDatabase:
+    """Cut a memory's documents, without their context token, into chunks; nothing is copied.
 
     Raises:
-        FolderError: other chunks are in the folder, or the disk fails.
+        SettingError: the size is below 2.
+        FolderError: it has vectors of other chunks already, or cannot be written.
     """
-
-    def documents() -> Iterator[tuple[str, str, np.ndarray]]:
-        for number in range(memory.documents):
-            document = memory.document(number)
-            tokens = memory.document_tokens(number)[1:].astype(np.int64)
-            yield document.id, date_of(document), ends.put(tokens)
-
-    record = {
-        "memory": {"path": str(memory.path), "version": memory.manifest.version},
-        **asdict(ends),
-    }
-    vocabulary = max([memory.manifest.model.vocab_size, *_beyond(ends)])
-    return ChunkDatabase.create(path, documents(), size, record, token_dtype(vocabulary))
+    path = memory.path if isinstance(memory, Memory) else Path(memory)
+    cut_chunks(path, size, ends.start, ends.end)
+    return ChunkDatabase.open(path)
 
 
 def chunk_documents(
-    documents: Iterable[Document],
+    documents: Documents,
     tokenizer: Tokenizer,
     path: Path | str,
     size: int = 64,
     ends: Ends = Ends(),
-    *,
-    vocab_size: int,
-    name: str = "",
 ) -> ChunkDatabase:
-    """The chunks of documents, without a memory or a language model.
+    """The chunks of documents, in a memory of its own that no language model made.
+
+    An equal memory that is there already is kept, with its vectors.
 
     Args:
-        documents: read once.
+        documents: read once, or once again to be compared.
         tokenizer: of the model that will read them.
-        path: the database's folder.
+        path: the memory's folder.
         size: tokens of a chunk.
         ends: of each document.
-        vocab_size: of the tokenizer.
-        name: of the tokenizer, kept to decode chunks later.
 
     Raises:
-        FolderError: other chunks are in the folder, or the disk fails.
+        NearestError: documents or tokenizer cannot be used.
+        FolderError: other documents are in the folder, or the disk fails.
     """
-
-    def read() -> Iterator[tuple[str, str, np.ndarray]]:
-        for batch in _batches(documents, 256):
-            texts = [document.text for document in batch]
-            rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            for document, tokens in zip(batch, rows, strict=True):
-                yield document.id, date_of(document), ends.put(np.asarray(tokens, np.int64))
-
-    record = {"tokenizer": name, **asdict(ends)}
-    vocabulary = max([vocab_size, *_beyond(ends)])
-    return ChunkDatabase.create(path, read(), size, record, token_dtype(vocabulary))
-
-
-def _beyond(ends: Ends) -> list[int]:
-    return [token + 1 for token in (ends.start, ends.end) if token is not None]
+    folder = Path(path)
+    if not is_memory(folder):
+        Memory.build(None, tokenizer, documents, folder)
+        return chunk_memory(folder, size, ends)
+    check_tokenizer(Memory.open(folder), tokenizer)
+    if compare_documents(folder, documents).changed:
+        raise FolderError(
+            f"{folder} holds other documents already: delete it, choose another folder, or let "
+            "`nearest sync` make it hold these"
+        )
+    return chunk_memory(folder, size, ends)
 
 
-def date_of(document: Document) -> str:
-    """What its metadata calls its date; "" where there is none."""
-    date = document.metadata.get("date", "")
-    return date if isinstance(date, str) else str(date)
-
-
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    stream = iter(documents)
-    while batch := list(itertools.islice(stream, size)):
-        yield batch
+def is_memory(path: str | Path) -> bool:
+    """Whether a folder holds a memory."""
+    return (Path(path) / MANIFEST).exists()
 
 
 class Databases:
@@ -135,9 +108,11 @@ class Databases:
         self._bm25: Bm25 | None = None
 
     @classmethod
-    def open(cls, paths: Sequence[Path | str | ChunkDatabase]) -> "Databases":
-        """Open folders (FolderError where one is no database)."""
-        return cls([p if isinstance(p, ChunkDatabase) else ChunkDatabase.open(p) for p in paths])
+    def open(cls, named: "AnyDatabase | Sequence[AnyDatabase]") -> "Databases":
+        """Open one memory or several (FolderError where one is none, or has no chunks)."""
+        single = isinstance(named, str | Path | Memory | ChunkDatabase)
+        several: Any = [named] if single else named
+        return cls([ChunkDatabase.open(one) for one in several])
 
     @property
     def bm25(self) -> Bm25:
@@ -207,8 +182,8 @@ class TableOptions:
 
 
 def make_table(
-    databases: Sequence[Path | str | ChunkDatabase] | Path | str | ChunkDatabase,
-    queries: Path | str | ChunkDatabase | None = None,
+    databases: AnyDatabase | Sequence[AnyDatabase],
+    queries: AnyDatabase | None = None,
     path: Path | str | None = None,
     options: TableOptions | None = None,
     *,
@@ -233,14 +208,14 @@ def make_table(
         FolderError: another table is there, a database lacks a stage, or the disk fails.
     """
     options = options or TableOptions()
-    single = isinstance(databases, str | Path | ChunkDatabase)
-    searched = Databases.open([databases] if single else list(databases))  # type: ignore[list-item, arg-type]
-    own = searched.databases[0] if queries is None else _opened(queries)
+    searched = Databases.open(databases)
+    own = searched.databases[0] if queries is None else ChunkDatabase.open(queries)
     folder = Path(path) if path is not None else own.path / "neighbours"
     record = _table_record(searched, own, options)
     if (folder / "table.json").exists():
         there = NeighbourTable.open(folder)
         if all(there.record.get(name) == value for name, value in record.items()):
+            shutil.rmtree(folder / "blocks", ignore_errors=True)  # of a run killed just before
             return there
         raise FolderError(
             f"{folder} holds a table made otherwise: delete it, or choose another folder"
@@ -280,10 +255,6 @@ def find_neighbours(
     return valid_neighbours(ids, search, judge, options.neighbours)
 
 
-def _opened(database: Path | str | ChunkDatabase) -> ChunkDatabase:
-    return database if isinstance(database, ChunkDatabase) else ChunkDatabase.open(database)
-
-
 def _table_record(searched: Databases, own: ChunkDatabase, options: TableOptions) -> dict[str, Any]:
     """What a table belongs to; ModelError where vectors cannot be compared."""
     record: dict[str, Any] = {
@@ -291,7 +262,10 @@ def _table_record(searched: Databases, own: ChunkDatabase, options: TableOptions
         "chunk_size": searched.chunks.size,
         "queries": own.chunks.digest,
         "database": searched.chunks.digest,
-        "databases": [database.record.get("memory") for database in searched.databases],
+        "versions": {
+            "queries": own.version,
+            "databases": [database.version for database in searched.databases],
+        },
         "method": options.method,
         "neighbours": options.neighbours,
         "filters": asdict(options.filters),
@@ -339,6 +313,25 @@ def _joined_table(
     return NeighbourTable.open(folder)
 
 
+def check_table(table: NeighbourTable, searched: Databases, own: ChunkDatabase) -> None:
+    """Refuse a table of other documents, chunk size, embedder or index, or of changed ones.
+
+    Raises:
+        ModelError, SettingError: says what differs.
+    """
+    table.check(own.chunks, searched.chunks)
+    if table.record.get("embedder") is None:
+        return
+    made = EmbedderIdentity(**table.record["embedder"])
+    for database in (own, *searched.databases):
+        database.embedder.check_same(made, "the table")
+    if table.record["index"] != [asdict(d.index.record) for d in searched.databases]:
+        raise SettingError(
+            "the chunks have been indexed anew since the table was made, and an index may find "
+            "others: run `nearest retro neighbours` again"
+        )
+
+
 def differing_rows(
     table: NeighbourTable,
     databases: Sequence[ChunkDatabase],
@@ -357,7 +350,7 @@ def differing_rows(
     """
     searched = Databases(databases)
     own = searched.databases[0] if queries is None else queries
-    table.check(own.chunks, searched.chunks)
+    check_table(table, searched, own)
     judge = Judge(own.chunks, searched.chunks, options.filters)
     blocks = -(-len(own.chunks) // BLOCK)
     count = min(blocks, max(1, round(blocks * sample)))

@@ -1,4 +1,4 @@
-"""The parts of a segment, one module each: corpus, suffix array, keys, index, clusters.
+"""The parts of a segment, one module each: corpus, suffix array, keys, index, clusters, chunks.
 
 `PARTS` lists what is derived from a corpus, in the order in which it is written (an index needs
 keys). Whatever builds, adds, merges, compacts or verifies goes through this list. From the layouts
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.store.manifest import SegmentRecord
-from nearest.store.parts import clusters, corpus, gates, index, keys, suffix
+from nearest.store.parts import chunks, clusters, corpus, gates, index, keys, suffix
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment
@@ -46,6 +46,7 @@ PARTS = (
     Part("keys", keys.LAYOUT, keys.write, keys.served, keys.check),
     Part("index", index.LAYOUT, index.write, index.served, index.check),
     Part("clusters", clusters.LAYOUT, clusters.write, clusters.served, clusters.check),
+    Part("chunks", chunks.LAYOUT, chunks.write, chunks.served, chunks.check),
 )
 SEGMENT_FILES = frozenset(corpus.LAYOUT.values()).union(*(part.layout.values() for part in PARTS))
 SHARED_FILES = frozenset(keys.SHARED.values())

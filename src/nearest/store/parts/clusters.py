@@ -10,12 +10,12 @@ from nearest.index.clusters import NO_CLUSTER, Clusters, assigned_clusters
 from nearest.index.ids import position_dtype
 from nearest.store.manifest import (
     ClustersRecord,
-    FileRecord,
     Manifest,
     SegmentRecord,
 )
 from nearest.store.new_files import NewFiles
 from nearest.store.parts.corpus import Paths, valued_entries
+from nearest.store.records import FileRecord
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment

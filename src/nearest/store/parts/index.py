@@ -32,8 +32,9 @@ from nearest.index.keys import Keys
 from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import SearchParameters, measured_recall, tune_search
 from nearest.progress import Progress
-from nearest.store.manifest import FileRecord, IndexRecord, Manifest, SegmentRecord
+from nearest.store.manifest import IndexRecord, Manifest, SegmentRecord
 from nearest.store.new_files import NewFiles
+from nearest.store.records import FileRecord
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment

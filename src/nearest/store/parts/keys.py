@@ -19,9 +19,10 @@ from nearest.index.keys import KeyFormat, Keys, key_format
 from nearest.index.neighbours import NO_ENTRY, Metric
 from nearest.index.product import CENTROIDS, ProductFormat, product_parts
 from nearest.index.projection import Projection
-from nearest.store.manifest import FileRecord, KeysRecord, SegmentRecord
+from nearest.store.manifest import KeysRecord, SegmentRecord
 from nearest.store.new_files import NewFiles
 from nearest.store.parts.corpus import Paths
+from nearest.store.records import FileRecord
 
 if TYPE_CHECKING:
     from nearest.store.new_segment import NewSegment
