@@ -18,7 +18,8 @@ from nearest.corpus.documents import Document
 from nearest.errors import FolderError
 from nearest.folder import write_atomically
 from nearest.store.documents import document_line
-from nearest.store.manifest import Count, Digest, Positive, SegmentRecord, check_file
+from nearest.store.manifest import SegmentRecord, check_file
+from nearest.store.records import Count, Digest, Positive
 
 JOURNAL = "build.json"
 _FORMAT = 1

@@ -212,10 +212,9 @@ def _check_subset(numbers: Int[np.ndarray, " n"], documents: int) -> None:
 def dataset_of(
     queries: Any, databases: Sequence[Any], table: Path | str, **options: Any
 ) -> RetroDataset:
-    """A data set from the folders of `nearest retro`; options as `RetroDataset`'s."""
-    from nearest.retro.data.stages import Databases, _opened
+    """A data set from memories that `nearest retro` prepared; options as `RetroDataset`'s."""
+    from nearest.retro.data.database import ChunkDatabase
+    from nearest.retro.data.stages import Databases
 
-    searched = Databases.open(databases)
-    return RetroDataset(
-        _opened(queries).chunks, searched.chunks, NeighbourTable.open(table), **options
-    )
+    own, searched = ChunkDatabase.open(queries), Databases.open(databases)
+    return RetroDataset(own.chunks, searched.chunks, NeighbourTable.open(table), **options)

@@ -136,7 +136,8 @@ def served(segment: "Segment") -> Int[np.ndarray, " _"]:
     ids = found.search(queries, 16).ids
     rows = found.rows[np.unique(ids[ids >= 0])]
     documents = np.searchsorted(first, rows, side="right") - 1
-    return segment.offsets[documents]
+    entries: np.ndarray = segment.offsets[documents]
+    return entries
 
 
 def check(segment: "Segment") -> list[str]:
