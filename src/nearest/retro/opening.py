@@ -14,7 +14,7 @@ from nearest.errors import FolderError, ModelError
 from nearest.retro.config import RetroConfig
 from nearest.retro.data.database import ChunkDatabase
 from nearest.retro.data.dataset import RetroDataset
-from nearest.retro.data.opening import open_database, tokenizer_of
+from nearest.retro.data.opening import tokenizer_of
 from nearest.retro.data.stages import Databases
 from nearest.retro.data.table import NeighbourTable
 from nearest.retro.model import RetroForCausalLM
@@ -144,17 +144,17 @@ def open_text(
         FolderError: one of them is missing or damaged.
         SettingError: the table is of other chunks.
     """
-    searched = Databases([open_database(path) for path in databases])
+    searched = Databases.open(databases)
     first = searched.databases[0]
     folder = first.path / "neighbours" if table is None else Path(table)
     opened = NeighbourTable.open(folder)
     beside = folder.with_name(folder.name + ".queries")
     if queries is not None:
-        own = open_database(queries)
+        own = ChunkDatabase.open(queries)
     elif opened.record["queries"] == first.record["digest"] or not beside.exists():
         own = first
     else:
-        own = open_database(beside)
+        own = ChunkDatabase.open(beside)
     opened.check(own.chunks, searched.chunks)
     return NeighbouredText(folder.name, own, searched, opened)
 
