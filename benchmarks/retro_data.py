@@ -1,6 +1,6 @@
 """RETRO's data beside the public code: chunks, exact neighbours, and the time of each stage.
 
-    python benchmarks/retro_data.py --corpus train.jsonl [--norlund path/to/retro]
+    python benchmarks/retro_data.py --corpus train.jsonl[,more.jsonl] [--norlund path/to/retro]
         [--lucidrains path/to/RETRO-pytorch] [--chunks 100000] [--dim 384]
 
 Both public codes need models from the hub. Here a tokenizer of the corpus's own words stands for
@@ -15,10 +15,12 @@ import json
 import resource
 import sys
 import tempfile
+import time
 import types
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -29,10 +31,12 @@ from transformers import PreTrainedTokenizerFast
 from common import arguments, machine, report, timed
 from nearest.corpus.documents import Document
 from nearest.retro.data import norlund, retro_pytorch
+from nearest.retro.data.chunks import owners
 from nearest.retro.data.database import ChunkDatabase
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.stages import Ends, TableOptions, chunk_documents, make_table
 
+T = TypeVar("T")
 M, K = 64, 4
 WORDS = 28_000
 
@@ -218,37 +222,53 @@ def prepared(path: Path, texts: list[str], tokenizer: Any, ends: Ends, dim: int)
 
 
 def stages(texts: list[str], dim: int, most: int) -> dict[str, Any]:
-    """Seconds of each stage, for so many chunks; the embedder is the stand-in and not counted."""
+    """Seconds of each stage, for about so many chunks; the embedder is a stand-in, not counted."""
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = tokenizer_of(texts, special, "$A </s>")
     seconds: dict[str, float] = {}
+    computed: dict[str, float] = {}
+    documents, chunks = [], 0
+    for number, text in enumerate(texts):
+        if chunks < most:
+            documents.append(Document(str(number), text))
+            chunks += -(-(len(text.split()) + 1) // M)
+
+    def stage(name: str, run: Callable[[], T]) -> T:
+        before = time.process_time()
+        seconds[name], found = timed(run)
+        computed[name] = time.process_time() - before
+        return found
+
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        documents = [Document(str(number), text) for number, text in enumerate(texts)]
-        seconds["chunks"], made = timed(
-            lambda: chunk_documents(documents, tokenizer, folder / "db", M, Ends(None, 1))
+        folder = Path(name) / "m"
+        made = stage(
+            "chunks", lambda: chunk_documents(documents, tokenizer, folder, M, Ends(None, 1))
         )
-        seconds["embed (stand-in)"], _ = timed(lambda: made.embed(embedder(dim), words))
-        seconds["index"], index = timed(made.build_index)
-        seconds["neighbours"], table = timed(lambda: make_table(made))
+        stage("embed (stand-in)", lambda: made.embed(embedder(dim), words))
+        index = stage("index", made.build_index)
+        table = stage("neighbours", lambda: make_table(made))
         assert table is not None
         count = len(made.chunks)
+        owner = owners(made.chunks)[0][made.chunks.document_of(np.arange(count))]
+        same = (table.ids >= 0) & (owner[table.ids] == owner[:, None])
         return {
             "chunks": count,
-            "asked": most,
             "seconds": seconds,
+            "cpu_seconds": computed,
             "seconds_per_1000_chunks": {n: s / count * 1000 for n, s in seconds.items()},
             "recall": index.record.recall,
             "index": index.record.spec,
+            "nprobe": index.record.nprobe,
             "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "short": table.record["counts"]["short"],
+            "neighbours_of_the_same_document": int(same.sum()),
+            "counts": table.record["counts"],
         }
 
 
 def main() -> None:
     options = arguments(
         __doc__,
-        corpus=Path("train.jsonl"),
+        corpus="train.jsonl",
         norlund=Path(),
         lucidrains=Path(),
         chunks=100_000,
@@ -256,7 +276,9 @@ def main() -> None:
         documents=0,
     )
     torch.manual_seed(0)
-    lines = options.corpus.read_text().splitlines()[: options.documents or None]
+    files = [Path(name) for name in options.corpus.split(",")]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    lines = lines[: options.documents or None]
     texts = [json.loads(line)["text"] for line in lines]
     record: dict[str, Any] = {"benchmark": "retro_data"}
     if options.norlund != Path():

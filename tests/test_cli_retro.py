@@ -282,6 +282,23 @@ def test_a_sentence_transformers_model_by_name(bert: str, tmp_path: Path) -> Non
         MemoryNeighbours(db)
 
 
+def test_an_empty_document_is_left_out(bert: str, tmp_path: Path) -> None:
+    source = corpus(tmp_path / "train.jsonl", 3)
+    with source.open("a") as file:
+        file.write(json.dumps({"id": "empty", "text": " "}) + "\n")
+    options = ("--tokenizer", bert, "--embedder", f"bert:{bert}", "--chunk-size", 8)
+    (told,) = run("prepare", source, "--out", tmp_path / "db", *options, "--json")
+    assert told["documents"] == 3
+    run("prepare", source, "--out", tmp_path / "db", *options)  # and compared so, too
+    source.write_text("")
+    result = CliRunner().invoke(
+        app, ["retro", *map(str, ("prepare", source, "--out", tmp_path / "e", *options))]
+    )
+    assert result.exit_code == 2
+    assert "no documents" in " ".join(result.stderr.split())
+    assert not (tmp_path / "e").exists()
+
+
 def test_the_berts_two_poolings(bert: str) -> None:
     texts = ["w1 w2 w3", "w4", "w5 w6"]
     model = BertModel.from_pretrained(bert)

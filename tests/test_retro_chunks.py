@@ -1,5 +1,6 @@
 """Chunks, the filters of candidates, and lexical search, against plain Python."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,26 @@ def test_chunks_are_slices_of_documents(texts: list[list[int]], m: int, continua
     for number, text in enumerate(texts):
         assert chunks.document_tokens(number).tolist() == text
     assert (chunks.rows(np.array([-1])) == -1).all()
+
+
+@given(
+    texts=TEXTS,
+    m=st.integers(2, 4),
+    ends=st.tuples(st.none() | st.just(7), st.none() | st.just(8)),
+)
+@settings(max_examples=60, deadline=None)
+def test_ends_that_are_not_stored_are_read(
+    texts: list[list[int]], m: int, ends: tuple[int | None, int | None]
+) -> None:
+    """As if they stood among the tokens."""
+    start, end = ends
+    read = dataclasses.replace(Chunks.of(texts, m), start=start, end=end)
+    put = [[t for t in (start, *text, end) if t is not None] for text in texts]
+    expected = Chunks.of(put, m)
+    assert read.digest == expected.digest
+    assert read.largest >= expected.tokens.max(initial=0)
+    ids = np.arange(len(expected))
+    np.testing.assert_array_equal(read.rows(ids, 1), expected.rows(ids, 1))
 
 
 @given(parts=st.lists(TEXTS, min_size=1, max_size=3), m=st.integers(2, 4))

@@ -32,7 +32,6 @@ from nearest.retro.data.stages import (
 )
 from nearest.retro.data.table import NeighbourTable
 from retro_data import M, database, documents, embedder, stored, tokenizer, words
-from retro_models import tiny_model
 
 TEXTS = documents(20, longest=20)
 
@@ -255,22 +254,39 @@ def test_a_stage_that_stopped_goes_on(tmp_path: Path) -> None:
     np.testing.assert_array_equal(made.embeddings, whole.embeddings)
 
 
-def test_a_full_disk_is_told_and_mended(tmp_path: Path, monkeypatch) -> None:
-    made = database(tmp_path / "d", TEXTS)
+@pytest.mark.parametrize("stage", ["chunks", "embed", "index", "neighbours"])
+def test_a_full_disk_is_told_and_mended(stage: str, tmp_path: Path, monkeypatch) -> None:
+    """In the middle of a stage, which is then run again."""
+    whole = database(tmp_path / "whole", TEXTS)
+    stages_of = {
+        "chunks": lambda: database(tmp_path / "d", TEXTS, indexed=False),
+        "embed": lambda: ChunkDatabase.open(tmp_path / "d").embed(embedder(), words),
+        "index": lambda: ChunkDatabase.open(tmp_path / "d").build_index("IVF2,Flat"),
+        "neighbours": lambda: make_table(tmp_path / "d", None, tmp_path / "t"),
+    }
+    names = list(stages_of)
+    for name in names[: names.index(stage)]:
+        stages_of[name]()
     real, calls = os.fsync, []
+    most = {"index": 1}.get(stage, 3)
 
     def full(fd: int) -> None:
         calls.append(fd)
-        if len(calls) == 5:
+        if len(calls) == most:
             raise OSError(28, "No space left on device")
         real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FolderError, match="disk is full"):
-        make_table(made, None, tmp_path / "t")
-    assert make_table(made, None, tmp_path / "t") is not None
-    make_table(database(tmp_path / "e", TEXTS), None, tmp_path / "u")
+        stages_of[stage]()
+    for name in names[names.index(stage) :]:
+        stages_of[name]()
+    made = ChunkDatabase.open(tmp_path / "d")
+    np.testing.assert_array_equal(made.embeddings, whole.embeddings)
+    whole.build_index("IVF2,Flat")
+    make_table(whole, None, tmp_path / "u")
     assert bytes_of(tmp_path / "t") == bytes_of(tmp_path / "u")
+    assert made.problems() == []
 
 
 def test_filters_and_their_counts(tmp_path: Path) -> None:
@@ -296,44 +312,6 @@ def test_counts_do_not_depend_on_the_margin(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.struck, other.struck)
     np.testing.assert_array_equal(one.kept.ids, other.kept.ids)
     assert one.struck.sum() > 0
-
-
-def test_live_neighbours_continue_within_their_document(tmp_path: Path) -> None:
-    own = database(tmp_path / "d", TEXTS)
-    live = MemoryNeighbours(own, embedder(), words, neighbours=2, continuation=2)
-    asked = own.chunks.rows(np.array([0, 9]))
-    found = live(torch.from_numpy(np.maximum(asked, 2)))
-    assert found.shape == (2, 2, 3 * M)
-    for row, sources in zip(found.numpy(), live.sources, strict=True):
-        for tokens, source in zip(row, sources, strict=True):
-            text = TEXTS[int(source.document.removeprefix("doc-"))]
-            expected = text[source.position : source.position + 3 * M]
-            assert tokens[tokens >= 0].tolist() == expected
-            assert source.position % M == 0
-    whole = live(torch.from_numpy(asked))
-    assert live.sources[0][0].chunk == 0  # it finds itself: filters are for tables
-    assert live.sources[0][0].distance == pytest.approx(0, abs=1e-3)
-    assert whole.shape == found.shape
-    both = MemoryNeighbours([own, own], embedder(), words, neighbours=2, continuation=0)
-    both(torch.from_numpy(asked[:1]))
-    assert sorted(s.chunk for s in both.sources[0]) == [0, len(own.chunks)]
-
-
-def test_a_model_generates_with_live_neighbours(tmp_path: Path) -> None:
-    own = database(tmp_path / "d", TEXTS)
-    model = tiny_model("norlund")
-    live = MemoryNeighbours(own, embedder(), words)
-    prompt = torch.tensor([TEXTS[0][:1] * 6])
-    on = model.generate(prompt, neighbours=live, max_new_tokens=9, eos_token_id=None)
-    assert on.shape == (1, 15)
-    assert live.sources
-    whole = 12 // M
-    ids = torch.full((1, model.config.chunks(14), 2, 2 * M), -1)
-    ids[0, : 14 // M] = live(on[0, : 14 // M * M].reshape(-1, M))
-    mask = torch.ones_like(on[:, :-1])
-    logits = model(on[:, :-1], attention_mask=mask, neighbour_ids=ids).logits
-    assert logits[0, 5:].argmax(-1).tolist() == on[0, 6:].tolist()
-    assert whole == 3
 
 
 def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:

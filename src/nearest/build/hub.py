@@ -91,13 +91,13 @@ def card(manifest: Manifest, repo: str, license_: str | None) -> str:
     header = ["library_name: nearest", "tags: [nearest, knn-lm, retrieval]"]
     if license_ is not None:
         header.append(f"license: {license_}")
-    if "/" in model.name:
+    if "/" in model.name and not model.tokenizer_only:
         header.append(f"base_model: {model.name}")
     documents = sum(segment.documents for segment in manifest.segments)
     tokens = sum(segment.tokens for segment in manifest.segments)
     size = sum(record.size for record in manifest.file_records())
     rows = [
-        ("model", f"`{model.name}`"),
+        ("tokenizer" if model.tokenizer_only else "model", f"`{model.name}`"),
         ("documents", f"{documents:,}"),
         ("tokens", f"{tokens:,}"),
         ("keys", "none" if keys is None else f"{keys.dim} dims of `{keys.module}`, {keys.format}"),

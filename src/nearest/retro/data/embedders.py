@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearest.encode.dtype import chosen_device
 from nearest.errors import ModelError, SettingError, require
 
 Encode = Callable[[list[str]], Any]
@@ -104,8 +105,9 @@ class Embedder:
         require("sentence_transformers", "retro")
         from sentence_transformers import SentenceTransformer
 
+        place = chosen_device(device)
         try:
-            model = SentenceTransformer(name, device=_device(device))
+            model = SentenceTransformer(name, device=str(place))
         except Exception as error:  # of many libraries
             raise ModelError(
                 f"no sentence-transformers model can be loaded from {name!r} "
@@ -145,9 +147,10 @@ class Embedder:
             raise SettingError(f"pooling {pooling!r} is unknown: choose mean or cls")
         from transformers import AutoModel, AutoTokenizer
 
+        place = chosen_device(device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModel.from_pretrained(name).eval().to(_device(device))
+            model = AutoModel.from_pretrained(name).eval().to(place)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"no encoder can be loaded from {name!r} ({str(error).strip().splitlines()[0]}): "
@@ -237,9 +240,3 @@ def weights_digest(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
