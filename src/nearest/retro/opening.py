@@ -151,7 +151,7 @@ def open_text(
     beside = folder.with_name(folder.name + ".queries")
     if queries is not None:
         own = ChunkDatabase.open(queries)
-    elif opened.record["queries"] == first.record["digest"] or not beside.exists():
+    elif opened.record["queries"] == first.chunks.digest or not beside.exists():
         own = first
     else:
         own = ChunkDatabase.open(beside)
