@@ -92,7 +92,7 @@ def test_a_removed_document_is_found_no_more(spec: str, tmp_path: Path) -> None:
         there = left.chunks.document_of(found.ids[found.ids >= 0]).tolist()
         names = {left.chunks.name(number) for number in there}
         assert "doc-5" not in names
-        table = make_table(left, left, memory.path.with_name(f"t{memory.manifest.generation}"))
+        table = make_table(left, left, memory.path.with_name(f"t{memory.manifest.version}"))
         assert not text & set(map(tuple, left.chunks.rows(table.ids).reshape(-1, M).tolist()))
         assert memory.verify() == []
 
@@ -150,8 +150,8 @@ def test_how_documents_are_cut_can_be_changed_before_they_are_embedded(tmp_path:
     rows = again.chunks.rows(np.asarray(again.chunks.of_document(2)))
     assert rows[rows >= 0].tolist() == [1, *TEXTS[2], 0]
     assert len(again.chunks) == sum(-(-(len(text) + 2) // 6) for text in TEXTS[:5])
-    number = again.memory.manifest.generation
-    assert chunk_memory(made.path, 6, Ends(1, 0)).memory.manifest.generation == number
+    number = again.memory.manifest.version
+    assert chunk_memory(made.path, 6, Ends(1, 0)).memory.manifest.version == number
     with pytest.raises(SettingError, match="at least 2"):
         chunk_memory(made.path, 1)
 

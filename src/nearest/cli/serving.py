@@ -104,10 +104,11 @@ def serve(
 
 def _neighbours(folder: Path, opening: Opening) -> "MemoryNeighbours":
     """What finds the neighbours of chunks in a database, with the embedder that made it."""
+    from nearest.retro.data.database import ChunkDatabase
     from nearest.retro.data.live import MemoryNeighbours
-    from nearest.retro.data.opening import decoder, embedder_of, open_database, tokenizer_of
+    from nearest.retro.data.opening import decoder, embedder_of, tokenizer_of
 
-    database = open_database(folder)
+    database = ChunkDatabase.open(folder)
     return MemoryNeighbours(
         database,
         embedder_of(database, device=opening.device or "auto"),
