@@ -105,14 +105,14 @@ class NeighbourOrigin:
         )
 
     def _opened(self) -> "list[ChunkDatabase]":
-        from nearest.retro.data.opening import open_database
+        from nearest.retro.data.database import ChunkDatabase
 
         names = [part for name in self.database or () for part in with_commas(name)]
-        return [open_database(name) for name in names]
+        return [ChunkDatabase.open(name) for name in names]
 
     def start(self) -> int | None:
         """The token that the databases' documents begin with, if any."""
-        tokens = [database.record.get("start") for database in self._opened()]
+        tokens = [database.cut.start for database in self._opened()]
         return tokens[0] if tokens else None
 
 
