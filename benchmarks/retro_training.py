@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from torch.utils.data import DataLoader
 
-from common import MODEL, arguments, first_documents, machine, model_and_tokenizer, report
+from common import arguments, first_documents, machine, model_and_tokenizer, report
 from nearest.retro import NeighbourTable, RetroDataset, retrofit
 from nearest.retro.data.stages import Ends, TableOptions, chunk_documents
 from nearest.retro.evaluation.scoring import collate_of
@@ -29,10 +29,7 @@ def passages_of(options: object, tokenizer: object, folder: Path) -> Passages:
     path = options.corpora / "dclaw" / "train-2m.jsonl"
     documents = first_documents(path, tokenizer, options.tokens)
     ends = Ends(tokenizer.bos_token_id, tokenizer.eos_token_id)
-    size = len(tokenizer)
-    made = chunk_documents(
-        documents, tokenizer, folder / "db", CHUNK, ends, vocab_size=size, name=str(MODEL)
-    )
+    made = chunk_documents(documents, tokenizer, folder / "db", CHUNK, ends)
     table = NeighbourTable.build(made, None, folder / "table", options=TableOptions(2, "bm25"))
     data = RetroDataset(made.chunks, made.chunks, table, neighbours=2)
     return Passages(data, WINDOW, least=CHUNK + 1)

@@ -214,7 +214,7 @@ def analyse(
             "no document of the text has a second chunk, on which neighbours could act: give "
             f"longer ones than {chunks.size} tokens"
         )
-    lengths = chunks.stops - chunks.starts
+    lengths = chunks.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     losses = {}
     for reading in wanted:

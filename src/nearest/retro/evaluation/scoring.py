@@ -151,7 +151,7 @@ def check_fit(model: PreTrainedModel, passages: Passages) -> None:
             f"{data.chunks.size}: prepare it with --chunk-size {config.chunk_size}"
         )
     for name, chunks in (("corpus", data.chunks), ("database", data.database)):
-        largest = int(chunks.tokens.max()) if len(chunks.tokens) else 0
+        largest = chunks.largest
         if largest >= config.vocab_size:
             raise SettingError(
                 f"the {name} has the token {largest}, but the model's vocabulary has "
