@@ -220,7 +220,7 @@ def _with_neighbours(
 
         size = 4
         digest = "given"
-        tokens = np.array([1])
+        largest = 1
 
         def __len__(self) -> int:
             return len(own) * 2
