@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_model
 from nearest import Memory, attach, evaluate
+from nearest.serve import living
 from nearest.serve.app import ServeOptions, make_service
 from nearest.serve.library import version_of
 from nearest.serve.vocabulary import Stops
@@ -201,6 +202,26 @@ def test_documents_are_added_replaced_and_removed(server: Running) -> None:
     assert server.client.get(url, params={"id": "é/1"}).status_code == 404
     assert server.post("/v1/nearest/compact/test", {}, headers=key).status_code == 200
     assert server.client.delete(url, params={"id": "no"}, headers=key).status_code == 400
+
+
+def test_versions_in_use_are_few(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change waits while requests keep older versions in RAM, and says so after a while."""
+    monkeypatch.setattr(living, "_VERSIONS", 4)  # the first one is the fixture's own, too
+    monkeypatch.setattr(living, "_PATIENCE", 0.2)
+    url, key = "/v1/nearest/documents/test", {"Authorization": f"Bearer {WRITE_KEY}"}
+
+    def add(name: str) -> int:
+        document = {"id": name, "text": "zebra"}
+        return server.post(url, {"documents": [document]}, headers=key).status_code
+
+    assert [add(f"free-{n}") for n in range(5)] == [200] * 5  # versions that nobody uses are gone
+    used = []
+    for number in range(2):
+        used.append(server.service.library.memory("test"))
+        assert add(f"used-{number}") == 200
+    assert add("one-more") == 503
+    used.pop()
+    assert add("one-more") == 200
 
 
 def test_without_a_document_is_as_if_it_were_removed(server: Running) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 from msgspec import structs
@@ -91,6 +91,7 @@ class Library:
                 "rename a folder"
             )
         self._stamps = {name: _stamp(memory) for name, memory in self._memories.items()}
+        self._in_use = WeakSet(self._memories.values())
         self.methods = [BASE, *(m for m in MEMORY_METHODS if self._can(m))]
         if method is None:
             preferred = ("hybrid", "knn", "suffix")
@@ -142,10 +143,15 @@ class Library:
             with self._lock:
                 self._use(name, memory, stamp)
 
+    def versions_in_use(self, name: str) -> int:
+        """Versions of a memory that requests under way look up still, and the present one."""
+        return sum(name_of(memory.path) == name for memory in list(self._in_use))
+
     def _use(self, name: str, memory: Memory, stamp: tuple[int, ...]) -> None:
         """The memory of a name from now on; what was made of the version before is forgotten."""
         if memory is not self._memories[name]:
             self._memories[name] = memory
+            self._in_use.add(memory)
             for key in [k for k, one in self._ensembles.items() if name in one.names]:
                 del self._ensembles[key]
         self._stamps[name] = stamp

@@ -5,6 +5,7 @@ that it began with; the next one reads the new version.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -16,11 +17,13 @@ from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, FolderError, NearestError
 from nearest.memory import Memory
 from nearest.serve.errors import ApiError
-from nearest.serve.library import version_of
+from nearest.serve.library import Library, version_of
 from nearest.serve.schema import Strict, Text
 from nearest.serve.service import Service, in_thread
 
 _AT_ONCE = 1000
+_VERSIONS = 8  # of one memory, in use at once: each has its index in RAM
+_PATIENCE = 60.0  # seconds that a change waits for requests that use older ones
 
 
 class NewDocument(Strict):
@@ -46,6 +49,7 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
 
     async def changed(name: str, change: Callable[[Memory], Memory]) -> dict[str, Any]:
         async with one_writer:
+            await _until_few_versions(service.library, name)
             memory = await in_thread(service.library.memory, name)
             try:
                 after = await in_thread(change, memory)
@@ -77,3 +81,18 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
         return await changed(memory, lambda old: old.compact())
 
     return routes
+
+
+async def _until_few_versions(library: Library, name: str) -> None:
+    """Wait while requests under way use too many versions of a memory (ApiError after a while)."""
+    until = time.monotonic() + _PATIENCE
+    while library.versions_in_use(name) >= _VERSIONS:
+        if time.monotonic() > until:
+            raise ApiError(
+                503,
+                f"{_VERSIONS} versions of {name!r} are in use by requests under way, and each is "
+                "in RAM: send the change again when some have ended, or several documents at once",
+                code="too_many_versions",
+                headers={"Retry-After": "5"},
+            )
+        await asyncio.sleep(0.05)
