@@ -125,7 +125,8 @@ def test_gates_and_guards_are_each_requests_own(
             together = list(clients.map(lambda n: asked(server, n, GATED), range(16)))
         for one, other in zip(alone, together, strict=True):
             assert_same(one, other)
-        tokens = [0, *tiny_tokenizer("the court shall the law")["input_ids"]]
+        text = "the court shall the law"
+        tokens = [0, *tiny_tokenizer(text)["input_ids"]]
         for method in GATED:
             answer = server.complete(
                 tokens, max_tokens=0, model=f"tiny@{method}", logprobs=1, echo=True
@@ -136,7 +137,7 @@ def test_gates_and_guards_are_each_requests_own(
                 expected = model(ids).logits[0, :-1].log_softmax(-1)
             right = expected.gather(1, ids[0, 1:, None])[:, 0]
             np.testing.assert_allclose(told[1:], right, atol=1e-4, err_msg=method)
-            scored = evaluate(model, memory, [np.array(tokens)], method, tokenizer=tiny_tokenizer)
+            scored = evaluate(model, memory, [text], method, tokenizer=tiny_tokenizer)
             assert -np.mean(told[1:]) == pytest.approx(scored.nll, abs=1e-4)
 
 
