@@ -1,6 +1,6 @@
 """What `nearest sync` takes for a folder of which little has changed.
 
-A folder of so many very small text files is made and built into a memory; some of its files are then
+A folder of so many small text files is made and built into a memory; some of its files are then
 changed. `all` is one `Memory.sync`, with keys, the model already loaded; `encoding` is what adding
 the changed documents alone to a memory of nothing else takes of it (tokens, states, keys); `dry` is
 `--dry-run`, which reads and compares but encodes nothing.
