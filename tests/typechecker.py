@@ -19,7 +19,8 @@ def check(function: Any) -> Any:
     """
     if isinstance(function, FunctionType):
         for name, hint in function.__annotations__.items():
-            if "jaxtyping" not in f"{hint} {getattr(hint, '__constraints__', '')}":
+            said = f"{hint} {getattr(hint, '__constraints__', '')}"
+            if "jaxtyping" not in said or "Document" in said:  # documents: as users have them
                 function.__annotations__[name] = Any
     if "<locals>" not in function.__qualname__:
         return _checked(function)

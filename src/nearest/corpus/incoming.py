@@ -50,7 +50,7 @@ def incoming_documents(
 
 
 def token_arrays(given: Any) -> "tuple[list[Tokens], Documents]":
-    """Sequences of token ids (arrays, tensors, lists), or, where none are given, documents.
+    """Sequences of token ids (arrays, tensors, lists), or documents; the other is empty.
 
     Raises:
         CorpusError: both are given, or something that is neither a list of the one nor the other.
@@ -61,7 +61,7 @@ def token_arrays(given: Any) -> "tuple[list[Tokens], Documents]":
     arrays = [found for row in rows if (found := _token_ids(row)) is not None]
     if arrays and len(arrays) < len(rows):
         raise CorpusError("documents and token arrays are mixed: give all as one or the other")
-    return arrays, rows
+    return arrays, () if arrays else rows
 
 
 def _token_ids(row: Any) -> Tokens | None:
