@@ -89,6 +89,8 @@ def test_a_reader_that_ignores_what_was_removed_is_found(
     monkeypatch.setattr(Segment, "alive", property(ignored))
     found = "; ".join(verify(folder))
     for part in PARTS:
+        if part.name == "chunks":  # this memory has none, and no mask of tokens decides about them
+            continue
         assert f"segment 000001: the {part.name} leads to a document that was removed" in found
 
 

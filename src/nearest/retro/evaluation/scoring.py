@@ -45,7 +45,6 @@ def retro_config(model: PreTrainedModel) -> Any:
     return model.retro_config
 
 
-@torch.no_grad()
 def scored_tokens(
     model: PreTrainedModel,
     passages: Passages,
@@ -97,8 +96,9 @@ def _scored(
         assert isinstance(model, RetrofitForCausalLM)  # `readings_of` has seen to it
         reader = model.base
     labels = next_labels(batch["labels"])
-    logits: Tensor = reader(**given, use_cache=False).logits
-    nll = token_losses(logits, labels.to(logits.device)).double().cpu().numpy()
+    with torch.no_grad():
+        logits: Tensor = reader(**given, use_cache=False).logits
+        nll = token_losses(logits, labels.to(logits.device)).double().cpu().numpy()
     scored = (labels != NOT_SCORED).numpy()
     for row, passage in enumerate(rows.tolist()):
         columns = np.flatnonzero(scored[row])
