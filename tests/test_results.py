@@ -33,6 +33,17 @@ def test_a_result_shows_its_perplexity_and_interval(
     assert f"{alone.ppl:.2f}" in repr(alone)
 
 
+def test_a_result_is_a_table_of_documents(
+    tiny_model: PreTrainedModel, memory: Memory, tiny_tokenizer: Any
+) -> None:
+    pytest.importorskip("pandas")
+    result = evaluate(tiny_model, memory, TEXT, tokenizer=tiny_tokenizer, lam=0.3)
+    frame = result.to_pandas()
+    assert len(frame) == len(TEXT)
+    assert frame["tokens"].sum() == result.tokens
+    assert frame["nll"].sum() == pytest.approx(result.nll * result.tokens)
+
+
 def test_typed_settings_take_the_place_of_stored_ones(
     tiny_model: PreTrainedModel, memory: Memory, tiny_tokenizer: Any
 ) -> None:

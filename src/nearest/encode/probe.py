@@ -23,7 +23,7 @@ from nearest.errors import ModelError
 
 SKETCH = 32  # dimensions that states are projected to, and tokens whose logits are kept
 _POSITIONS = 16  # of the text, whose states and logits are kept
-_SHORT, _LONG = 64, 256  # tokens of the text, and at most if a sliding window is to be passed
+_SHORT, _LONG = 32, 256  # tokens of the text, and at most if a sliding window is to be passed
 _NOISE = 2.0**-9  # relative, as of rounding to bfloat16
 
 

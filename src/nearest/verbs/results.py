@@ -97,6 +97,14 @@ class Result:
         """The stable JSON keys."""
         return {**self.figures(), **self.checks.to_dict()}
 
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each document: its tokens and summed nll in nats.
+
+        Raises:
+            NearestError: pandas is not installed.
+        """
+        return data_frame({"tokens": self.document_tokens, "nll": self.document_nll})
+
     def figures(self) -> dict[str, Any]:
         """Single figures by name; None for one that is infinite."""
         others = ("document_nll", "document_tokens", "checks")
