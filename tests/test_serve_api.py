@@ -161,6 +161,23 @@ def test_chat_has_citations_of_characters(server: Running) -> None:
     assert base.json()["choices"][0]["message"]["annotations"] == []
 
 
+def test_special_tokens_that_messages_mention_are_text(
+    server: Running, tiny_tokenizer: Any
+) -> None:
+    said = f"a{tiny_tokenizer.eos_token}b"
+    tokens = server.service.vocabulary.conversation([{"role": "user", "content": said}])
+    assert tiny_tokenizer.eos_token_id not in tokens
+    plain = server.service.vocabulary.conversation([{"role": "user", "content": "ab"}])
+    assert plain == server.service.vocabulary.encode(
+        tiny_tokenizer.apply_chat_template(
+            [{"role": "user", "content": "ab"}],
+            chat_template=CHAT_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    )
+
+
 def test_openai_client(server: Running) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
     assert "tiny" in [model.id for model in client.models.list()]

@@ -60,6 +60,8 @@ class Vocabulary:
     def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """A conversation as the model's chat template writes it, ready for the next answer.
 
+        Special tokens that messages mention are read as plain text.
+
         Raises:
             ApiError: there is no template, or it refuses the conversation.
         """
@@ -72,11 +74,12 @@ class Vocabulary:
             )
         with self._lock:
             try:
-                text = self.tokenizer.apply_chat_template(
+                rendered = self.tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self.chat_template,
-                    tokenize=False,
                     add_generation_prompt=True,
+                    return_dict=True,
+                    sanitize_control_tokens=True,
                 )
             except Exception as error:  # whatever a template raises, such as for a role it lacks
                 raise ApiError(
@@ -84,7 +87,7 @@ class Vocabulary:
                     f"the model's chat template refuses these messages: {error}",
                     param="messages",
                 ) from error
-        return self.encode(str(text))
+        return list(rendered["input_ids"])
 
     def check(self, tokens: Sequence[int], param: str) -> None:
         """Refuse ids that the model does not know (ApiError)."""
