@@ -475,7 +475,7 @@ def test_a_memory_of_another_dimension_cannot_be_forced(
     for force in ([], ["--force"]):
         message = refused("eval", world.memory, "--text", world.text, "--model", other, *force)
         assert "the keys have 32 dims but this model gives 16" in message
-        assert "Load that model, or build a memory with this one" in message
+        assert f"load '{world.model}', or build a memory with this one" in message
 
 
 def test_a_memory_of_another_key_layer(tmp_path: Path, world: SimpleNamespace) -> None:
