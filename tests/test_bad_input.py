@@ -474,7 +474,7 @@ def test_a_memory_of_another_dimension_cannot_be_forced(
     other = save(tmp_path / "other", type(make_model())(config))
     for force in ([], ["--force"]):
         message = refused("eval", world.memory, "--text", world.text, "--model", other, *force)
-        assert "the keys have 32 dims but this model gives 16" in message
+        assert "have 32 dims but this model gives 16" in message
         assert f"load '{world.model}', or build a memory with this one" in message
 
 
