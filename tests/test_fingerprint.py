@@ -1,6 +1,8 @@
 """A memory accepts the model that built it in any form, and no model that computes otherwise."""
 
 import copy
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +190,17 @@ def test_another_dtype_or_number_of_threads_is_no_other_model(
 
 
 @pytest.mark.filterwarnings("ignore:The new embeddings will be initialized:UserWarning")
+def test_methods_made_of_partials_are_told_by_their_functions_and_arguments() -> None:
+    """As torchao's quantised layers have them: a partial has no name of its own."""
+    model = make_model("gpt2")
+    hashes = []
+    for argument in (1, 1, 2):
+        said = functools.partial(nn.Linear.extra_repr, argument)
+        vars(model.transformer.h[0])["extra_repr"] = types.MethodType(said, model)
+        hashes.append(fingerprint._structure(model))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_padded_embeddings_are_no_other_model(gpt2_memory: Memory) -> None:
     model = make_model()
     model.resize_token_embeddings(320, mean_resizing=False)

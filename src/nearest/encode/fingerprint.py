@@ -6,6 +6,7 @@ rounding explains. Equal weights in an equal structure need no probe.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import types
@@ -311,7 +312,11 @@ def _plain(values: Mapping[Any, Any]) -> list[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str | None:
-    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+    if isinstance(value, types.MethodType):  # of a function or, in quantised layers, of a partial
+        return _shown(value.__func__)
+    if isinstance(value, functools.partial):
+        return repr([_shown(value.func), _shown(value.args), _plain(value.keywords)])
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
         return value.__qualname__
     if isinstance(value, dict):
         return repr(_plain(value)) if value else None
