@@ -26,6 +26,7 @@ _LENGTHS = (2, 4, 8, 16)  # where classes of match lengths begin
 _SHARES = (0.5, 0.8, 0.95)  # where classes of agreement begin
 CLASSES = (len(_LENGTHS) + 1) * (len(_SHARES) + 1)
 _FORGET = 0.98  # what an observation keeps of its weight with each later one of its class
+_MARGIN = 0.03  # by which a draft must be better than none
 _PRIOR = 4.0  # observations that the rate over all classes counts for in each
 
 
@@ -154,20 +155,17 @@ class Acceptance:
         return Acceptance(hits, tried)
 
 
-def worth(
-    rates: Float[np.ndarray, " n"], alone: float, a_token: float, margin: float = 0.03
-) -> int:
+def worth(rates: Float[np.ndarray, " n"], alone: float, a_token: float) -> int:
     """How many drafted tokens bring the most tokens a second; 0 where none pays.
 
     Args:
         rates: of each token, that it is accepted where those before it were.
         alone: seconds of a pass that verifies nothing.
         a_token: seconds that each further token adds to a pass.
-        margin: by which a draft must be better than none.
     """
     if not len(rates):
         return 0
     expected = 1 + np.cumsum(np.cumprod(rates))
     speed = expected / (alone + a_token * np.arange(1, len(rates) + 1))
     best = int(speed.argmax())
-    return best + 1 if speed[best] > (1 + margin) / alone else 0
+    return best + 1 if speed[best] > (1 + _MARGIN) / alone else 0
