@@ -20,6 +20,8 @@ from nearest.remote.neighbours import RemoteNeighbours as RemoteNeighbours
 from nearest.retrieval.settings import Settings as Settings
 from nearest.verbs.callback import MemoryCallback as MemoryCallback
 from nearest.verbs.evaluate import evaluate as evaluate
+from nearest.verbs.evaluate_generated import GeneratedResult as GeneratedResult
+from nearest.verbs.evaluate_generated import evaluate_generated as evaluate_generated
 from nearest.verbs.sweep import sweep as sweep
 from nearest.verbs.tune import tune as tune
 from nearest.verbs.weights import tune_weights as tune_weights

@@ -25,6 +25,7 @@ from nearest.progress import Progress as Report
 if TYPE_CHECKING:
     from nearest.build.plan import BuildPlan
     from nearest.memory import Memory
+    from nearest.verbs.evaluate_generated import GeneratedResult
     from nearest.verbs.generate import DocumentShare, Generation
     from nearest.verbs.results import Result
     from nearest.verbs.sweep import Point
@@ -123,6 +124,32 @@ def results_table(results: Sequence["Result"]) -> RenderableType:
     ]
     harms = [_harm(result) for result in results if result.checks.harm is not None]
     return Group(table, *map(Text, (*differences, *harms, *_leak(results[0]))))
+
+
+def generated_table(results: Sequence["GeneratedResult"]) -> RenderableType:
+    """A row a method: its scores with intervals, and below how each compares to the first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", style="dim")
+    for name in results[0].scores:
+        table.add_column(name, justify="right")
+    table.add_column("tokens a second", justify="right")
+    for result in results:
+        scores = [
+            f"{s.value:.1f}" + ("" if s.low is None else f" [{s.low:.1f}, {s.high:.1f}]")
+            for s in result.scores.values()
+        ]
+        table.add_row(result.method, *scores, f"{result.tokens / max(result.seconds, 1e-9):,.0f}")
+    differences = [
+        f"{result.method} − {results[0].method}: {name} {s.delta:+.1f}"
+        + (
+            ""
+            if s.delta_low is None
+            else f", paired 95 % [{s.delta_low:+.1f}, {s.delta_high:+.1f}]"
+        )
+        for result in results[1:]
+        for name, s in result.scores.items()
+    ]
+    return Group(table, *map(Text, differences))
 
 
 def _harm(result: "Result") -> str:

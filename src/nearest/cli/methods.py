@@ -19,6 +19,7 @@ from nearest.cli.app import (
     say_settings,
     say_what_was_read,
 )
+from nearest.cli.generated import Generating, check_options, evaluate_written
 from nearest.cli.options import (
     AsJson,
     FileOptions,
@@ -160,16 +161,42 @@ def evaluate(
     records: Annotated[
         Path | None, typer.Option(help="Parquet file for what each token was predicted with.")
     ] = None,
+    generating: Generating,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well text is predicted, by the base model and with the memory."""
+    """Measure how well text is predicted, by the base model and with the memory.
+
+    With --generate the model writes a text for each source (the field that an encoder reads, or a
+    causal model's prompt), and BLEU, chrF and others compare it to the document's text.
+    """
     quiet_libraries()
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
+    check_options(
+        generating,
+        score_eos=score_eos,
+        leave_one_out=leave_one_out,
+        stream=stream,
+        records=records,
+        window=reading.window,
+        stride=reading.stride,
+    )
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     memories, methods = opened_beside(opened, beside), with_commas(method)
     say_settings(memories, methods)
+    if generating.generate:
+        options = {
+            "weights": numbers(beside.weights, "weights", "0.7,0.3"),
+            "batch_size": reading.batch_size,
+            "force": reading.force,
+            **settings.named(),
+        }
+        evaluate_written(
+            generating, loaded, tokenizer, memories, texts, methods, options, as_json=as_json
+        )
+        say_what_was_read(texts)
+        return
     with reports.live_progress(err) as progress:
         results = evaluate_memory(
             loaded,

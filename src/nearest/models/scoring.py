@@ -118,7 +118,7 @@ class Scorer:
         if arrays:
             text = Text.from_tokens(arrays, vocabulary_size(model))
         else:
-            tokenizer = tokenizer or _own_tokenizer(model)
+            tokenizer = tokenizer or own_tokenizer(model)
             if score_eos and tokenizer.eos_token_id is None:
                 raise ModelError("the tokenizer has no EOS token to score: set tokenizer.eos_token")
             text = Text.from_documents(
@@ -270,7 +270,8 @@ def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool) -> None:
         )
 
 
-def _own_tokenizer(model: PreTrainedModel) -> Any:
+def own_tokenizer(model: PreTrainedModel) -> Any:
+    """The tokenizer where a model came from (ModelError where there is none)."""
     try:
         return AutoTokenizer.from_pretrained(model_name(model))
     except (OSError, ValueError) as error:

@@ -196,6 +196,23 @@ def resolve_settings(
     return settings
 
 
+def check_methods(methods: Sequence[str], given: Mapping[str, Any], *, has_memory: bool) -> None:
+    """Refuse methods, or settings for them, that cannot be used together (SettingError)."""
+    for name in methods:
+        check_method(name)
+    if not methods or len(set(methods)) != len(methods):
+        raise SettingError("name at least one method, and each only once")
+    of_memory = [name for name in methods if name != BASE]
+    if not of_memory and (unused := sorted(n for n, value in given.items() if value is not None)):
+        raise SettingError(
+            f"{unused[0]!r} is a setting of methods that use the memory, and the base model "
+            "has none: leave it out, or name a method"
+        )
+    if of_memory and not has_memory:
+        raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
+    check_settings(of_memory, given)
+
+
 def check_settings(methods: Sequence[str], given: Mapping[str, Any]) -> None:
     """Refuse a setting that none of the methods has (SettingError)."""
     known = {name for method in methods for name in method_named(method).settings}

@@ -10,13 +10,12 @@ from jaxtyping import Float, Int
 
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
-from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
-from nearest.retrieval.settings import BASE, Settings, check_method, check_settings, settings_of
+from nearest.retrieval.settings import BASE, Settings, check_methods, settings_of
 from nearest.verbs.checks import NeighbourCheck, harm_of
 from nearest.verbs.leak import Leak, find_leak
 from nearest.verbs.records import Records, check_records_path, record_file, records_of
@@ -205,22 +204,9 @@ def _ensembles(
     settings: Settings | None,
     given: dict[str, Any],
 ) -> dict[str, Ensemble]:
-    for name in methods:
-        check_method(name)
-    if not methods or len(set(methods)) != len(methods):
-        raise SettingError("name at least one method, and each only once")
-    of_memory = [name for name in methods if name != BASE]
-    if not of_memory:
-        if unused := sorted(name for name, value in given.items() if value is not None):
-            raise SettingError(
-                f"{unused[0]!r} is a setting of methods that use the memory, and the base model "
-                "has none: leave it out, or name a method"
-            )
-        return {}
-    if not memories:
-        raise SettingError(f"method {of_memory[0]} needs a memory: pass one")
-    check_settings(of_memory, given)
+    check_methods(methods, given, has_memory=bool(memories))
     return {
         name: Ensemble.of(memories, name, weights, settings, **settings_of(name, given))
-        for name in of_memory
+        for name in methods
+        if name != BASE
     }

@@ -1,0 +1,113 @@
+"""What `eval --generate` and `tune --by` do: let the model write, and score what it wrote."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nearest import reports
+from nearest.cli.app import err, out
+from nearest.cli.options import with_commas
+from nearest.errors import NearestError, SettingError
+from nearest.folder import disk_errors_explained, whole_file
+
+if TYPE_CHECKING:
+    from nearest.corpus.reading import Corpus
+    from nearest.memory import Memory
+    from nearest.verbs.evaluate_generated import GeneratedResult
+
+
+@dataclass(frozen=True)
+class Generating:
+    """How texts are written to be scored."""
+
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate", help="Let the model write a text for each source, and score that."
+        ),
+    ] = False
+    metrics: Annotated[
+        str, typer.Option(help="Of --generate, with commas: bleu, chrf, rouge, exact.")
+    ] = "bleu,chrf,exact"
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Of --generate: most tokens of a text.")
+    ] = 128
+    num_beams: Annotated[int, typer.Option(min=1, help="Of --generate: beams of beam search.")] = 1
+    written: Annotated[
+        Path | None,
+        typer.Option(help="Of --generate: JSON Lines file for what each method wrote."),
+    ] = None
+
+
+def check_options(generating: Generating, **others: Any) -> None:
+    """Refuse options that mean nothing together, before anything is computed.
+
+    `others` are options, by their name, that only scoring a given text has.
+
+    Raises:
+        SettingError: they contradict each other.
+    """
+    if generating.generate:
+        for name, value in others.items():
+            if value not in (None, False):
+                raise SettingError(
+                    f"--{name.replace('_', '-')} is of texts that are given, and --generate scores "
+                    "what the model writes: leave one of them out"
+                )
+        if generating.written is not None and not generating.written.parent.is_dir():
+            raise NearestError(
+                f"the folder {generating.written.parent} does not exist: make it, or choose another"
+            )
+    elif generating.written is not None:
+        raise SettingError("--written is for what --generate writes: add that, or leave it out")
+
+
+def evaluate_written(
+    generating: Generating,
+    model: Any,
+    tokenizer: Any,
+    memories: "list[Memory]",
+    texts: "Corpus",
+    methods: Sequence[str],
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Score what each method writes, print it and keep it where that was asked for."""
+    from nearest.verbs.evaluate_generated import evaluate_generated
+
+    with reports.live_progress(err) as progress:
+        results = evaluate_generated(
+            model,
+            memories,
+            texts,
+            methods,
+            metrics=with_commas(generating.metrics),
+            max_new_tokens=generating.max_new_tokens,
+            num_beams=generating.num_beams,
+            tokenizer=tokenizer,
+            progress=progress,
+            **options,
+        )
+    if generating.written is not None:
+        _write(generating.written, results)
+    if as_json:
+        for result in results:
+            typer.echo(json.dumps(result.to_dict()))
+    else:
+        out.print(reports.generated_table(results))
+
+
+def _write(path: Path, results: "list[GeneratedResult]") -> None:
+    """One object a document: its id, source and reference, and each method's text."""
+    pairs = results[0].pairs
+    with disk_errors_explained(path.parent), whole_file(path) as file:
+        rows = zip(pairs.ids, pairs.sources, pairs.references, strict=True)
+        for n, (name, source, reference) in enumerate(rows):
+            texts = {result.method: result.texts[n] for result in results}
+            row = {"id": name, "source": source, "reference": reference, "texts": texts}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
