@@ -9,7 +9,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,retro,train,serve,harness,text-metrics,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,passages,retro,train,serve,harness,text-metrics,dev]'
 	touch $(STAMP)
 
 demo: setup

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearest.errors import CorpusError, SettingError
+from nearest.index.bm25 import K1, B, Bm25
 from nearest.index.neighbours import Neighbours
 from nearest.retro.data.chunks import Chunks, joined, owners
 from nearest.retro.data.filters import REASONS, Filters, Judge, jaccard, shares_run
-from nearest.retro.data.lexical import K1, B, Bm25, fused
+from nearest.retro.data.fusion import fused
 from retro_data import documents
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), max_size=9), max_size=5)

@@ -47,7 +47,17 @@ def tune(
     memory: MemoryPath,
     text: TextPaths,
     method: Annotated[
-        Literal["knn", "retomaton", "suffix", "hybrid"], typer.Option(help="What to tune.")
+        Literal[
+            "knn",
+            "retomaton",
+            "suffix",
+            "hybrid",
+            "in-context+knn",
+            "in-context+retomaton",
+            "in-context+suffix",
+            "in-context+hybrid",
+        ],
+        typer.Option(help="What to tune; in-context+…: with passages before the text."),
     ] = "knn",
     gate: Annotated[
         Literal["none", "buckets", "meta-k", "adaptret", "mixture"],
@@ -77,7 +87,7 @@ def tune(
     quiet_libraries()
     from nearest.verbs.tune import tune as tune_memory
 
-    name = method if gate == "none" or method == "hybrid" else f"{method}+{gate}"
+    name = method if gate == "none" or method.endswith("hybrid") else f"{method}+{gate}"
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     if more:
@@ -146,7 +156,8 @@ def evaluate(
     method: Annotated[
         str,
         typer.Option(
-            help="base, knn, retomaton, suffix, hybrid, knn+mixture …, or several with commas."
+            help="base, knn, retomaton, suffix, hybrid, knn+mixture …, in-context, in-context+knn "
+            "…, or several with commas."
         ),
     ] = "base,knn",
     *,

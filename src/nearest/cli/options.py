@@ -208,6 +208,18 @@ class FixedSettings:
         bool | None,
         typer.Option("--guard/--no-guard", help="Weigh base and memory by how well each predicts."),
     ] = None
+    passages: Annotated[
+        int | None, typer.Option(help="in-context: passages before the text, the best one last.")
+    ] = None
+    passage_tokens: Annotated[
+        int | None, typer.Option(help="in-context: tokens of a passage, at most.")
+    ] = None
+    passage_stride: Annotated[
+        int | None, typer.Option(help="in-context: text tokens between choices of passages.")
+    ] = None
+    query_tokens: Annotated[
+        int | None, typer.Option(help="in-context: last tokens, by which passages are chosen.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +244,7 @@ class Answering:
     """How memories are used to write, and shown."""
 
     method: Annotated[
-        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, knn+mixture …")
+        str, typer.Option(help="base, knn, retomaton, suffix, hybrid, in-context, in-context+knn …")
     ] = "knn"
     show: Annotated[int, typer.Option(min=1, help="Documents named as sources, at most.")] = 5
     force: Force = False

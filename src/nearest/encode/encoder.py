@@ -107,9 +107,10 @@ class Encoder:
         for group in grouped_batches(
             documents, self.window, self.stride, self.batch_size, encoder_tokens, together
         ):
-            yield (self._score(batch, with_view) for batch in group)
+            yield (self.score(batch, with_view) for batch in group)
 
-    def _score(self, batch: WindowBatch, with_view: bool) -> ScoredBatch:
+    def score(self, batch: WindowBatch, with_view: bool = False) -> ScoredBatch:
+        """The keys and log-probabilities of one batch, timed."""
         started = time.perf_counter()
         keys, log_probs, view = encode_and_score(
             self.model,

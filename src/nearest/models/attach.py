@@ -107,7 +107,11 @@ def detach(model: AnyModel) -> None:
 
 
 class Session:
-    """An attached memory; see `attach`."""
+    """An attached memory; see `attach`.
+
+    Attributes:
+        replay: how many of a prompt's positions are looked up before the last.
+    """
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class Session:
         memories = [lookup.memory for lookup in ensemble.lookups]
         self._start_token = memories[0].manifest.model.start_token
         self._layer = common_key_layer(memories, model, tokenizer, force=force)
-        self._replay = sys.maxsize if replay == "full" else int(replay)
+        self.replay = sys.maxsize if replay == "full" else int(replay)
         self._drafts = draft
         self._here = ThreadState()
         self._last: Generated | None = None  # of whichever thread
@@ -250,7 +254,7 @@ class Session:
         if ensemble is None or len(tokens) == prompt_length:
             return [TokenSources(int(token), 0.0, []) for token in tokens[prompt_length:]]
         inputs = tokens[None, :-1]
-        replayed = self._replay if ensemble.keeps_state else 0
+        replayed = self.replay if ensemble.keeps_state else 0
         first = max(0, prompt_length - 1 - replayed)
         wanted = torch.zeros(inputs.shape, dtype=torch.bool)
         wanted[:, first:] = True
@@ -384,7 +388,7 @@ class Session:
         here = self._here
         if self.ensemble.needs_context:
             here.prefixes = [Prefixes(lookup) for lookup, _ in self.ensemble.used]
-            replayed = self._replay if self.ensemble.keeps_state else 0
+            replayed = self.replay if self.ensemble.keeps_state else 0
             here.first = max(0, prompt.length - 1 - replayed)
         try:
             yield

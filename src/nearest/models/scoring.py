@@ -45,7 +45,7 @@ class ScoredBlock:
         queries: hidden states and contexts.
         targets: the tokens that came.
         lm_log_probs: the model's log-probability of each, in nats.
-        seconds: of the model's forward passes.
+        seconds: of the model's forward passes, and of what is found for it to read.
     """
 
     sequences: Int[np.ndarray, " n"]
@@ -165,9 +165,12 @@ class Scorer:
                 scored.append(batch)
                 done += len(batch.lm_log_probs)
                 progress(stage, done, total)
-            yield self._block(scored, sequences)
+            yield self.block(scored, sequences)
 
-    def _block(self, scored: list[ScoredBatch], read: Sequence[Tokens]) -> ScoredBlock:
+    def block(
+        self, scored: list[ScoredBatch], read: Sequence[Tokens], seconds: float = 0.0
+    ) -> ScoredBlock:
+        """What was scored, in the order of the text; `seconds` are added to the passes' own."""
         sequences = np.concatenate([one.batch.documents for one in scored])
         ends = np.concatenate([one.batch.positions for one in scored])
         order = np.lexsort((ends, sequences))
@@ -194,7 +197,7 @@ class Scorer:
             ),
             np.concatenate([one.batch.targets for one in scored])[order],
             torch.cat([one.lm_log_probs for one in scored])[rows],
-            sum(one.seconds for one in scored),
+            seconds + sum(one.seconds for one in scored),
         )
 
 

@@ -20,6 +20,7 @@ _OF_KIND = {
     "pointers": ("min_knns", "max_knns", "dedup"),
     "suffix": ("suffix_k",),
 }
+_OF_PASSAGES = ("passages", "passage_tokens", "passage_stride", "query_tokens")
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,27 @@ class Method:
         gate: the kind of trained gate that weighs them; None for a fixed λ.
         asks: whether the gate decides about dense searches.
         defaults: settings whose defaults are not those of `Settings`.
+        in_context: whether the model reads passages of the memory before the text.
     """
 
     kinds: tuple[str, ...]
     gate: str | None = None
     asks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    in_context: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
         """The names of the settings it has."""
+        passages = _OF_PASSAGES if self.in_context else ()
+        if not self.kinds:
+            return passages
         names = list(() if self.gate else _WEIGHING)
         for kind in self.kinds:
             names += _OF_KIND[kind]
         if self.asks:
             names = [*(name for name in names if name != "min_knns"), "skip"]
-        return (*names, "guard")
+        return (*names, "guard", *passages)
 
 
 # kNN-LM arXiv:1911.00172, RetoMaton arXiv:2201.12431, buckets arXiv:2210.15859, meta-k
@@ -65,7 +71,13 @@ _METHODS = {
     "hybrid": Method(KINDS, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
 }
 MEMORY_METHODS = tuple(_METHODS)
-METHODS = (BASE, *MEMORY_METHODS)
+# The model reads passages of the memory before the text (arXiv:2302.00083): alone, or with any of
+# the others, whose queries are then what the model makes of both.
+IN_CONTEXT = "in-context"
+_METHODS[IN_CONTEXT] = Method((), in_context=True)
+for _name in MEMORY_METHODS:
+    _METHODS[f"{IN_CONTEXT}+{_name}"] = replace(_METHODS[_name], in_context=True)
+METHODS = (BASE, *_METHODS)
 
 
 def check_method(method: str, known: Sequence[str] = METHODS) -> None:
@@ -76,7 +88,7 @@ def check_method(method: str, known: Sequence[str] = METHODS) -> None:
 
 def method_named(name: str) -> Method:
     """A memory's method (SettingError when there is none of this name)."""
-    check_method(name, MEMORY_METHODS)
+    check_method(name, tuple(_METHODS))
     return _METHODS[name]
 
 
@@ -98,6 +110,10 @@ class Settings:
         skip: fraction of dense searches that the gate is to save, by what it saw when tuned.
         guard: weigh base and memory by how well each has predicted the document so far, which
             costs at most ln 2 nats a document and repairs a gate that is wrong.
+        passages: of the memory that the model reads before the text, the best one last.
+        passage_tokens: of each, at most.
+        passage_stride: text tokens from one choice of passages to the next.
+        query_tokens: the last ones of the text, by which passages are chosen.
     """
 
     lam: float = 0.25
@@ -112,12 +128,16 @@ class Settings:
     suffix_k: int = 256
     skip: float = 0.0
     guard: bool = False
+    passages: int = 1
+    passage_tokens: int = 128
+    passage_stride: int = 32
+    query_tokens: int = 32
 
     def __post_init__(self) -> None:
         for name in ("lam", "temperature", "length_power", "min_knns", "skip"):
             if not isinstance(getattr(self, name), Real):
                 raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("k", "rerank", "max_knns", "suffix_k"):
+        for name in ("k", "rerank", "max_knns", "suffix_k", *_OF_PASSAGES):
             if not isinstance(getattr(self, name), Integral):
                 raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if not 0 <= self.lam <= 1:
@@ -135,7 +155,7 @@ class Settings:
             )
         if not self.min_knns >= 0:
             raise SettingError(f"min_knns must be at least 0, got {self.min_knns}")
-        for name in ("k", "max_knns", "suffix_k"):
+        for name in ("k", "max_knns", "suffix_k", *_OF_PASSAGES):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.distances not in DISTANCES:
@@ -226,3 +246,15 @@ def check_settings(methods: Sequence[str], given: Mapping[str, Any]) -> None:
 def settings_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings that the method has."""
     return {n: v for n, v in given.items() if n in method_named(method).settings}
+
+
+def passage_settings(settings: Settings) -> dict[str, Any]:
+    """The settings of passages, by name."""
+    return {name: getattr(settings, name) for name in _OF_PASSAGES}
+
+
+def tuning_options(method: str) -> str:
+    """What `nearest tune` is told to tune this method."""
+    gate = method_named(method).gate
+    base = method.removesuffix(f"+{gate}")
+    return f"--method {base}" if base == method else f"--method {base} --gate {gate}"

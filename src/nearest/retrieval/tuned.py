@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from nearest.errors import SettingsWarning, warn_caller
 from nearest.memory import Memory
+from nearest.retrieval.settings import tuning_options
 
 
 def warn_of_settings(memory: Memory, method: str, given: Collection[str]) -> None:
@@ -11,8 +12,7 @@ def warn_of_settings(memory: Memory, method: str, given: Collection[str]) -> Non
 
     `given` names the settings that are chosen for this call.
     """
-    base, _, gate = method.partition("+")
-    cure = f"nearest tune {memory.path} --method {base}{f' --gate {gate}' if gate else ''} --text …"
+    cure = f"nearest tune {memory.path} {tuning_options(method)} --text …"
     if memory.settings_from(method) == "defaults":
         if not {"lam", "temperature"} <= set(given):
             warn_caller(

@@ -11,11 +11,20 @@ from jaxtyping import Float, Int
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
 from nearest.memory import Memory
+from nearest.models.in_context import PassageScorer
 from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
-from nearest.retrieval.settings import BASE, Settings, check_methods, settings_of
+from nearest.retrieval.settings import (
+    BASE,
+    Settings,
+    check_methods,
+    method_named,
+    passage_settings,
+    resolve_settings,
+    settings_of,
+)
 from nearest.verbs.checks import NeighbourCheck, harm_of
 from nearest.verbs.leak import Leak, find_leak
 from nearest.verbs.records import Records, check_records_path, record_file, records_of
@@ -71,6 +80,10 @@ def evaluate(
             token ids whose first token is context only. For an encoder–decoder, documents with an
             `encoder_text`.
         method: "base", "knn", or several; the first of several is what the others are compared to.
+            With "in-context", or "in-context+knn" and so on, the model reads the text again, with
+            passages of the memory before it. `added_ms` counts what this reading takes longer than
+            the plain one where a method without passages is there too, else the memory's part
+            alone.
         weights: of several memories, as in `attach`.
         tokenizer: the model's; loaded from where the model came from when not given.
         window, stride: as in `build`; the memory's own when not given.
@@ -116,18 +129,35 @@ def evaluate(
         stream=stream,
     )
     scored = [_Scored(name, ensembles.get(name), memories, scorer.text) for name in methods]
-    base_seconds = 0.0
-    with_view = records is not None or any(ensemble.needs_lm for ensemble in ensembles.values())
+    readings: dict[Settings | None, list[_Scored]] = {}
+    for name, one in zip(methods, scored, strict=True):
+        readings.setdefault(_passages(name, memories, settings, given), []).append(one)
+    seconds: dict[Settings | None, float] = {}
     with _sink(records) as sink:
-        for block in scorer.blocks(progress, "evaluate", with_view):
-            base_seconds += block.seconds
-            for one in scored:
-                one.score(block, sink)
+        for passages, several in readings.items():
+            reader = scorer if passages is None else PassageScorer.of(scorer, memories, passages)
+            with_view = records is not None or any(one.needs_lm for one in several)
+            seconds[passages] = 0.0
+            for block in reader.blocks(progress, "evaluate", with_view):
+                seconds[passages] += block.seconds
+                for one in several:
+                    one.score(block, sink)
     leak = find_leak(memories, scorer.text, scorer.own) if memories else None
-    results = [
-        one.result(base_seconds, scored[0].nll if n else None, leak) for n, one in enumerate(scored)
-    ]
+    for passages, several in readings.items():
+        for one in several:
+            one.read_in(seconds.get(None, seconds[passages]), seconds[passages])
+    results = [one.result(scored[0].nll if n else None, leak) for n, one in enumerate(scored)]
     return results[0] if isinstance(method, str) else results
+
+
+def _passages(
+    method: str, memories: Sequence[Memory], settings: Settings | None, given: dict[str, Any]
+) -> Settings | None:
+    """What a method's passages depend on, nothing else; None where the text is read alone."""
+    if method == BASE or not method_named(method).in_context or not memories:
+        return None
+    resolved = resolve_settings(method, memories[0], settings, **settings_of(method, given))
+    return Settings(**passage_settings(resolved))
 
 
 def _sink(records: str | Path | Records | None) -> AbstractContextManager[Records | None]:
@@ -148,6 +178,16 @@ class _Scored:
         self._run = None if ensemble is None else EnsembleRun(ensemble)
         self._losses: list[Float[np.ndarray, " n"]] = []
         self._documents: list[Int[np.ndarray, " n"]] = []
+        self._base_seconds = self._longer = 0.0
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether its queries must say what the model predicts."""
+        return self._run is not None and self._run.ensemble.needs_lm
+
+    def read_in(self, base: float, seconds: float) -> None:
+        """Seconds of the model alone, and of reading the text as this method does."""
+        self._base_seconds, self._longer = base, seconds - base
 
     def score(self, block: ScoredBlock, sink: Records | None) -> None:
         """Predict a block."""
@@ -162,17 +202,14 @@ class _Scored:
             sink(records_of(self._text, self._memories, self._method, block, log_probs, details))
 
     def result(
-        self,
-        base_seconds: float,
-        compared_to: Float[np.ndarray, " documents"] | None,
-        leak: Leak | None,
+        self, compared_to: Float[np.ndarray, " documents"] | None, leak: Leak | None
     ) -> Result:
         """Its figures, once the whole text is predicted."""
         run, text, method = self._run, self._text, self._method
         if run is None:
-            cost, checks = Cost(base_seconds), Checks(leak=leak)
+            cost, checks = Cost(self._base_seconds, self._longer), Checks(leak=leak)
             return result_of(text, method, self.nll, cost, {}, compared_to, checks)
-        cost = Cost(base_seconds, run.seconds, run.saved)
+        cost = Cost(self._base_seconds, self._longer + run.seconds, run.saved)
         harm = harm_of(np.concatenate(self._losses), np.concatenate(self._documents), text.ids)
         given, right, elsewhere = run.judged
         neighbours = None
@@ -208,5 +245,5 @@ def _ensembles(
     return {
         name: Ensemble.of(memories, name, weights, settings, **settings_of(name, given))
         for name in methods
-        if name != BASE
+        if name != BASE and method_named(name).kinds  # else the model reads passages, no more
     }

@@ -11,14 +11,17 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from nearest.encode.identity import input_device, reads_sources, start_token
 from nearest.memory import Memory
 from nearest.models.attach import attach
+from nearest.models.generated import generation_option
 from nearest.models.sources import Source, TokenSources
+from nearest.models.writing import write_with_passages
 from nearest.retrieval.ensemble import Memories, memories_of
-from nearest.retrieval.settings import BASE, check_method
+from nearest.retrieval.settings import BASE, check_method, method_named
 from nearest.store.tuned import SettingsFrom
 from nearest.verbs.prompt import FirstToken, Messages, Streamer, prompt_tokens
 
 _CONTEXT_TOKENS = 12
 _SOURCES_A_TOKEN = 5
+_NEW_TOKENS = 20  # transformers' own default
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def generate(
         memory: what to look up; several are given as a list.
         prompt: text, which may be empty but for an encoder–decoder, whose encoder reads it; or
             messages with "role" and "content", for the tokenizer's chat template.
-        method: "base", or one that uses the memory.
+        method: "base", or one that uses the memory. With "in-context", or "in-context+knn" and so
+            on, passages of the memory are put before the text, and chosen anew as it grows.
         weights: of several memories, as in `attach`.
         sources: name, for every token, what the memory gave it.
         force: accept another model than the one that built the memory.
@@ -114,13 +118,11 @@ def generate(
     continues = isinstance(prompt, str) and not reads_sources(model)
     read = prompt_tokens(model, tokenizer, prompt, special_tokens=special_tokens, heal=heal)
     read.check_length(model, generation.get("max_new_tokens"))
+    with_passages = method != BASE and method_named(method).in_context
     if read.first is not None:
-        processors = [
-            *generation.pop("logits_processor", []),
-            FirstToken(len(read.text), read.first),
-        ]
+        processors = [*generation.pop("logits_processor", []), FirstToken(read.first)]
         generation["logits_processor"] = LogitsProcessorList(processors)
-    if stream is not None:
+    if stream is not None and not with_passages:
         generation["streamer"] = Streamer(tokenizer, stream, read.spaces)
     text = read.text
     ids = torch.tensor([read.inputs], device=input_device(model))
@@ -134,6 +136,20 @@ def generate(
         output = model.generate(**arguments)  # type: ignore[operator]
         named: list[TokenSources] = []
         settings_from = None
+    elif with_passages:
+        new, named, settings_from = write_with_passages(
+            model,
+            memories,
+            method,
+            text,
+            {n: v for n, v in arguments.items() if n not in ("input_ids", "attention_mask")},
+            settings=dict(settings or {}),
+            new_tokens=generation_option(model, arguments, "max_new_tokens") or _NEW_TOKENS,
+            session={"tokenizer": tokenizer, "force": force, "draft": draft},
+            replay=len(text) if replay == "full" else int(replay),
+            sources=sources,
+            show=None if stream is None else _Growing(tokenizer, text[1:], read.spaces, stream),
+        )
     else:
         with attach(
             model,
@@ -149,7 +165,9 @@ def generate(
             output = model.generate(**arguments)  # type: ignore[operator]
             named = session.sources(0) if sources else []
             settings_from = session.settings_from
-    new, before = output[0, len(text) :].tolist(), text[1:]
+    if not with_passages:
+        new = output[0, len(text) :].tolist()
+    before = text[1:]
     pieces = decode_pieces(tokenizer, before, [token.token for token in named])
     pieces[:1] = [piece.removeprefix(read.spaces) for piece in pieces[:1]]
     return Generation(
@@ -163,6 +181,26 @@ def generate(
         continues,
         settings_from,
     )
+
+
+class _Growing:
+    """Hands on what text is new, when told all tokens that were written so far.
+
+    A character of which tokens are missing waits for them.
+    """
+
+    def __init__(
+        self, tokenizer: Any, before: list[int], spaces: str, stream: Callable[[str], None]
+    ) -> None:
+        self._tokenizer, self._before, self._spaces = tokenizer, before, spaces
+        self._stream, self._shown = stream, 0
+
+    def __call__(self, written: list[int]) -> None:
+        text = _text_after(self._tokenizer, self._before, written).removeprefix(self._spaces)
+        whole = text.rstrip("\ufffd")
+        if len(whole) > self._shown:
+            self._stream(whole[self._shown :])
+            self._shown = len(whole)
 
 
 def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:

@@ -48,15 +48,18 @@ class PromptTokens:
 
 
 class FirstToken(LogitsProcessor):
-    """Allows some tokens alone as the first after a prompt of so many."""
+    """Allows some tokens alone as the first after the prompt, which its first call shows."""
 
-    def __init__(self, prompt_length: int, allowed: list[int]) -> None:
-        self._prompt_length, self._allowed = prompt_length, torch.tensor(allowed)
+    def __init__(self, allowed: list[int]) -> None:
+        self._allowed = torch.tensor(allowed)
+        self._prompt_length: int | None = None
 
     def __call__(
         self, input_ids: Int[Tensor, "rows length"], scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
         """Give the other tokens -inf, at the first step."""
+        if self._prompt_length is None:
+            self._prompt_length = input_ids.shape[1]
         if input_ids.shape[1] != self._prompt_length:
             return scores
         banned = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)

@@ -70,7 +70,7 @@ class Sweep:
         variants: tuple[float, ...] = (0.0,)
         if "k" in known:
             widest = replace(widest, k=min(widest.k, memory.entries))
-        if method == "knn" and "k" not in given:
+        if method_named(method).kinds == ("dense",) and "k" not in given:
             ks = sorted({min(k, memory.entries) for k in KS})
             variant, variants = "k", tuple(ks)
             widest = replace(widest, k=ks[-1], rerank=max(widest.rerank, ks[-1]))

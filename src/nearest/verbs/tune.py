@@ -14,6 +14,7 @@ from nearest.encode.identity import AnyModel
 from nearest.errors import NearestError, NotStoredError, SettingError
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
+from nearest.models.in_context import PassageScorer
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
@@ -31,11 +32,13 @@ from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import (
-    MEMORY_METHODS,
+    BASE,
+    IN_CONTEXT,
     Settings,
     as_stored,
     check_method,
     method_named,
+    passage_settings,
     resolve_settings,
 )
 from nearest.store.tuned import found_on
@@ -98,11 +101,13 @@ def tune(
         NotStoredError: the result cannot be stored; the error's `tuned` holds it.
         NearestError: model, memory, text or settings cannot be used.
     """
-    check_method(method, MEMORY_METHODS)
+    if method in (BASE, IN_CONTEXT):
+        raise SettingError(f"{method} has nothing that tuning finds: name another method")
+    check_method(method)
     if swept := {"lam", "temperature"} & {n for n, value in fixed.items() if value is not None}:
         raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
     given = {name: value for name, value in fixed.items() if value is not None}
-    resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
+    resolved = resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
     if store:
         check_writable(memory.path)
     scorer = Scorer.prepare(
@@ -116,14 +121,18 @@ def tune(
         force=force,
         leave_one_out=leave_one_out,
     )
+    reader: Scorer | ReadText | PassageScorer = scorer
+    if method_named(method).in_context:
+        given |= passage_settings(resolved)
+        reader = PassageScorer.of(scorer, [memory], resolved)
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:
         sweep = Sweep.of(memory, method, given)
-        blocks, total = scorer.blocks(progress, "read"), scorer.text.predictions
+        blocks, total = reader.blocks(progress, "read"), scorer.text.predictions
         examples = looked_up(sweep.lookup, blocks, progress, f"tune {method}", total)
         tuned = best_settings(sweep, examples)
     else:
-        tuned = _train(scorer, memory, method, given, progress)
+        tuned = _train(reader, memory, method, given, progress)
     if store:
         store_tuned(memory, tuned)
     return tuned
@@ -162,7 +171,7 @@ _PUBLISHED: Mapping[str, _Fit] = {
 
 
 def _train(
-    scorer: Scorer | ReadText,
+    scorer: Scorer | ReadText | PassageScorer,
     memory: Memory,
     method: str,
     given: dict[str, Any],

@@ -47,7 +47,7 @@ def checked_methods(methods: Sequence[str]) -> list[str]:
         SettingError: one is unknown or named twice, or there is none.
     """
     for name in methods:
-        check_method(name)
+        check_method(name, (BASE, *MEMORY_METHODS))
     names = [name for name in methods if name != BASE]
     if not names or len(set(names)) != len(names):
         raise SettingError(

@@ -14,6 +14,7 @@ from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.gates.fitting import best_shares
+from nearest.retrieval.settings import MEMORY_METHODS, check_method
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def tune_weights(
     """
     if len(memories) < 2:
         raise SettingError("weights are for several memories: give two or more")
+    check_method(method, MEMORY_METHODS)
     ensemble = Ensemble.of(memories, method, **settings)
     scorer = Scorer.prepare(
         model,

@@ -14,7 +14,7 @@ from nearest.retrieval.gates.buckets import BucketsGate
 from nearest.retrieval.gates.gate import StoredGate
 from nearest.retrieval.gates.meta_k import MetaKGate
 from nearest.retrieval.gates.mixture import MixtureGate
-from nearest.retrieval.settings import method_named
+from nearest.retrieval.settings import method_named, tuning_options
 from nearest.store.parts.gates import NewGate
 from nearest.store.tuned import what_keys
 
@@ -37,10 +37,7 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
     chosen = method_named(method)
     if chosen.gate is None:
         return None
-    base, _, _ = method.partition("+")
-    cure = (
-        f"train it with `nearest tune {memory.path} --method {base} --gate {chosen.gate} --text …`"
-    )
+    cure = f"train it with `nearest tune {memory.path} {tuning_options(method)} --text …`"
     file = memory.gate(method)
     if file is None:
         raise SettingError(f"{memory.path} has no gate for {method}: {cure}")

@@ -17,6 +17,7 @@ from nearest.corpus.incoming import Documents
 from nearest.corpus.tokens import Tokenizer
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
+from nearest.index.bm25 import Bm25
 from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
@@ -25,7 +26,7 @@ from nearest.retro.data.database import BLOCK, ChunkDatabase, Part, block_paths
 from nearest.retro.data.embedders import EmbedderIdentity
 from nearest.retro.data.filters import REASONS, Filters, Judge
 from nearest.retro.data.folders import read_array, read_record, save_array
-from nearest.retro.data.lexical import Bm25, fused
+from nearest.retro.data.fusion import fused
 from nearest.retro.data.search import Found, Search, valid_neighbours
 from nearest.retro.data.table import FORMAT, NeighbourTable
 from nearest.store.manifest import MANIFEST

@@ -1,6 +1,6 @@
-"""Neighbours by the words they share: BM25 over token ids, and its mixtures with dense search."""
+"""Texts by the words that they share: BM25 over token ids."""
 
-from typing import Any, no_type_check
+from typing import Any, Protocol, no_type_check
 
 import numba
 import numpy as np
@@ -10,21 +10,32 @@ from nearest.errors import require
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first
 from nearest.index.threads import in_threads
 from nearest.machine import code_can_be_cached
-from nearest.retro.data.chunks import Chunks
 
 K1, B = 0.9, 0.4  # as Lucene's users take them for passages
-_RRF = 60  # Cormack et al., 2009
 _ROWS = 65_536
 
 
+class TokenRows(Protocol):
+    """Short texts as token ids, a row for each; −1 fills a row."""
+
+    @property
+    def largest(self) -> int:
+        """The largest token id; −1 where there is none."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, ids: Int[np.ndarray, " q"]) -> Int[np.ndarray, "q m"]:
+        """The tokens of some."""
+
+
 class Bm25:
-    """Okapi BM25 of a query chunk and the chunks of a database, Lucene's variant.
+    """Okapi BM25 of a query and short texts, Lucene's variant.
 
     Distances are scores negated, so that smaller is nearer. A token that a query holds twice counts
     twice, as with bm25s and Lucene.
     """
 
-    def __init__(self, database: Chunks) -> None:
+    def __init__(self, database: TokenRows) -> None:
         self._database = database
         self._lengths = np.zeros(len(database), np.float32)
         frequency = np.zeros(database.largest + 1, np.int64)
@@ -44,7 +55,7 @@ class Bm25:
     def distances(
         self, queries: Int[np.ndarray, "q m"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """Of chosen chunks, float32; +inf for id −1."""
+        """Of chosen texts, float32; +inf for id −1."""
         found = np.full(ids.shape, np.inf, np.float32)
 
         def measure(part: slice) -> None:
@@ -55,9 +66,9 @@ class Bm25:
         return found
 
     def search(self, queries: Int[np.ndarray, "q m"], k: int) -> Neighbours:
-        """The k nearest chunks of each query; ties in the random order of ids.
+        """The k nearest texts of each query; ties in the random order of ids.
 
-        Chunks that share no token with the query are not found: id −1.
+        Texts that share no token with the query are not found: id −1.
 
         Raises:
             NearestError: bm25s is not installed.
@@ -79,7 +90,7 @@ class Bm25:
         return Neighbours(ids, distances)
 
     def _indexed(self) -> Any:
-        require("bm25s", "retro")
+        require("bm25s", "passages")
         import bm25s
 
         rows = self._database.rows(np.arange(len(self._database)))
@@ -108,24 +119,3 @@ def _score(queries: Any, rows: Any, ids: Any, idf: Any, norms: Any, out: Any) ->
                 if count:
                     total += idf[token] * count / (count + norms[chunk])
             out[q, column] = -total
-
-
-def fused(lists: list[Neighbours], k: int) -> Neighbours:
-    """Reciprocal-rank fusion: each list gives 1 / (60 + rank) to what it found.
-
-    Distances are the sums negated.
-    """
-    ids = np.concatenate([found.ids for found in lists], axis=1)
-    shares = [
-        np.broadcast_to(1.0 / (_RRF + 1 + np.arange(found.ids.shape[1])), found.ids.shape)
-        for found in lists
-    ]
-    weights = np.where(ids >= 0, np.concatenate(shares, axis=1), 0.0)
-    order = np.argsort(ids, axis=1, kind="stable")
-    ids, weights = (np.take_along_axis(array, order, 1) for array in (ids, weights))
-    same = np.diff(ids, axis=1, prepend=-2) == 0
-    for column in range(ids.shape[1] - 1, 0, -1):  # sums gather at the first of equal ids
-        weights[:, column - 1] += np.where(same[:, column], weights[:, column], 0)
-    first = ~same & (ids >= 0)
-    distances = np.where(first, -weights, np.inf).astype(np.float32)
-    return sort_nearest_first(Neighbours(np.where(first, ids, NO_ENTRY), distances), k)

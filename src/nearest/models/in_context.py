@@ -1,0 +1,222 @@
+"""Read a text with passages of a memory before it: in-context retrieval (arXiv:2302.00083).
+
+Every `passage_stride` tokens the passages that are best for the last `query_tokens` of the text are
+put before the window that the model reads. Passages are chosen at multiples of the stride from a
+document's beginning, where a text is scored as where it is written. All else stays as it is without
+them: windows, targets, and the tokens that count as context of a query.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from nearest.corpus.batches import WindowBatch
+from nearest.corpus.tokens import Tokens
+from nearest.corpus.windows import Window, windows
+from nearest.encode.identity import max_positions, reads_sources
+from nearest.encode.layers import LanguageModel
+from nearest.errors import SettingError
+from nearest.memory import Memory
+from nearest.models.scoring import ReadText, ScoredBlock, Scorer
+from nearest.progress import Progress
+from nearest.retrieval.passages import NO_DOCUMENT, Passages
+from nearest.retrieval.settings import Settings
+
+_DOCUMENTS_TOGETHER = 64  # rows of so many are sorted by length, so that little is padding
+
+
+@dataclass(frozen=True, eq=False)
+class PassageChooser:
+    """What stands before a text whenever passages are chosen anew.
+
+    Attributes:
+        passages: of the memory.
+        settings: how many, how long, how often.
+        start_token: of the memory's documents; it comes before the passages.
+    """
+
+    passages: Passages
+    settings: Settings
+    start_token: int
+
+    @classmethod
+    def of(
+        cls, memories: Sequence[Memory], model: LanguageModel, settings: Settings
+    ) -> "PassageChooser":
+        """Cut the memory's documents into passages.
+
+        Raises:
+            SettingError: there are several memories, the model reads texts with an encoder, or its
+                positions do not hold passages and text.
+        """
+        if len(memories) != 1:
+            raise SettingError(
+                f"passages are taken from one memory, and {len(memories)} are given: give one"
+            )
+        if reads_sources(model):
+            raise SettingError(
+                "an encoder–decoder reads its source and no passages: choose another method than "
+                "in-context"
+            )
+        memory, positions = memories[0], max_positions(model)
+        longest = 1 + settings.passages * settings.passage_tokens
+        if positions is not None and longest + settings.passage_stride > positions:
+            raise SettingError(
+                f"{settings.passages} passages of {settings.passage_tokens} tokens, their start "
+                f"token and {settings.passage_stride} tokens of text exceed the model's "
+                f"{positions} positions: give fewer, or shorter ones (--passages, "
+                "--passage-tokens, --passage-stride)"
+            )
+        passages = Passages(memory, settings.passage_tokens)
+        return cls(passages, settings, memory.manifest.model.start_token)
+
+    def chosen_at(self, position: int) -> int:
+        """The position of the last choice of passages for the token after `position`."""
+        return position - position % self.settings.passage_stride
+
+    def before(self, text: Tokens, position: int, without: int = NO_DOCUMENT) -> Tokens:
+        """Start token and passages, the best one last; nothing where none is found.
+
+        Args:
+            text: token ids, the start token first.
+            position: in the text; passages are chosen by the tokens up to here.
+            without: the number of a document of the memory that gives no passages.
+        """
+        query = text[max(1, position + 1 - self.settings.query_tokens) : position + 1]
+        found = self.passages.best(query, self.settings.passages, without)
+        if not found:
+            return np.empty(0, dtype=np.int64)
+        parts = [self.passages.tokens(number) for number in reversed(found)]
+        return np.concatenate([np.array([self.start_token], dtype=np.int64), *parts])
+
+
+class _Row(NamedTuple):
+    """The model reads `front`, then [start, stop) of a sequence, and predicts from `first` on."""
+
+    sequence: int
+    front: Tokens
+    start: int
+    first: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return len(self.front) + self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class PassageScorer:
+    """A text as a `Scorer` reads it, with passages before each window.
+
+    `blocks` are as a Scorer's, and `seconds` of theirs include the choice of passages.
+    """
+
+    scorer: Scorer
+    chooser: PassageChooser
+    memory: Memory
+
+    @classmethod
+    def of(
+        cls, scorer: Scorer | ReadText, memories: Sequence[Memory], settings: Settings
+    ) -> "PassageScorer":
+        """Read the text of another scorer with passages.
+
+        Raises:
+            SettingError: the text was read already, or as for a `PassageChooser`.
+        """
+        if isinstance(scorer, ReadText):
+            raise SettingError(
+                "the text was read already, without passages: give documents, not a ReadText"
+            )
+        chooser = PassageChooser.of(memories, scorer.encoder.model, settings)
+        return cls(scorer, chooser, memories[0])
+
+    def blocks(
+        self, progress: Progress, stage: str, with_view: bool = False
+    ) -> Iterator[ScoredBlock]:
+        """Every prediction of the text exactly once, in its order."""
+        sequences, total, done = self.scorer.text.sequences, self.scorer.text.predictions, 0
+        progress(stage, 0, total)
+        for begun in range(0, len(sequences), _DOCUMENTS_TOGETHER):
+            started = time.perf_counter()
+            numbers = range(begun, min(begun + _DOCUMENTS_TOGETHER, len(sequences)))
+            rows = [row for n in numbers for row in self._rows(n, sequences[n])]
+            choosing, scored = time.perf_counter() - started, []
+            for batch in _batches(rows, sequences, self._budget):
+                scored.append(self.scorer.encoder.score(batch, with_view))
+                done += len(batch.targets)
+                progress(stage, done, total)
+            if scored:
+                yield self.scorer.block(scored, sequences, choosing)
+
+    @property
+    def _budget(self) -> int:
+        return self.scorer.encoder.batch_size * self.scorer.encoder.window
+
+    def _rows(self, number: int, tokens: Tokens) -> Iterator[_Row]:
+        encoder = self.scorer.encoder
+        positions = max_positions(encoder.model)
+        for part in windows(len(tokens), encoder.window, encoder.stride):
+            row: _Row | None = None
+            for first, stop in self._runs(part):
+                at = self.chooser.chosen_at(first)
+                front = self.chooser.before(tokens, at, self._own(number, at))
+                room = stop if positions is None else positions - len(front)
+                start = max(part.start, stop - room)
+                if row is not None and start == row.start and np.array_equal(front, row.front):
+                    row = row._replace(stop=stop)
+                    continue
+                if row is not None:
+                    yield row
+                row = _Row(number, front, start, first, stop)
+            if row is not None:
+                yield row
+
+    def _runs(self, part: Window) -> Iterator[tuple[int, int]]:
+        """What a window predicts, cut where passages are chosen anew."""
+        first, stride = part.first, self.chooser.settings.passage_stride
+        while first < part.stop:
+            stop = min(part.stop, self.chooser.chosen_at(first) + stride)
+            yield first, stop
+            first = stop
+
+    def _own(self, sequence: int, position: int) -> int:
+        """The document of the memory that a position is in itself (leave-one-out)."""
+        if self.scorer.own is None:
+            return NO_DOCUMENT
+        documents, _ = self.scorer.text.places(np.array([sequence]), np.array([position + 1]))
+        entry = int(self.scorer.own[documents[0]])
+        return NO_DOCUMENT if entry < 0 else self.memory.place(entry).document
+
+
+def _batches(
+    rows: Sequence[_Row], sequences: Sequence[Tokens], budget: int
+) -> Iterator[WindowBatch]:
+    """Batches of rows of about one length, each with at most `budget` inputs or a single row."""
+    rows = sorted(rows, key=lambda row: row.length, reverse=True)
+    while rows:
+        count = max(1, budget // rows[0].length)
+        yield _batch(rows[:count], sequences)
+        rows = rows[count:]
+
+
+def _batch(rows: Sequence[_Row], sequences: Sequence[Tokens]) -> WindowBatch:
+    inputs = np.zeros((len(rows), max(row.length for row in rows)), dtype=np.int64)
+    predicts = np.zeros(inputs.shape, dtype=bool)
+    for at, row in enumerate(rows):
+        front, tokens = len(row.front), sequences[row.sequence]
+        inputs[at, :front] = row.front
+        inputs[at, front : row.length] = tokens[row.start : row.stop]
+        predicts[at, front + row.first - row.start : row.length] = True
+    return WindowBatch(
+        inputs,
+        predicts,
+        np.concatenate([np.full(row.stop - row.first, row.sequence) for row in rows]),
+        np.concatenate([np.arange(row.first, row.stop) for row in rows]),
+        np.concatenate(
+            [sequences[row.sequence][row.first + 1 : row.stop + 1] for row in rows]
+        ).astype(np.int64),
+    )

@@ -1,0 +1,263 @@
+"""In-context retrieval: passages of the memory before the text, against plain re-computation."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conftest import make_documents, make_model, make_tokenizer, random_documents
+from nearest import Document, Memory, evaluate, read_text, sweep, tune
+from nearest.corpus.windows import windows
+from nearest.errors import NearestError, SettingError
+from nearest.index.bm25 import K1, B
+from nearest.models.in_context import PassageChooser
+from nearest.retrieval.passages import Passages
+from nearest.retrieval.settings import Settings, method_named, resolve_settings
+from nearest.verbs.generate import generate
+from nearest.verbs.weights import tune_weights
+from oracle import keys_and_logits, knn_lm_log_probs
+
+pytest.importorskip("bm25s")
+TOKENIZER = make_tokenizer()
+SEED = 0
+TEXT = [
+    Document(
+        f"text-{i}", bytes(np.random.default_rng((SEED, i)).integers(33, 127, n).tolist()).decode()
+    )
+    for i, n in enumerate((70, 9))
+]  # such that never are two passages equally good
+TOKENS = [np.array([0, *TOKENIZER(d.text, add_special_tokens=False)["input_ids"]]) for d in TEXT]
+PASSAGES = {"passages": 2, "passage_tokens": 12, "passage_stride": 8, "query_tokens": 10}
+LOOKUP = {"lam": 0.4, "temperature": 30.0}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) -> Memory:
+    return build_memory(model, random_documents())
+
+
+def by_hand(memory: Memory, query: list[int], without: int = -1) -> tuple[list[list[int]], bool]:
+    """The tokens of the two best passages, best first, by BM25's formula; and no ties."""
+    size = PASSAGES["passage_tokens"]
+    passages = []
+    for number in range(memory.documents):
+        tokens = memory.document_tokens(number)[1:].tolist()
+        passages += [(number, tokens[at : at + size]) for at in range(0, len(tokens), size)]
+    mean = sum(len(tokens) for _, tokens in passages) / len(passages)
+    held = Counter(token for _, tokens in passages for token in set(tokens))
+    scores = []
+    for number, tokens in passages:
+        score = 0.0
+        for token in query:
+            idf = math.log1p((len(passages) - held[token] + 0.5) / (held[token] + 0.5))
+            count = tokens.count(token)
+            score += idf * count / (count + K1 * (1 - B + B * len(tokens) / mean))
+        scores.append(-math.inf if number == without else score)
+    best = sorted(range(len(passages)), key=lambda i: -scores[i])[: PASSAGES["passages"] + 1]
+    gaps = [scores[a] - scores[b] for a, b in itertools.pairwise(best)]
+    return [passages[i][1] for i in best[:-1] if scores[i] > 0], min(gaps) > 1e-5
+
+
+def front_of(memory: Memory, tokens: np.ndarray, position: int, without: int = -1) -> list[int]:
+    at = position - position % PASSAGES["passage_stride"]
+    query = tokens[max(1, at + 1 - PASSAGES["query_tokens"]) : at + 1].tolist()
+    if not query:
+        return []
+    found, clear = by_hand(memory, query, without)
+    assert clear, "this text cannot tell which passage is better: take another seed"
+    return [] if not found else [0, *(t for one in reversed(found) for t in one)]
+
+
+def oracle_nll(model: PreTrainedModel, memory: Memory, method: str, window: int) -> np.ndarray:
+    """Summed nll of each document, one position at a time, each with passages of its own."""
+    stride, sums = window // 2, []
+    for tokens in TOKENS:
+        total = 0.0
+        for part in windows(len(tokens), window, stride):
+            for position in range(part.first, part.stop):
+                at = position - position % PASSAGES["passage_stride"]
+                if position in (at, part.first):
+                    front = front_of(memory, tokens, position)
+                stop = min(part.stop, at + PASSAGES["passage_stride"])
+                start = max(part.start, stop - (64 - len(front)))  # of 64 positions
+                inputs = [*front, *tokens[start : position + 1].tolist()]
+                hidden, logits = keys_and_logits(model, torch.tensor(inputs))
+                if method == "knn":
+                    settings = {**LOOKUP, "k": memory.entries}
+                    log_probs = knn_lm_log_probs(memory, hidden[-1:], logits[-1:], **settings)
+                else:
+                    log_probs = torch.log_softmax(logits[-1:].double(), -1).numpy()
+                total -= log_probs[0, tokens[position + 1]]
+        sums.append(total)
+    return np.array(sums)
+
+
+def test_every_log_probability_equals_one_computed_by_hand(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    # All of GPT-2's positions: there passages take the place of the oldest context.
+    window = 64 if model.config.model_type == "gpt2" else 32
+    methods = ["base", "in-context", "in-context+knn"]
+    options: dict[str, Any] = {**PASSAGES, **LOOKUP, "k": memory.entries}
+    base, alone, knn = evaluate(
+        model,
+        memory,
+        TEXT,
+        methods,
+        tokenizer=TOKENIZER,
+        window=window,
+        stride=window // 2,
+        **options,
+    )
+    np.testing.assert_allclose(
+        alone.document_nll, oracle_nll(model, memory, "base", window), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        knn.document_nll, oracle_nll(model, memory, "knn", window), rtol=1e-4
+    )
+    assert abs(alone.nll - base.nll) > 1e-3
+    assert alone.delta_nll == pytest.approx(alone.nll - base.nll)
+    assert alone.added_ms != 0  # it is counted that more is read
+    assert (base.settings_from, base.k) == (None, None)
+
+
+def test_a_text_that_stands_in_the_memory_gives_itself_no_passages(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    chooser = PassageChooser.of([memory], model, Settings(**PASSAGES))
+    own = 3
+    tokens = memory.document_tokens(own).astype(np.int64)
+    position = 16
+    expected = front_of(memory, tokens, position, without=own)
+    assert chooser.before(tokens, position, own).tolist() == expected
+    assert chooser.before(tokens, position).tolist() != expected
+    with_own, without = (
+        evaluate(
+            model, memory, [memory.document(own)], "in-context",
+            tokenizer=TOKENIZER, leave_one_out=one, **PASSAGES,
+        )
+        for one in (False, True)
+    )  # fmt: skip
+    assert with_own.nll != without.nll
+
+
+def test_passages_are_all_of_the_memory(memory: Memory) -> None:
+    passages = Passages(memory, 12)
+    read: dict[int, list[int]] = {number: [] for number in range(memory.documents)}
+    for number in range(len(passages)):
+        read[int(passages.documents[number])] += passages.tokens(number).tolist()
+    assert read == {n: memory.document_tokens(n)[1:].tolist() for n in read}
+    assert passages.best(np.array([], dtype=np.int64), 3) == []
+    assert passages.best(np.array([257]), 3) == []  # no text has this byte
+
+
+def test_greedy_text_is_what_the_passages_make_likeliest(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    prompt = TEXT[0].text[:12]
+    shown: list[str] = []
+    written = generate(
+        model, TOKENIZER, memory, prompt, method="in-context", settings=PASSAGES,
+        max_new_tokens=17, do_sample=False, stream=shown.append, eos_token_id=None,
+    )  # fmt: skip
+    tokens = np.array([0, *TOKENIZER(prompt, add_special_tokens=False)["input_ids"]])
+    expected: list[int] = []
+    chooser = PassageChooser.of([memory], model, Settings(**PASSAGES))
+    for _ in range(17):
+        text = np.array([*tokens, *expected])
+        front = chooser.before(text, chooser.chosen_at(len(text) - 1))
+        inputs = [*front.tolist(), *text.tolist()]
+        _, logits = keys_and_logits(model, torch.tensor(inputs))
+        expected.append(int(logits[-1].argmax()))
+    text = TOKENIZER.decode([*tokens[1:], *expected], skip_special_tokens=True)[len(prompt) :]
+    assert written.text == text
+    assert "".join(shown) == text.rstrip("\ufffd")
+    assert [token.memory_weight for token in written.tokens] == [0.0] * 17
+
+
+def test_a_memory_is_looked_up_beside_the_passages(model: PreTrainedModel, memory: Memory) -> None:
+    """With λ near 1 the nearest entries decide, found by what is read with passages."""
+    options = {**PASSAGES, "lam": 0.999, "temperature": 1e-3, "k": 4}
+    written = generate(
+        model, TOKENIZER, memory, TEXT[0].text[:12], method="in-context+knn", settings=options,
+        max_new_tokens=12, do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    assert len(written.tokens) == 12
+    assert all(token.memory_weight > 0.99 for token in written.tokens)
+    assert all(token.sources for token in written.tokens)
+
+
+def test_settings_are_found_with_passages_and_stored(
+    model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    memory = build_memory(model, make_documents(12, 30))
+    options = {"window": 32, "stride": 16, "tokenizer": TOKENIZER}
+    tuned = tune(model, memory, TEXT, method="in-context+knn", **PASSAGES, **options)
+    settings = resolve_settings("in-context+knn", memory)
+    assert (settings.passages, settings.passage_tokens) == (2, 12)
+    assert settings.lam == tuned.settings.lam
+    scored = evaluate(model, memory, TEXT, "in-context+knn", **options)
+    assert scored.nll == pytest.approx(tuned.nll, rel=1e-5)
+    plain = tune(model, memory, TEXT, method="knn", **options)
+    assert plain.base_nll != pytest.approx(tuned.base_nll, rel=1e-5)  # the model read other text
+    assert memory.settings("knn") != memory.settings("in-context+knn")
+
+
+def test_what_a_method_has(memory: Memory) -> None:
+    assert method_named("in-context").settings == tuple(PASSAGES)
+    assert set(PASSAGES) < set(method_named("in-context+hybrid").settings)
+    assert not set(PASSAGES) & set(method_named("hybrid").settings)
+
+
+def test_refusals(model: PreTrainedModel, memory: Memory, tiny_memory: Memory) -> None:
+    def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+        with pytest.raises(NearestError) as error:
+            call(*arguments, **options)
+        return str(error.value)
+
+    text = {"tokenizer": TOKENIZER}
+    for name in PASSAGES:
+        assert f"{name} must be at least 1" in refused(Settings, **{name: 0})
+        assert "whole number" in refused(Settings, **{name: 1.5})
+        assert "no setting of" in refused(evaluate, model, memory, TEXT, "knn", **{name: 1}, **text)
+    assert "exceed the model's 64 positions" in refused(
+        evaluate, model, memory, TEXT, "in-context", **text
+    )
+    assert "one memory" in refused(
+        evaluate, model, [memory, memory], TEXT, "in-context", **PASSAGES, **text
+    )
+    read = read_text(model, memory, TEXT, **text)
+    assert "read already" in refused(evaluate, model, memory, read, "in-context", **PASSAGES)
+    assert "nothing that tuning finds" in refused(
+        tune, model, memory, TEXT, method="in-context", **text
+    )
+    assert "nearest tune" in refused(
+        evaluate, model, memory, TEXT, "in-context+hybrid", **PASSAGES, **text
+    )
+    assert "--method in-context+hybrid --text" in refused(
+        evaluate, model, memory, TEXT, "in-context+hybrid", **PASSAGES, **text
+    )
+    assert "unknown" in refused(sweep, model, memory, TEXT, ["in-context"], **text)
+    assert "unknown" in refused(
+        tune_weights, model, [memory, memory], TEXT, "in-context+knn", **text
+    )
+    writing = {"method": "in-context", "settings": PASSAGES}
+    assert "num_beams asks for more" in refused(
+        generate, model, TOKENIZER, memory, "the", num_beams=2, **writing
+    )
+    assert "64 positions" in refused(
+        generate, model, TOKENIZER, memory, TEXT[0].text[:40], max_new_tokens=24, **writing
+    )
+    with pytest.raises(SettingError, match="one memory"):
+        generate(model, TOKENIZER, [memory, memory], "the", **writing)
