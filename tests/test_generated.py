@@ -1,7 +1,9 @@
 """Texts that models write, scored: metrics against their packages, texts against `generate`."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from conftest import make_documents, make_model, make_tokenizer
-from nearest import Document, Memory, evaluate_generated
+from nearest import Document, Memory, Settings, evaluate_generated, tune_generated
 from nearest.errors import NearestError
 from nearest.verbs.generate import generate
 from nearest.verbs.text_metrics import Metric, metrics_named, scores_of
@@ -178,6 +180,32 @@ def test_a_causal_model_needs_prompts_and_room() -> None:
         evaluate_generated(model, None, asked, "base", tokenizer=tokenizer)
 
 
+def test_tuning_by_text_finds_what_writes_best(pairs: Any, tmp_path: Path) -> None:
+    """No setting that it tried, nor a step from the best, writes better; evaluation agrees."""
+    memory = Memory.open(shutil.copytree(pairs.memory.path, tmp_path / "m"))
+    options = {"tokenizer": pairs.tokenizer, "max_new_tokens": 20}
+    asked = pairs.documents[:3]
+    tuned = tune_generated(pairs.model, memory, asked, metric="chrf", **options)
+    assert tuned.score == max(score for _, score in tuned.tried) > tuned.base_score
+
+    def chrf(settings: Settings) -> float:
+        (found,) = evaluate_generated(
+            pairs.model, memory, asked, metrics=["chrf"], settings=settings, **options
+        )
+        return found.scores["chrf"].value
+
+    assert chrf(tuned.settings) == pytest.approx(tuned.score)
+    for lam in (0.1, 0.5, 0.9):
+        assert chrf(replace(tuned.settings, lam=lam)) <= tuned.score
+    assert memory.settings_from("knn") == "tuned"
+    assert memory.settings("knn")["lam"] == tuned.settings.lam
+    assert Memory.open(memory.path).settings("knn")["tuned_by"] == "chrf"
+    with pytest.raises(NearestError, match="trained by the texts' probabilities"):
+        tune_generated(pairs.model, memory, asked, method="knn+buckets", **options)
+    with pytest.raises(NearestError, match="choose rouge1 or rouge2 or rougeL"):
+        tune_generated(pairs.model, memory, asked, metric="rouge", **options)
+
+
 def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
     folder = pairs.folder
     pairs.model.save_pretrained(folder / "t5")
@@ -206,6 +234,12 @@ def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
     ):
         refused = invoke("eval", memory, *options, *wrong)
         assert (refused.code, message in refused.err.replace("\n", " ")) == (2, True)
+    by = ["tune", memory, "--text", corpus, "--by", "chrf", "--max-new-tokens", 8, "--k", 4]
+    (tuned,) = json_lines(*by)
+    assert (tuned["k"], tuned["tuned_by"]) == (4, "chrf")
+    assert tuned["tuned_score"] >= tuned["tuned_base_score"]
+    both = invoke(*by, "--leave-one-out")
+    assert (both.code, "--leave-one-out is of texts" in both.err.replace("\n", " ")) == (2, True)
     alone = invoke("eval", memory, "--text", corpus, "--written", written)
     assert (alone.code, "--written is for" in alone.err) == (2, True)
 

@@ -24,4 +24,6 @@ from nearest.verbs.evaluate_generated import GeneratedResult as GeneratedResult
 from nearest.verbs.evaluate_generated import evaluate_generated as evaluate_generated
 from nearest.verbs.sweep import sweep as sweep
 from nearest.verbs.tune import tune as tune
+from nearest.verbs.tune_generated import TunedByText as TunedByText
+from nearest.verbs.tune_generated import tune_generated as tune_generated
 from nearest.verbs.weights import tune_weights as tune_weights

@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from nearest import reports
 from nearest.cli.app import err, out
 from nearest.cli.options import with_commas
-from nearest.errors import NearestError, SettingError
+from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, whole_file
 
 if TYPE_CHECKING:
@@ -42,28 +42,83 @@ class Generating:
         typer.Option(help="Of --generate: JSON Lines file for what each method wrote."),
     ] = None
 
+    def check(self) -> None:
+        """Refuse a place that texts cannot be written to, before anything is computed.
 
-def check_options(generating: Generating, **others: Any) -> None:
-    """Refuse options that mean nothing together, before anything is computed.
-
-    `others` are options, by their name, that only scoring a given text has.
-
-    Raises:
-        SettingError: they contradict each other.
-    """
-    if generating.generate:
-        for name, value in others.items():
-            if value not in (None, False):
-                raise SettingError(
-                    f"--{name.replace('_', '-')} is of texts that are given, and --generate scores "
-                    "what the model writes: leave one of them out"
-                )
-        if generating.written is not None and not generating.written.parent.is_dir():
-            raise NearestError(
-                f"the folder {generating.written.parent} does not exist: make it, or choose another"
+        Raises:
+            NearestError: there is no such folder, or nothing is to be written.
+        """
+        if self.written is None:
+            return
+        if not self.generate:
+            raise SettingError("--written is for what --generate writes: add that, or leave it out")
+        if not self.written.parent.is_dir():
+            raise FolderError(
+                f"the folder {self.written.parent} does not exist: make it, or choose another"
             )
-    elif generating.written is not None:
-        raise SettingError("--written is for what --generate writes: add that, or leave it out")
+
+
+@dataclass(frozen=True)
+class TuningBy:
+    """What settings are judged by."""
+
+    by: Annotated[
+        Literal["nll", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact"],
+        typer.Option(help="Judge settings by the loss of the text, or by what the model writes."),
+    ] = "nll"
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Of --by bleu and its like: most tokens of a text.")
+    ] = 128
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Of --by bleu and its like: beams of beam search.")
+    ] = 1
+
+
+def tune_by(
+    tuning: TuningBy,
+    model: Any,
+    tokenizer: Any,
+    memory: "Memory",
+    texts: "Corpus",
+    method: str,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Tune a method by what the model writes, and print what was found."""
+    from nearest.verbs.tune_generated import tune_generated
+
+    with reports.live_progress(err) as progress:
+        tuned = tune_generated(
+            model,
+            memory,
+            texts,
+            method=method,
+            metric=tuning.by,
+            max_new_tokens=tuning.max_new_tokens,
+            num_beams=tuning.num_beams,
+            tokenizer=tokenizer,
+            progress=progress,
+            **options,
+        )
+    if as_json:
+        typer.echo(json.dumps({"method": method, **tuned.as_json()}))
+        return
+    found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(method).items())
+    out.print(
+        f"{method}: {tuned.metric} {tuned.score:.2f} (base {tuned.base_score:.2f}) of "
+        f"{len(tuned.tried)} settings, with {found}; stored"
+    )
+
+
+def refuse_beside(option: str, **others: Any) -> None:
+    """Refuse options of given texts beside one that lets the model write (SettingError)."""
+    for name, value in others.items():
+        if value not in (None, False, []):
+            raise SettingError(
+                f"--{name.replace('_', '-')} is of texts that are given, and {option} judges what "
+                "the model writes: leave one of them out"
+            )
 
 
 def evaluate_written(

@@ -19,7 +19,13 @@ from nearest.cli.app import (
     say_settings,
     say_what_was_read,
 )
-from nearest.cli.generated import Generating, check_options, evaluate_written
+from nearest.cli.generated import (
+    Generating,
+    TuningBy,
+    evaluate_written,
+    refuse_beside,
+    tune_by,
+)
 from nearest.cli.options import (
     AsJson,
     FileOptions,
@@ -74,6 +80,7 @@ def tune(
             help="Find the weights of this one and the first, each used as tuned; repeatable.",
         ),
     ] = None,
+    tuning: TuningBy,
     reading: Reading,
     files: FileOptions,
     leave_one_out: LeaveOneOut = False,
@@ -82,14 +89,24 @@ def tune(
     """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
 
     k is swept for knn, the length power for suffix, where they are not given. With --gate a gate is
-    trained instead, and the method is then called knn+buckets, suffix+mixture and so on.
+    trained instead, and the method is then called knn+buckets, suffix+mixture and so on. With --by
+    bleu, chrf … what the model writes for each source decides, and not the text's probability.
     """
     quiet_libraries()
     from nearest.verbs.tune import tune as tune_memory
 
     name = method if gate == "none" or method.endswith("hybrid") else f"{method}+{gate}"
+    by_text = tuning.by != "nll"
+    if by_text:
+        windows = {"window": reading.window, "stride": reading.stride}
+        refuse_beside(f"--by {tuning.by}", leave_one_out=leave_one_out, memory=more, **windows)
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
+    if by_text:
+        options = {"batch_size": reading.batch_size, "force": reading.force, **vars(settings)}
+        tune_by(tuning, loaded, tokenizer, opened, texts, name, options, as_json=as_json)
+        say_what_was_read(texts)
+        return
     if more:
         if gate != "none" or leave_one_out:
             raise NearestError(
@@ -183,15 +200,17 @@ def evaluate(
     quiet_libraries()
     from nearest.verbs.evaluate import evaluate as evaluate_memory
 
-    check_options(
-        generating,
-        score_eos=score_eos,
-        leave_one_out=leave_one_out,
-        stream=stream,
-        records=records,
-        window=reading.window,
-        stride=reading.stride,
-    )
+    generating.check()
+    if generating.generate:
+        refuse_beside(
+            "--generate",
+            score_eos=score_eos,
+            leave_one_out=leave_one_out,
+            stream=stream,
+            records=records,
+            window=reading.window,
+            stride=reading.stride,
+        )
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     memories, methods = opened_beside(opened, beside), with_commas(method)

@@ -138,7 +138,19 @@ def tune(
     return tuned
 
 
-def store_tuned(memory: Memory, tuned: Tuned | TunedGate) -> None:
+@runtime_checkable
+class Found(Protocol):
+    """What tuning finds, whatever it goes by."""
+
+    @property
+    def method(self) -> str:
+        """The method that it is for."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as it is stored in the memory."""
+
+
+def store_tuned(memory: Memory, tuned: Found) -> None:
     """Write what was tuned into the memory's folder; `memory` takes it over.
 
     Raises:
