@@ -156,6 +156,7 @@ def test_a_causal_model_continues_its_prompts() -> None:
         ({"metrics": []}, "at least one metric"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"method": "magic"}, "'magic' is unknown"),
+        ({"method": "in-context+knn"}, "one text at a time"),
         ({"method": ["knn", "knn"]}, "each only once"),
         ({"method": "base", "lam": 0.5}, "the base model has none"),
         ({"documents": []}, "no documents"),

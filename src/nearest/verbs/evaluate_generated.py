@@ -6,10 +6,11 @@ from typing import Any
 
 from nearest.corpus.incoming import Documents
 from nearest.encode.identity import AnyModel, bare_model
+from nearest.errors import SettingError
 from nearest.models.scoring import own_tokenizer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
-from nearest.retrieval.settings import BASE, Settings, check_methods, settings_of
+from nearest.retrieval.settings import BASE, Settings, check_methods, method_named, settings_of
 from nearest.store.tuned import SettingsFrom
 from nearest.verbs.results import data_frame
 from nearest.verbs.text_metrics import Score, metrics_named, scores_of
@@ -111,6 +112,12 @@ def evaluate_generated(
     methods = [method] if isinstance(method, str) else list(method)
     chosen, memories = metrics_named(metrics), memories_of(memory)
     check_methods(methods, given, has_memory=bool(memories))
+    for name in methods:
+        if name != BASE and method_named(name).in_context:
+            raise SettingError(
+                f"{name} reads passages for one text at a time, and texts are written in batches "
+                "here: leave it out"
+            )
     model = bare_model(model)
     tokenizer = tokenizer or own_tokenizer(model)
     pairs = read_pairs(model, tokenizer, documents)
