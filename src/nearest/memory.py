@@ -21,7 +21,7 @@ from nearest.store.manifest import read_manifest
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.index import IndexChoice
 from nearest.store.searched import SearchedSnapshot
-from nearest.store.snapshot import Snapshot
+from nearest.store.snapshot import Snapshot, open_snapshot
 from nearest.store.verify import verify
 
 if TYPE_CHECKING:
@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 class Memory(SearchedSnapshot):
     """A snapshot of a memory folder, what was tuned for it, and the changes that follow it."""
 
-    def __init__(self, snapshot: Snapshot, search_on: SearchOn = "cpu") -> None:
-        super().__init__(snapshot, search_on)
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        search_on: SearchOn = "cpu",
+        known: SearchedSnapshot | None = None,
+    ) -> None:
+        super().__init__(snapshot, search_on, known)
         self._gates = open_gates(self.path, self.manifest)
 
     @classmethod
@@ -178,10 +183,11 @@ class Memory(SearchedSnapshot):
     def refresh(self) -> "Memory":
         """The present snapshot: this memory itself, unless a writer has published another.
 
-        This one stays what it was; entry ids of one mean nothing in the other.
+        This one stays what it was; entry ids of one mean nothing in the other. What both hold, both
+        share.
         """
         moved = read_manifest(self.path).version != self.manifest.version
-        return Memory.open(self.path, self.search_on) if moved else self
+        return Memory(open_snapshot(self.path, self), self.search_on, self) if moved else self
 
     def take_over_settings(self) -> None:
         """Take over the settings and gates in the folder; all else stays as it was opened."""

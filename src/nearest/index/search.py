@@ -1,15 +1,17 @@
 """The one way to search: over one or more backends, among alive entries.
 
-A backend finds the k nearest entries by its own codes. The searcher fetches more than k, drops
-dead entries, re-ranks the rest by the stored keys, and keeps the k nearest. Ties are broken by the
-random order of ids, so that a prediction depends on its prefix alone: not on its batch, and not on
-where a document stands in the corpus.
+A backend finds entries near to a query by its own codes. The searcher takes the nearest alive ones
+of each, re-ranks them by the stored keys, and keeps the k nearest. Ties are broken by the random
+order of ids, so that a prediction depends on its prefix alone: not on its batch, and not on where a
+document stands in the corpus.
 
-For scans that rule is exact. For inverted lists and graphs it holds among the entries they find:
-the searcher fetches more, up to MOST_TIED, while tied entries may be missing.
+Entries of one code are taken all or none: of more than are wanted, those as far as the last are
+left out, and more are fetched where too few are left, up to MOST_TIED. What is found so depends on
+neither the order in which a backend finds ties, nor on how its entries are divided among several
+(of memory, or of machines): `found_nearest` is the same for a searcher and for shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -27,7 +29,7 @@ from nearest.index.neighbours import (
 )
 
 MOST_TIED = 1 << 16  # entries fetched for a query whose last place is tied
-_SPARE = 16  # entries fetched beyond those wanted, if some are dead
+_SPARE = 16  # entries fetched beyond those wanted, since those as far as the last are left out
 _MORE = 4  # times as many are fetched if there were too few
 
 By = Literal["keys", "index"]
@@ -65,6 +67,37 @@ class Searched:
     owned: tuple[tuple[int, int], ...] = ()
 
 
+class Group(NamedTuple):
+    """What `found_nearest` knows of a backend, be it here or divided among machines.
+
+    Attributes:
+        entries: number of its alive entries.
+        margin: entries fetched beyond k.
+        exact: whether its codes are the keys.
+        most: how many it can find at once.
+    """
+
+    entries: int
+    margin: int
+    exact: bool
+    most: int
+
+
+class Fetched(NamedTuple):
+    """The alive entries of a group that are nearest to each query by its codes, in any order.
+
+    There are as many as were wanted, or all that its searches find. Missing ones have id -1 and
+    distances +inf.
+    """
+
+    ids: Int[np.ndarray, "q found"]
+    codes: Float[np.ndarray, "q found"]  # distances by the codes
+    distances: Float[np.ndarray, "q found"]  # those to rank by
+
+
+Fetch = Callable[[Float[np.ndarray, "q dim"], Sequence[int]], Sequence[Fetched]]
+
+
 class Searcher:
     """Search several backends as one."""
 
@@ -81,6 +114,14 @@ class Searcher:
         # Fetching by the share of alive entries, few queries need a second search.
         self._share = 1.0 if alive is None else max(0.5, float(alive.mean()))
 
+    @property
+    def groups(self) -> list[Group]:
+        """The backends, as `found_nearest` goes by them."""
+        return [
+            Group(one.entries, one.margin, one.backend.exact, one.backend.most)
+            for one in self.searched
+        ]
+
     def search(
         self,
         queries: Float[np.ndarray, "q dim"],
@@ -95,29 +136,35 @@ class Searcher:
         Args:
             queries: float32, as keys are stored.
             k: number of neighbours.
-            by: rank by the stored "keys", or by the codes of the "index"; ties for the last place
-                are then broken by the backend.
+            by: rank by the stored "keys", or by the codes of the "index".
             rerank: re-rank at least so many entries, or k and the margin if these are more.
             ordered: nearest first. Otherwise in any order, which is quicker.
 
         Raises:
             SettingError: a backend cannot find k at once.
         """
-        for one in self.searched:
-            if one.backend.most < min(k, one.entries):
-                raise SettingError(
-                    f"{k:,} neighbours were asked for, and on a GPU FAISS finds "
-                    f"{one.backend.most:,} in lists: ask for fewer, or search on the CPU"
-                )
-        k = min(k, sum(one.entries for one in self.searched))
-        if k == 0:
-            return Neighbours.none(len(queries))
-        return self._search(queries, k, by, rerank, ordered, 1)
+
+        def fetch(some: Float[np.ndarray, "q dim"], wanted: Sequence[int]) -> Sequence[Fetched]:
+            return self.fetch(some, wanted, by)
+
+        return found_nearest(self.groups, fetch, queries, k, by, rerank, ordered=ordered)
+
+    def fetch(
+        self, queries: Float[np.ndarray, "q dim"], wanted: Sequence[int], by: By
+    ) -> list[Fetched]:
+        """So many alive entries of each backend, with their distances."""
+        answers = []
+        for one, many in zip(self.searched, wanted, strict=True):
+            ids, codes = self._nearest_alive(one, queries, many)
+            by_codes = by == "index" or one.backend.exact
+            distances = codes if by_codes else self._keys.distances(queries, ids)
+            answers.append(Fetched(ids, codes, distances))
+        return answers
 
     def distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
     ) -> Float[np.ndarray, "q k"]:
-        """Distances of query i to ids[i, j] by the codes of the index that holds it; +inf for -1.
+        """Distance of query i to ids[i, j] by the codes of the index that holds it; +inf for -1.
 
         Raises:
             SettingError: an index cannot measure chosen entries.
@@ -131,94 +178,86 @@ class Searcher:
             np.minimum(distances, measured, out=distances)
         return distances
 
-    def _search(
-        self,
-        queries: Float[np.ndarray, "q dim"],
-        k: int,
-        by: By,
-        rerank: int,
-        ordered: bool,
-        times: int,
+    def _nearest_alive(
+        self, one: Searched, queries: Float[np.ndarray, "q dim"], wanted: int, times: int = 1
     ) -> Neighbours:
-        """Fetch `times` as many entries as are wanted, and more for those queries that need it."""
-        answers = [
-            self._fetch(one, queries, k if by == "index" else max(k + one.margin, rerank), times)
-            for one in self.searched
-        ]
-        ids, distances = (
-            np.concatenate(arrays, axis=1)
-            for arrays in zip(*(answer.found for answer in answers), strict=True)
-        )
-        by_keys = by == "keys" and not all(one.backend.exact for one in self.searched)
-        if by_keys:
-            distances = self._keys.distances(queries, ids)
-        found = Neighbours(ids, distances)
-        nearest = (sort_nearest_first if ordered else take_nearest)(found, k)
-        unsure = np.logical_or.reduce([answer.short for answer in answers])
-        if by_keys and ids.shape[1] > k:
-            unsure |= _may_miss_ties(answers, distances, nearest.distances)
-        if unsure.any():
-            rows = np.flatnonzero(unsure)
-            wider = self._search(queries[rows], k, by, rerank, ordered, _MORE * times)
-            nearest.ids[rows], nearest.distances[rows] = wider
-        return nearest
-
-    def _fetch(
-        self, one: Searched, queries: Float[np.ndarray, "q dim"], wanted: int, times: int
-    ) -> "_Answer":
+        """The `wanted` nearest alive entries of a backend, or all that it finds."""
         backend = one.backend
-        if backend.exact:
-            found = backend.search(queries, min(wanted, one.entries))
-            nothing = np.zeros(len(queries), dtype=bool)
-            return _Answer(found, nothing, nothing)
         most = min(backend.most, backend.entries)
-        wanted = min(wanted, one.entries, most)
-        spare = 0 if self._alive is None else int(wanted / self._share) - wanted + _SPARE
-        fetched = min(times * (wanted + spare), most)
-        found = backend.search(queries, fetched)
+        if backend.exact or self._alive is None:
+            return backend.search(queries, min(wanted, most))
+        fetched = min(times * (int(wanted / self._share) + _SPARE), most)
+        ids, codes = backend.search(queries, fetched)
         # An id of -1 says that the backend has no more entries, at least in the lists it probes.
-        more = np.asarray((found.ids >= 0).all(axis=1))
-        if fetched == most:
-            more = np.zeros_like(more)
-        short = np.zeros(len(queries), dtype=bool)
-        if self._alive is not None:
-            alive = (found.ids >= 0) & self._alive[found.ids]
-            short = more & (alive.sum(axis=1) < wanted)
-            found = Neighbours(
-                np.where(alive, found.ids, NO_ENTRY),
-                np.where(alive, found.distances, np.float32(np.inf)),
-            )
-        if fetched >= MOST_TIED:
-            more = np.zeros_like(more)
-        return _Answer(found, short, more)
+        more = np.asarray((ids >= 0).all(axis=1)) & (fetched < most)
+        alive = (ids >= 0) & self._alive[ids]
+        rank = np.cumsum(alive, axis=1)
+        taken = alive & (rank <= wanted)
+        found = Neighbours(
+            np.where(taken, ids, NO_ENTRY), np.where(taken, codes, np.float32(np.inf))
+        )
+        short = np.flatnonzero(more & (rank[:, -1] < wanted))
+        if not len(short):
+            return found
+        wider = self._nearest_alive(one, queries[short], wanted, _MORE * times)
+        found = found.padded(max(fetched, wider.ids.shape[1]))
+        found.ids[short], found.distances[short] = wider.padded(found.ids.shape[1])
+        return found
 
 
-class _Answer(NamedTuple):
-    """The alive entries that a backend found, with its own distances."""
+def found_nearest(
+    groups: Sequence[Group],
+    fetch: Fetch,
+    queries: Float[np.ndarray, "q dim"],
+    k: int,
+    by: By = "keys",
+    rerank: int = 0,
+    *,
+    ordered: bool = True,
+    times: int = 1,
+) -> Neighbours:
+    """The k nearest entries of all groups, as `Searcher.search` describes it.
 
-    found: Neighbours
-    short: Bool[np.ndarray, " q"]  # fewer than wanted, and there are more
-    more: Bool[np.ndarray, " q"]  # there are more, should ties ask for them
-
-
-def _may_miss_ties(
-    answers: Sequence[_Answer],
-    distances: Float[np.ndarray, "q found"],
-    nearest: Float[np.ndarray, "q k"],
-) -> Bool[np.ndarray, " q"]:
-    """Queries whose last place is tied with an entry that is among the farthest by its codes.
-
-    Equal keys have equal codes, so the backend may have missed others like it.
+    Args:
+        groups: what is searched.
+        fetch: finds so many entries of each group.
+        queries, k, by, rerank, ordered: as in `Searcher.search`.
+        times: as many are fetched as are wanted.
     """
-    farthest = nearest.max(axis=1, keepdims=True)
-    tied = (distances == farthest).sum(axis=1) > (nearest == farthest).sum(axis=1)
-    missed = np.zeros(len(distances), dtype=bool)
-    for row in np.flatnonzero(tied & np.isfinite(farthest[:, 0])):
-        start = 0
-        for answer in answers:
-            codes = answer.found.distances[row]
-            ties = distances[row, start : start + len(codes)] == farthest[row]
-            start += len(codes)
-            last = codes.max(initial=-np.inf, where=np.isfinite(codes))
-            missed[row] |= bool(answer.more[row] and (codes[ties] == last).any())
-    return missed
+    for one in groups:
+        if one.most < min(k, one.entries):
+            raise SettingError(
+                f"{k:,} neighbours were asked for, and on a GPU FAISS finds {one.most:,} in lists: "
+                "ask for fewer, or search on the CPU"
+            )
+    k = min(k, sum(one.entries for one in groups))
+    if k == 0:
+        return Neighbours.none(len(queries))
+    rough = [k if by == "index" else max(k + one.margin, rerank) for one in groups]
+    wanted = [
+        min(k, one.entries) if one.exact else min(times * many + _SPARE, one.entries, one.most)
+        for one, many in zip(groups, rough, strict=True)
+    ]
+    parts, unsure = [], np.zeros(len(queries), dtype=bool)
+    for one, many, asked, found in zip(groups, rough, wanted, fetch(queries, wanted), strict=True):
+        taken = found.ids >= 0
+        if not one.exact and asked < min(one.entries, one.most, MOST_TIED):
+            full = np.asarray(taken.sum(axis=1) >= asked)
+            last = found.codes.max(axis=1, initial=-np.inf, where=taken)
+            taken &= (found.codes < last[:, None]) | ~full[:, None]
+            # Half of the margin may be lost to ties.
+            unsure |= full & (taken.sum(axis=1) < min(k + (many - k) // 2, one.entries))
+        parts.append(
+            Neighbours(
+                np.where(taken, found.ids, NO_ENTRY),
+                np.where(taken, found.distances, np.float32(np.inf)),
+            )
+        )
+    every = Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+    nearest = (sort_nearest_first if ordered else take_nearest)(every, k)
+    if unsure.any():
+        rows, wider_by = np.flatnonzero(unsure), _MORE * times
+        nearest.ids[rows], nearest.distances[rows] = found_nearest(
+            groups, fetch, queries[rows], k, by, rerank, ordered=ordered, times=wider_by
+        )
+    return nearest

@@ -4,19 +4,14 @@ A request keeps the memories that it began with; writers that publish a new vers
 that is under way. Requests that ask for the same share one `Ensemble`, and with it their searches.
 """
 
-import copy
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
-
-import numpy as np
-from msgspec import structs
 
 from nearest.corpus.documents import Document
 from nearest.errors import NearestError, RemoteError, SettingError
@@ -27,8 +22,8 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
 from nearest.serve.errors import ApiError
 from nearest.serve.schema import NearestOptions
-from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
+from nearest.store.stored_ids import StoredIds
 
 _KEPT_ENSEMBLES = 64
 _KEPT_DOCUMENTS = 4096
@@ -101,7 +96,9 @@ class Library:
         self._settings = dict(settings)
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
         self._documents: WeakKeyDictionary[Memory, dict[int, Document]] = WeakKeyDictionary()
+        self._ids: WeakKeyDictionary[Memory, StoredIds] = WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._refreshing = {name: threading.Lock() for name in self._memories}
         self.retrieval(
             method, None
         )  # refuses settings that make no sense before anything is served
@@ -126,13 +123,31 @@ class Library:
                     param=param,
                 )
             stamp = _stamp(memory)
-            if stamp != self._stamps[name]:
-                try:
-                    memory = memory.refresh()
-                except RemoteError:  # look-ups say so; what is here needs none
-                    return memory
-                self._use(name, memory, stamp)
+            if stamp == self._stamps[name]:
+                return memory
+        # One at a time, and nobody waits for a server elsewhere but the one who asks it.
+        elsewhere = isinstance(memory, RemoteMemory)
+        if not self._refreshing[name].acquire(blocking=not elsewhere):
             return memory
+        try:
+            return self._refreshed(name, stamp)
+        finally:
+            self._refreshing[name].release()
+
+    def _refreshed(self, name: str, stamp: tuple[int, ...]) -> Memory:
+        with self._lock:
+            memory = self._memories[name]
+            if stamp == self._stamps[name]:  # another has done it meanwhile
+                return memory
+        try:
+            fresh = memory.refresh()
+        except RemoteError:  # look-ups say so; what is here needs none
+            return memory
+        with self._lock:
+            if self._memories[name] is not memory:  # a change was made here meanwhile
+                return self._memories[name]
+            self._use(name, fresh, stamp)
+            return fresh
 
     def take_over(self, name: str, memory: Memory) -> None:
         """Use a version that was made here from now on, with its index read before anyone waits."""
@@ -221,13 +236,14 @@ class Library:
         """The number of the document with this id; None where there is none."""
         if isinstance(memory, RemoteMemory):
             return memory.number_of(document_id)
-        first = 0
-        for segment in memory.segments:
-            stored = segment.find(document_id)
-            if stored is not None:
-                return first + int(np.searchsorted(segment.numbers, stored))
-            first += len(segment.numbers)
-        return None
+        (found,) = self._stored_ids(memory).find([document_id])
+        return None if found is None else memory.number_at(found.segment, found.number)
+
+    def _stored_ids(self, memory: Memory) -> StoredIds:
+        with self._lock:
+            if (ids := self._ids.get(memory)) is None:
+                ids = self._ids[memory] = StoredIds(memory)
+            return ids
 
     def _without(self, memory: Memory, name: str, ids: Sequence[str]) -> Memory:
         """A memory as it would be without some documents; nothing is written."""
@@ -239,21 +255,23 @@ class Library:
                 f"memory {name!r} is held by another server, so that no document can be left out",
                 param="nearest.without",
             )
-        found = {one: [segment.find(one) for segment in memory.segments] for one in ids}
-        for one, numbers in found.items():
-            if all(number is None for number in numbers):
+        hidden: list[list[int]] = [[] for _ in memory.segments]
+        for one, stored in zip(ids, self._stored_ids(memory).find(ids), strict=True):
+            if stored is None:
                 raise ApiError(
                     400, f"memory {name!r} has no document {one!r}", param="nearest.without"
                 )
+            hidden[stored.segment].append(stored.number)
         if len(ids) >= memory.documents:
             raise ApiError(
                 400, f"nothing of memory {name!r} would be left", param="nearest.without"
             )
         segments = [
-            _hidden(segment, [n for numbers in found.values() if (n := numbers[at]) is not None])
-            for at, segment in enumerate(memory.segments)
+            segment.without(numbers) if numbers else segment
+            for segment, numbers in zip(memory.segments, hidden, strict=True)
         ]
-        return Memory(Snapshot(memory.path, memory.manifest, segments), memory.search_on)
+        without = Snapshot(memory.path, memory.manifest, segments)
+        return Memory(without, memory.search_on, memory)
 
     def _can(self, method: str) -> bool:
         try:
@@ -323,18 +341,3 @@ def _stamp(memory: Memory) -> tuple[int, ...]:
         return (int(time.monotonic() / _ASKED_EVERY),)
     status = (memory.path / "manifest.json").stat()
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _hidden(segment: Segment, numbers: list[int]) -> Segment:
-    """A segment as if some of its documents had been removed; what is stored is shared."""
-    if not numbers:
-        return segment
-    hidden = copy.copy(segment)
-    for name in [*vars(hidden)]:
-        derived = isinstance(getattr(Segment, name, None), cached_property)
-        if derived and not name.startswith("stored_") and name not in ("tokens", "offsets"):
-            del vars(hidden)[name]
-    removed = np.union1d(segment.removed, np.array(numbers, dtype=segment.removed.dtype))
-    vars(hidden)["removed"] = removed
-    hidden.record = structs.replace(segment.record, removed=len(removed))
-    return hidden

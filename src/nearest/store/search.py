@@ -1,6 +1,6 @@
 """The searcher of a memory: over the indexes of its segments, those that can be as one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +11,29 @@ from nearest.index.exact import ExactIndex
 from nearest.index.gpu import GpuScan, SearchOn
 from nearest.index.keys import Keys
 from nearest.index.search import Backend, Searched, Searcher
+from nearest.index.together import TogetherIndex
 from nearest.store.manifest import IndexRecord
 
 if TYPE_CHECKING:
     from nearest.store.segment import Segment
 
+    _Located = tuple[Segment, int]
 
-def searcher_of(segments: "Sequence[Segment]", keys: Keys, search_on: SearchOn = "cpu") -> Searcher:
+_REST = 4  # times as large as what is searched beside it, an index that is held must be
+
+
+Filled = tuple[tuple[str, int | None, int], ...]
+"""Of the segments whose indexes were joined: each one's checksum, nprobe and first id."""
+Held = Mapping[Filled, ApproximateIndex]
+"""Indexes in RAM."""
+
+
+def searcher_of(
+    segments: "Sequence[Segment]",
+    keys: Keys,
+    search_on: SearchOn = "cpu",
+    held: "Held | None" = None,
+) -> tuple[Searcher, Held]:
     """Read the indexes of segments, and join those that were filled from the same trained one.
 
     All segments that are scanned are scanned together. A memory that has grown by many additions
@@ -28,6 +44,11 @@ def searcher_of(segments: "Sequence[Segment]", keys: Keys, search_on: SearchOn =
         keys: of all of them.
         search_on: where. Indexes that FAISS does not search on GPUs, as those that `auto` builds,
             give way there to a scan of all keys, which is exact.
+        held: indexes that an earlier snapshot has in RAM; they are used where they hold most of
+            the entries of one that is searched.
+
+    Returns:
+        The searcher, and the indexes that it holds.
 
     Raises:
         SettingError: the GPU has no room.
@@ -42,26 +63,27 @@ def searcher_of(segments: "Sequence[Segment]", keys: Keys, search_on: SearchOn =
     alive = None
     if any(len(segment.removed) for segment in segments):
         alive = np.concatenate([segment.alive for segment in segments])
-    return Searcher(
-        [_searched(segments, numbers, bounds, keys, search_on) for numbers in together.values()],
-        keys,
-        alive,
-    )
+    parts: dict[Filled, ApproximateIndex] = {}
+    searched = [
+        _searched([(segments[n], bounds[n]) for n in numbers], keys, search_on, held or {}, parts)
+        for numbers in together.values()
+    ]
+    return Searcher(searched, keys, alive), parts
 
 
 def _searched(
-    segments: "Sequence[Segment]",
-    numbers: list[int],
-    bounds: list[int],
+    some: "Sequence[_Located]",
     keys: Keys,
     search_on: SearchOn,
+    held: Held,
+    parts: dict[Filled, ApproximateIndex],
 ) -> Searched:
-    some = [(segments[number], bounds[number]) for number in numbers]
     backend: Backend | None = None
     if some[0][0].has_index:
-        whole = joined([(segment.read_index(), first) for segment, first in some])
-        index = ApproximateIndex(whole, keys.metric, _records(some)[0].nprobe)
-        backend = index if search_on == "cpu" else index.on_gpu()
+        if search_on == "cpu":
+            backend = _on_cpu(some, keys, held, parts)
+        else:
+            backend = _joined(some, keys).on_gpu()
     if backend is None:
         ids = np.concatenate([segment.searched + first for segment, first in some])
         backend = (ExactIndex if search_on == "cpu" else GpuScan)(keys, ids)
@@ -69,9 +91,37 @@ def _searched(
         backend,
         sum(segment.searched_count for segment, _ in some),
         max(record.margin for record in _records(some)),
-        tuple((bounds[number], bounds[number + 1]) for number in numbers),
+        tuple((first, first + segment.record.tokens) for segment, first in some),
     )
 
 
-def _records(some: "Iterable[tuple[Segment, int]]") -> list[IndexRecord]:
+def _on_cpu(
+    some: "Sequence[_Located]", keys: Keys, held: Held, parts: dict[Filled, ApproximateIndex]
+) -> Backend:
+    """The joined index; beside one that is held and has most of the entries, the rest alone."""
+    filled = tuple(
+        (record.file.sha256, record.nprobe, first)
+        for record, (_, first) in zip(_records(some), some, strict=True)
+        if record.file is not None
+    )
+    for known in sorted(held, key=len, reverse=True):
+        most = held[known]
+        if filled[: len(known)] == known:
+            rest = some[len(known) :]
+            if _REST * sum(record.entries for record in _records(rest)) > most.entries:
+                continue
+            parts[known] = most
+            if not rest:
+                return most
+            return TogetherIndex([most, _joined(rest, keys)], [some[0][1], rest[0][1]])
+    parts[filled] = whole = _joined(some, keys)
+    return whole
+
+
+def _joined(some: "Sequence[_Located]", keys: Keys) -> ApproximateIndex:
+    whole = joined([(segment.read_index(), first) for segment, first in some])
+    return ApproximateIndex(whole, keys.metric, _records(some)[0].nprobe)
+
+
+def _records(some: "Iterable[_Located]") -> list[IndexRecord]:
     return [one.record.index for one, _ in some if one.record.index is not None]

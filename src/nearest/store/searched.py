@@ -11,7 +11,7 @@ from nearest.index.gpu import SearchOn
 from nearest.index.neighbours import Neighbours
 from nearest.index.search import By, Searcher
 from nearest.store.parts.keys import open_projection
-from nearest.store.search import searcher_of
+from nearest.store.search import Held, searcher_of
 from nearest.store.snapshot import Snapshot
 
 DISTANCES = get_args(By)
@@ -20,9 +20,22 @@ DISTANCES = get_args(By)
 class SearchedSnapshot(Snapshot):
     """Entries are found by their keys; indexes are read at the first search."""
 
-    def __init__(self, snapshot: Snapshot, search_on: SearchOn = "cpu") -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        search_on: SearchOn = "cpu",
+        known: "SearchedSnapshot | None" = None,
+    ) -> None:
+        """Search a snapshot; indexes that `known` has read are shared as far as they are the same.
+
+        Args:
+            snapshot: what is searched.
+            search_on: where.
+            known: an earlier snapshot of the same memory.
+        """
         super().__init__(snapshot.path, snapshot.manifest, snapshot.segments)
         self.search_on = search_on
+        self._held: Held = {} if known is None else known._held
         self._reading = Lock()
         self._searcher: Searcher | None = None
         self._projection = open_projection(self.path, self.manifest.keys)
@@ -68,7 +81,9 @@ class SearchedSnapshot(Snapshot):
         """The searcher of the whole memory; indexes are read at first use, by one thread."""
         with self._reading:
             if self._searcher is None:
-                self._searcher = searcher_of(self.segments, self.keys, self.search_on)
+                self._searcher, self._held = searcher_of(
+                    self.segments, self.keys, self.search_on, self._held
+                )
             return self._searcher
 
     def key_distances(

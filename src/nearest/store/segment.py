@@ -1,6 +1,8 @@
 """A segment of a memory, opened for reading: a shard of the corpus with its index structures."""
 
+import copy
 import weakref
+from collections.abc import Iterable
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
@@ -8,24 +10,36 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
+from msgspec import structs
 
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
+from nearest.folder import open_array
 from nearest.index.approximate import read_index
 from nearest.index.clusters import NO_CLUSTER, Clusters
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import Keys, MergedKeys
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.search import Searcher
+from nearest.index.suffix import SuffixArray
 from nearest.store.documents import DocumentReader
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
 from nearest.store.parts.chunks import INDEX, open_vectors
 from nearest.store.parts.clusters import open_clusters
-from nearest.store.parts.corpus import StoredSources, open_corpus, valued_entries
+from nearest.store.parts.corpus import (
+    OFFSET_DTYPE,
+    StoredSources,
+    open_corpus,
+    valued_entries,
+)
 from nearest.store.parts.keys import Merged, open_keys, open_merged, stored_format
-from nearest.store.parts.suffix import open_suffixes
+from nearest.store.parts.suffix import open_suffixes, suffix_array
 from nearest.store.search import searcher_of
+
+
+class _Held:
+    """Stays as long as a segment or a copy of it does; then its files are closed."""
 
 
 class Segment:
@@ -46,10 +60,12 @@ class Segment:
     def __init__(self, folder: Path, manifest: Manifest, record: SegmentRecord) -> None:
         self.record = record
         self._folder = folder
+        self._held = _Held()
         self._vocab_size = manifest.model.vocab_size
         self._source_vocab_size = manifest.model.source_vocab_size
         self._keys: Keys | None = None
         self._merged: Merged | None = None
+        self._suffix_array: SuffixArray | None = None
         self.paths = {name: folder / file.path for name, file in record.files.items()}
         paths = self.paths
         try:
@@ -85,10 +101,41 @@ class Segment:
         return open_keys(self.paths, form, keys.stored_dim, record.kept, keys.metric)
 
     def _held_open(self, path: Path) -> BufferedReader:
-        """Open a file for as long as this segment lives."""
+        """Open a file for as long as this segment lives, or another that shares what is stored."""
         file = path.open("rb")
-        weakref.finalize(self, file.close)
+        weakref.finalize(self._held, file.close)
         return file
+
+    def with_record(self, record: SegmentRecord) -> "Segment":
+        """The segment as another snapshot has it: itself, or with other documents removed.
+
+        What is stored is shared. The record may differ in what is removed alone (`same_stored`).
+        """
+        if record == self.record:
+            return self
+        removed = np.empty(0, OFFSET_DTYPE)
+        if record.removed:
+            path = self._folder / record.files["removed"].path
+            removed = open_array(path, OFFSET_DTYPE, (record.removed,))
+        return self._with_removed(removed, record)
+
+    def without(self, numbers: Iterable[int]) -> "Segment":
+        """The segment as if some more of its documents, by stored number, had been removed."""
+        removed = np.union1d(self.removed, np.fromiter(numbers, OFFSET_DTYPE))
+        return self._with_removed(removed, structs.replace(self.record, removed=len(removed)))
+
+    def _with_removed(
+        self, removed: Int[np.ndarray, " removed"], record: SegmentRecord
+    ) -> "Segment":
+        other = copy.copy(self)
+        for name in [*vars(other)]:
+            derived = isinstance(getattr(Segment, name, None), cached_property)
+            if derived and name not in _OF_WHAT_IS_STORED:
+                del vars(other)[name]
+        other._removed, other.record = removed, record
+        other.paths = {name: self._folder / file.path for name, file in record.files.items()}
+        other._suffix_array = None
+        return other
 
     # --- as stored; ranges are checked at the first use, because compiled kernels do not ----------
 
@@ -212,6 +259,13 @@ class Segment:
 
     # --- access paths -----------------------------------------------------------------------------
 
+    def suffix_array(self, first: int) -> SuffixArray:
+        """The suffix array to search, with ids that count from `first`; the last one is kept."""
+        found = self._suffix_array
+        if found is None or found.first != first:
+            self._suffix_array = found = suffix_array(self, first)
+        return found
+
     @cached_property
     def merged(self) -> Merged | None:
         """Which entries share a key; None where each has its own."""
@@ -266,7 +320,7 @@ class Segment:
     @cached_property
     def searcher(self) -> Searcher:
         """The searcher of this segment alone, for merging entries and for `verify`."""
-        return searcher_of([self], self.keys)
+        return searcher_of([self], self.keys)[0]
 
     @property
     def has_index(self) -> bool:
@@ -317,6 +371,22 @@ class Segment:
     def source_of(self, number: int) -> Tokens | None:
         """The encoder's tokens of a document, by its stored number; None without an encoder."""
         return None if self.sources is None else self.sources[number]
+
+
+_OF_WHAT_IS_STORED = frozenset(
+    {"tokens", "offsets", "sources", "suffixes", "stored_merged", "stored_clusters"}
+)
+"""Cached properties that do not change with what is removed."""
+
+
+def same_stored(one: SegmentRecord, other: SegmentRecord) -> bool:
+    """Whether two records differ, if at all, in which documents are removed alone."""
+
+    def stored(record: SegmentRecord) -> SegmentRecord:
+        files = {name: file for name, file in record.files.items() if name != "removed"}
+        return structs.replace(record, removed=0, files=files)
+
+    return stored(one) == stored(other)
 
 
 def no_keys(folder: Path) -> SettingError:

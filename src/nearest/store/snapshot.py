@@ -24,8 +24,7 @@ from nearest.index.ngrams import Ngrams, equal_documents, ngrams, spans_stand
 from nearest.index.suffix import SuffixArray
 from nearest.store.manifest import KeysRecord, Manifest, read_manifest
 from nearest.store.parts.corpus import pair_bytes
-from nearest.store.parts.suffix import suffix_array
-from nearest.store.segment import Segment, no_keys
+from nearest.store.segment import Segment, no_keys, same_stored
 from nearest.store.tuned import Changed, SettingsFrom, changed_since_tuning, settings_from
 
 
@@ -58,19 +57,24 @@ class Snapshot:
 
     @staticmethod
     def open(path: Path) -> "Snapshot":
-        """Open the present snapshot of a memory folder; files are checked as they are first used.
+        """Open the present snapshot of a memory folder; see `open_snapshot`."""
+        return open_snapshot(path)
 
-        Raises:
-            FolderError: it is no memory, damaged, or of a newer format.
-        """
-        while True:
-            manifest = read_manifest(path)
-            try:
-                segments = [Segment(path, manifest, record) for record in manifest.segments]
-                return Snapshot(path, manifest, segments)
-            except (FolderError, FileNotFoundError):
-                if read_manifest(path).version == manifest.version:
-                    raise  # else a writer has published meanwhile, and deleted the files of before
+    def shared_with(self, manifest: Manifest) -> dict[str, Segment]:
+        """By name, the segments that another snapshot has too, but for what it has removed."""
+        own = self.manifest
+        if any(
+            getattr(own, what) != getattr(manifest, what)
+            for what in ("model", "keys", "clusters", "chunks")
+        ):
+            return {}
+        records = {record.name: record for record in manifest.segments}
+        return {
+            segment.record.name: segment
+            for segment in self.segments
+            if segment.record.name in records
+            and same_stored(segment.record, records[segment.record.name])
+        }
 
     def settings(self, method: str) -> dict[str, Any]:
         """The settings that `tune` stored for a method; empty if it was not tuned."""
@@ -236,6 +240,11 @@ class Snapshot:
         segment, stored = self._stored_document(number)
         return segment.documents[stored]
 
+    def number_at(self, segment: int, stored: int) -> int:
+        """The number of the document that is stored so in a segment."""
+        live = int(np.searchsorted(self.segments[segment].numbers, stored))
+        return int(self._first_document[segment]) + live
+
     def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""
         segment, stored = self._stored_document(number)
@@ -267,7 +276,7 @@ class Snapshot:
 
     @cached_property
     def _suffix_arrays(self) -> list[SuffixArray]:
-        return [suffix_array(segment, first) for segment, first in self._located()]
+        return [segment.suffix_array(first) for segment, first in self._located()]
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         """Up to `most` entries whose left context shares the longest suffix with each query's.
@@ -343,3 +352,29 @@ class Snapshot:
         for suffixes in self._suffix_arrays:
             found |= spans_stand(suffixes, context, ends, length)
         return found
+
+
+def open_snapshot(path: Path, known: Snapshot | None = None) -> Snapshot:
+    """Open the present snapshot of a memory folder; files are checked as they are first used.
+
+    Args:
+        path: the folder.
+        known: an earlier snapshot of it, whose segments are shared as far as they are the same.
+
+    Raises:
+        FolderError: it is no memory, damaged, or of a newer format.
+    """
+    while True:
+        manifest = read_manifest(path)
+        shared = {} if known is None else known.shared_with(manifest)
+        try:
+            segments = [
+                shared[record.name].with_record(record)
+                if record.name in shared
+                else Segment(path, manifest, record)
+                for record in manifest.segments
+            ]
+            return Snapshot(path, manifest, segments)
+        except (FolderError, FileNotFoundError):
+            if read_manifest(path).version == manifest.version:
+                raise  # else a writer has published meanwhile, and deleted the files of before
