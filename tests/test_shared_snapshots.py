@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import random_documents
 from folders import Build, copied
-from nearest import Memory
+from nearest import Document, Memory
 from nearest.index.together import TogetherIndex
 from nearest.store.snapshot import Snapshot
 
@@ -75,7 +75,7 @@ def test_an_index_that_has_grown_much_is_joined_anew(
 ) -> None:
     before = Memory.open(copied(folder, tmp_path))
     found(before)
-    after = add(before, DOCUMENTS[9:])
+    after = add(before, [Document(f"again-{one.id}", one.text) for one in DOCUMENTS])
     assert not any(isinstance(s.backend, TogetherIndex) for s in after.searcher.searched)
     as_if_opened(after)
 
