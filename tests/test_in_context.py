@@ -16,7 +16,7 @@ from nearest import Document, Memory, evaluate, read_text, sweep, tune
 from nearest.corpus.windows import windows
 from nearest.errors import NearestError, SettingError
 from nearest.index.bm25 import K1, B
-from nearest.models.in_context import PassageChooser
+from nearest.models.in_context import PassageChooser, read_with_passages
 from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import Settings, method_named, resolve_settings
 from nearest.verbs.generate import generate
@@ -207,8 +207,10 @@ def test_settings_are_found_with_passages_and_stored(
     settings = resolve_settings("in-context+knn", memory)
     assert (settings.passages, settings.passage_tokens) == (2, 12)
     assert settings.lam == tuned.settings.lam
-    scored = evaluate(model, memory, TEXT, "in-context+knn", **options)
-    assert scored.nll == pytest.approx(tuned.nll, rel=1e-5)
+    read = read_with_passages(model, memory, TEXT, settings=settings, **options)
+    for text in (TEXT, read):  # what was read for several is what each would read
+        scored = evaluate(model, memory, text, "in-context+knn", **options)
+        assert scored.nll == pytest.approx(tuned.nll, rel=1e-5)
     plain = tune(model, memory, TEXT, method="knn", **options)
     assert plain.base_nll != pytest.approx(tuned.base_nll, rel=1e-5)  # the model read other text
     assert memory.settings("knn") != memory.settings("in-context+knn")
@@ -239,6 +241,8 @@ def test_refusals(model: PreTrainedModel, memory: Memory, tiny_memory: Memory) -
     )
     read = read_text(model, memory, TEXT, **text)
     assert "read already" in refused(evaluate, model, memory, read, "in-context", **PASSAGES)
+    again = read_with_passages(model, memory, TEXT, settings=Settings(**PASSAGES), **text)
+    assert "is to be read without passages" in refused(evaluate, model, memory, again, "knn")
     assert "nothing that tuning finds" in refused(
         tune, model, memory, TEXT, method="in-context", **text
     )

@@ -9,21 +9,21 @@ them: windows, targets, and the tokens that count as context of a query.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nearest.corpus.batches import WindowBatch
 from nearest.corpus.tokens import Tokens
 from nearest.corpus.windows import Window, windows
-from nearest.encode.identity import max_positions, reads_sources
+from nearest.encode.identity import AnyModel, max_positions, reads_sources
 from nearest.encode.layers import LanguageModel
 from nearest.errors import SettingError
 from nearest.memory import Memory
-from nearest.models.scoring import ReadText, ScoredBlock, Scorer
-from nearest.progress import Progress
+from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.passages import NO_DOCUMENT, Passages
-from nearest.retrieval.settings import Settings
+from nearest.retrieval.settings import Settings, passage_settings
 
 _DOCUMENTS_TOGETHER = 64  # rows of so many are sorted by length, so that little is padding
 
@@ -118,22 +118,6 @@ class PassageScorer:
     chooser: PassageChooser
     memory: Memory
 
-    @classmethod
-    def of(
-        cls, scorer: Scorer | ReadText, memories: Sequence[Memory], settings: Settings
-    ) -> "PassageScorer":
-        """Read the text of another scorer with passages.
-
-        Raises:
-            SettingError: the text was read already, or as for a `PassageChooser`.
-        """
-        if isinstance(scorer, ReadText):
-            raise SettingError(
-                "the text was read already, without passages: give documents, not a ReadText"
-            )
-        chooser = PassageChooser.of(memories, scorer.encoder.model, settings)
-        return cls(scorer, chooser, memories[0])
-
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
     ) -> Iterator[ScoredBlock]:
@@ -190,6 +174,58 @@ class PassageScorer:
         documents, _ = self.scorer.text.places(np.array([sequence]), np.array([position + 1]))
         entry = int(self.scorer.own[documents[0]])
         return NO_DOCUMENT if entry < 0 else self.memory.place(entry).document
+
+
+Reader = Scorer | ReadText | PassageScorer
+
+
+def reader_of(
+    scorer: Scorer | ReadText, memories: Sequence[Memory], passages: Settings | None
+) -> Reader:
+    """What reads the text with passages as settings say, or without any.
+
+    Raises:
+        SettingError: the text was read already, in another way; or as for a `PassageChooser`.
+    """
+    wanted = None if passages is None else Settings(**passage_settings(passages))
+    if isinstance(scorer, ReadText):
+        if scorer.passages != wanted:
+            ways = ["without passages" if one is None else f"with {passage_settings(one)}"
+                    for one in (scorer.passages, wanted)]  # fmt: skip
+            raise SettingError(
+                f"the text was read already, {ways[0]}, and is to be read {ways[1]}: give "
+                "documents, or read them so (read_text, read_with_passages)"
+            )
+        return scorer
+    if passages is None:
+        return scorer
+    chooser = PassageChooser.of(memories, scorer.encoder.model, passages)
+    return PassageScorer(scorer, chooser, memories[0])
+
+
+def read_with_passages(
+    model: AnyModel,
+    memory: Memory,
+    documents: ScoredInput,
+    *,
+    progress: Progress = no_progress,
+    settings: Settings | None = None,
+    **options: Any,
+) -> ReadText:
+    """`read_text`, with passages before the text, for several methods "in-context+…".
+
+    Args:
+        model, memory, documents, progress, **options: as in `read_text`.
+        settings: how many passages, how long, how often; the defaults when not given.
+
+    Raises:
+        NearestError: they do not fit.
+    """
+    chosen = settings or Settings()
+    scorer = Scorer.prepare(model, memory, documents, **options)
+    reader = reader_of(scorer, [memory], chosen)
+    blocks = tuple(reader.blocks(progress, "read", with_view=True))
+    return ReadText(scorer.text, blocks, scorer.own, Settings(**passage_settings(chosen)))
 
 
 def _batches(

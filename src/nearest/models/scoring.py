@@ -32,6 +32,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.queries import Queries
+from nearest.retrieval.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,14 @@ def _joined_views(views: Sequence[LmView | None], order: Int[np.ndarray, " n"]) 
 class ReadText:
     """A text that a model has read, kept in memory so that it is read but once.
 
-    `evaluate` and `tune` take it in the place of documents; windows are those it was read with.
+    `evaluate` and `tune` take it in the place of documents; windows are those it was read with. A
+    text that was read with passages before it (`passages`) is for methods with these alone.
     """
 
     text: Text
     read: tuple[ScoredBlock, ...]
     own: Int[np.ndarray, " documents"] | None = None
+    passages: Settings | None = None
 
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False

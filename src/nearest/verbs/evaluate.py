@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
 from nearest.memory import Memory
-from nearest.models.in_context import PassageScorer
+from nearest.models.in_context import reader_of
 from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
@@ -135,7 +135,7 @@ def evaluate(
     seconds: dict[Settings | None, float] = {}
     with _sink(records) as sink:
         for passages, several in readings.items():
-            reader = scorer if passages is None else PassageScorer.of(scorer, memories, passages)
+            reader = reader_of(scorer, memories, passages)
             with_view = records is not None or any(one.needs_lm for one in several)
             seconds[passages] = 0.0
             for block in reader.blocks(progress, "evaluate", with_view):

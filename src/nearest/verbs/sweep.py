@@ -14,6 +14,7 @@ from jaxtyping import Float
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
 from nearest.memory import Memory
+from nearest.models.in_context import reader_of
 from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
@@ -122,7 +123,7 @@ def sweep(
     skip = checked_values(names, "skip", skip, SKIPS)
     cache = SearchCache(memory)
     varied = variations(memory, names, min_knns, skip, cache)
-    scorer = Scorer.prepare(
+    prepared = Scorer.prepare(
         model,
         memory,
         documents,
@@ -133,7 +134,8 @@ def sweep(
         batch_size=batch_size,
         force=force,
     )
-    text = scorer.text
+    scorer = reader_of(prepared, [memory], None)
+    text = prepared.text
     runs = [_Run(variation, len(text.documents)) for variation in varied]
     searching_most = sorted(runs, key=_searches_most)
     base, base_seconds = np.zeros(len(text.documents)), 0.0

@@ -14,9 +14,9 @@ from nearest.encode.identity import AnyModel
 from nearest.errors import NearestError, NotStoredError, SettingError
 from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
-from nearest.models.in_context import PassageScorer
+from nearest.models.in_context import Reader, reader_of
 from nearest.models.method_run import MethodRun
-from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
+from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval import automaton
 from nearest.retrieval.candidates import Candidates
@@ -121,10 +121,10 @@ def tune(
         force=force,
         leave_one_out=leave_one_out,
     )
-    reader: Scorer | ReadText | PassageScorer = scorer
-    if method_named(method).in_context:
-        given |= passage_settings(resolved)
-        reader = PassageScorer.of(scorer, [memory], resolved)
+    passages = resolved if method_named(method).in_context else None
+    reader = reader_of(scorer, [memory], passages)
+    if passages is not None:
+        given |= passage_settings(passages)
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:
         sweep = Sweep.of(memory, method, given)
@@ -183,7 +183,7 @@ _PUBLISHED: Mapping[str, _Fit] = {
 
 
 def _train(
-    scorer: Scorer | ReadText | PassageScorer,
+    scorer: Reader,
     memory: Memory,
     method: str,
     given: dict[str, Any],

@@ -9,6 +9,7 @@ import torch
 from nearest.encode.identity import AnyModel
 from nearest.errors import SettingError
 from nearest.memory import Memory
+from nearest.models.in_context import reader_of
 from nearest.models.method_run import EnsembleRun
 from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
@@ -59,7 +60,7 @@ def tune_weights(
         raise SettingError("weights are for several memories: give two or more")
     check_method(method, MEMORY_METHODS)
     ensemble = Ensemble.of(memories, method, **settings)
-    scorer = Scorer.prepare(
+    prepared = Scorer.prepare(
         model,
         memories,
         documents,
@@ -69,6 +70,7 @@ def tune_weights(
         batch_size=batch_size,
         force=force,
     )
+    scorer = reader_of(prepared, memories, None)
     run = EnsembleRun(ensemble)
     blocks = [
         torch.stack([*run.of_memories(block), block.lm_log_probs])
