@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo serve-demo test test-slow torture lint clean
+.PHONY: setup demo serve-demo docs test test-slow torture lint clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,passages,retro,train,serve,harness,text-metrics,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,passages,retro,train,serve,harness,text-metrics,docs,release,dev]'
 	touch $(STAMP)
 
 demo: setup
@@ -18,6 +18,10 @@ demo: setup
 # The demo's memory, served: open the address that is printed.
 serve-demo: demo
 	$(BIN)/nearest serve demo/*.memory
+
+# The site, in site/, without a network; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Ruff's cache does not see that a new file changed where the imports of another belong.
 lint: setup
@@ -41,4 +45,4 @@ torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
