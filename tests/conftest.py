@@ -40,10 +40,12 @@ settings.load_profile("patient")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="Run tests in a random order.")
+    parser.addoption("--every-case", action="store_true", help="Leave no combination to be slow.")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Few memories of tests are tuned: the note of it is no error. And `--shuffle`.
+    """Few memories of tests are tuned: the note of it is no error. And the options above.
 
     The filter stands here because one in pyproject.toml that names a class of the package imports
     the package before CHECK_ALL can instrument it.
@@ -51,8 +53,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ignored = pytest.mark.filterwarnings("ignore::nearest.errors.SettingsWarning")
     for item in items:
         item.add_marker(ignored, append=False)
+    if not config.getoption("--every-case") and not any("::" in arg for arg in config.args):
+        leave_combinations(items)
     if (seed := config.getoption("--shuffle")) is not None:
         shuffle(items, seed)
+
+
+def leave_combinations(items: list[pytest.Item]) -> None:
+    """Of a test of several parameters, combinations of values that others have shown are slow.
+
+    `make test` sees every value of every parameter at least once, `make test-slow` all the rest.
+    """
+    seen: dict[tuple[str, str, int], set[str]] = {}
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or len(callspec._idlist) < 2:
+            continue
+        name = getattr(item, "originalname", item.name)
+        new = [
+            (value not in (of := seen.setdefault((str(item.path), name, place), set())), of, value)
+            for place, value in enumerate(callspec._idlist)
+        ]
+        if any(is_new for is_new, _, _ in new):
+            for _, of, value in new:
+                of.add(value)
+        else:
+            item.add_marker(pytest.mark.slow)
 
 
 def shuffle(items: list[pytest.Item], seed: int) -> None:
