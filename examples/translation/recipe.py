@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 PAD, EOS = 0, 1
-BATCH = 64
+BATCH = 32
 TRAINED = 40_000  # different pairs of the general domain
 GATES = ("buckets", "meta-k", "mixture")
 METHODS = "base,knn,knn+buckets,knn+meta-k,knn+mixture,retomaton,suffix,hybrid"
@@ -147,7 +147,7 @@ def main() -> None:
     """Run what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500, help="of training, 64 pairs each")
+    parser.add_argument("--steps", type=int, default=1500, help="of training, 32 pairs each")
     parser.add_argument("--memory-pairs", type=int, default=2000)
     parser.add_argument("--held-out", type=int, default=300, help="sentences to tune and test on")
     parser.add_argument("--longest", type=int, default=60, help="tokens of a text")

@@ -15,6 +15,7 @@ from nearest.corpus.incoming import Documents
 from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.gpu import SearchOn, checked_search_on
+from nearest.markup import table
 from nearest.progress import Progress, no_progress
 from nearest.store.info import memory_info
 from nearest.store.manifest import read_manifest
@@ -380,6 +381,17 @@ class Memory(SearchedSnapshot):
     def verify(self, progress: Progress = no_progress) -> list[str]:
         """Read the whole folder; what is wrong with it, one sentence each, or nothing."""
         return verify(self.path, progress)
+
+    def _repr_html_(self) -> str:
+        """What it holds, for notebooks; `info` says all."""
+        info = self.info()
+        names = ("documents", "tokens", "bytes", "bytes_per_entry", "keys", "model", "snapshot")
+        shown = [(name, info[name]) for name in names if name in info]
+        rows = [
+            (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            for name, value in shown
+        ]
+        return table(("memory", str(self.path)), rows)
 
     def info(self) -> dict[str, Any]:
         """What the memory holds, how it is searched and what was tuned, as `nearest info` says."""

@@ -4,6 +4,7 @@ import io
 import re
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,9 +26,19 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def figure(width: float, height: float) -> tuple[Figure, Axes]:
+class Drawing(Figure):
+    """A figure that shows itself in a notebook, whatever draws there."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(buffer, format="png", dpi=110, facecolor="white")
+        return buffer.getvalue()
+
+
+def figure(width: float, height: float) -> tuple[Drawing, Axes]:
     """One pair of axes on the page's own ground; inches."""
-    drawn = Figure(figsize=(width, height), layout="constrained")
+    drawn = Drawing(figsize=(width, height), layout="constrained")
     drawn.patch.set_alpha(0)
     axes = drawn.add_subplot()
     axes.patch.set_alpha(0)

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from nearest.pages.figures import GREY, INK, RULE, STYLE, figure, svg
+from nearest.pages.figures import GREY, INK, RULE, STYLE, Drawing, figure, svg
 from nearest.retro.analysis.analyse import Analysis
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")  # Okabe & Ito
@@ -27,13 +26,19 @@ def match_plot(analysis: Analysis) -> str:
 def overlap_png(analysis: Analysis, mark: str) -> bytes:
     """Both panels side by side; `mark` says in the file what wrote it."""
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(10.8, 4.6), layout="constrained")
+        drawn, buffer = overlap_figure(analysis), io.BytesIO()
+        drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": mark})
+        return buffer.getvalue()
+
+
+def overlap_figure(analysis: Analysis) -> Drawing:
+    """Both panels side by side."""
+    with matplotlib.rc_context(STYLE):
+        drawn = Drawing(figsize=(10.8, 4.6), layout="constrained")
         left, right = drawn.subplots(1, 2)
         _draw_shares(left, analysis)
         _draw_matches(right, analysis)
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": mark})
-        return buffer.getvalue()
+        return drawn
 
 
 def _alone(draw: Callable[[Axes, Analysis], None], analysis: Analysis, label: str) -> str:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from nearest.pages.figures import GREY, INK, RULE, STYLE, figure, svg
+from nearest.pages.figures import GREY, INK, RULE, STYLE, Drawing, figure, svg
 from nearest.pages.published import Published
 from nearest.verbs.sweep import RANDOM_SKIP, Point
 
@@ -77,6 +76,14 @@ def published_plot(points: Sequence[Point], published: Sequence[Published]) -> s
 
 def sweep_png(points: Sequence[Point], published: Sequence[Published], mark: str) -> bytes:
     """All panels side by side; `mark` says in the file what wrote it."""
+    with matplotlib.rc_context(STYLE):
+        drawn, buffer = sweep_figure(points, published), io.BytesIO()
+        drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": mark})
+        return buffer.getvalue()
+
+
+def sweep_figure(points: Sequence[Point], published: Sequence[Published]) -> Drawing:
+    """All panels side by side."""
     draws: list[Callable[[Axes], None]] = [
         partial(_draw_foss, points=points),
         partial(_draw_time, points=points),
@@ -84,16 +91,14 @@ def sweep_png(points: Sequence[Point], published: Sequence[Published], mark: str
     if published:
         draws.append(partial(_draw_published, points=points, published=published))
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(5.4 * len(draws), 4.6), layout="constrained")
+        drawn = Drawing(figsize=(5.4 * len(draws), 4.6), layout="constrained")
         panels = drawn.subplots(1, len(draws))
         for axes, draw in zip(panels, draws, strict=True):
             draw(axes)
         _legend_above(panels[0])
         for axes in panels[2:]:
             _legend_above(axes)
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": mark})
-        return buffer.getvalue()
+        return drawn
 
 
 def _alone(draw: Callable[[Axes], None], label: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from nearest.corpus.incoming import Documents
 from nearest.encode.identity import AnyModel, bare_model
 from nearest.errors import SettingError
+from nearest.markup import interval, number, table
 from nearest.models.scoring import own_tokenizer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
@@ -43,6 +44,21 @@ class GeneratedResult:
         """Method, scores, and of how many texts."""
         scores = ", ".join(f"{name} {score.value:.1f}" for name, score in self.scores.items())
         return f"GeneratedResult({self.method}: {scores}; {len(self.texts):,} texts)"
+
+    def _repr_html_(self) -> str:
+        """Its scores as a table, for notebooks."""
+        rows = [
+            (
+                name,
+                f"{number(score.value, '.1f')} {interval(score.low, score.high, '.1f')}",
+                ""
+                if score.delta is None
+                else f"{number(score.delta, '+.1f')} "
+                f"{interval(score.delta_low, score.delta_high, '+.1f')}",
+            )
+            for name, score in self.scores.items()
+        ]
+        return table((self.method, "score", "− the first method's"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys; a metric m has m, m_low, m_high, m_delta, m_delta_low, …."""

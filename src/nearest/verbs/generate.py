@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from nearest.encode.identity import input_device, reads_sources, start_token
+from nearest.markup import shaded, table
 from nearest.memory import Memory
 from nearest.models.attach import attach
 from nearest.models.generated import generation_option
@@ -21,6 +23,7 @@ from nearest.verbs.prompt import FirstToken, Messages, Streamer, prompt_tokens
 
 _CONTEXT_TOKENS = 12
 _SOURCES_A_TOKEN = 5
+_DOCUMENTS_SHOWN = 5  # in a notebook
 _NEW_TOKENS = 20  # transformers' own default
 
 
@@ -67,6 +70,22 @@ class Generation:
     documents: list[DocumentShare]
     continues: bool = True
     settings_from: SettingsFrom | None = None
+
+    def _repr_html_(self) -> str:
+        """The text, each token shaded by the memory's weight, and its documents, for notebooks."""
+        written = "".join(
+            shaded(token.text, token.memory_weight, f"{token.memory_weight:.0%} from the memory")
+            for token in self.tokens
+        )
+        text = f"<b>{escape(self.prompt)}</b>{'' if self.continues else '<br>'}"
+        text += written or escape(self.text)
+        if not self.documents:
+            return f"<p>{text}</p>"
+        rows = [
+            (f"{one.weight:.1%}", one.id, f"…{one.before}[{one.token}]{one.after}…")
+            for one in self.documents[:_DOCUMENTS_SHOWN]
+        ]
+        return f"<p>{text}</p>" + table(("share", "document", "strongest passage"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""

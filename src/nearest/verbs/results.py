@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from nearest.corpus.text import Text
 from nearest.errors import require
+from nearest.markup import interval, number, table
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
 from nearest.store.tuned import SettingsFrom
 from nearest.verbs.checks import Harm, NeighbourCheck
@@ -92,6 +93,22 @@ class Result:
             low, high = perplexity(self.nll_low, 1), perplexity(self.nll_high, 1)
             interval = f" (95 %: {low:.2f} to {high:.2f})"
         return f"Result({self.method}: perplexity {self.ppl:.2f}{interval}, {self.tokens:,} tokens)"
+
+    def _repr_html_(self) -> str:
+        """Its figures as a table, for notebooks."""
+        ends = interval(self.nll_low, self.nll_high, ".4f")
+        rows = [
+            ("token perplexity", number(self.ppl, ".2f")),
+            ("nll, nats a token", f"{number(self.nll, '.4f')} {ends}"),
+            ("bits a byte", number(self.bpb, ".4f")),
+            ("tokens", f"{self.tokens:,}"),
+            ("fraction of saved searches", number(self.foss, ".2f")),
+            ("added ms a token", number(self.added_ms, ".3f")),
+        ]
+        if self.delta_nll is not None:
+            ends = interval(self.delta_low, self.delta_high, "+.4f")
+            rows.append(("nll − the first method's", f"{number(self.delta_nll, '+.4f')} {ends}"))
+        return table(("", self.method), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from nearest.errors import SettingError
+from nearest.markup import interval, number, table
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval, perplexity
 from nearest.progress import Progress, no_progress
 from nearest.retro.data.dataset import RetroDataset
@@ -54,6 +55,20 @@ class RetroResult:
     tok_s: float
     document_nll: Float[np.ndarray, " documents"]
     document_tokens: Float[np.ndarray, " documents"]
+
+    def _repr_html_(self) -> str:
+        """Its figures as a table, for notebooks."""
+        ends = interval(self.nll_low, self.nll_high, ".4f")
+        rows = [
+            ("token perplexity", number(self.ppl, ".3f")),
+            ("nll, nats a token", f"{number(self.nll, '.4f')} {ends}"),
+            ("bits a byte", number(self.bpb, ".4f")),
+            ("tokens", f"{self.tokens:,}"),
+        ]
+        if self.delta_nll is not None:
+            ends = interval(self.delta_low, self.delta_high, "+.4f")
+            rows.append(("nll − the first reading's", f"{number(self.delta_nll, '+.4f')} {ends}"))
+        return table((self.text, self.reading), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The stable JSON keys."""
