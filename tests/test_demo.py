@@ -276,6 +276,26 @@ def test_demo_of_short_topics_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list((tmp_path / "demo").rglob("*.partial"))
 
 
+def test_another_model_stands_beside_the_one_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str
+) -> None:
+    monkeypatch.setattr(run, "topics", {k: v for k, v in topics.items() if len(v) < 500})
+    monkeypatch.setattr(run, "NEW_TOKENS", 4)
+    out = Console(record=True, width=120, file=io.StringIO())
+    run.run_demo(tmp_path / "demo", out, Console(quiet=True), Path(model_folder))
+    told = out.export_text()
+    html = (tmp_path / "demo" / "report.html").read_text("utf-8")
+    assert_self_contained(html)
+    page = " ".join(Page(html).text.split())
+    both = re.findall(r"token perplexity +([\d.]+) +([\d.]+)", told)
+    assert len(both) == 2
+    for base, knn in both:
+        assert f"{base}{knn}" in page.replace(" ", "")
+    assert "which was made for this page" in page
+    assert "7.0 million parameters" in page
+    assert Memory.open(tmp_path / "demo" / "python-small.memory").manifest.keys.dim == 256
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
     """As a user runs it: about a minute of one core."""

@@ -37,10 +37,13 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def tiny_gguf(file: Path) -> Path:
     """The tiny Llama and a tokenizer of bytes, in one file."""
     model = make_model("llama")
     config = model.config
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

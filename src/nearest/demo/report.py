@@ -30,9 +30,18 @@ class Writing(NamedTuple):
     knn: Generation
 
 
+class Compared(NamedTuple):
+    """Another model with a memory of the same text, tuned and scored on the same."""
+
+    model: str
+    parameters: int
+    base: Result
+    knn: Result
+
+
 @dataclass(frozen=True)
 class Story:
-    """Everything a run of the demo found."""
+    """Everything a run of the demo found; `ships`: whether the model comes with nearest."""
 
     python: str
     model: str
@@ -46,6 +55,8 @@ class Story:
     writings: list[Writing]
     writing_temperature: float
     seconds: float
+    ships: bool = True
+    beside: Compared | None = None
 
 
 def render(story: Story) -> str:
@@ -69,6 +80,7 @@ def render(story: Story) -> str:
         measured=f"{base.tokens:,} tokens of {len(names)} topics that neither the memory nor its "
         "tuning has seen, each predicted once. Intervals are 95 %, by resampling topics.",
         results=_results_table(base, knn),
+        beside=_beside(story),
         tuning_note=f"Perplexity on {len(split.tuning)} other topics, for every weight λ of the "
         f"memory. Lowest: λ {settings.lam:g} at temperature "
         f"{settings.temperature:g} with the {settings.k:,} nearest entries.",
@@ -84,7 +96,7 @@ def render(story: Story) -> str:
         passage_legend=_legend_of_gains(settings.lam),
         writing_note=f"Greedy, with the tuned λ and temperature {story.writing_temperature:g}: the "
         "nearest entries decide, and much is quoted. (At the tuned temperature, which predicts "
-        "best, a model this small soon turns in circles when it always takes the likeliest token, "
+        "best, a small model soon turns in circles when it always takes the likeliest token, "
         "as it does alone.) Every token knows its sources.",
         writing_legend="from the memory: "
         + "".join(_shaded(percent(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
@@ -92,6 +104,7 @@ def render(story: Story) -> str:
         facts=_facts(story),
         commands=escape(_commands(story)),
         model=escape(story.model),
+        whence="comes with nearest" if story.ships else "was made for this page",
     )
 
 
@@ -145,6 +158,30 @@ def _results_table(base: Result, knn: Result) -> str:
     return (
         '<table class="figures"><thead><tr><th></th><th>model alone</th><th>with memory</th></tr>'
         f"</thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _beside(story: Story) -> str:
+    """Both models' perplexities; a token of the two is not the same where their tokenizers differ.
+
+    So bits a byte, which do not depend on them, stand beside.
+    """
+    if story.beside is None:
+        return ""
+    own = Compared(story.model, story.parameters, story.base, story.knn)
+    rows = "".join(
+        f"<tr><th>{escape(one.model)}, {one.parameters / 1e6:.1f} million parameters</th>"
+        f"<td>{one.base.ppl:.2f}</td><td>{one.knn.ppl:.2f}</td>"
+        f"<td>{percent(math.expm1(one.knn.delta_nll or 0), '+.0f')}</td>"
+        f"<td>{number(one.base.bpb, '.3f')}</td><td>{number(one.knn.bpb, '.3f')}</td></tr>"
+        for one in (own, story.beside)
+    )
+    return (
+        "<p>The same text remembered, tuned on and read by a model of another size. The better a "
+        "model predicts by itself, the less a memory is left to add. Tokens differ between "
+        'models, bytes do not.</p><table class="figures"><thead><tr><th></th><th>perplexity alone'
+        "</th><th>with memory</th><th>change</th><th>bits a byte alone</th><th>with memory</th>"
+        f"</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 

@@ -21,7 +21,7 @@ from nearest import reports
 from nearest.corpus.reading import read_documents
 from nearest.demo.corpus import Split, split_topics, write_jsonl
 from nearest.demo.passage import score_passage, typical_document
-from nearest.demo.report import Story, Writing, render
+from nearest.demo.report import Compared, Story, Writing, render
 from nearest.encode.fingerprint import model_fingerprint
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, require
@@ -47,13 +47,15 @@ YOUR_TURN = (
 )
 
 
-def run_demo(out_path: Path, out: Console, err: Console) -> None:
+def run_demo(out_path: Path, out: Console, err: Console, model_path: Path = MODEL) -> None:
     """Run the demo; leaves the corpus, a memory and report.html in `out_path`.
 
     Args:
         out_path: folder to write; a memory that an earlier demo left there is replaced.
         out: shows the story.
         err: shows progress.
+        model_path: the folder of the model that the story is of; the one that ships is then
+            measured beside it.
 
     Raises:
         NearestError: matplotlib is missing, or the folder cannot be used.
@@ -70,8 +72,8 @@ def run_demo(out_path: Path, out: Console, err: Console) -> None:
     )
     out.print(Text(f"written to {out_path / 'corpus'}\n"), soft_wrap=True)
 
-    model, tokenizer = load_model_and_tokenizer(str(MODEL))
-    steps = _Steps(model, tokenizer, out_path / "python.memory", out, err)
+    model, tokenizer = load_model_and_tokenizer(str(model_path))
+    steps = _Steps(model, tokenizer, model_path, out_path / "python.memory", out, err)
     steps.build(corpus["memory"])
     tuned = steps.tune(corpus["tuning"])
     test = list(read_documents([corpus["test"]]))
@@ -85,7 +87,8 @@ def run_demo(out_path: Path, out: Console, err: Console) -> None:
     memory = Memory.open(steps.path)
     story = Story(
         python=platform.python_version(),
-        model=MODEL.name,
+        model=model_path.name,
+        ships=model_path == MODEL,
         parameters=model.num_parameters(),
         split=split,
         entries=memory.entries,
@@ -95,6 +98,7 @@ def run_demo(out_path: Path, out: Console, err: Console) -> None:
         passage=score_passage(model, tokenizer, memory, test[typical_document(base, knn)]),
         writings=writings,
         writing_temperature=TEMPERATURE,
+        beside=None if model_path == MODEL else _beside(out_path, corpus, out, err),
         seconds=time.perf_counter() - started,
     )
     report = out_path / "report.html"
@@ -105,23 +109,35 @@ def run_demo(out_path: Path, out: Console, err: Console) -> None:
         _show(out, *words)
 
 
+def _beside(out_path: Path, corpus: dict[str, Path], out: Console, err: Console) -> Compared:
+    """The same three steps with the model that ships."""
+    out.print(Text("The same with the small model that ships with nearest\n", style="bold"))
+    model, tokenizer = load_model_and_tokenizer(str(MODEL))
+    steps = _Steps(model, tokenizer, MODEL, out_path / "python-small.memory", out, err)
+    steps.build(corpus["memory"])
+    steps.tune(corpus["tuning"])
+    base, knn = steps.evaluate(corpus["test"])
+    return Compared(MODEL.name, model.num_parameters(), base, knn)
+
+
 @dataclass(frozen=True)
 class _Steps:
     """What the commands do, one method a command: say it, do it, show what came of it."""
 
     model: PreTrainedModel
     tokenizer: Any
+    source: Path
     path: Path
     out: Console
     err: Console
 
     def build(self, corpus: Path) -> None:
-        _say(self.out, "Build", f"encode the topics with {MODEL.name}, index every position")
+        _say(self.out, "Build", f"encode the topics with {self.source.name}, index every position")
         _show(
             self.out,
             "nearest",
             "build",
-            str(MODEL),
+            str(self.source),
             str(corpus),
             "--out",
             str(self.path),
