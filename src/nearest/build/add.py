@@ -23,7 +23,7 @@ from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
 from nearest.store.manifest import SegmentRecord
 from nearest.store.new_files import NewFiles
-from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
+from nearest.store.new_segment import SegmentPlan, merge_segments, tokens_a_segment
 from nearest.store.parts.index import IndexChoice
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -92,7 +92,7 @@ def merged_tail(
     """Segments with the last ones made one where they are many and small."""
     manifest = change.manifest
     opened = [Segment(change.path, manifest, record) for record in records]
-    choice, largest = IndexChoice.of(manifest), segment_tokens(manifest.keys)
+    choice, largest = IndexChoice.of(manifest), tokens_a_segment(manifest)
     tail = tail_to_merge([segment.entry_count for segment in opened], largest)
     if manifest.keys is not None and choice.spec != EXACT:
         tail = max(tail, _tail_to_index(opened, largest))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import torch
 
 from nearest import __version__
-from nearest.build.corpus_segments import write_segments
-from nearest.build.keys import EncodedKeys
+from nearest.build.corpus_segments import write_corpora
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
+from nearest.build.tasks import Unfinished, new_manifest_of, publish, work
+from nearest.build.workers import WorkerSpec, drive, local_workers
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
@@ -32,7 +34,8 @@ from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
 from nearest.store.change import changing, check_new, new_folder
-from nearest.store.journal import Journal
+from nearest.store.claims import Watch, owner_here
+from nearest.store.journal import Journal, Stage, new_stage
 from nearest.store.manifest import (
     FORMAT,
     MANIFEST,
@@ -41,15 +44,15 @@ from nearest.store.manifest import (
     KeysRecord,
     Manifest,
     ModelRecord,
-    write_manifest,
 )
-from nearest.store.new_files import NewFiles
-from nearest.store.new_segment import SegmentPlan, segment_tokens
+from nearest.store.new_segment import segment_tokens
 from nearest.store.parts.gates import NewGate, write_gate
 from nearest.store.parts.index import IndexChoice, write_all
 from nearest.store.segment import no_keys
 
 NO_KEYS = "none"
+_WITHOUT_KEYS = {"keys", "special_tokens", "segment_tokens", "workers", "ray"}
+_WITHOUT_KEYS |= {"device", "allow_mixed", "progress"}
 _ROOM = 1 << 18  # bytes, that a gate and the next manifest take at most
 
 
@@ -67,20 +70,25 @@ class BuildOptions:
     nprobe: int | None = None
     batch_size: int | None = None  # windows a forward pass; chosen by the vocabulary when None
     special_tokens: bool = False  # read "<|endoftext|>" in a document as the token
+    segment_tokens: int | None = None  # of a segment; as many as fit comfortably in RAM
+    workers: int | None = None  # processes that share the work; this one alone when None
+    ray: str | None = None  # "auto", "local" or an address: the workers are tasks of that cluster
+    device: str | None = None  # where workers compute; where the model is when None
+    allow_mixed: bool = False  # accept keys of machines that round otherwise
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
         checked_metric(self.metric)
         check_batch_size(self.batch_size)
+        for name in ("segment_tokens", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
         _ = self.index_choice
         if self.keys != NO_KEYS:
             key_format(self.keys)
             return
         for field in fields(self):
-            if (
-                field.name in ("keys", "special_tokens", "progress")
-                or getattr(self, field.name) == field.default
-            ):
+            if field.name in _WITHOUT_KEYS or getattr(self, field.name) == field.default:
                 continue
             raise SettingError(
                 f"{field.name} says how keys are made or searched, and with keys none there are "
@@ -99,8 +107,12 @@ def build_memory(
     model: LanguageModel | None,
     tokenizer: Any,
     options: BuildOptions,
+    part: tuple[int, int] = (1, 1),
 ) -> None:
     """Make a memory of documents in a new folder; without a model, of a tokenizer's tokens alone.
+
+    With `part` (i, n), make every n-th segment from the i-th on, without index and without a
+    manifest: `join.join_parts` makes a memory of all n.
 
     Raises:
         NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
@@ -108,23 +120,42 @@ def build_memory(
     """
     encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys, special_tokens=options.special_tokens)
+    stage = _stage(manifest, model, encoder, options, part)
     rules = rules_of(manifest, model)
     incoming = incoming_documents(documents, rules, path)
     with new_folder(path):
-        journal = Journal.of(path, _arguments(manifest, model, encoder, options))
+        journal = Journal.of(path, stage)
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
-        plan = SegmentPlan(
-            NewFiles(path),
-            "",
-            manifest,
-            options.index_choice,
-            options.progress,
-            None if encoder is None else EncodedKeys(encoder),
-            journal=journal,
-        )
-        segments = write_segments(plan, journal, rest)
-        write_manifest(path, msgspec.structs.replace(manifest, segments=segments))
-        journal.close()
+        write_corpora(journal, rest, options.progress)
+        manifest = new_manifest_of(journal.stage, manifest.created_by)
+        build = Unfinished(journal, manifest, encoder, options.allow_mixed, options.progress)
+        finish(build, options, None if encoder is None else model)
+        if part[1] == 1:
+            publish(build)
+        else:
+            journal.save()
+
+
+def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None) -> None:
+    """Do what is left of a build: in this process, or with so many workers.
+
+    Raises:
+        NearestError: keys or index cannot be made, or workers end.
+    """
+    if options.workers is None and options.ray is None:
+        work(build, Watch(owner_here()))
+        return
+    build.journal.save()
+    workers = options.workers or 1
+    spec = WorkerSpec(
+        None if model is None else model_name(model),
+        "auto" if model is None else str(model.dtype).removeprefix("torch."),
+        options.device or ("cpu" if model is None else str(model.device)),
+        max(1, torch.get_num_threads() // workers),
+        options.allow_mixed,
+    )
+    with local_workers(build.folder, spec, workers) as start:
+        drive(build, start, workers)
 
 
 def new_manifest(
@@ -186,10 +217,32 @@ def planned_memory(
     )
 
 
+def _stage(
+    manifest: Manifest,
+    model: LanguageModel | None,
+    encoder: Encoder | None,
+    options: BuildOptions,
+    part: tuple[int, int],
+) -> Stage:
+    """What is to be built, before the first document."""
+    if not 1 <= part[0] <= part[1]:
+        raise SettingError(f"part {part[0]} of {part[1]} does not exist: count from 1")
+    return new_stage(
+        arguments=_arguments(manifest, model, encoder, options),
+        model=manifest.model,
+        keys=manifest.keys,
+        recall=options.recall,
+        nprobe=options.nprobe,
+        batch_size=None if encoder is None else encoder.batch_size,
+        segment_tokens=options.segment_tokens,
+        part=part,
+    )
+
+
 def _arguments(
     manifest: Manifest, model: LanguageModel | None, encoder: Encoder | None, options: BuildOptions
 ) -> dict[str, Any]:
-    """All that decides what a build writes, but for the corpus."""
+    """All that decides what a build writes, but for the corpus and which part of it."""
     record, choice = manifest.model, options.index_choice
     keys = {"format": "none"} if manifest.keys is None else msgspec.to_builtins(manifest.keys)
     return {
@@ -202,7 +255,7 @@ def _arguments(
         "batch_size": None if encoder is None else encoder.batch_size,
         "recall": choice.recall,
         "nprobe": choice.nprobe,
-        "segment_tokens": segment_tokens(manifest.keys),
+        "segment_tokens": segment_tokens(manifest.keys, options.segment_tokens),
     }
 
 

@@ -16,7 +16,7 @@ from nearest.index.choice import AUTO
 from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
 from nearest.store.manifest import Manifest, SegmentRecord
-from nearest.store.new_segment import SegmentPlan, merge_segments, segment_tokens
+from nearest.store.new_segment import SegmentPlan, merge_segments, tokens_a_segment
 from nearest.store.parts.index import IndexChoice
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -108,7 +108,7 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
 
 def _groups(memory: Snapshot) -> list[list[Segment]]:
     """Runs of segments of which each is to be one, as long as it is none larger than a build's."""
-    largest, groups, tokens = segment_tokens(memory.manifest.keys), list[list[Segment]](), 0
+    largest, groups, tokens = tokens_a_segment(memory.manifest), list[list[Segment]](), 0
     for segment in memory.segments:
         if not segment.entry_count:
             continue

@@ -10,6 +10,8 @@ from nearest.corpus.batches import WindowBatch
 from nearest.encode.encoder import Encoder
 from nearest.errors import ModelError
 from nearest.index.keys import KeyFormat
+from nearest.store.claims import Position
+from nearest.store.journal import TaskLog
 from nearest.store.new_segment import NewSegment
 from nearest.store.parts.keys import KeyWriter, open_projection
 
@@ -24,14 +26,19 @@ class EncodedKeys:
 
     def __call__(self, new: NewSegment, form: KeyFormat, file: KeyWriter) -> None:
         """Write the keys of a segment; batches that were written before are passed over."""
-        keys, journal = new.plan.manifest.keys, new.plan.journal
+        keys, log = new.plan.manifest.keys, new.plan.log
         projection, done, total = open_projection(new.files.root, keys), 0, new.record.entries
         documents = (new.tokens[start:stop] for start, stop in pairwise(new.offsets))
         new.plan.progress("keys", 0, total)
         for number, batch in enumerate(self.encoder.batches(documents, new.sources), 1):
-            done += len(batch.positions)
+            before, done = done, done + len(batch.positions)
             if number <= new.batches_written:
                 continue
+            if log is not None:
+                position = before, int(batch.documents.min()), int(batch.documents.max())
+                if position == log.suspect:
+                    self._one_by_one(new, log, position)
+                log.at(position)
             made = self.encoder.encode(batch).numpy()
             rows = made if projection is None else projection.apply(made)
             _check_range(rows, batch, self.encoder.layer.name, form)
@@ -40,9 +47,19 @@ class EncodedKeys:
             for start, stop in pairwise([0, *breaks, len(entries)]):
                 file.write(int(entries[start]), rows[start:stop])
             new.plan.progress("keys", done, total)
-            if journal is not None and journal.due:
+            if log is not None and log.due:
                 file.flush()
-                journal.note(batches=number)
+                log.note(number)
+
+    def _one_by_one(self, new: NewSegment, log: TaskLog, position: Position) -> None:
+        """Read documents alone that may have ended a process, noting which one comes next."""
+        entries, first, last = position
+        for number in range(first, last + 1):
+            log.at((entries, number, number))
+            text = new.tokens[new.offsets[number] : new.offsets[number + 1]]
+            source = None if new.sources is None else [new.sources[number]]
+            for batch in self.encoder.batches([text], source):
+                self.encoder.encode(batch)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ user's is one message and exit code 2, never a traceback. Heavy imports wait for
 
 import typer
 
-from nearest.cli import chat, generating, importing, keys, memories, methods, serving
+from nearest.cli import building, chat, generating, importing, keys, memories, methods, serving
 from nearest.cli.app import Command, app, register
 from nearest.cli.retro import COMMANDS as RETRO_COMMANDS
 
 _COMMANDS: dict[str, Command] = {
-    "build": memories.build,
+    "build": building.build,
+    "join": building.join,
     "import": importing.import_store,
     "add": memories.add,
     "update": memories.update,

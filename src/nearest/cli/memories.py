@@ -1,8 +1,8 @@
-"""Commands that make, describe and check a memory."""
+"""Commands that change, describe and check a memory."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -19,15 +19,12 @@ from nearest.cli.app import (
 from nearest.cli.options import (
     Adding,
     AsJson,
-    BatchSize,
     CorpusPaths,
     Device,
     Dtype,
     FileOptions,
-    Keying,
     MemoryPath,
     ModelName,
-    Nprobe,
     Opening,
 )
 from nearest.errors import NearestError
@@ -35,93 +32,6 @@ from nearest.errors import NearestError
 if TYPE_CHECKING:
     from nearest.corpus.reading import Corpus
     from nearest.memory import Memory
-
-
-def build(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL CORPUS...",
-            help="A model (folder, or name on the hub), which --tokenizer stands for; then files, "
-            "folders, pipes (- for stdin), or hf://owner/name[:split].",
-        ),
-    ],
-    out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
-    keys: Annotated[
-        Literal["fp16", "int8", "none"] | None,
-        typer.Option(
-            help="How keys are stored; none: no forward pass, for suffix matching only.  "
-            "[default: int8]"
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Build with this tokenizer (folder or hub name), without model and keys."
-        ),
-    ] = None,
-    *,
-    keying: Keying,
-    nprobe: Nprobe = None,
-    batch_size: BatchSize = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    files: FileOptions,
-    special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--special-tokens",
-            help="Read <|endoftext|> and its like in documents as tokens, not as text.",
-        ),
-    ] = False,
-    tune: Annotated[
-        bool,
-        typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
-    ] = True,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
-    quiet_libraries()
-    from nearest.build.build import BuildOptions, planned_memory
-    from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
-    from nearest.memory import Memory
-    from nearest.store.change import check_new
-
-    corpus = sources if tokenizer else sources[1:]
-    if not corpus:
-        raise NearestError(
-            f"{sources[0]!r} is all that is named, which is the model: name a corpus, too"
-        )
-    options: dict[str, Any] = {
-        "keys": keys or ("none" if tokenizer else "int8"),
-        **vars(keying),
-        "nprobe": nprobe,
-        "batch_size": batch_size,
-        "special_tokens": special_tokens,
-    }
-    documents = files.corpus(corpus)
-    check_new(out_path)  # before a model is loaded for nothing
-    model, reader = (
-        (None, load_tokenizer(tokenizer))
-        if tokenizer
-        else load_model_and_tokenizer(sources[0], dtype, device)
-    )
-    if plan:
-        needs = planned_memory(out_path, documents, model, reader, BuildOptions(**options))
-        if as_json:
-            typer.echo(json.dumps(needs.as_json() | {"corpus": documents.report.to_dict()}))
-        else:
-            out.print(reports.plan_table(needs))
-        say_what_was_read(documents)
-        return
-    with reports.live_progress(err) as progress:
-        memory = Memory.build(
-            model, reader, documents, out_path, progress=progress, tune=tune, **options
-        )
-    show_info(memory, as_json, documents)
 
 
 def info(memory: MemoryPath, as_json: AsJson = False) -> None:

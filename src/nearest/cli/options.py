@@ -125,6 +125,23 @@ class Keying:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """Who does the work of a build."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the work, each with its share of threads."),
+    ] = None
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed",
+            help="Accept keys of machines that round otherwise: not byte for byte one machine's.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
 class ModelChoice:
     """Which model a memory is used with; the one that built it where none is named."""
 

@@ -17,7 +17,7 @@ import msgspec
 
 from nearest.errors import FolderError
 from nearest.folder import disk_errors_explained, writer_lock
-from nearest.store.journal import JOURNAL
+from nearest.store.journal import JOURNAL, MACHINE, TASKS, Task
 from nearest.store.manifest import (
     MANIFEST,
     Manifest,
@@ -142,18 +142,23 @@ def new_folder(path: Path) -> Iterator[None]:
         try:
             with disk_errors_explained(path):
                 if not (path / JOURNAL).exists():  # else an interrupted build can go on
-                    shutil.rmtree(path / "segments", ignore_errors=True)
+                    _remove_begun(path)
                 for name in _PARTIAL:
                     (path / name).unlink(missing_ok=True)
                 yield
         except BaseException:
             published = (path / MANIFEST).exists()  # and is whole
             if not published and not (path / JOURNAL).exists():
-                shutil.rmtree(path / "segments", ignore_errors=True)
+                _remove_begun(path)
                 with suppress(OSError):  # what others have put there stays
                     for folder in created:
                         folder.rmdir()
             raise
+
+
+def _remove_begun(path: Path) -> None:
+    for folder in ("segments", TASKS):
+        shutil.rmtree(path / folder, ignore_errors=True)
 
 
 def _is_leftover(path: Path, item: Path) -> bool:
@@ -164,6 +169,8 @@ def _is_leftover(path: Path, item: Path) -> bool:
     if item.is_symlink():
         return False
     parts = place.split("/")
+    if parts[0] == TASKS:  # notes of tasks, and files that are not whole yet
+        return len(parts) < 2 or parts[1] == MACHINE or Task.named(parts[1]) is not None
     if parts[0] != "segments" or (len(parts) > 1 and not _SEGMENT.fullmatch(parts[1])):
         return False
     return item.is_dir() if len(parts) < 3 else len(parts) == 3 and parts[2] in SEGMENT_FILES
@@ -193,6 +200,8 @@ def changing(path: Path) -> Iterator[Change]:
 def _remove_unnamed_files(path: Path, manifest: Manifest) -> None:
     """Delete what interrupted writers and earlier snapshots left; readers hold theirs open."""
     named = {path / record.path for record in manifest.file_records()}
+    if all(_is_leftover(path, item) for item in (path / TASKS).rglob("*")):
+        shutil.rmtree(path / TASKS, ignore_errors=True)
     found = [file for file in path.iterdir() if _IN_MEMORY.fullmatch(file.name)]
     found += [path / name for name in (JOURNAL, *_PARTIAL)]
     folders = []

@@ -17,6 +17,7 @@ from nearest.store.records import (
     Count,
     Digest,
     FileRecord,
+    MachineRecord,
     Positive,
     Record,
 )
@@ -154,7 +155,8 @@ class SegmentRecord(Record, frozen=True, omit_defaults=True):
     `removed`: how many documents have been taken back; they still stand in the files until
     `nearest compact`. `source_tokens`: of what the encoder read for all documents; None where the
     model has no encoder. `chunk_rows`: how many vectors of chunks there are; `chunk_index`: how
-    they are searched. None before they are made.
+    they are searched. None before they are made. `made_on`: what computed the keys of text that
+    was new; None for those that were copied, and in memories of before.
     """
 
     name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6}$")]
@@ -170,10 +172,16 @@ class SegmentRecord(Record, frozen=True, omit_defaults=True):
     source_tokens: Positive | None = None
     chunk_rows: Count | None = None
     chunk_index: ChunkIndexRecord | None = None
+    made_on: MachineRecord | None = None
 
     def with_files(self, files: Mapping[str, FileRecord], **changes: Any) -> "SegmentRecord":
         """The segment with more files, and with other fields."""
         return msgspec.structs.replace(self, files={**self.files, **files}, **changes)
+
+    def file_records(self) -> list[FileRecord]:
+        """Its live files."""
+        own = [] if self.index is None else self.index.file_records()
+        return [*self.files.values(), *own]
 
     def __post_init__(self) -> None:
         if self.removed > self.documents:
@@ -201,7 +209,8 @@ class Manifest(Record, frozen=True, omit_defaults=True):
     `documents_of`: the snapshot in which documents were last added or removed; `tuned_at`: that
     in which each method's settings were found; `keys_of`: that in which keys or indexes were last
     rewritten for all entries; `chunks`: of RETRO, where there are; `version` is the number of the
-    snapshot ("generation" in the file).
+    snapshot ("generation" in the file); `segment_tokens`: after how many tokens another segment
+    begins, where that was asked for.
     """
 
     format: Positive
@@ -217,6 +226,7 @@ class Manifest(Record, frozen=True, omit_defaults=True):
     tuned_at: dict[str, Positive]
     keys_of: Positive = 1
     chunks: ChunksRecord | None = None
+    segment_tokens: Positive | None = None
     checksum: Digest = ""  # of the file, with zeros in this place
 
     def __post_init__(self) -> None:
@@ -235,8 +245,7 @@ class Manifest(Record, frozen=True, omit_defaults=True):
 
     def file_records(self) -> list[FileRecord]:
         """Every live file."""
-        records = [file for segment in self.segments for file in segment.files.values()]
-        records += [f for s in self.segments if s.index for f in s.index.file_records()]
+        records = [file for segment in self.segments for file in segment.file_records()]
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
         return records

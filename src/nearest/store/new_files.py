@@ -1,5 +1,6 @@
 """Where a writer puts new files: beside the live ones, never over them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +18,27 @@ class NewFiles:
         root: the memory folder.
         folder: below it, such as "segments/000001"; "" for files that all segments share.
         prefix: what their names begin with, such as "g000002." of the second snapshot.
+        scratch: the folder in which they are written first, until `settle`; "": at once in place.
     """
 
     root: Path
     folder: str = ""
     prefix: str = ""
+    scratch: str = ""
 
     def path(self, name: str) -> Path:
-        """Where a file of this name goes."""
-        return self.root / self.folder / (self.prefix + name)
+        """Where a file of this name is written."""
+        return self.root / (self.scratch or self.folder) / (self.prefix + name)
 
     def record(self, name: str) -> FileRecord:
-        """Describe a file that is completely written."""
-        return FileRecord.of(self.root, self.path(name).relative_to(self.root).as_posix())
+        """Describe a file that is completely written, by the place that it is to have."""
+        place = Path(self.folder) / (self.prefix + name)
+        return FileRecord.of(self.root, place.as_posix(), self.path(name))
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Move files from the scratch folder to their place, each in one rename."""
+        for name in names:
+            self.path(name).replace(self.root / self.folder / (self.prefix + name))
 
     def write(self, name: str, array: np.ndarray) -> FileRecord:
         """Write an array, and describe its file."""

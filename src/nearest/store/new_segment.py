@@ -11,13 +11,14 @@ from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, bytes_an_entry
 from nearest.index.keys import KeyFormat
 from nearest.progress import Progress
-from nearest.store.journal import Journal
+from nearest.store.journal import TaskLog
 from nearest.store.manifest import KeysRecord, Manifest, SegmentRecord
 from nearest.store.new_files import NewFiles
-from nearest.store.parts import PARTS
+from nearest.store.parts import PARTS, Part
 from nearest.store.parts.corpus import StoredSources, open_corpus, write_corpus
 from nearest.store.parts.index import IndexChoice
 from nearest.store.parts.keys import KeyWriter
+from nearest.store.records import MachineRecord
 from nearest.store.segment import Segment
 
 # What a segment takes while it is written decides how large one becomes: sorting suffixes takes 11
@@ -43,7 +44,8 @@ class SegmentPlan:
         make_keys: writes the keys of new text; None where there are none, or they are copied.
         merged: the segments that this one replaces, in order; empty for new text.
         among_others: whether the memory has other segments beside it.
-        journal: told what is on the disk, where the work can be gone on with.
+        log: told how far the keys have come, where they can be gone on with.
+        made_on: what computes the keys of new text.
     """
 
     files: NewFiles
@@ -54,7 +56,8 @@ class SegmentPlan:
     make_keys: MakeKeys | None = None
     merged: Sequence[Segment] = ()
     among_others: bool = False
-    journal: Journal | None = None
+    log: TaskLog | None = None
+    made_on: MachineRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class NewSegment:
         record: describes the corpus alone.
         tokens, offsets: as in `Segment`.
         choice: of the index.
-        digest: SHA-256 of its documents.
         sources: what the encoder reads for each; None for models without one.
     """
 
@@ -75,7 +77,6 @@ class NewSegment:
     tokens: Integer[np.ndarray, " n"]
     offsets: Int[np.ndarray, " documents_plus_1"]
     choice: IndexChoice
-    digest: str
     sources: StoredSources | None
 
     @property
@@ -86,7 +87,7 @@ class NewSegment:
     @property
     def batches_written(self) -> int:
         """How many batches of keys an interrupted build has left."""
-        return 0 if self.plan.journal is None else self.plan.journal.stage.batches
+        return 0 if self.plan.log is None else self.plan.log.batches
 
     def opened(self, record: SegmentRecord) -> Segment:
         """Open it as far as `record` describes it."""
@@ -97,28 +98,26 @@ class NewSegment:
         return map(self.opened, self.plan.manifest.segments)
 
 
-def segment_tokens(keys: KeysRecord | None) -> int:
-    """Tokens after which a memory with such keys begins another segment."""
+def segment_tokens(keys: KeysRecord | None, asked: int | None = None) -> int:
+    """Tokens after which a memory with such keys begins another segment, unless asked for."""
+    if asked is not None:
+        return asked
     if keys is None or keys.index != AUTO:
         return SEGMENT_TOKENS
     return min(SEGMENT_TOKENS, _INDEX_BYTES // bytes_an_entry(keys.stored_dim))
 
 
-def begin_segment(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> NewSegment:
-    """Write the corpus of a segment.
+def tokens_a_segment(manifest: Manifest) -> int:
+    """Tokens after which a memory begins another segment."""
+    return segment_tokens(manifest.keys, manifest.segment_tokens)
+
+
+def reopen_segment(plan: SegmentPlan, record: SegmentRecord) -> NewSegment:
+    """A segment whose corpus is written, as far as `record` describes it.
 
     Raises:
-        CorpusError: there is no document, or no token that follows another.
-        SettingError: the index does not fit them.
+        SettingError: the index does not fit it.
     """
-    record, digest = write_corpus(
-        plan.files, plan.name, plan.manifest.model, documents, plan.progress
-    )
-    return reopen_segment(plan, record, digest)
-
-
-def reopen_segment(plan: SegmentPlan, record: SegmentRecord, digest: str) -> NewSegment:
-    """A segment whose corpus was written before, as far as `record` describes it."""
     paths = {kind: plan.files.root / file.path for kind, file in record.files.items()}
     corpus = open_corpus(paths, plan.manifest, record)
     choice, keys = plan.choice, plan.manifest.keys
@@ -126,29 +125,31 @@ def reopen_segment(plan: SegmentPlan, record: SegmentRecord, digest: str) -> New
         if plan.among_others:
             choice = choice.among_others(keys.stored_dim, record.entries)
         check_spec(choice.spec, keys.stored_dim, choice.nprobe, record.entries)
-    return NewSegment(plan, record, corpus.tokens, corpus.offsets, choice, digest, corpus.sources)
+    return NewSegment(plan, record, corpus.tokens, corpus.offsets, choice, corpus.sources)
 
 
-def write_parts(new: NewSegment) -> SegmentRecord:
-    """Write the parts of a segment that are not there yet; nothing refers to it before a publish.
+def write_parts(new: NewSegment, parts: Iterable[Part] = PARTS) -> SegmentRecord:
+    """Write parts of a segment; nothing refers to it before a publish.
 
     Raises:
         NearestError: keys or index cannot be used.
     """
-    record, journal = new.record, new.plan.journal
-    done = [] if journal is None else list(journal.stage.done)
-    for part in PARTS:
-        if part.name not in done:
-            record = part.write(new, record)
-            done.append(part.name)
-            if journal is not None:
-                journal.note(current=record, done=list(done), batches=0)
+    record = new.record
+    for part in parts:
+        record = part.write(new, record)
     return record
 
 
 def write_segment(plan: SegmentPlan, documents: Iterable[TokenisedDocument]) -> SegmentRecord:
-    """Write a segment of documents with all its parts (raises as its two halves do)."""
-    return write_parts(begin_segment(plan, documents))
+    """Write a segment of documents with all its parts.
+
+    Raises:
+        CorpusError: there is no document, or no token that follows another.
+        NearestError: keys or index cannot be used.
+    """
+    model = plan.manifest.model
+    record, _ = write_corpus(plan.files, plan.name, model, documents, plan.progress)
+    return write_parts(reopen_segment(plan, record))
 
 
 def merge_segments(plan: SegmentPlan) -> SegmentRecord:

@@ -25,9 +25,24 @@ class FileRecord(Record, frozen=True):
     sha256: Digest
 
     @classmethod
-    def of(cls, folder: Path, path: str) -> "FileRecord":
-        """Describe a file that is completely written."""
-        return cls(path, (folder / path).stat().st_size, sha256_of(folder / path))
+    def of(cls, folder: Path, path: str, written: Path | None = None) -> "FileRecord":
+        """Describe a file that is completely written, be it still at another place."""
+        file = folder / path if written is None else written
+        return cls(path, file.stat().st_size, sha256_of(file))
+
+
+class MachineRecord(Record, frozen=True):
+    """On what the keys of a segment were computed; keys of unlike machines differ by rounding.
+
+    `device`: "cpu", or a GPU's name; `torch`: its version; `threads`: of each operation; `simd`:
+    the CPU's instructions that torch uses; `batch_size`: windows a forward pass.
+    """
+
+    device: str
+    torch: str
+    threads: Positive
+    simd: str
+    batch_size: Positive
 
 
 class EmbedderRecord(Record, frozen=True):

@@ -190,7 +190,8 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
             plan.make_keys(new, form, file)
         else:
             _copy(new, form, keys, shared, file)
-    return record.with_files({**files, **file.records()}, kept=kept)
+    made_on = None if plan.make_keys is None else plan.made_on
+    return record.with_files({**files, **file.records()}, kept=kept, made_on=made_on)
 
 
 def _copied_rows(segment: "Segment", shared: bool) -> Int[np.ndarray, " m"]:

@@ -1,0 +1,237 @@
+"""The work of a build, once its corpora are written: what it consists of, one task, and the end.
+
+Any number of processes do tasks of one folder at a time: `store/claims.py` says who does which, and
+`store/journal.py` what is finished. What a task writes depends on nothing but the corpus and the
+settings, so that it does not matter who does it, nor whether two do.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from nearest.build.keys import EncodedKeys
+from nearest.build.machine import check_alike, machine_of
+from nearest.encode.encoder import Encoder
+from nearest.folder import disk_errors_explained
+from nearest.progress import Progress, no_progress
+from nearest.store.claims import Claim, Watch
+from nearest.store.journal import MACHINE, TASKS, CorpusRecord, Journal, Stage, Task, TaskLog
+from nearest.store.manifest import FORMAT, Manifest, SegmentRecord, write_manifest
+from nearest.store.new_files import NewFiles
+from nearest.store.new_segment import SegmentPlan, reopen_segment, write_parts
+from nearest.store.parts import PARTS
+from nearest.store.parts.index import IndexChoice
+from nearest.store.records import MachineRecord
+
+_PARTS = {"suffix": PARTS[:1], "keys": PARTS[1:2], "index": PARTS[2:]}
+_POLL = 0.05  # seconds, growing to
+_LONGEST_POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A build whose corpora are written.
+
+    Attributes:
+        journal: what is to be done and what is done.
+        manifest: of the memory that is to be, without segments.
+        encoder: makes the keys; None where there are none to make.
+        allow_mixed: accept keys of unlike machines.
+        progress: told what is done.
+    """
+
+    journal: Journal
+    manifest: Manifest
+    encoder: Encoder | None
+    allow_mixed: bool = False
+    progress: Progress = no_progress
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self.journal.folder
+
+    @cached_property
+    def corpora(self) -> dict[str, CorpusRecord]:
+        """The corpora of all segments by name, those of other parts of the build included."""
+        return {f"{n:06d}": corpus for n, corpus in enumerate(self.journal.stage.corpora, 1)}
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """All that this part of the build has to do, in an order in which one process can do it."""
+        own = [name for name, corpus in self.corpora.items() if corpus.record is not None]
+        if self.manifest.keys is None:
+            return [Task(name, "suffix") for name in own]
+        found = [Task(name, path) for name in own for path in ("suffix", "keys")]
+        if self.journal.stage.part[1] > 1:
+            return found  # indexes are filled like one: `nearest join` makes them
+        first = self.lead
+        others = [Task(name, "index") for name in own if name != first]
+        return [*found, Task(first, "index"), *others]
+
+    @cached_property
+    def lead(self) -> str:
+        """The largest segment: the others' indexes are filled like the one trained on it."""
+        corpora = self.corpora
+        return max(corpora, key=lambda name: (corpora[name].entries, -int(name)))
+
+    def needs(self, task: Task) -> list[Task]:
+        """Tasks that are to be finished before."""
+        if task.path != "index":
+            return []
+        own = [Task(task.segment, "suffix"), Task(task.segment, "keys")]
+        return own if task.segment == self.lead else [*own, Task(self.lead, "index")]
+
+    def left(self) -> list[Task]:
+        """Tasks that are not finished."""
+        return [task for task in self.tasks if self.journal.done(task) is None]
+
+    def record(self, segment: str) -> SegmentRecord:
+        """A segment of this part as far as it is written."""
+        base = self.corpora[segment].record
+        if base is None:
+            raise ValueError(f"segment {segment} is of another part")
+        return self.journal.combined(base, [Task(segment, path) for path in _PARTS])
+
+
+def new_manifest_of(stage: Stage, created_by: str) -> Manifest:
+    """The manifest of the memory that is to be, without segments."""
+    return Manifest(
+        format=FORMAT,
+        version=1,
+        created_by=created_by,
+        model=stage.model,
+        keys=stage.keys,
+        segments=[],
+        clusters=None,
+        settings={},
+        gates={},
+        documents_of=1,
+        tuned_at={},
+        segment_tokens=stage.segment_tokens,
+    )
+
+
+def work(build: Unfinished, watch: Watch) -> None:
+    """Do tasks, beside whoever else does, until none is left.
+
+    Raises:
+        NearestError: keys or index cannot be made, or the folder cannot be written.
+    """
+    made_on, pause = None, _POLL
+    (build.folder / TASKS).mkdir(exist_ok=True)
+    if build.encoder is not None:
+        made_on = machine_of(build.encoder)
+        if not build.allow_mixed:
+            _agree(build, made_on)
+    with disk_errors_explained(build.folder), watch.beating():
+        while left := build.left():
+            if _done_one(build, left, watch, made_on):
+                pause = _POLL
+            else:  # the others are at work
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_POLL)
+
+
+def _done_one(
+    build: Unfinished, left: Sequence[Task], watch: Watch, made_on: MachineRecord | None
+) -> bool:
+    """Do the first task that is ready and that nobody has claimed; whether there is one."""
+    for task in left:
+        if all(map(build.journal.done, build.needs(task))):
+            claim = watch.take(build.journal.path(task))
+            if claim is not None:
+                _do(build, task, claim, made_on)
+                watch.give_up()
+                return True
+    return False
+
+
+def _agree(build: Unfinished, made_on: MachineRecord) -> None:
+    """Refuse to make keys beside those of another kind of machine; the first says which."""
+    path = build.folder / TASKS / MACHINE
+    try:
+        with path.open("xb") as file:
+            file.write(msgspec.json.encode(made_on))
+    except FileExistsError:
+        for _ in range(100):  # another process may be about to write it
+            try:
+                first = msgspec.json.decode(path.read_bytes(), type=MachineRecord)
+                return check_alike(first, made_on, str(build.folder))
+            except msgspec.DecodeError:
+                time.sleep(0.1)
+        path.unlink(missing_ok=True)  # its writer was killed
+        _agree(build, made_on)
+
+
+def _do(build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | None) -> None:
+    """Do one task: write its files aside, move them to their place, and note it."""
+    if build.journal.done(task) is not None:
+        return  # by another, while it was being claimed
+    try:
+        files, record = _written(build, task, claim, made_on)
+        if claim.held:
+            files.settle(_names(record) - _names(build.record(task.segment)))
+            build.journal.finish(task, record)
+    except FileNotFoundError:
+        if claim.held:
+            raise
+        return  # another has taken it over, and what was written
+    shutil.rmtree(claim.scratch, ignore_errors=True)
+
+
+def _names(record: SegmentRecord) -> set[str]:
+    return {Path(file.path).name for file in record.file_records()}
+
+
+def _written(
+    build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | None
+) -> tuple[NewFiles, SegmentRecord]:
+    """Write the files of a task into its scratch folder, and describe them."""
+    name, encoder, keys = task.segment, build.encoder, build.manifest.keys
+    others = []
+    if task.path == "index" and name != build.lead:
+        others = [build.record(build.lead)]
+    stage = build.journal.stage
+    scratch = claim.scratch.relative_to(build.folder).as_posix()
+    files = NewFiles(build.folder, f"segments/{name}", scratch=scratch)
+    plan = SegmentPlan(
+        files,
+        name,
+        msgspec.structs.replace(build.manifest, segments=others),
+        IndexChoice("exact" if keys is None else keys.index, stage.recall, stage.nprobe),
+        build.progress,
+        None if encoder is None else EncodedKeys(encoder),
+        among_others=bool(others),
+        log=TaskLog(build.journal, claim) if task.path == "keys" else None,
+        made_on=made_on,
+    )
+    return files, write_parts(reopen_segment(plan, build.record(name)), _PARTS[task.path])
+
+
+def publish(build: Unfinished) -> None:
+    """Make what is finished a memory: one manifest, in one rename.
+
+    Raises:
+        FolderError: a file is missing or of another size, or keys are of unlike machines.
+    """
+    if left := build.left():
+        raise ValueError(f"{left[0]} is not finished")
+    segments = [build.record(name) for name in build.corpora]
+    if not build.allow_mixed:
+        _check_machines(build.folder, segments)
+    with disk_errors_explained(build.folder):
+        build.journal.make_durable(build.corpora)
+        write_manifest(build.folder, msgspec.structs.replace(build.manifest, segments=segments))
+        build.journal.close()
+
+
+def _check_machines(folder: Path, segments: Sequence[SegmentRecord]) -> None:
+    made_on = [segment.made_on for segment in segments if segment.made_on is not None]
+    for other in made_on[1:]:
+        check_alike(made_on[0], other, str(folder))
