@@ -306,9 +306,9 @@ def test_memories_are_joined(model: Model, whole: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     for path, half in zip(paths, halves, strict=True):
         Memory.build(*model, half, path, tune=False, **options)
-    gone = Memory.open(paths[0]).remove([DOCUMENTS[1].id]).manifest.version
-    assert gone == 2
-    join([*paths, whole][:2], tmp_path / "m", BuildOptions())
+    memory = Memory.open(paths[0]).remove([DOCUMENTS[1].id])
+    assert memory.manifest.version == 2
+    join(paths, tmp_path / "m", BuildOptions())
     memory = Memory.open(tmp_path / "m")
     assert verify(memory.path) == []
     left = [d for d in DOCUMENTS if d.id != DOCUMENTS[1].id]
@@ -318,7 +318,7 @@ def test_memories_are_joined(model: Model, whole: Path, tmp_path: Path) -> None:
     found_ids = memory.search(queries, 4).ids
     assert memory.key_distances(queries, found_ids)[:, 0].max() < 1e-3
 
-    with pytest.raises(CorpusError, match=f"{DOCUMENTS[0].id}' is in two of these"):
+    with pytest.raises(CorpusError, match=r"doc-\d' is in two of these"):
         join([paths[0], whole], tmp_path / "n", BuildOptions())
     other = Memory.build(*model, halves[1], tmp_path / "c", tune=False, **options, keys="fp16")
     with pytest.raises(FolderError, match=r"another keys \(format\) than .* \(fp16 and int8\)"):
