@@ -17,7 +17,7 @@ from conftest import make_documents, make_model
 from nearest import Memory, attach, evaluate
 from nearest.serve import living
 from nearest.serve.app import ServeOptions, make_service
-from nearest.serve.library import version_of
+from nearest.serve.shelf import version_of
 from nearest.serve.vocabulary import Stops
 from nearest.serve.work import News, Wanted, Work
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates

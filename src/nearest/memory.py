@@ -4,7 +4,7 @@
 for it, and the changes, each of which is a function of `build/`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from nearest.markup import table
 from nearest.progress import Progress, no_progress
 from nearest.store.info import memory_info
 from nearest.store.manifest import read_manifest
+from nearest.store.objects import address_of, fetched, upload
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.index import IndexChoice
 from nearest.store.searched import SearchedSnapshot
@@ -44,18 +45,39 @@ class Memory(SearchedSnapshot):
         self._gates = open_gates(self.path, self.manifest)
 
     @classmethod
-    def open(cls, path: str | Path, search_on: str = "cpu") -> "Memory":
+    def open(
+        cls,
+        path: str | Path,
+        search_on: str = "cpu",
+        *,
+        shards: "Sequence[str | Sequence[str]] | None" = None,
+        **options: Any,
+    ) -> "Memory":
         """Open the present snapshot of a memory folder; files are checked as they are first used.
 
         Args:
-            path: the folder.
+            path: the folder, or its address in object storage ("s3://bucket/law.memory"), from
+                which it is fetched into a cache once; with `shards`, what servers call the memory.
             search_on: "cpu", or "gpu": keys or indexes are copied there at the first search.
+            shards: addresses of servers of which each holds some segments, in place of the folder
+                (`nearest serve MEMORY --shard 1/2`); several for one shard hold the same.
+            **options: of `remote.sharded.ShardedMemory`: api_key, patience, wait, partial; or of
+                fsspec's file system for an address: key, secret, endpoint_url.
 
         Raises:
             FolderError: it is no memory, damaged, or of a newer format.
-            SettingError: there is no GPU to search on.
+            SettingError: there is no GPU to search on, or the servers do not hold all shards.
+            RemoteError: a shard does not answer.
         """
-        place = checked_search_on(search_on)
+        if shards is not None:
+            from nearest.remote.sharded import ShardedMemory
+
+            return ShardedMemory(shards, Path(path).name.removesuffix(".memory"), **options)
+        address, place = address_of(path), checked_search_on(search_on)
+        if address is not None:
+            return cls(Snapshot.open(fetched(address, **options)), place)
+        if options:
+            raise TypeError(f"{', '.join(options)} is of shards or addresses, not of a folder")
         return cls(Snapshot.open(Path(path)), place)
 
     @classmethod
@@ -163,6 +185,20 @@ class Memory(SearchedSnapshot):
 
         return push(self, repo, license, base_model, private, token, repo_type)
 
+    def upload(self, address: str, progress: Progress = no_progress, **options: Any) -> str:
+        """Write the memory to object storage, its manifest last; return its address.
+
+        Args:
+            address: such as "s3://bucket/law.memory"; fsspec opens it.
+            progress: told of files.
+            **options: of fsspec's file system, such as key, secret, endpoint_url.
+
+        Raises:
+            FolderError: it cannot be written, another memory is there, or removed documents are in
+                the files still.
+        """
+        return upload(self.path, address, progress, **options)
+
     def search_text(
         self, model: Any, tokenizer: Any, text: str, k: int = 10, *, force: bool = False
     ) -> "list[Passage]":
@@ -187,8 +223,9 @@ class Memory(SearchedSnapshot):
         This one stays what it was; entry ids of one mean nothing in the other. What both hold, both
         share.
         """
-        moved = read_manifest(self.path).version != self.manifest.version
-        return Memory(open_snapshot(self.path, self), self.search_on, self) if moved else self
+        if read_manifest(self.path, self.shard).version == self.manifest.version:
+            return self
+        return Memory(open_snapshot(self.path, self, self.shard), self.search_on, self)
 
     def take_over_settings(self) -> None:
         """Take over the settings and gates in the folder; all else stays as it was opened."""

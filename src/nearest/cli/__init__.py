@@ -21,6 +21,7 @@ _COMMANDS: dict[str, Command] = {
     "compact": memories.compact,
     "info": memories.info,
     "verify": memories.verify,
+    "upload": memories.upload,
     "index": keys.index,
     "cluster": keys.cluster,
     "compress": keys.compress,

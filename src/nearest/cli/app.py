@@ -130,7 +130,9 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 def open_memory(path: Path, search_on: str = "cpu") -> "Memory":
     """Open a memory's folder, or one that `nearest serve` holds at http://HOST:PORT[/NAME].
 
-    The key of such a server is read from NEAREST_API_KEY.
+    A memory in object storage (s3://BUCKET/NAME) is fetched into a cache. Several servers, be they
+    of all shards or of the same memory, stand with commas between them: http://HOST:PORT,HOST:PORT.
+    The key of servers is read from NEAREST_API_KEY.
     """
     from nearest.memory import Memory
 
@@ -140,7 +142,12 @@ def open_memory(path: Path, search_on: str = "cpu") -> "Memory":
     from nearest.remote.memory import RemoteMemory
 
     scheme, host, name = address.groups()
-    return RemoteMemory(f"{scheme}://{host}", name, api_key=os.environ.get("NEAREST_API_KEY"))
+    urls, key = [f"{scheme}://{one}" for one in host.split(",")], os.environ.get("NEAREST_API_KEY")
+    if len(urls) > 1 and RemoteMemory(urls, name, api_key=key, one_shard=True).shard is not None:
+        from nearest.remote.sharded import ShardedMemory
+
+        return ShardedMemory(urls, name, api_key=key)
+    return RemoteMemory(urls, name, api_key=key)
 
 
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":

@@ -195,6 +195,20 @@ def compact(
     show_info(Memory.open(memory), as_json)
 
 
+def upload(
+    memory: MemoryPath,
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="Such as s3://bucket/law.memory.")
+    ],
+) -> None:
+    """Write a memory to object storage (s3://, gs://, hf://), its manifest last."""
+    from nearest.store.objects import upload as upload_folder
+
+    with reports.live_progress(err) as progress:
+        told = upload_folder(memory, address, progress)
+    out.print(f"open it with Memory.open({told!r})", soft_wrap=True)
+
+
 def verify(
     memory: MemoryPath,
     keys: Annotated[

@@ -12,6 +12,7 @@ from nearest.errors import NearestError, require
 
 if TYPE_CHECKING:
     from nearest.retro.data.live import MemoryNeighbours
+    from nearest.serve.app import ServeOptions
 
 
 def serve(
@@ -48,6 +49,14 @@ def serve(
         Path | None,
         typer.Option(help="Folder of `nearest retro prepare`: serve the neighbours of chunks."),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER/OF",
+            help="Serve look-ups of these segments alone, without a model: 1/4 is the first of "
+            "four shards. Memory.open(shards=…) puts the servers of all together.",
+        ),
+    ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Continuations that advance together.")
     ] = 64,
@@ -75,6 +84,9 @@ def serve(
             "NEAREST_WRITE_KEY) with --writable"
         )
     check_exposure(host, api_key, write_key)
+    if shard is not None:
+        _serve_shard(memories, shard, opening.search_on, ServeOptions(api_key=api_key), host, port)
+        return
     template = None
     if chat_template is not None:
         try:
@@ -97,9 +109,36 @@ def serve(
     )
     service = make_service(model, tokenizer, opened, options)
     log_to(sys.stderr)
-    shown = f"[{host}]" if ":" in host else host
-    err.print(f"serving {service.model_name} on http://{shown}:{port}/", soft_wrap=True)
+    err.print(f"serving {service.model_name} on {_address(host, port)}", soft_wrap=True)
     Server(service, options, host, port).run()
+
+
+def _serve_shard(
+    folders: list[Path], text: str, search_on: str, options: "ServeOptions", host: str, port: int
+) -> None:
+    """Serve look-ups of a shard of each memory."""
+    from nearest.index.gpu import checked_search_on
+    from nearest.memory import Memory
+    from nearest.remote.calls import warm_up
+    from nearest.serve.run import log_to, shard_server
+    from nearest.serve.shelf import Shelf
+    from nearest.store.shard import Shard
+    from nearest.store.snapshot import open_snapshot
+
+    shard, place = Shard.parse(text), checked_search_on(search_on)
+    opened = [Memory(open_snapshot(folder, None, shard), place) for folder in folders]
+    for memory in opened:
+        warm_up(memory)
+    shelf = Shelf(opened)
+    log_to(sys.stderr)
+    told = ", ".join(f"shard {shard} of {name}" for name in shelf.names)
+    err.print(f"serving {told} on {_address(host, port)}", soft_wrap=True)
+    shard_server(shelf, options, host, port).run()
+
+
+def _address(host: str, port: int) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/"
 
 
 def _neighbours(folder: Path, opening: Opening) -> "MemoryNeighbours":

@@ -4,7 +4,7 @@ Read off the suffix array, in which all entries whose left context ends with the
 side by side, and the token after a span is the value of one of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, no_type_check
 
 import numba
@@ -33,6 +33,18 @@ class Ngrams(NamedTuple):
     fertility: Int[np.ndarray, "q n"]
 
 
+class NgramSamples(NamedTuple):
+    """Counts as in `Ngrams`, and a sample of the entries of each n-gram with their values.
+
+    The sample has all of up to SAMPLED entries, else those that come first in the random order of
+    ids. Missing ones have id and value -1.
+    """
+
+    counts: Int[np.ndarray, "q n"]
+    ids: Int[np.ndarray, "q n sampled"]
+    values: Int[np.ndarray, "q n sampled"]
+
+
 def ngrams(
     arrays: Sequence[SuffixArray],
     start_token: int,
@@ -48,6 +60,52 @@ def ngrams(
     """
     counts, fertility = (np.zeros((len(ends), longest), dtype=np.int64) for _ in range(2))
 
+    def keep(some: slice, n: int, _: np.ndarray, values: Int[np.ndarray, "q _"]) -> None:
+        fertility[some, n] = distinct(values)
+
+    _each_sample(arrays, start_token, context, ends, counts, keep)
+    return Ngrams(counts, fertility)
+
+
+def ngram_samples(
+    arrays: Sequence[SuffixArray],
+    start_token: int,
+    context: Tokens,
+    ends: Int[np.ndarray, " q"],
+    longest: int,
+) -> NgramSamples:
+    """What `ngrams` counts, and the entries among which it counts successors."""
+    counts = np.zeros((len(ends), longest), np.int64)
+    every = [np.full((*counts.shape, SAMPLED), NO_ENTRY, np.int64) for _ in range(2)]
+
+    def keep(some: slice, n: int, *found: Int[np.ndarray, "q _"]) -> None:
+        for array, own in zip(every, found, strict=True):
+            array[some, n] = own
+
+    _each_sample(arrays, start_token, context, ends, counts, keep)
+    ids, values = every
+    return NgramSamples(counts, ids, values)
+
+
+def distinct(tokens: Int[np.ndarray, "*shape sampled"]) -> Int[np.ndarray, "*shape"]:
+    """The number of distinct tokens in the last axis; -1 is none."""
+    after = np.sort(tokens, axis=-1)
+    counts: Int[np.ndarray, "*shape"] = (after[..., :1] >= 0).sum(-1)
+    more: Int[np.ndarray, "*shape"] = counts + (np.diff(after, axis=-1) > 0).sum(-1)
+    return more
+
+
+def _each_sample(
+    arrays: Sequence[SuffixArray],
+    start_token: int,
+    context: Tokens,
+    ends: Int[np.ndarray, " q"],
+    counts: Int[np.ndarray, "q longest"],
+    keep: Callable[..., None],
+) -> None:
+    """Write the counts, and call `keep` with rows, n − 1, and the sampled ids and their values."""
+    longest = counts.shape[1]
+
     def work(some: slice) -> None:
         queries = len(ends[some])
         lows, highs = (np.zeros((len(arrays), longest, queries), np.int64) for _ in range(2))
@@ -58,12 +116,9 @@ def ngrams(
             ids = np.full((queries, SAMPLED), NO_ENTRY, dtype=np.int64)
             own = slice(n, n + 1)
             sample(arrays, lows[:, own], highs[:, own], wanted, np.zeros_like(wanted), ids)
-            after = np.sort(values_of(arrays, ids), axis=1)
-            # Distinct tokens; -1, which sorts first, is not one.
-            fertility[some, n] = (after[:, 0] >= 0) + (np.diff(after, axis=1) > 0).sum(axis=1)
+            keep(some, n, ids, values_of(arrays, ids))
 
     in_threads(work, len(ends))
-    return Ngrams(counts, fertility)
 
 
 def spans_stand(

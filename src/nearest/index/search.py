@@ -59,12 +59,14 @@ class Searched:
         entries: number of its alive entries.
         margin: entries fetched beyond k for re-ranking, since codes are rough.
         owned: ranges [first, stop) of the ids that it holds; () for all.
+        name: tells it apart from others of the same memory.
     """
 
     backend: Backend
     entries: int
     margin: int = 0
     owned: tuple[tuple[int, int], ...] = ()
+    name: str = ""
 
 
 class Group(NamedTuple):
@@ -111,8 +113,6 @@ class Searcher:
         self.searched = searched
         self._keys = keys
         self._alive = alive
-        # Fetching by the share of alive entries, few queries need a second search.
-        self._share = 1.0 if alive is None else max(0.5, float(alive.mean()))
 
     @property
     def groups(self) -> list[Group]:
@@ -186,7 +186,9 @@ class Searcher:
         most = min(backend.most, backend.entries)
         if backend.exact or self._alive is None:
             return backend.search(queries, min(wanted, most))
-        fetched = min(times * (int(wanted / self._share) + _SPARE), most)
+        # Fetching by the share of alive entries, few queries need a second search.
+        share = max(0.5, one.entries / backend.entries)
+        fetched = min(times * (int(wanted / share) + _SPARE), most)
         ids, codes = backend.search(queries, fetched)
         # An id of -1 says that the backend has no more entries, at least in the lists it probes.
         more = np.asarray((ids >= 0).all(axis=1)) & (fetched < most)

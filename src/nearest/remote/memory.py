@@ -23,12 +23,14 @@ from nearest.index.keys import Keys
 from nearest.index.matches import Matches
 from nearest.index.neighbours import NO_ENTRY, Neighbours
 from nearest.index.ngrams import Ngrams
+from nearest.index.search import By, Group
 from nearest.index.suffix import MAX_MATCH
 from nearest.memory import Memory
 from nearest.remote.servers import Patience, Servers
 from nearest.remote.wire import SNAPSHOT_HEADER, packed, unpacked
 from nearest.store.manifest import Manifest
 from nearest.store.parts.gates import GateFile
+from nearest.store.shard import Shard
 
 _AT_ONCE = 1 << 18  # numbers of one array in a request
 _BETWEEN = -1  # no token: where one context ends and another begins
@@ -50,6 +52,7 @@ class RemoteMemory(Memory):
         api_key: str | None = None,
         patience: Patience | None = None,
         servers: Servers | None = None,
+        one_shard: bool = False,
     ) -> None:
         """Ask a server what the memory is.
 
@@ -59,6 +62,7 @@ class RemoteMemory(Memory):
             api_key: of the servers.
             patience: how long to wait, and how often to try again.
             servers: that are in use already, in place of urls.
+            one_shard: accept servers of one shard, who answer of its segments alone.
 
         Raises:
             RemoteError: no server answers.
@@ -76,15 +80,26 @@ class RemoteMemory(Memory):
                 field: int(about[field]) for field in ("documents", "entries", "positions")
             }
             self._merged = bool(about["has_weights"])
+            shard = about["shard"]
+            self.shard = None if shard is None else Shard.parse(shard)
+            self.groups = {
+                name: msgspec.convert(group, Group) for name, group in about["groups"].items()
+            }
             self._gates = {
                 method: GateFile(self.manifest.gates[method], base64.b64decode(data))
                 for method, data in about["gates"].items()
             }
-        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        except (KeyError, TypeError, ValueError, SettingError, msgspec.ValidationError) as error:
             raise RemoteError(
                 f"{self._servers.address} speaks another version of the protocol ({error}): use "
                 "the same version of nearest on both sides"
             ) from error
+        if self.shard is not None and not one_shard:
+            raise SettingError(
+                f"{self.address} serves shard {self.shard} of {self.name} alone: name the servers "
+                f"of all {self.shard.of} (Memory.open(name, shards=[…]))"
+            )
+        self._of_shard = one_shard
         self.path = Path(self._servers.address) / self.name
         self.search_on = "cpu"
         self._known: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
@@ -95,13 +110,18 @@ class RemoteMemory(Memory):
         Raises:
             RemoteError: no server answers.
         """
-        now = RemoteMemory("", self._name, servers=self._servers)
+        now = RemoteMemory("", self._name, servers=self._servers, one_shard=self._of_shard)
         return self if now.manifest.checksum == self.manifest.checksum else now
 
     def __repr__(self) -> str:
         return f"<RemoteMemory {self.name!r} of {self._servers!r}: {self.entries:,} entries>"
 
     # --- numbers ----------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Of its first server."""
+        return self._servers.address
 
     @property
     def entries(self) -> int:
@@ -121,23 +141,17 @@ class RemoteMemory(Memory):
 
     # --- entries ----------------------------------------------------------------------------------
 
-    def search(
-        self,
-        queries: Float[np.ndarray, "q dim"],
-        k: int,
-        distances: str = "keys",
-        rerank: int = 0,
-        *,
-        ordered: bool = True,
+    def _search(
+        self, queries: Float[np.ndarray, "q dim"], k: int, by: By, rerank: int, ordered: bool
     ) -> Neighbours:
-        options = {"k": k, "distances": distances, "rerank": rerank, "ordered": ordered}
+        options = {"k": k, "distances": by, "rerank": rerank, "ordered": ordered}
         parts = [
-            self._ask("search", {"queries": np.asarray(queries[rows], np.float32)}, options)
-            for rows in _parts(len(queries), max(k, queries.shape[1]))
+            self.ask("search", {"queries": np.asarray(queries[rows], np.float32)}, options)
+            for rows in parts_of(len(queries), max(k, queries.shape[1]))
         ]
         for part in parts:
             self._remember(part["ids"], part["values"])
-        return Neighbours(*_joined(parts, "ids", "distances"))
+        return Neighbours(*joined(parts, "ids", "distances"))
 
     def key_distances(
         self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
@@ -181,44 +195,44 @@ class RemoteMemory(Memory):
     def clusters(self) -> Clusters | None:
         if self.manifest.clusters is None:
             return None
-        found = self._ask("clusters", {}, {})
+        found = self.ask("clusters", {}, {})
         return Clusters(found["labels"], found["offsets"], found["members"])
 
     # --- text -------------------------------------------------------------------------------------
 
     def longest_matches(self, context: Tokens, ends: Int[np.ndarray, " q"], most: int) -> Matches:
         parts = [
-            self._ask("longest_matches", _text(context, ends[rows]), {"k": most})
-            for rows in _parts(len(ends), most)
+            self.ask("longest_matches", text_of(context, ends[rows]), {"k": most})
+            for rows in parts_of(len(ends), most)
         ]
         for part in parts:
             self._remember(part["ids"], part["values"])
-        return Matches(*_joined(parts, "ids", "lengths", "longest"))
+        return Matches(*joined(parts, "ids", "lengths", "longest"))
 
     def match_lengths(
         self, ids: Int[np.ndarray, "q k"], context: Tokens, ends: Int[np.ndarray, " q"]
     ) -> Int[np.ndarray, "q k"]:
         parts = [
-            self._ask("match_lengths", {"ids": ids[rows], **_text(context, ends[rows])}, {})
-            for rows in _parts(len(ends), ids.shape[1])
+            self.ask("match_lengths", {"ids": ids[rows], **text_of(context, ends[rows])}, {})
+            for rows in parts_of(len(ends), ids.shape[1])
         ]
-        return _joined(parts, "lengths")[0]
+        return joined(parts, "lengths")[0]
 
     def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
         parts = [
-            self._ask("ngrams", _text(context, ends[rows]), {"length": longest})
-            for rows in _parts(len(ends), longest)
+            self.ask("ngrams", text_of(context, ends[rows]), {"length": longest})
+            for rows in parts_of(len(ends), longest)
         ]
-        return Ngrams(*_joined(parts, "counts", "fertility"))
+        return Ngrams(*joined(parts, "counts", "fertility"))
 
     def spans_stand(
         self, context: Tokens, ends: Int[np.ndarray, " q"], length: int
     ) -> Bool[np.ndarray, " q"]:
         parts = [
-            self._ask("spans_stand", _text(context, ends[rows]), {"length": length})
-            for rows in _parts(len(ends), 1)
+            self.ask("spans_stand", text_of(context, ends[rows]), {"length": length})
+            for rows in parts_of(len(ends), 1)
         ]
-        return _joined(parts, "stand")[0]
+        return joined(parts, "stand")[0]
 
     def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
         lengths = np.array([len(tokens) for tokens in documents], np.int64)
@@ -227,7 +241,7 @@ class RemoteMemory(Memory):
             if len(some):
                 context = np.concatenate([documents[n] for n in some]).astype(np.int64)
                 arrays = {"context": context, "ends": np.cumsum(lengths[some])}
-                found.append(self._ask("equal_documents", arrays, {})["ids"])
+                found.append(self.ask("equal_documents", arrays, {})["ids"])
         return np.concatenate(found)
 
     # --- documents --------------------------------------------------------------------------------
@@ -236,9 +250,9 @@ class RemoteMemory(Memory):
         self, entries: Int[np.ndarray, " n"]
     ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         parts = [
-            self._ask("places", {"ids": entries[rows]}, {}) for rows in _parts(len(entries), 1)
+            self.ask("places", {"ids": entries[rows]}, {}) for rows in parts_of(len(entries), 1)
         ]
-        documents, positions = _joined(parts, "documents", "positions")
+        documents, positions = joined(parts, "documents", "positions")
         return documents, positions
 
     def document(self, number: int) -> Document:
@@ -254,7 +268,7 @@ class RemoteMemory(Memory):
 
     def document_tokens(self, number: int) -> Tokens:
         self._check_number(number)
-        return self._ask("document_tokens", {"ids": np.array([number])}, {})["tokens"]
+        return self.ask("document_tokens", {"ids": np.array([number])}, {})["tokens"]
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number < self.documents:
@@ -262,9 +276,10 @@ class RemoteMemory(Memory):
 
     # --- asking -----------------------------------------------------------------------------------
 
-    def _ask(
+    def ask(
         self, call: str, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
+        """The answer to a look-up of `remote.calls`."""
         answer = self._servers.post(f"/search/memory/{call}", self._named(options), packed(arrays))
         if answer.headers.get(SNAPSHOT_HEADER) != self.manifest.checksum:
             raise FolderError(
@@ -282,15 +297,15 @@ class RemoteMemory(Memory):
         if not ids.size:
             return np.empty(ids.shape, np.float32)
         measured = []
-        for rows in _parts(len(ids), max(ids.shape[1], queries.shape[1])):
+        for rows in parts_of(len(ids), max(ids.shape[1], queries.shape[1])):
             arrays = {"queries": np.asarray(queries[rows], np.float32), "ids": ids[rows]}
-            answer = self._ask("distances", arrays, {"distances": by})
+            answer = self.ask("distances", arrays, {"distances": by})
             self._remember(ids[rows], answer["values"])
             measured.append(answer["distances"])
         return np.concatenate(measured)
 
     def _of_entries(self, call: str, ids: Int[np.ndarray, " n"]) -> np.ndarray:
-        parts = [self._ask(call, {"ids": ids[rows]}, {})[call] for rows in _parts(len(ids), 1)]
+        parts = [self.ask(call, {"ids": ids[rows]}, {})[call] for rows in parts_of(len(ids), 1)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _remember(self, ids: np.ndarray, values: np.ndarray) -> None:
@@ -313,11 +328,14 @@ class RemoteMemory(Memory):
 
     take_over_settings = cast(Any, _refuse)
     add = update = sync = remove = compact = cast(Any, _refuse)
-    cluster = compress = reindex = verify = info = push_to_hub = cast(Any, _refuse)
+    cluster = compress = reindex = verify = info = push_to_hub = upload = cast(Any, _refuse)
 
 
-def _parts(rows: int, width: int) -> list[slice]:
-    """Rows in parts that a request has room for; one, of none, where there are none."""
+def parts_of(rows: int, width: int) -> list[slice]:
+    """Rows, and so many numbers each, in parts that a request has room for.
+
+    One, of none, where there are none.
+    """
     size = max(1, _AT_ONCE // max(1, width))
     return [slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size)]
 
@@ -328,11 +346,12 @@ def _full(lengths: Int[np.ndarray, " documents"]) -> Bool[np.ndarray, " document
     return np.diff(requests, prepend=requests[:1]) > 0
 
 
-def _joined(parts: Sequence[Mapping[str, np.ndarray]], *names: str) -> list[np.ndarray]:
+def joined(parts: Sequence[Mapping[str, np.ndarray]], *names: str) -> list[np.ndarray]:
+    """The arrays of these names, each of all parts."""
     return [np.concatenate([part[name] for part in parts]) for name in names]
 
 
-def _text(context: Tokens, ends: Int[np.ndarray, " q"]) -> dict[str, np.ndarray]:
+def text_of(context: Tokens, ends: Int[np.ndarray, " q"]) -> dict[str, np.ndarray]:
     """What matches can reach back to of a context, and where the queries end in it.
 
     Queries that are far apart in a long context each bring their own part, with what no context

@@ -1,6 +1,7 @@
 """Routes that tell about the server: models, tokens, documents, health, metrics and the viewer."""
 
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
 from pathlib import PurePosixPath
@@ -13,10 +14,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from nearest.serve.errors import ApiError
 from nearest.serve.extension import schemas
-from nearest.serve.library import version_of
+from nearest.serve.metrics import Metrics
 from nearest.serve.provenance import title_of
 from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
 from nearest.serve.service import Service, in_thread
+from nearest.serve.shelf import version_of
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = resources.files("nearest.serve").joinpath("page")
@@ -28,28 +30,38 @@ _PAGE_POLICY = (
 _DOCUMENTS_A_PAGE = 100
 
 
-def router(service: Service) -> APIRouter:
-    """The routes."""
+def operations(
+    metrics: Metrics,
+    alive: Callable[[], bool] = lambda: True,
+    accepts: Callable[[], bool] = lambda: True,
+) -> APIRouter:
+    """The routes that those who run the server ask."""
     routes = APIRouter()
-    vocabulary = service.vocabulary
 
     @routes.get("/health")
     async def health(request: Request) -> Response:
-        alive = service.engine.alive
-        word, status = ("ok", 200) if alive else ("dead", 503)
+        word, status = ("ok", 200) if alive() else ("dead", 503)
         if "application/json" in request.headers.get("accept", ""):
             return JSONResponse({"status": word}, status)
         return PlainTextResponse(word, status)  # what the RETRO line's client expects
 
     @routes.get("/ready")
     async def ready() -> Response:
-        if service.engine.accepts:
+        if accepts():
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "busy"}, 503, {"Retry-After": "1"})
 
     @routes.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    async def told() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+    vocabulary = service.vocabulary
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:

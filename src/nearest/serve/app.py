@@ -32,6 +32,7 @@ from nearest.serve.library import Library
 from nearest.serve.metrics import Metrics
 from nearest.serve.passes import Passes
 from nearest.serve.service import Service
+from nearest.serve.shelf import Shelf
 from nearest.serve.vocabulary import Vocabulary
 
 
@@ -132,12 +133,36 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     )
     app.include_router(completions.router(service))
     app.include_router(retrieval.router(service))
-    app.include_router(remote_memory.router(service))
+    app.include_router(remote_memory.router(service.library))
     if options.chunks is not None:
         app.include_router(chunks.router(options.chunks))
     app.include_router(about.router(service))
+    engine = service.engine
+    app.include_router(
+        about.operations(service.metrics, lambda: engine.alive, lambda: engine.accepts)
+    )
     if service.writer is not None:
         app.include_router(living.router(service, service.writer))
+    return _guarded(app, options, service.metrics)
+
+
+def create_shard_app(shelf: Shelf, options: ServeOptions) -> FastAPI:
+    """Look-ups of shards of memories alone (`remote.sharded`), without a model."""
+    metrics = Metrics("none")
+    app = FastAPI(
+        title="nearest",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"auto_configure": False},
+    )
+    app.include_router(remote_memory.router(shelf))
+    app.include_router(about.operations(metrics))
+    return _guarded(app, options, metrics)
+
+
+def _guarded(app: FastAPI, options: ServeOptions, metrics: Metrics) -> FastAPI:
+    """With errors as clients read them, and what stands before every route."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -146,7 +171,7 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         KeyGuard, key=options.api_key, write_key=options.write_key, hosts=options.hosts
     )
     app.add_middleware(SlowClients, seconds=options.slow_client)
-    app.add_middleware(AccessLog, metrics=service.metrics)
+    app.add_middleware(AccessLog, metrics=metrics)
     return app
 
 

@@ -1,20 +1,14 @@
-"""The served memories, always in their newest version, and the methods requests ask of them.
+"""The methods that requests ask of the served memories.
 
-A request keeps the memories that it began with; writers that publish a new version disturb nothing
-that is under way. Requests that ask for the same share one `Ensemble`, and with it their searches.
+Requests that ask for the same share one `Ensemble`, and with it their searches.
 """
 
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
-from nearest.corpus.documents import Document
-from nearest.errors import NearestError, RemoteError, SettingError
+from nearest.errors import NearestError, SettingError
 from nearest.memory import Memory
 from nearest.remote.memory import RemoteMemory
 from nearest.retrieval.ensemble import Ensemble
@@ -22,12 +16,10 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
 from nearest.serve.errors import ApiError
 from nearest.serve.schema import NearestOptions
+from nearest.serve.shelf import Shelf, version_of
 from nearest.store.snapshot import Snapshot
-from nearest.store.stored_ids import StoredIds
 
 _KEPT_ENSEMBLES = 64
-_KEPT_DOCUMENTS = 4096
-_ASKED_EVERY = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,30 +55,13 @@ class Retrieval:
         }
 
 
-def version_of(memory: Memory) -> int:
-    """The version that a memory was opened in."""
-    return memory.manifest.version
-
-
-def name_of(path: Path) -> str:
-    """What requests call the memory in a folder."""
-    return path.resolve().name.removesuffix(".memory")
-
-
-class Library:
-    """Memories by name; several threads may use it."""
+class Library(Shelf):
+    """Memories by name, and methods that look them up; several threads may use it."""
 
     def __init__(
         self, memories: Sequence[Memory], method: str | None, settings: Mapping[str, Any]
     ) -> None:
-        self._memories = {name_of(memory.path): memory for memory in memories}
-        if len(self._memories) < len(memories):
-            raise SettingError(
-                "two of the memories have the same name, by which requests tell them apart: "
-                "rename a folder"
-            )
-        self._stamps = {name: _stamp(memory) for name, memory in self._memories.items()}
-        self._in_use = WeakSet(self._memories.values())
+        super().__init__(memories)
         self.methods = [BASE, *(m for m in MEMORY_METHODS if self._can(m))]
         if method is None:
             preferred = ("hybrid", "knn", "suffix")
@@ -95,94 +70,13 @@ class Library:
         self.method = method
         self._settings = dict(settings)
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
-        self._documents: WeakKeyDictionary[Memory, dict[int, Document]] = WeakKeyDictionary()
-        self._ids: WeakKeyDictionary[Memory, StoredIds] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-        self._refreshing = {name: threading.Lock() for name in self._memories}
         self.retrieval(
             method, None
         )  # refuses settings that make no sense before anything is served
 
-    @property
-    def names(self) -> list[str]:
-        """The names of all memories."""
-        return list(self._memories)
-
-    def memory(self, name: str, param: str | None = None) -> Memory:
-        """A memory in its newest version.
-
-        Raises:
-            ApiError: there is none of this name.
-        """
-        with self._lock:
-            memory = self._memories.get(name)
-            if memory is None:
-                raise ApiError(
-                    404 if param is None else 400,
-                    f"there is no memory {name!r} here: choose among {', '.join(self._memories)}",
-                    param=param,
-                )
-            stamp = _stamp(memory)
-            if stamp == self._stamps[name]:
-                return memory
-        # One at a time, and nobody waits for a server elsewhere but the one who asks it.
-        elsewhere = isinstance(memory, RemoteMemory)
-        if not self._refreshing[name].acquire(blocking=not elsewhere):
-            return memory
-        try:
-            return self._refreshed(name, stamp)
-        finally:
-            self._refreshing[name].release()
-
-    def _refreshed(self, name: str, stamp: tuple[int, ...]) -> Memory:
-        with self._lock:
-            memory = self._memories[name]
-            if stamp == self._stamps[name]:  # another has done it meanwhile
-                return memory
-        try:
-            fresh = memory.refresh()
-        except RemoteError:  # look-ups say so; what is here needs none
-            return memory
-        with self._lock:
-            if self._memories[name] is not memory:  # a change was made here meanwhile
-                return self._memories[name]
-            self._use(name, fresh, stamp)
-            return fresh
-
-    def take_over(self, name: str, memory: Memory) -> None:
-        """Use a version that was made here from now on, with its index read before anyone waits."""
-        if memory.manifest.keys is not None:
-            _ = memory.searcher
-        stamp = _stamp(memory)
-        if memory.refresh() is memory:  # else another writer has published since
-            with self._lock:
-                self._use(name, memory, stamp)
-
-    def versions_in_use(self, name: str) -> int:
-        """Versions of a memory that requests under way look up still, and the present one."""
-        return sum(name_of(memory.path) == name for memory in list(self._in_use))
-
-    def _use(self, name: str, memory: Memory, stamp: tuple[int, ...]) -> None:
-        """The memory of a name from now on; what was made of the version before is forgotten."""
-        if memory is not self._memories[name]:
-            self._memories[name] = memory
-            self._in_use.add(memory)
-            for key in [k for k, one in self._ensembles.items() if name in one.names]:
-                del self._ensembles[key]
-        self._stamps[name] = stamp
-
-    def chosen(self, name: str | None) -> tuple[str, Memory]:
-        """A memory by name; without one, the only memory there is.
-
-        Raises:
-            ApiError: there is none of this name, or a name is needed.
-        """
-        if name is None and len(self._memories) > 1:
-            raise ApiError(
-                400, f"name the memory: one of {', '.join(self._memories)}", param="memory"
-            )
-        name = next(iter(self._memories)) if name is None else name
-        return name, self.memory(name)
+    def _changed(self, name: str) -> None:
+        for key in [k for k, one in self._ensembles.items() if name in one.names]:
+            del self._ensembles[key]
 
     def retrieval(self, method: str | None, options: NearestOptions | None) -> Retrieval:
         """What a request looks up.
@@ -222,29 +116,6 @@ class Library:
                 self._ensembles.popitem(last=False)
             return made
 
-    def document(self, memory: Memory, number: int) -> Document:
-        """A document of a memory, kept for a while since answers name the same ones again."""
-        with self._lock:
-            kept = self._documents.setdefault(memory, {})
-            if len(kept) > _KEPT_DOCUMENTS:
-                kept.clear()
-        if (document := kept.get(number)) is None:
-            kept[number] = document = memory.document(number)
-        return document
-
-    def number(self, memory: Memory, document_id: str) -> int | None:
-        """The number of the document with this id; None where there is none."""
-        if isinstance(memory, RemoteMemory):
-            return memory.number_of(document_id)
-        (found,) = self._stored_ids(memory).find([document_id])
-        return None if found is None else memory.number_at(found.segment, found.number)
-
-    def _stored_ids(self, memory: Memory) -> StoredIds:
-        with self._lock:
-            if (ids := self._ids.get(memory)) is None:
-                ids = self._ids[memory] = StoredIds(memory)
-            return ids
-
     def _without(self, memory: Memory, name: str, ids: Sequence[str]) -> Memory:
         """A memory as it would be without some documents; nothing is written."""
         if not ids:
@@ -256,7 +127,7 @@ class Library:
                 param="nearest.without",
             )
         hidden: list[list[int]] = [[] for _ in memory.segments]
-        for one, stored in zip(ids, self._stored_ids(memory).find(ids), strict=True):
+        for one, stored in zip(ids, self.stored_ids(memory).find(ids), strict=True):
             if stored is None:
                 raise ApiError(
                     400, f"memory {name!r} has no document {one!r}", param="nearest.without"
@@ -330,14 +201,3 @@ class Library:
             param = "nearest.memories" if "weight" in str(error) else "nearest.settings"
             raise ApiError(400, str(error), param=param) from error
         return Retrieval(method, names, memories, ensemble)
-
-
-def _stamp(memory: Memory) -> tuple[int, ...]:
-    """Changes whenever a writer publishes; costs one system call.
-
-    A server elsewhere is asked every other second.
-    """
-    if isinstance(memory, RemoteMemory):
-        return (int(time.monotonic() / _ASKED_EVERY),)
-    status = (memory.path / "manifest.json").stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size

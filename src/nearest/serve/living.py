@@ -17,9 +17,10 @@ from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, FolderError, NearestError
 from nearest.memory import Memory
 from nearest.serve.errors import ApiError
-from nearest.serve.library import Library, version_of
+from nearest.serve.library import Library
 from nearest.serve.schema import Strict, Text
 from nearest.serve.service import Service, in_thread
+from nearest.serve.shelf import version_of
 
 _AT_ONCE = 1000
 _VERSIONS = 8  # of one memory, in use at once: each has its index in RAM

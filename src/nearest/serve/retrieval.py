@@ -19,10 +19,10 @@ from nearest.errors import CorpusError, SettingError
 from nearest.memory import Memory
 from nearest.remote.wire import SNAPSHOT_HEADER, VERSION_HEADER, npy, packed, read_npy
 from nearest.serve.errors import ApiError
-from nearest.serve.library import version_of
 from nearest.serve.provenance import title_of
 from nearest.serve.schema import Strict, Text
 from nearest.serve.service import Service, in_thread
+from nearest.serve.shelf import version_of
 
 MOST_NEIGHBOURS = 4096
 _MOST_NUMBERS = 1 << 24  # in an answer: 64 MB of float32

@@ -7,11 +7,13 @@ import time
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from nearest.errors import SettingError
-from nearest.serve.app import ServeOptions, create_app
+from nearest.serve.app import ServeOptions, create_app, create_shard_app
 from nearest.serve.guards import LOOPBACK
 from nearest.serve.service import Service
+from nearest.serve.shelf import Shelf
 
 
 class JsonLines(logging.Formatter):
@@ -34,25 +36,33 @@ class Server(uvicorn.Server):
     """Ends what is under way within the grace period before the connections are closed."""
 
     def __init__(self, service: Service, options: ServeOptions, host: str, port: int) -> None:
-        check_exposure(host, options.api_key, options.write_key)
         self._service = service
         self._grace = options.grace
-        config = uvicorn.Config(
-            create_app(service, options),
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, int(options.grace) + 5),
-            h11_max_incomplete_event_size=1 << 16,
-        )
-        super().__init__(config)
+        super().__init__(_config(create_app(service, options), options, host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop taking work, let running answers end, then close."""
         self._service.engine.stop_soon(self._grace)
         await super().shutdown(sockets)
+
+
+def shard_server(shelf: Shelf, options: ServeOptions, host: str, port: int) -> uvicorn.Server:
+    """A server of look-ups alone, ready to run."""
+    return uvicorn.Server(_config(create_shard_app(shelf, options), options, host, port))
+
+
+def _config(app: FastAPI, options: ServeOptions, host: str, port: int) -> uvicorn.Config:
+    check_exposure(host, options.api_key, options.write_key)
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(options.grace) + 5),
+        h11_max_incomplete_event_size=1 << 16,
+    )
 
 
 def check_exposure(host: str, api_key: str | None, write_key: str | None = None) -> None:

@@ -22,7 +22,7 @@ from nearest.store.manifest import (
     MANIFEST,
     Manifest,
     SegmentRecord,
-    in_hub_cache,
+    in_cache,
     read_manifest,
     write_manifest,
 )
@@ -184,9 +184,9 @@ def changing(path: Path) -> Iterator[Change]:
         FolderError: the folder is no memory, cannot be written, or another process writes it.
     """
     read_manifest(path)  # what is no memory is told apart from what is locked
-    if in_hub_cache(path):
+    if in_cache(path):
         raise FolderError(
-            f"{path} is in the hub's cache, which is not to be changed: copy the memory first "
+            f"{path} is in a cache, which is not to be changed: copy the memory first "
             f"(cp -rL {path} my.memory)"
         )
     with writer_lock(path), disk_errors_explained(path):

@@ -21,9 +21,11 @@ from nearest.store.records import (
     Positive,
     Record,
 )
+from nearest.store.shard import Shard
 
 FORMAT = 5
 MANIFEST = "manifest.json"
+FETCHED = "fetched-from"  # says where a memory in the cache is from
 _UNSIGNED = "0" * 64
 
 Base64 = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9+/]+=*$", max_length=1 << 14)]
@@ -243,9 +245,15 @@ class Manifest(Record, frozen=True, omit_defaults=True):
         if any((segment.source_tokens is None) != none for segment in self.segments):
             raise ValueError("a segment has no sources and its model reads them, or the reverse")
 
-    def file_records(self) -> list[FileRecord]:
-        """Every live file."""
-        records = [file for segment in self.segments for file in segment.file_records()]
+    def segments_of(self, shard: Shard | None) -> range:
+        """The numbers of a shard's segments; of all, without one."""
+        tokens = [segment.tokens for segment in self.segments]
+        return range(len(tokens)) if shard is None else shard.segments(tokens)
+
+    def file_records(self, shard: Shard | None = None) -> list[FileRecord]:
+        """Every live file, or those that one shard needs."""
+        segments = [self.segments[number] for number in self.segments_of(shard)]
+        records = [file for segment in segments for file in segment.file_records()]
         records += self.keys.file_records() if self.keys else []
         records += [gate.file for gate in self.gates.values()]
         return records
@@ -263,8 +271,10 @@ def _hub_blobs(folder: Path) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def in_hub_cache(folder: Path) -> bool:
-    """Whether a memory's files are links to those that the hub's client keeps."""
+def in_cache(folder: Path) -> bool:
+    """Whether a memory's files are shared with others: links into the hub's cache, or into ours."""
+    if (folder / FETCHED).exists():
+        return True
     return (folder / MANIFEST).is_symlink() and _in_hub_cache(folder, folder / MANIFEST)
 
 
@@ -279,17 +289,17 @@ class _FormatOnly(msgspec.Struct):
     format: int
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a memory folder.
+def read_manifest(folder: Path, shard: Shard | None = None) -> Manifest:
+    """Read and check the manifest of a memory folder, and that the files of a shard, or all, exist.
 
     Raises:
         FolderError: there is none, it is of another format, or it is not a valid manifest.
     """
     while True:
         data = _read(folder)
-        manifest = _decode(folder, data)
+        manifest = decode_manifest(folder, data)
         try:
-            for record in manifest.file_records():
+            for record in manifest.file_records(shard):
                 check_file(folder, record)
         except FolderError:
             if _read(folder) == data:
@@ -315,7 +325,8 @@ def _read(folder: Path) -> bytes:
         raise FolderError(f"{path} cannot be read ({error.strerror}): check it") from error
 
 
-def _decode(folder: Path, data: bytes) -> Manifest:
+def decode_manifest(folder: Path, data: bytes) -> Manifest:
+    """A manifest from its bytes (FolderError, which names the folder, where it is none)."""
     try:
         found = msgspec.json.decode(data, type=_FormatOnly).format
         if found > FORMAT:
@@ -355,13 +366,19 @@ def _checksum(data: bytes, checksum: str) -> str:
     return hashlib.sha256(data.replace(checksum.encode(), _UNSIGNED.encode())).hexdigest()
 
 
-def check_file(folder: Path, record: FileRecord) -> None:
-    """Refuse a path that leaves the folder, and a file that is missing or of another size."""
+def check_place(folder: Path, record: FileRecord) -> PurePosixPath:
+    """Refuse a path that leaves the folder, else return it."""
     relative = PurePosixPath(record.path)
     if relative.is_absolute() or ".." in relative.parts:
         raise FolderError(
             f"the manifest of {folder} names {record.path!r}, outside the folder: do not use it"
         )
+    return relative
+
+
+def check_file(folder: Path, record: FileRecord) -> None:
+    """Refuse a path that leaves the folder, and a file that is missing or of another size."""
+    relative = check_place(folder, record)
     path = folder / relative
     try:
         linked = path.resolve() != folder.resolve() / relative and not _in_hub_cache(folder, path)

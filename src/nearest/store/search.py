@@ -13,12 +13,14 @@ from nearest.index.keys import Keys
 from nearest.index.search import Backend, Searched, Searcher
 from nearest.index.together import TogetherIndex
 from nearest.store.manifest import IndexRecord
+from nearest.store.shard import entry_bounds
 
 if TYPE_CHECKING:
     from nearest.store.segment import Segment
 
     _Located = tuple[Segment, int]
 
+_SCANNED = "scanned"
 _REST = 4  # times as large as what is searched beside it, an index that is held must be
 
 
@@ -33,6 +35,7 @@ def searcher_of(
     keys: Keys,
     search_on: SearchOn = "cpu",
     held: "Held | None" = None,
+    first: int = 0,
 ) -> tuple[Searcher, Held]:
     """Read the indexes of segments, and join those that were filled from the same trained one.
 
@@ -40,12 +43,13 @@ def searcher_of(
     so is searched about as quickly as one that was built at once.
 
     Args:
-        segments: all that are searched; ids count through them.
+        segments: all that are searched.
         keys: of all of them.
         search_on: where. Indexes that FAISS does not search on GPUs, as those that `auto` builds,
             give way there to a scan of all keys, which is exact.
         held: indexes that an earlier snapshot has in RAM; they are used where they hold most of
             the entries of one that is searched.
+        first: id of the first entry; ids count through the segments.
 
     Returns:
         The searcher, and the indexes that it holds.
@@ -53,25 +57,28 @@ def searcher_of(
     Raises:
         SettingError: the GPU has no room.
     """
-    bounds = np.cumsum([0, *(segment.record.tokens for segment in segments)]).tolist()
+    bounds = (first + entry_bounds([segment.record for segment in segments])).tolist()
     together: dict[str, list[int]] = {}
     for number, segment in enumerate(segments):
         record = segment.record.index
         if record is not None and segment.searched_count:
-            alone = "" if record.file is None else f"segment {number}"
+            alone = _SCANNED if record.file is None else f"segment {segment.record.name}"
             together.setdefault(record.filled_from or alone, []).append(number)
     alive = None
     if any(len(segment.removed) for segment in segments):
-        alive = np.concatenate([segment.alive for segment in segments])
+        alive = np.zeros(bounds[-1], dtype=bool)
+        for segment, start, stop in zip(segments, bounds[:-1], bounds[1:], strict=True):
+            alive[start:stop] = segment.alive
     parts: dict[Filled, ApproximateIndex] = {}
     searched = [
-        _searched([(segments[n], bounds[n]) for n in numbers], keys, search_on, held or {}, parts)
-        for numbers in together.values()
+        _searched(name, [(segments[n], bounds[n]) for n in own], keys, search_on, held or {}, parts)
+        for name, own in together.items()
     ]
     return Searcher(searched, keys, alive), parts
 
 
 def _searched(
+    name: str,
     some: "Sequence[_Located]",
     keys: Keys,
     search_on: SearchOn,
@@ -92,6 +99,7 @@ def _searched(
         sum(segment.searched_count for segment, _ in some),
         max(record.margin for record in _records(some)),
         tuple((first, first + segment.record.tokens) for segment, first in some),
+        name,
     )
 
 

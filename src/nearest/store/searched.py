@@ -1,5 +1,6 @@
 """A snapshot whose entries are searched by their keys, by queries as a model makes them."""
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import cast, get_args
 
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from nearest.errors import SettingError
 from nearest.index.gpu import SearchOn
 from nearest.index.neighbours import Neighbours
-from nearest.index.search import By, Searcher
+from nearest.index.search import By, Fetched, Searcher
 from nearest.store.parts.keys import open_projection
 from nearest.store.search import Held, searcher_of
 from nearest.store.snapshot import Snapshot
@@ -33,7 +34,7 @@ class SearchedSnapshot(Snapshot):
             search_on: where.
             known: an earlier snapshot of the same memory.
         """
-        super().__init__(snapshot.path, snapshot.manifest, snapshot.segments)
+        super().__init__(snapshot.path, snapshot.manifest, snapshot.segments, snapshot.shard)
         self.search_on = search_on
         self._held: Held = {} if known is None else known._held
         self._reading = Lock()
@@ -68,9 +69,18 @@ class SearchedSnapshot(Snapshot):
             raise SettingError(f"distances {distances!r} is unknown: choose keys or index")
         if k < 1:
             raise SettingError(f"k must be at least 1, got {k}")
-        return self.searcher.search(
-            self._stored(queries), k, cast(By, distances), rerank, ordered=ordered
-        )
+        return self._search(queries, k, cast(By, distances), rerank, ordered)
+
+    def _search(
+        self, queries: Float[np.ndarray, "q dim"], k: int, by: By, rerank: int, ordered: bool
+    ) -> Neighbours:
+        return self.searcher.search(self._stored(queries), k, by, rerank, ordered=ordered)
+
+    def fetch(
+        self, queries: Float[np.ndarray, "q dim"], wanted: Sequence[int], by: By
+    ) -> list[Fetched]:
+        """So many entries of each group of `searcher`, for whoever puts shards together."""
+        return self.searcher.fetch(self._stored(queries), wanted, by)
 
     def near_entries(self, ids: Int[np.ndarray, " b"], k: int) -> Neighbours:
         """The k entries nearest to each of some entries by the stored keys, itself among them."""
@@ -81,8 +91,9 @@ class SearchedSnapshot(Snapshot):
         """The searcher of the whole memory; indexes are read at first use, by one thread."""
         with self._reading:
             if self._searcher is None:
+                first = int(self.bounds[self._own.start])
                 self._searcher, self._held = searcher_of(
-                    self.segments, self.keys, self.search_on, self._held
+                    self.segments, self.keys, self.search_on, self._held, first
                 )
             return self._searcher
 

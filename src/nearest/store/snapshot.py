@@ -20,11 +20,19 @@ from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.matches import Matches, longest_matches, match_lengths, values_of
 from nearest.index.neighbours import NO_ENTRY
-from nearest.index.ngrams import Ngrams, equal_documents, ngrams, spans_stand
+from nearest.index.ngrams import (
+    Ngrams,
+    NgramSamples,
+    equal_documents,
+    ngram_samples,
+    ngrams,
+    spans_stand,
+)
 from nearest.index.suffix import SuffixArray
 from nearest.store.manifest import KeysRecord, Manifest, read_manifest
-from nearest.store.parts.corpus import pair_bytes
+from nearest.store.pairs import equal_pairs
 from nearest.store.segment import Segment, no_keys, same_stored
+from nearest.store.shard import Shard, document_bounds, entry_bounds
 from nearest.store.tuned import Changed, SettingsFrom, changed_since_tuning, settings_from
 
 
@@ -41,19 +49,23 @@ class _Run(NamedTuple):
 
 
 class Snapshot:
-    """The segments of a memory, as one manifest describes them."""
+    """The segments of a memory, or of one shard of it, as one manifest describes them.
 
-    def __init__(self, path: Path, manifest: Manifest, segments: list[Segment]) -> None:
+    A shard has the ids and numbers of the whole memory, and finds what is in its segments.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, segments: list[Segment], shard: Shard | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.segments = segments
-        self.bounds: Int[np.ndarray, " segments_plus_1"] = np.cumsum(
-            [0, *(segment.record.tokens for segment in segments)]
-        )
-        """The first entry id of each segment, and the id after the last."""
-        self._first_document = np.cumsum(
-            [0, *(s.record.documents - s.record.removed for s in segments)]
-        )
+        self.shard = shard
+        self._own = manifest.segments_of(shard)
+        records = list(manifest.segments)
+        records[self._own.start : self._own.stop] = [segment.record for segment in segments]
+        self.bounds = entry_bounds(records)
+        self._first_document = document_bounds(records)
 
     @staticmethod
     def open(path: Path) -> "Snapshot":
@@ -130,7 +142,7 @@ class Snapshot:
 
     def _located(self) -> Iterator[tuple[Segment, int]]:
         """Each segment, with its first entry id."""
-        return zip(self.segments, self.bounds[:-1].tolist(), strict=True)
+        return zip(self.segments, self.bounds[self._own].tolist(), strict=True)
 
     def valued_entries(self) -> Int[np.ndarray, " m"]:
         """The ids of all entries that have a value, ascending."""
@@ -190,7 +202,9 @@ class Snapshot:
     def keys(self) -> Keys:
         """The stored keys of all segments (SettingError when the memory has none)."""
         parts = [segment.keys for segment in self.segments]
-        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self.bounds.tolist())
+        if len(parts) == 1 and not self._own.start:
+            return parts[0]
+        return JoinedKeys(parts, self.bounds[self._own.start : self._own.stop + 1].tolist())
 
     @property
     def keys_record(self) -> KeysRecord:
@@ -210,8 +224,12 @@ class Snapshot:
             return None
         if len(self.segments) == 1:
             return self.segments[0].clusters
-        labels = np.concatenate([segment.labels for segment in self.segments])
-        return Clusters.from_labels(labels, record.clusters)
+        return Clusters.from_labels(self.labels(), record.clusters)
+
+    def labels(self) -> Int[np.ndarray, " positions"]:
+        """The cluster of each position of the segments that are here (int32), -1 for none."""
+        none = np.empty(0, np.int32)
+        return np.concatenate([none, *(segment.labels for segment in self.segments)])
 
     # --- documents --------------------------------------------------------------------------------
 
@@ -227,7 +245,7 @@ class Snapshot:
         documents, positions = np.empty_like(entries), np.empty_like(entries)
         numbers = np.searchsorted(self.bounds, entries, side="right") - 1
         for number in np.unique(numbers).tolist():
-            own, segment = numbers == number, self.segments[number]
+            own, segment = numbers == number, self._segment(number)
             local = entries[own] - self.bounds[number]
             stored = np.searchsorted(segment.offsets, local, side="right") - 1
             live = np.searchsorted(segment.numbers, stored)
@@ -243,7 +261,7 @@ class Snapshot:
     def number_at(self, segment: int, stored: int) -> int:
         """The number of the document that is stored so in a segment."""
         live = int(np.searchsorted(self.segments[segment].numbers, stored))
-        return int(self._first_document[segment]) + live
+        return int(self._first_document[self._own.start + segment]) + live
 
     def document_tokens(self, number: int) -> Tokens:
         """A document's token ids, its context token first."""
@@ -253,19 +271,25 @@ class Snapshot:
     def entries_of(self, number: int) -> range:
         """The ids of a document's entries: of its positions but the last, which has no value."""
         place, stored = self._where(number)
-        first, stop = self.segments[place].offsets[stored : stored + 2] + self.bounds[place]
+        first, stop = self._segment(place).offsets[stored : stored + 2] + self.bounds[place]
         return range(int(first), int(stop) - 1)
 
     def _stored_document(self, number: int) -> tuple[Segment, int]:
         place, stored = self._where(number)
-        return self.segments[place], stored
+        return self._segment(place), stored
 
     def _where(self, number: int) -> tuple[int, int]:
         """Which segment a document is in, and its stored number there."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} is outside a memory of {self.documents:,}")
         place = int(np.searchsorted(self._first_document, number, side="right")) - 1
-        return place, int(self.segments[place].numbers[number - int(self._first_document[place])])
+        return place, int(self._segment(place).numbers[number - int(self._first_document[place])])
+
+    def _segment(self, number: int) -> Segment:
+        """A segment by its number in the whole memory."""
+        if number not in self._own:
+            raise IndexError(f"segment {number} of {self.path} is not in shard {self.shard}")
+        return self.segments[number - self._own.start]
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -290,6 +314,13 @@ class Snapshot:
         """
         start_token, most = self.manifest.model.start_token, min(most, max(1, self.entries))
         return longest_matches(self._suffix_arrays, start_token, context, ends, most)
+
+    def ngram_samples(
+        self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int
+    ) -> NgramSamples:
+        """What `ngrams` counts, and the entries among which it counts successors."""
+        start_token = self.manifest.model.start_token
+        return ngram_samples(self._suffix_arrays, start_token, context, ends, longest)
 
     def ngrams(self, context: Tokens, ends: Int[np.ndarray, " q"], longest: int) -> Ngrams:
         """How often entries' contexts end with the last 1 … `longest` tokens of each query's.
@@ -323,14 +354,7 @@ class Snapshot:
             )
         if sources is None:
             return self.equal_documents(documents)
-        wanted = [pair_bytes(*pair) for pair in zip(documents, sources, strict=True)]
-        found = dict.fromkeys(wanted, NO_ENTRY)
-        for segment, first in self._located():
-            for number in segment.numbers.tolist():
-                pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
-                if found.get(pair) == NO_ENTRY:
-                    found[pair] = first + int(segment.offsets[number])
-        return np.array([found[pair] for pair in wanted], dtype=np.int64)
+        return equal_pairs(self._located(), list(zip(documents, sources, strict=True)))
 
     def equal_documents(self, documents: Sequence[Tokens]) -> Int[np.ndarray, " documents"]:
         """Like `first_entries`, for any memory."""
@@ -354,27 +378,30 @@ class Snapshot:
         return found
 
 
-def open_snapshot(path: Path, known: Snapshot | None = None) -> Snapshot:
+def open_snapshot(
+    path: Path, known: Snapshot | None = None, shard: Shard | None = None
+) -> Snapshot:
     """Open the present snapshot of a memory folder; files are checked as they are first used.
 
     Args:
         path: the folder.
         known: an earlier snapshot of it, whose segments are shared as far as they are the same.
+        shard: open the segments of this one alone; the files of others need not be there.
 
     Raises:
         FolderError: it is no memory, damaged, or of a newer format.
     """
     while True:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, shard)
         shared = {} if known is None else known.shared_with(manifest)
         try:
             segments = [
                 shared[record.name].with_record(record)
                 if record.name in shared
                 else Segment(path, manifest, record)
-                for record in manifest.segments
+                for record in (manifest.segments[n] for n in manifest.segments_of(shard))
             ]
-            return Snapshot(path, manifest, segments)
+            return Snapshot(path, manifest, segments, shard)
         except (FolderError, FileNotFoundError):
-            if read_manifest(path).version == manifest.version:
+            if read_manifest(path, shard).version == manifest.version:
                 raise  # else a writer has published meanwhile, and deleted the files of before
