@@ -157,6 +157,76 @@ def test_a_gate_is_the_same_after_storing(rng: np.random.Generator) -> None:
         )
 
 
+def test_a_gate_says_the_same_where_all_distances_are_a_multiple(rng: np.random.Generator) -> None:
+    """So it means the same with another model, whose keys lie farther apart."""
+    gate = fitted()
+    farther = MixtureConfig.over(ALL, 37.0 * gate.config.unit)
+    view = view_of(60, rng)
+    far = view._replace(
+        candidates=view.candidates._replace(distances=view.candidates.distances * 37)
+    )
+    other = MixtureGate(farther, gate.state_dict())
+    np.testing.assert_allclose(other.shares(far), gate.shares(view), atol=1e-4)
+    np.testing.assert_allclose(
+        farther.features_before(far), gate.config.features_before(view), atol=1e-4
+    )
+    assert not np.allclose(gate.shares(far), gate.shares(view), atol=1e-2)
+    assert farther.alike(gate.config)
+    assert not MixtureConfig.over(("suffix",), 1.0).alike(gate.config)
+    older = msgspec.structs.replace(gate.config, unit=1.0)  # looked at distances as they are
+    assert not older.alike(farther)
+
+
+def examples_of(seed: int, rows: int) -> Iterator[tuple[Examples, ...]]:
+    """The memory's only candidate is right where its match is long, and else in one of fifty."""
+    rng = np.random.default_rng(seed)
+    good = rng.random(rows) < 0.5
+    targets = rng.integers(0, 50, rows)
+    values = np.where(good, targets, rng.integers(0, 50, rows))[:, None]
+    lengths = np.where(good, 9, 1)[:, None].astype(np.int16)
+    lm = LmView(np.full(rows, 3.9, np.float32), np.full(rows, -3.9, np.float32))
+    queries = Queries(
+        np.zeros((rows, 2), np.float32), np.zeros(1, np.int64), np.zeros(rows, int), lm
+    )
+    candidates = Candidates(
+        np.ones((rows, 1), int), values, np.ones((rows, 1), np.float32), lengths, (0, 0, 1),
+        np.zeros(rows, dtype=bool),
+    )  # fmt: skip
+    yield (
+        Examples(
+            np.arange(rows), View(queries, candidates), targets,
+            np.full(rows, -3.9, np.float32), np.arange(rows) // 50,
+        ),
+    )  # fmt: skip
+
+
+def test_a_gate_that_starts_from_another_needs_less_text() -> None:
+    config = MixtureConfig.over(("suffix",), 1.0)
+    with gates_trained_at_once(150):
+        other, _ = fit_mixture(config, examples_of(0, 2000))
+    few = MixtureConfig.over(("suffix",), 2.0)
+    nlls = {}
+    for begin in (None, other):
+        with gates_trained_at_once(20):
+            gate, _ = fit_mixture(few, examples_of(1, 250), begin=begin)
+        ((held_out,),) = examples_of(2, 1000)
+        probs = component_probs(held_out.view.candidates, gate.components, held_out.targets)
+        shares = gate.shares(held_out.view)
+        lm = np.exp(held_out.lm_log_probs)
+        nlls[begin] = -np.log((shares * probs).sum(1) + (1 - shares.sum(1)) * lm).mean()
+    assert nlls[other] < nlls[None] - 0.2
+    assert gate.config.unit == 2.0
+    with gates_trained_at_once(0):  # without training it is the other one
+        same, _ = fit_mixture(few, examples_of(1, 250), begin=other)
+    layers = [name for name in other.state_dict() if name.endswith(("weight", "bias"))]
+    assert all(torch.equal(same.state_dict()[name], other.state_dict()[name]) for name in layers)
+
+
+def test_a_gate_of_another_method_is_nothing_to_start_from() -> None:
+    with pytest.raises(SettingError, match="looks at other things"):
+        fit_mixture(MixtureConfig.over(("suffix",), 1.0), examples_of(1, 250), begin=fitted())
+
+
 def test_a_damaged_or_hostile_gate_is_refused() -> None:
     config, arrays = stored(fitted())
     refused = (KeyError, TypeError, ValueError)
@@ -344,6 +414,30 @@ def test_gates_help_and_are_used_by_their_method_alone(
     assert results["knn"].foss == results["knn+mixture"].foss == 0
     assert results["suffix+mixture"].foss == 1
     assert 0.2 < results["hybrid"].foss < 0.8
+
+
+def test_tuning_starts_from_the_gate_of_another_memory(
+    model: PreTrainedModel, tuned_memory: Memory, build_memory: Callable[..., Memory]
+) -> None:
+    memory = build_memory(model, make_documents(10, 40, seed=5))
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "k": 16, "start": tuned_memory}
+    with gates_trained_at_once(0):
+        tune(model, memory, TEXT, method="hybrid", **options)
+    begun, own = (stored_gate(m, "hybrid").arrays() for m in (tuned_memory, memory))
+    quantiles = begun.pop("quantiles"), own.pop("quantiles")
+    assert begun.keys() == own.keys()
+    for name, array in begun.items():
+        if name.endswith(("weight", "bias")):
+            np.testing.assert_array_equal(own[name], array)
+    assert not np.array_equal(*quantiles)  # of its own text
+    for method, match in (("knn", "no gate that another"), ("hybrid", "has no gate for hybrid")):
+        where = build_memory(model, make_documents(5, 20)) if method == "hybrid" else tuned_memory
+        with pytest.raises(SettingError, match=match):
+            tune(model, memory, TEXT, method=method, **{**options, "start": where})
+
+
+def stored_gate(memory: Memory, method: str) -> Any:
+    return Memory.open(memory.path).gate(method)
 
 
 @pytest.mark.parametrize("skip", [0.0, 1.0])

@@ -12,6 +12,7 @@ from rich.markup import escape
 from nearest import reports
 from nearest.cli.app import (
     err,
+    open_memory,
     open_with_model,
     opened_beside,
     out,
@@ -84,6 +85,13 @@ def tune(
     reading: Reading,
     files: FileOptions,
     leave_one_out: LeaveOneOut = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="Learn on from this memory's gate for the method: it needs less text then.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find a method's λ, temperature and more on text not scored later; the memory keeps them.
@@ -126,6 +134,7 @@ def tune(
             method=name,
             tokenizer=tokenizer,
             leave_one_out=leave_one_out,
+            start=None if start is None else open_memory(start),
             progress=progress,
             **vars(reading),
             **vars(settings),

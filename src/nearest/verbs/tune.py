@@ -27,8 +27,8 @@ from nearest.retrieval.gates.fit_mixture import SearchEverywhere, distance_unit,
 from nearest.retrieval.gates.gate import Examples, FixedGate, Gate, StoredGate
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.meta_k import fit_meta_k
-from nearest.retrieval.gates.mixture import MixtureConfig
-from nearest.retrieval.gates.stored import to_store
+from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
+from nearest.retrieval.gates.stored import load_gate, to_store
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import (
@@ -78,6 +78,7 @@ def tune(
     batch_size: int | None = None,
     force: bool = False,
     leave_one_out: bool = False,
+    start: Memory | None = None,
     store: bool = True,
     progress: Progress = no_progress,
     **fixed: Any,
@@ -92,6 +93,8 @@ def tune(
         model, memory, documents, tokenizer, window, stride, batch_size, force, leave_one_out,
             progress: as in `evaluate`.
         method: one that uses the memory.
+        start: a memory whose gate for this method is learned on from, so that a few thousand tokens
+            of one's own do; of any corpus and model. Only for gates of the kind "mixture".
         store: write the result into the memory's folder, where `attach` and `evaluate` find it.
             `memory` itself takes it over.
         **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup,
@@ -108,6 +111,7 @@ def tune(
         raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
     given = {name: value for name, value in fixed.items() if value is not None}
     resolved = resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
+    begin = None if start is None else _gate_to_start(start, method)
     if store:
         check_writable(memory.path)
     scorer = Scorer.prepare(
@@ -132,7 +136,7 @@ def tune(
         examples = looked_up(sweep.lookup, blocks, progress, f"tune {method}", total)
         tuned = best_settings(sweep, examples)
     else:
-        tuned = _train(reader, memory, method, given, progress)
+        tuned = _train(reader, memory, method, given, progress, begin)
     if store:
         store_tuned(memory, tuned)
     return tuned
@@ -170,6 +174,16 @@ def store_tuned(memory: Memory, tuned: Found) -> None:
     memory.take_over_settings()
 
 
+def _gate_to_start(memory: Memory, method: str) -> MixtureGate:
+    gate = load_gate(memory, method)
+    if not isinstance(gate, MixtureGate):
+        raise SettingError(
+            f"{method} has no gate that another can start from: choose hybrid, or a method with "
+            "the gate mixture"
+        )
+    return gate
+
+
 @runtime_checkable
 class _Fit(Protocol):
     def __call__(self, examples: Iterable[Examples], *, progress: Progress) -> StoredGate: ...
@@ -188,15 +202,18 @@ def _train(
     method: str,
     given: dict[str, Any],
     progress: Progress,
+    begin: MixtureGate | None,
 ) -> TunedGate:
     """Train the method's gate on the text, looked up as the method does."""
     chosen = method_named(method)
     settings = replace(Settings(**chosen.defaults), **given)
     if "dense" in chosen.kinds:
         settings = replace(settings, k=min(settings.k, memory.entries))
-    train = _train_published if chosen.gate in _PUBLISHED else _train_mixture
     blocks = list(scorer.blocks(progress, "read", with_view=True))
-    gate, log_probs = train(memory, method, settings, blocks, progress)
+    if chosen.gate in _PUBLISHED:
+        gate, log_probs = _train_published(memory, method, settings, blocks, progress)
+    else:
+        gate, log_probs = _train_mixture(memory, method, settings, blocks, progress, begin)
     base = torch.cat([block.lm_log_probs for block in blocks])
     nlls = -log_probs.double().mean(), -base.double().mean()
     return TunedGate(method, settings, gate, float(nlls[0]), float(nlls[1]), len(base))
@@ -229,6 +246,7 @@ def _train_mixture(
     settings: Settings,
     blocks: Sequence[ScoredBlock],
     progress: Progress,
+    begin: MixtureGate | None = None,
 ) -> tuple[StoredGate, Float[Tensor, " n"]]:
     """The gate, and its log-probabilities of the text's tokens.
 
@@ -250,7 +268,8 @@ def _train_mixture(
     ways: Iterator[tuple[Examples, ...]]
     ways = (_ways(one, settings) for one in found) if chosen.asks else ((one,) for one in found)
     skip = settings.skip if chosen.asks else None
-    gate, mixed = fit_mixture(MixtureConfig.over(chosen.kinds, unit), ways, skip, progress)
+    config = MixtureConfig.over(chosen.kinds, unit)
+    gate, mixed = fit_mixture(config, ways, skip, progress, begin)
     if settings.guard:
         base = torch.cat([block.lm_log_probs for block in blocks])
         sequences = np.concatenate([block.sequences for block in blocks])

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component, component_probs
 from nearest.retrieval.gates.fitting import FLOOR, best_shares
@@ -57,6 +58,7 @@ def fit_mixture(
     examples: Iterable[tuple[Examples, ...]],
     skip: float | None = None,
     progress: Progress = no_progress,
+    begin: MixtureGate | None = None,
 ) -> tuple[MixtureGate, Float[Tensor, " n"]]:
     """Fit a mixture; also the log-probability that it gives to each token of the text.
 
@@ -67,10 +69,18 @@ def fit_mixture(
         skip: fraction of searches that the log-probabilities are to be without; None for a gate
             that decides about none.
         progress: told how training goes on.
+        begin: a gate that is learned on from; one for another memory needs less text then.
 
     Raises:
-        SettingError: the text is too short.
+        SettingError: the text is too short, or `begin` looks at other things.
     """
+    if begin is not None and not (
+        begin.config.alike(config) and (begin.search is None) == (skip is None)
+    ):
+        raise SettingError(
+            "the gate to start from looks at other things: tune it anew with this version, for "
+            "the same method"
+        )
     ways = [_joined(parts) for parts in zip(*(_collect(config, e) for e in examples), strict=True)]
     first = ways[0]
     check_enough(len(first.rows))
@@ -85,6 +95,7 @@ def fit_mixture(
         loss,
         np.log(np.maximum(best_shares(log_probs.exp().numpy(), _ROUNDS), _LEAST_SHARE)),
         np.tile(folds, len(ways)),
+        begin=None if begin is None else begin.mix,
         progress=progress,
         stage="train the gate",
     )
@@ -103,7 +114,8 @@ def fit_mixture(
         error,
         start,
         folds,
-        may_stay_untrained=False,  # equal estimates would save no search
+        begin=None if begin is None else begin.search,
+        may_stay_untrained=begin is not None,  # equal estimates would save no search
         progress=progress,
         stage="train its searches",
     )

@@ -47,6 +47,8 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         kinds: of the method it was trained for.
         components: that are weighed: kinds, temperature, length power.
         voted: the numbers of those whose votes it looks at.
+        unit: by which it divides distances, so that they mean the same in other memories and with
+            other models.
     """
 
     kinds: tuple[_Kind, ...]
@@ -54,6 +56,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         tuple[tuple[_Kind, ...], Temperature, Annotated[float, msgspec.Meta(ge=0, le=1e6)]], ...
     ]
     voted: tuple[int, ...]
+    unit: Temperature = 1.0
 
     def __post_init__(self) -> None:
         for kinds, _, _ in self.components:
@@ -81,7 +84,13 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
             for number, (group, temperature, _) in enumerate(components)
             if temperature == _VOTED * unit and len(group) < len(KINDS)
         ]
-        return cls(tuple(kinds), tuple(components), tuple(voted))  # type: ignore[arg-type]
+        return cls(tuple(kinds), tuple(components), tuple(voted), unit)  # type: ignore[arg-type]
+
+    def alike(self, other: "MixtureConfig") -> bool:
+        """Whether both look at and weigh the same, but for the unit of distances."""
+        return MixtureConfig.over(self.kinds, 1.0) == MixtureConfig.over(other.kinds, 1.0) and all(
+            MixtureConfig.over(one.kinds, one.unit) == one for one in (self, other)
+        )
 
     @property
     def weighed(self) -> tuple[Component, ...]:
@@ -90,11 +99,11 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the mixing network."""
-        return _features(view, self.kinds, [self.weighed[i] for i in self.voted])
+        return _features(view, self.kinds, [self.weighed[i] for i in self.voted], self.unit)
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the search network: nothing that depends on earlier searches."""
-        return _features(view, self._free_kinds, self._free_voted)
+        return _features(view, self._free_kinds, self._free_voted, self.unit)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -170,20 +179,20 @@ def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "
 
 
 def _features(
-    view: View, kinds: Sequence[str], voted: Sequence[Component]
+    view: View, kinds: Sequence[str], voted: Sequence[Component], unit: float
 ) -> Float[np.ndarray, "q features"]:
     """Figures of the model, of each kind, and of the votes of some components, float32.
 
     The model's entropy and largest log-probability; of each kind the log of the number of its
-    candidates, of the nearest's distance and of the longest match (logs of 1 + x, 0 where it has
-    nothing); of each voted component as in `votes.VOTES`.
+    candidates, of the nearest's distance in units and of the longest match (logs of 1 + x, 0 where
+    it has nothing); of each voted component as in `votes.VOTES`.
     """
     lm = view.queries.lm
     if lm is None:
         raise ValueError("this gate needs the language model's view of the queries")
     columns = [lm.entropy, lm.max_log_prob]
     for kind in kinds:
-        columns += _of_kind(view, kind)
+        columns += _of_kind(view, kind, unit)
     for component in voted:
         everything = np.ones((len(lm.entropy), 1))
         weights = candidate_weights(view.candidates, [component], everything).candidates
@@ -192,11 +201,11 @@ def _features(
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _of_kind(view: View, kind: str) -> list[Float[np.ndarray, " q"]]:
+def _of_kind(view: View, kind: str, unit: float) -> list[Float[np.ndarray, " q"]]:
     columns = view.candidates.of(kind)
     distances = view.candidates.distances[:, columns]
     count = np.isfinite(distances).sum(axis=1)
-    nearest = np.where(count > 0, distances.min(axis=1, initial=np.inf), 0)
+    nearest = np.where(count > 0, distances.min(axis=1, initial=np.inf), 0) / np.float32(unit)
     longest = view.candidates.lengths[:, columns].max(axis=1, initial=0)
     return [
         np.log1p(count),

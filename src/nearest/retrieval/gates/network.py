@@ -27,6 +27,8 @@ _CHECK_EVERY = 20  # steps
 _PATIENCE = 8  # checks in a row that are no better
 _CHECKED = 4_096  # left-out predictions of each fold that a check looks at, at most
 _LEARNING_RATE = 4e-3
+_GENTLE_RATE = 1e-3  # from a network that has learned already
+_CONSTANT = 1e-3  # spread of an input that says nothing
 _WARM_UP = 20  # steps
 _WEIGHT_DECAY = 1e-2
 _AVERAGING = 0.95  # of the weights, from step to step: takes the place of a falling learning rate
@@ -96,6 +98,11 @@ class Network(nn.Module):
         outputs: np.ndarray = _outputs(standard, self._layers).numpy()
         return outputs
 
+    def copies(self, count: int) -> list[Tensor]:
+        """Weights and biases in turn, to be trained, with a dimension of copies in front."""
+        alike = [one if one.ndim == 2 else one[None] for one in self._layers]
+        return [one.repeat(count, 1, 1).requires_grad_() for one in alike]
+
 
 class _Layer(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -134,6 +141,7 @@ def train_network(
     steps: int | None = None,
     seed: int = 0,
     emphasis: Float[np.ndarray, " inputs"] | None = None,
+    begin: Network | None = None,
     may_stay_untrained: bool = True,
     progress: Progress = no_progress,
     stage: str = "train",
@@ -149,6 +157,8 @@ def train_network(
         steps: at most so many, fewer when left-out predictions get worse; STEPS when None.
         seed: of weights and batches.
         emphasis: standard deviation of each input as the first layer sees it; 1 when None.
+        begin: a network of these sizes that is learned on from, more slowly, in place of an
+            untrained one; `start`, `hidden` and `emphasis` are then not used.
         may_stay_untrained: whether `start` alone is the result where training makes it worse.
         progress, stage: told the stage, steps done, and all steps.
     """
@@ -156,11 +166,21 @@ def train_network(
     mean, scale = inputs.mean(axis=0), inputs.std(axis=0) + np.float32(1e-6)
     if emphasis is not None:
         scale = (scale / emphasis).astype(np.float32)
+    if begin is not None:
+        # What never varied there, such as a number of neighbours, taught nothing, and would be an
+        # enormous deviation where it is another constant.
+        constant = begin.scale.numpy() < _CONSTANT
+        mean = np.where(constant, mean, begin.mean.numpy())
+        scale = np.where(constant, np.float32(1), begin.scale.numpy())
     standard = torch.from_numpy((inputs - mean) / scale)
     rng = torch.Generator().manual_seed(seed)
     copies = 2 if len(inputs) >= _MUCH else FOLDS + 1
     seen, left_out = _seen_and_left_out(torch.from_numpy(folds), copies - 1, rng)
-    parameters = _untrained([inputs.shape[1], *hidden, len(start)], start, copies, rng)
+    if begin is None:
+        parameters = _untrained([inputs.shape[1], *hidden, len(start)], start, copies, rng)
+    else:
+        parameters = begin.copies(copies)
+    rate = _LEARNING_RATE if begin is None else _GENTLE_RATE
     averaged = [one.detach().clone() for one in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     best, least, since = [one[-1].clone() for one in averaged], np.inf, 0
@@ -177,7 +197,7 @@ def train_network(
                 break
         if step == steps:
             break
-        optimiser.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / _WARM_UP)
+        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / _WARM_UP)
         optimiser.zero_grad()
         rows = seen(_ROWS // copies)
         loss(rows, _outputs(standard[rows], parameters)).sum().backward()
