@@ -27,8 +27,8 @@ from nearest.remote.sharded import ShardedMemory
 from nearest.serve.app import ServeOptions
 from nearest.serve.run import shard_server
 from nearest.serve.shelf import Shelf
+from nearest.store.opening import open_snapshot
 from nearest.store.shard import Shard
-from nearest.store.snapshot import open_snapshot
 from serving import free_port, roomy_model, with_gates
 
 SHARDS = 4

@@ -20,10 +20,11 @@ from nearest.progress import Progress, no_progress
 from nearest.store.info import memory_info
 from nearest.store.manifest import read_manifest
 from nearest.store.objects import address_of, fetched, upload
+from nearest.store.opening import open_snapshot
 from nearest.store.parts.gates import GateFile, open_gates
 from nearest.store.parts.index import IndexChoice
 from nearest.store.searched import SearchedSnapshot
-from nearest.store.snapshot import Snapshot, open_snapshot
+from nearest.store.snapshot import Snapshot
 from nearest.store.verify import verify
 
 if TYPE_CHECKING:
@@ -186,17 +187,7 @@ class Memory(SearchedSnapshot):
         return push(self, repo, license, base_model, private, token, repo_type)
 
     def upload(self, address: str, progress: Progress = no_progress, **options: Any) -> str:
-        """Write the memory to object storage, its manifest last; return its address.
-
-        Args:
-            address: such as "s3://bucket/law.memory"; fsspec opens it.
-            progress: told of files.
-            **options: of fsspec's file system, such as key, secret, endpoint_url.
-
-        Raises:
-            FolderError: it cannot be written, another memory is there, or removed documents are in
-                the files still.
-        """
+        """Write the memory to object storage, its manifest last; see `store.objects.upload`."""
         return upload(self.path, address, progress, **options)
 
     def search_text(

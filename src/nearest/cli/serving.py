@@ -122,8 +122,8 @@ def _serve_shard(
     from nearest.remote.calls import warm_up
     from nearest.serve.run import log_to, shard_server
     from nearest.serve.shelf import Shelf
+    from nearest.store.opening import open_snapshot
     from nearest.store.shard import Shard
-    from nearest.store.snapshot import open_snapshot
 
     shard, place = Shard.parse(text), checked_search_on(search_on)
     opened = [Memory(open_snapshot(folder, None, shard), place) for folder in folders]

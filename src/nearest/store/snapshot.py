@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from nearest.corpus.documents import Document
 from nearest.corpus.tokens import Tokens
-from nearest.errors import FolderError, SettingError
+from nearest.errors import SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
 from nearest.index.matches import Matches, longest_matches, match_lengths, values_of
@@ -29,9 +29,9 @@ from nearest.index.ngrams import (
     spans_stand,
 )
 from nearest.index.suffix import SuffixArray
-from nearest.store.manifest import KeysRecord, Manifest, read_manifest
+from nearest.store.manifest import KeysRecord, Manifest
 from nearest.store.pairs import equal_pairs
-from nearest.store.segment import Segment, no_keys, same_stored
+from nearest.store.segment import Segment, no_keys
 from nearest.store.shard import Shard, document_bounds, entry_bounds
 from nearest.store.tuned import Changed, SettingsFrom, changed_since_tuning, settings_from
 
@@ -69,24 +69,10 @@ class Snapshot:
 
     @staticmethod
     def open(path: Path) -> "Snapshot":
-        """Open the present snapshot of a memory folder; see `open_snapshot`."""
-        return open_snapshot(path)
+        """Open the present snapshot of a memory folder; see `opening.open_snapshot`."""
+        from nearest.store.opening import open_snapshot  # which knows this class
 
-    def shared_with(self, manifest: Manifest) -> dict[str, Segment]:
-        """By name, the segments that another snapshot has too, but for what it has removed."""
-        own = self.manifest
-        if any(
-            getattr(own, what) != getattr(manifest, what)
-            for what in ("model", "keys", "clusters", "chunks")
-        ):
-            return {}
-        records = {record.name: record for record in manifest.segments}
-        return {
-            segment.record.name: segment
-            for segment in self.segments
-            if segment.record.name in records
-            and same_stored(segment.record, records[segment.record.name])
-        }
+        return open_snapshot(path)
 
     def settings(self, method: str) -> dict[str, Any]:
         """The settings that `tune` stored for a method; empty if it was not tuned."""
@@ -376,32 +362,3 @@ class Snapshot:
         for suffixes in self._suffix_arrays:
             found |= spans_stand(suffixes, context, ends, length)
         return found
-
-
-def open_snapshot(
-    path: Path, known: Snapshot | None = None, shard: Shard | None = None
-) -> Snapshot:
-    """Open the present snapshot of a memory folder; files are checked as they are first used.
-
-    Args:
-        path: the folder.
-        known: an earlier snapshot of it, whose segments are shared as far as they are the same.
-        shard: open the segments of this one alone; the files of others need not be there.
-
-    Raises:
-        FolderError: it is no memory, damaged, or of a newer format.
-    """
-    while True:
-        manifest = read_manifest(path, shard)
-        shared = {} if known is None else known.shared_with(manifest)
-        try:
-            segments = [
-                shared[record.name].with_record(record)
-                if record.name in shared
-                else Segment(path, manifest, record)
-                for record in (manifest.segments[n] for n in manifest.segments_of(shard))
-            ]
-            return Snapshot(path, manifest, segments, shard)
-        except (FolderError, FileNotFoundError):
-            if read_manifest(path, shard).version == manifest.version:
-                raise  # else a writer has published meanwhile, and deleted the files of before
