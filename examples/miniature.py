@@ -55,9 +55,10 @@ def published_datastore(work: Path) -> dict[str, str]:
     from nearest import Memory
 
     memory = Memory.open(work / "out/train.memory")
-    entries = memory.valued_entries()
-    keys, values = memory.keys.rows(entries), memory.values(entries)
+    of_memory = memory.valued_entries()
+    keys, values = memory.keys.rows(of_memory), memory.values(of_memory)
     count, dim = keys.shape
+    entries = np.arange(count)  # of the stream that a datastore is
     store = work / "store"
     store.mkdir(exist_ok=True)
     keys.astype(np.float16).tofile(store / f"dstore_gpt2_{count}_{dim}_keys.npy")
@@ -97,8 +98,10 @@ def massive_open_text(work: Path) -> dict[str, str]:
     tokenizer.pad_token = tokenizer.cls_token = tokenizer.sep_token = tokenizer.eos_token
     tokenizer.save_pretrained(embedder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(len(tokenizer), intermediate_size=64, **sizes)).save_pretrained(embedder)
-    layers = "decoder_layers=2 cca_layers=1 encoder_layers=1 encoder_cross_layers=0"
+    BertModel(BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **sizes)).save_pretrained(
+        embedder
+    )
+    layers = "decoder_layers=2 cca_layers=[1] encoder_layers=1 encoder_cross_layers=[0]"
     dims = "decoder_dim=32 decoder_heads=2 encoder_dim=32 encoder_heads=2"
     small = {"STEPS": "4", "EVERY": "2", "ACCUMULATE": "1", "MAX_LEN": "256"}
     return {

@@ -62,10 +62,6 @@ answer
 # The same through `transformers`: while a memory is attached, `model.generate` predicts with it.
 
 # %%
-inputs = tokenizer(prompt, return_tensors="pt")
-inputs["input_ids"][0]
-
-# %%
 ids = tokenizer.encode(tokenizer.bos_token + prompt, return_tensors="pt")
 with attach(model, memory, temperature=4.0) as session:
     output = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
@@ -78,5 +74,5 @@ sources[0]
 # A removed document leads to nothing any more; `compact` erases its bytes.
 
 # %%
-smaller = memory.remove(["return"])
+smaller = memory.remove([documents[0].id])
 smaller.documents, memory.documents

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 PAD, EOS = 0, 1
 BATCH = 32
 TRAINED = 40_000  # different pairs of the general domain
-GATES = ("buckets", "meta-k", "mixture")
 METHODS = "base,knn,knn+buckets,knn+meta-k,knn+mixture,retomaton,suffix,hybrid"
 
 
@@ -82,16 +81,17 @@ def train(settings: argparse.Namespace) -> None:
     texts = [(row["source"], row["text"]) for row in rows]
     tokenizer = make_tokenizer([text for pair in texts[:5000] for text in pair])
     torch.manual_seed(0)
-    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4}
-    layers = {"num_layers": 2, "num_decoder_layers": 2, "dropout_rate": 0.0}
+    dim = settings.dim
+    sizes = {"d_model": dim, "d_kv": 32, "d_ff": 4 * dim, "num_heads": max(dim // 32, 1)}
+    layers = {"num_layers": 1, "num_decoder_layers": 2, "dropout_rate": 0.0}
     tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=len(tokenizer), **sizes, **layers, **tokens)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     for step in range(settings.steps):
         for group in optimizer.param_groups:  # warm-up, then linearly to nothing
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - step / settings.steps)
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 100) * (1 - step / settings.steps)
         batch = [texts[int(i)] for i in torch.randint(len(texts), (BATCH,))]
         sources, targets = zip(*batch, strict=True)
         inputs = tokenizer(list(sources), padding=True, return_tensors="pt")
@@ -105,7 +105,7 @@ def train(settings: argparse.Namespace) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
+        if step % 100 == 0 or step + 1 == settings.steps:
             print(f"step {step}  loss {loss.item():.4f}", flush=True)
     model.eval().save_pretrained(settings.work / "model")
     tokenizer.save_pretrained(settings.work / "model")
@@ -116,17 +116,24 @@ def remember(settings: argparse.Namespace) -> None:
     work, memory = settings.work, settings.work / "statutes.memory"
     nearest("build", work / "model", work / "memory.jsonl", "--out", memory)
     valid = ("--text", work / "valid.jsonl")
-    for method in ("knn", "retomaton", "suffix", "hybrid"):
-        nearest("tune", memory, *valid, "--method", method)
-    for gate in GATES:
-        nearest("tune", memory, *valid, "--method", "knn", "--gate", gate)
+    for name in settings.methods.split(","):
+        method, _, gate = name.partition("+")
+        if method != "base":
+            chosen = ("--method", method, *(("--gate", gate) if gate else ()))
+            nearest("tune", memory, *valid, *chosen)
 
 
 def compare(settings: argparse.Namespace) -> None:
     """BLEU, chrF and exact match of every method, on both domains, as a table."""
     for name in ("test", "general-test"):
         results = nearest(
-            *("eval", settings.work / "statutes.memory", "--generate", "--method", METHODS),
+            *(
+                "eval",
+                settings.work / "statutes.memory",
+                "--generate",
+                "--method",
+                settings.methods,
+            ),
             *("--text", settings.work / f"{name}.jsonl", "--max-new-tokens", settings.longest),
             *("--written", settings.work / f"{name}-written.jsonl"),
         )
@@ -148,8 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500, help="of training, 32 pairs each")
+    parser.add_argument("--dim", type=int, default=128, help="of the model's states")
     parser.add_argument("--memory-pairs", type=int, default=2000)
     parser.add_argument("--held-out", type=int, default=300, help="sentences to tune and test on")
+    parser.add_argument("--methods", default=METHODS, help="with commas, the base model first")
     parser.add_argument("--longest", type=int, default=60, help="tokens of a text")
     settings = parser.parse_args()
     settings.work.mkdir(parents=True, exist_ok=True)
