@@ -35,10 +35,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# With CHECK_ALL=1 every call is checked against its annotations, shapes included.
+# With CHECK_ALL=1, as in CI, every call is checked against its annotations, shapes included, and every
+# case of every test is run; without, four cases of each test with more.
 # A comma would end the argument of $(if ...), so the option stands in a variable.
 CHECK_OPTION := --jaxtyping-packages=nearest,typechecker.check
-CHECKED := $(if $(CHECK_ALL),$(CHECK_OPTION))
+CHECKED := $(if $(CHECK_ALL),$(CHECK_OPTION),--few-cases 4)
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal $(CHECKED)

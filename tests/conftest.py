@@ -40,10 +40,14 @@ settings.load_profile("patient")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="Run tests in a random order.")
-    parser.addoption("--every-case", action="store_true", help="Leave no combination to be slow.")
+    parser.addoption(
+        "--few-cases",
+        type=int,
+        metavar="N",
+        help="Run at most N cases of each test, evenly spread.",
+    )
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Few memories of tests are tuned: the note of it is no error. And the options above.
 
@@ -53,32 +57,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ignored = pytest.mark.filterwarnings("ignore::nearest.errors.SettingsWarning")
     for item in items:
         item.add_marker(ignored, append=False)
-    if not config.getoption("--every-case") and not any("::" in arg for arg in config.args):
-        leave_combinations(items)
+    if (most := config.getoption("--few-cases")) is not None:
+        left_out = cases_left_out(items, most)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if (seed := config.getoption("--shuffle")) is not None:
         shuffle(items, seed)
 
 
-def leave_combinations(items: list[pytest.Item]) -> None:
-    """Of a test of several parameters, combinations of values that others have shown are slow.
-
-    `make test` sees every value of every parameter at least once, `make test-slow` all the rest.
-    """
-    seen: dict[tuple[str, str, int], set[str]] = {}
+def cases_left_out(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """All cases of each test but `most` evenly spread ones, the first and the last among them."""
+    of_test: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is None or len(callspec._idlist) < 2:
-            continue
-        name = getattr(item, "originalname", item.name)
-        new = [
-            (value not in (of := seen.setdefault((str(item.path), name, place), set())), of, value)
-            for place, value in enumerate(callspec._idlist)
-        ]
-        if any(is_new for is_new, _, _ in new):
-            for _, of, value in new:
-                of.add(value)
-        else:
-            item.add_marker(pytest.mark.slow)
+        of_test.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    left_out = []
+    for cases in of_test.values():
+        kept = set(np.linspace(0, len(cases) - 1, min(most, len(cases))).round().astype(int))
+        left_out += [case for number, case in enumerate(cases) if number not in kept]
+    return left_out
 
 
 def shuffle(items: list[pytest.Item], seed: int) -> None:
