@@ -66,7 +66,7 @@ class Library(Shelf):
         if method is None:
             preferred = ("hybrid", "knn", "suffix")
             method = next(m for m in preferred if m in self.methods)
-        check_method(method)
+        check_method(method, (BASE, *MEMORY_METHODS))
         self.method = method
         self._settings = dict(settings)
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
