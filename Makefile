@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo demo-real serve-demo docs test test-slow torture lint clean
+.PHONY: setup demo demo-real serve-demo docs test test-slow test-cluster torture lint clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
+
+test-cluster: setup
+	$(BIN)/pytest -m "slow or not slow" tests/cluster tests/test_parts.py
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture

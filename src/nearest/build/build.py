@@ -13,6 +13,7 @@ from nearest import __version__
 from nearest.build.corpus_segments import write_corpora
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
+from nearest.build.ray_workers import ray_workers
 from nearest.build.tasks import Unfinished, new_manifest_of, publish, work
 from nearest.build.workers import WorkerSpec, drive, local_workers
 from nearest.corpus.batches import check_batch_size
@@ -154,7 +155,12 @@ def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None
         max(1, torch.get_num_threads() // workers),
         options.allow_mixed,
     )
-    with local_workers(build.folder, spec, workers) as start:
+    if options.ray is None:
+        starting = local_workers(build.folder, spec, workers)
+    else:
+        gpus = 1 if model is not None and spec.device.startswith("cuda") else 0
+        starting = ray_workers(options.ray, build.folder, spec, gpus)
+    with starting as start:
         drive(build, start, workers)
 
 

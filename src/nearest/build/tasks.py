@@ -7,7 +7,7 @@ settings, so that it does not matter who does it, nor whether two do.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,12 +91,20 @@ class Unfinished:
         """Tasks that are not finished."""
         return [task for task in self.tasks if self.journal.done(task) is None]
 
-    def record(self, segment: str) -> SegmentRecord:
-        """A segment of this part as far as it is written."""
+    def record(self, segment: str, paths: Iterable[str] = tuple(_PARTS)) -> SegmentRecord:
+        """A segment of this part as its corpus and those of some tasks that are done describe it.
+
+        The order of its files does not depend on who was first.
+        """
         base = self.corpora[segment].record
         if base is None:
             raise ValueError(f"segment {segment} is of another part")
-        return self.journal.combined(base, [Task(segment, path) for path in _PARTS])
+        return self.journal.combined(base, [Task(segment, path) for path in paths])
+
+    def before(self, task: Task) -> SegmentRecord:
+        """The segment of a task as those that it needs describe it."""
+        needed = [one.path for one in self.needs(task) if one.segment == task.segment]
+        return self.record(task.segment, needed)
 
 
 def new_manifest_of(stage: Stage, created_by: str) -> Manifest:
@@ -176,7 +184,7 @@ def _do(build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | No
     try:
         files, record = _written(build, task, claim, made_on)
         if claim.held:
-            files.settle(_names(record) - _names(build.record(task.segment)))
+            files.settle(_names(record) - _names(build.before(task)))
             build.journal.finish(task, record)
     except FileNotFoundError:
         if claim.held:
@@ -211,7 +219,7 @@ def _written(
         log=TaskLog(build.journal, claim) if task.path == "keys" else None,
         made_on=made_on,
     )
-    return files, write_parts(reopen_segment(plan, build.record(name)), _PARTS[task.path])
+    return files, write_parts(reopen_segment(plan, build.before(task)), _PARTS[task.path])
 
 
 def publish(build: Unfinished) -> None:

@@ -95,7 +95,7 @@ class Journal:
     """Keeps the stage of a build, on the disk from time to time."""
 
     def __init__(self, folder: Path, stage: Stage, *, shared: bool = False) -> None:
-        """With `shared`, other processes wait for what is finished: it is noted at once."""
+        """With `shared`, the stage is another process's, and what is finished is noted at once."""
         self.folder = folder
         self.stage = stage
         self._shared = shared
@@ -155,8 +155,8 @@ class Journal:
         self.save_if_due()
 
     def save_if_due(self) -> None:
-        """Write the stage, if that is due."""
-        if self.due:
+        """Write the stage, if that is due, and not another process's to write."""
+        if self.due and not self._shared:
             self.save()
 
     def save(self) -> None:
