@@ -210,11 +210,3 @@ def test_the_driver_is_killed(
     if not (path / "manifest.json").exists():
         Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
     assert snapshot(path) == snapshot(whole)
-
-
-@pytest.mark.slow
-def test_ray_makes_the_same_bytes(model: Model, whole: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    path = tmp_path / "m"
-    Memory.build(*model, DOCUMENTS, path, ray="local", workers=2, tune=False, **OPTIONS)
-    assert snapshot(path) == snapshot(whole)

@@ -13,7 +13,6 @@ from nearest import __version__
 from nearest.build.corpus_segments import write_corpora
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
-from nearest.build.ray_workers import ray_workers
 from nearest.build.tasks import Unfinished, new_manifest_of, publish, work
 from nearest.build.workers import WorkerSpec, drive, local_workers
 from nearest.corpus.batches import check_batch_size
@@ -52,7 +51,7 @@ from nearest.store.parts.index import IndexChoice, write_all
 from nearest.store.segment import no_keys
 
 NO_KEYS = "none"
-_WITHOUT_KEYS = {"keys", "special_tokens", "segment_tokens", "workers", "ray"}
+_WITHOUT_KEYS = {"keys", "special_tokens", "segment_tokens", "workers"}
 _WITHOUT_KEYS |= {"device", "allow_mixed", "progress"}
 _ROOM = 1 << 18  # bytes, that a gate and the next manifest take at most
 
@@ -73,7 +72,6 @@ class BuildOptions:
     special_tokens: bool = False  # read "<|endoftext|>" in a document as the token
     segment_tokens: int | None = None  # of a segment; as many as fit comfortably in RAM
     workers: int | None = None  # processes that share the work; this one alone when None
-    ray: str | None = None  # "auto", "local" or an address: the workers are tasks of that cluster
     device: str | None = None  # where workers compute; where the model is when None
     allow_mixed: bool = False  # accept keys of machines that round otherwise
     progress: Progress = no_progress
@@ -143,11 +141,11 @@ def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None
     Raises:
         NearestError: keys or index cannot be made, or workers end.
     """
-    if options.workers is None and options.ray is None:
+    if options.workers is None:
         work(build, Watch(owner_here()))
         return
     build.journal.save()
-    workers = options.workers or 1
+    workers = options.workers
     spec = WorkerSpec(
         None if model is None else model_name(model),
         "auto" if model is None else str(model.dtype).removeprefix("torch."),
@@ -155,12 +153,7 @@ def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None
         max(1, torch.get_num_threads() // workers),
         options.allow_mixed,
     )
-    if options.ray is None:
-        starting = local_workers(build.folder, spec, workers)
-    else:
-        gpus = 1 if model is not None and spec.device.startswith("cuda") else 0
-        starting = ray_workers(options.ray, build.folder, spec, gpus)
-    with starting as start:
+    with local_workers(build.folder, spec, workers) as start:
         drive(build, start, workers)
 
 

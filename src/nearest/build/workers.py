@@ -1,7 +1,6 @@
 """Several processes at one build: kept alive until all is done, whoever starts them.
 
-A worker takes tasks by itself (`build/tasks.py`); what starts one is a function, of this module for
-processes of this machine, of `build/ray_workers.py` for those of a Ray cluster.
+A worker takes tasks by itself (`build/tasks.py`); what starts one is a function.
 """
 
 import itertools

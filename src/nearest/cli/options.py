@@ -132,13 +132,6 @@ class Sharing:
         int | None,
         typer.Option(min=1, help="Processes that share the work, each with its share of threads."),
     ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="The workers are tasks of this Ray cluster: auto, local, or HOST:PORT.",
-        ),
-    ] = None
     allow_mixed: Annotated[
         bool,
         typer.Option(
