@@ -83,7 +83,11 @@ def train(settings: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dim = settings.dim
     sizes = {"d_model": dim, "d_kv": 32, "d_ff": 4 * dim, "num_heads": max(dim // 32, 1)}
-    layers = {"num_layers": 1, "num_decoder_layers": 2, "dropout_rate": 0.0}
+    layers = {
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "dropout_rate": 0.0,
+    }  # generate needs as many
     tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=len(tokenizer), **sizes, **layers, **tokens)
