@@ -17,15 +17,20 @@ ROOT = Path(__file__).parents[1]
 WORDS = [f"word{i}" for i in range(40)]
 
 
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Its commands run in this process, which has everything loaded."""
-    path = ROOT / "examples/retrofit_law/recipe.py"
-    spec = importlib.util.spec_from_file_location("recipe", path)
+def script(name: str) -> Any:
+    path = ROOT / f"examples/retrofit_law/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its commands run in this process, which has everything loaded."""
+    module = script("recipe")
 
     def nearest(*words: Any) -> list[dict[str, Any]]:
         result = CliRunner().invoke(app, ["retro", *map(str, words), "--json"])
@@ -76,3 +81,27 @@ def test_from_two_files_to_a_table_and_a_page(
     before = (work / "run/model/adapter_model.safetensors").read_bytes()
     recipe.main()  # nothing is done twice
     assert (work / "run/model/adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_it_is_compared_to(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, text, base = tmp_path / "work", corpus(tmp_path / "law"), model(tmp_path / "base")
+    arguments = ["--model", base, "--corpus", text, "--work", work, "--minutes", "0.01"]
+    monkeypatch.setattr("sys.argv", ["recipe.py", *map(str, arguments)])
+    recipe.main()
+    arguments = ["--model", base, "--work", work, "--steps", "4", "--layers", "1"]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, arguments)])
+    script("finetune").main()
+    arguments = ["--model", base, "--corpus", text, "--work", work, "--together"]
+    monkeypatch.setattr("sys.argv", ["table.py", *map(str, arguments)])
+    capsys.readouterr()
+    script("table").main()
+    rows = {row.pop("row"): row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows["RETROfit, base"]["ppl"] == pytest.approx(rows["base"]["ppl"], rel=1e-5)
+    # the same neighbours, whether the table says them or they are looked up by their chunk
+    assert rows["RETROfit + base"]["ppl"] == pytest.approx(rows["RETROfit, on"]["ppl"], rel=1e-5)
+    assert rows["finetuned-1"]["ppl"] < rows["base"]["ppl"]
+    assert {"knn", "hybrid", "RETROfit + hybrid"} < set(rows)
+    assert len({row["tokens"] for row in rows.values()}) == 1
