@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nearest.errors import SettingError
-from nearest.retro import AskedNeighbours, FixedNeighbours, NeighbourCache
+from nearest.retro import AskedNeighbours, FixedNeighbours, NeighbourCache, RetroConfig
 from retro_models import CHUNK, PRESETS, VOCAB, neighbours, tiny_model, tokens, variant
 
 
@@ -164,3 +164,13 @@ def test_sources_of_neighbours_that_do_not_fit(tiny_tokenizer):
         FixedNeighbours([], tiny_tokenizer, 9)
     with pytest.raises(SettingError, match="count"):
         AskedNeighbours(tiny_tokenizer, 0, 9)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"cca_layers": 1}, {"cca_layers": ["5"]}, {"decoder_dim": "wide"}, {"decoder_layers": 2.5}],
+)
+def test_settings_of_another_type(setting):
+    (name,) = setting
+    with pytest.raises(SettingError, match=f"{name} is .*: expected"):
+        RetroConfig(**setting)

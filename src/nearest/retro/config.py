@@ -3,6 +3,7 @@
 from dataclasses import field
 from typing import Any, no_type_check
 
+import msgspec
 from transformers import PreTrainedConfig
 
 from nearest.errors import SettingError
@@ -163,6 +164,7 @@ class RetroConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **settings})
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_types()
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cross_layers = sorted(self.encoder_cross_layers)
         self.memorizing_layers = sorted(self.memorizing_layers)
@@ -193,6 +195,17 @@ class RetroConfig(PreTrainedConfig):
         """How many chunks' neighbours an input of so many tokens comes with."""
         whole, rest = divmod(length, self.chunk_size)
         return whole + (rest > 0 and self.chunk_count == "ceil")
+
+    def _check_types(self) -> None:
+        for name, wanted in RetroConfig.__annotations__.items():
+            value = getattr(self, name)
+            try:
+                msgspec.convert(value, wanted)
+            except msgspec.ValidationError as error:
+                example = ", as [1]" if wanted == list[int] else ""
+                raise SettingError(
+                    f"{name} is {value!r}: {str(error).lower().replace('array', 'list')}{example}"
+                ) from error
 
     def _check(self) -> None:
         for name, values in CHOICES.items():
