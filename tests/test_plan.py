@@ -13,6 +13,7 @@ from conftest import make_documents, snapshot
 from nearest import Memory
 from nearest.build import plan as plan_module
 from nearest.build.build import BuildOptions, planned_memory
+from nearest.build.plan import BuildPlan, share_plan
 from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import CorpusError, FolderError
@@ -124,6 +125,13 @@ def test_the_command(model_folder: str, tmp_path: Path) -> None:
     assert {"entries", "bytes_needed", "memory_bytes", "seconds", "stages"} <= set(found)
     result = CliRunner().invoke(app, call)
     assert f"{found['entries']:,}" in result.stdout
+    assert "cost" not in result.stdout
+    shared = CliRunner().invoke(app, [*call, "--workers", "16", "--price", "2.5"])
+    assert "hours on 16 machines" in shared.stdout
+    assert "machine hours" in shared.stdout
+    without_plan = CliRunner().invoke(app, [*call[:-1], "--price", "2.5"])
+    assert without_plan.exit_code == 2
+    assert "--plan" in without_plan.output
     assert snapshot(tmp_path) == before
 
 
@@ -139,3 +147,25 @@ def test_what_could_not_be_built_is_not_planned(
     documents = [Document("a", "x"), Document("a", "y")]
     with pytest.raises(CorpusError, match="stands twice"):
         planned_memory(tmp_path / "m", documents, *model, BuildOptions())
+
+
+def test_segments_are_shared_whole() -> None:
+    stages = {"tokens": 100.0, "suffix array": 50.0, "keys": 300.0, "index": 50.0}
+    plan = BuildPlan(10, 1_000, 990, 5, 1, 2, 3, 500.0, stages)
+    alone = share_plan(plan, 1, 3.0)
+    assert (alone.seconds, alone.machine_hours, alone.cost) == (500, 500 / 3600, 1_500 / 3600)
+    assert share_plan(plan, 5).seconds == share_plan(plan, 100).seconds == 100 + 400 / 5
+    assert share_plan(plan, 2).seconds == 100 + 400 * 3 / 5  # three of the five on one of them
+    assert share_plan(plan, 5, 2.0).cost == pytest.approx(2 * 5 * 180 / 3600)
+
+
+def test_segments_are_as_long_as_asked_for(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    options = BuildOptions(keys="none", segment_tokens=2_000)
+    path = tmp_path / "m"
+    found = planned_memory(path, CORPORA["short"], tiny_model, tiny_tokenizer, options)
+    built = Memory.build(
+        tiny_model, tiny_tokenizer, CORPORA["short"], path, options=options, tune=False
+    )
+    assert found.segments == len(built.segments) > 2

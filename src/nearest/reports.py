@@ -23,7 +23,7 @@ from rich.text import Text
 from nearest.progress import Progress as Report
 
 if TYPE_CHECKING:
-    from nearest.build.plan import BuildPlan
+    from nearest.build.plan import BuildPlan, SharedPlan
     from nearest.memory import Memory
     from nearest.verbs.evaluate_generated import GeneratedResult
     from nearest.verbs.generate import DocumentShare, Generation
@@ -74,8 +74,8 @@ class _Counts(ProgressColumn):
         return Text(f"{int(task.completed):,}{total}{rate}")
 
 
-def plan_table(plan: "BuildPlan") -> RenderableType:
-    """What a build would make and take."""
+def plan_table(plan: "BuildPlan", shared: "SharedPlan") -> RenderableType:
+    """What a build would make and take, on one machine and on those that share it."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -88,6 +88,10 @@ def plan_table(plan: "BuildPlan") -> RenderableType:
         "seconds, about": f"{plan.seconds:,.0f}",
         **{f"  {name}": f"{seconds:,.0f}" for name, seconds in plan.stages.items()},
     }
+    if shared.machines > 1:
+        rows[f"hours on {shared.machines} machines"] = f"{shared.seconds / 3600:,.2f}"
+    if shared.cost is not None:
+        rows["cost"] = f"{shared.cost:,.2f} for {shared.machine_hours:,.2f} machine hours"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -210,6 +210,7 @@ def planned_memory(
     encoder, keys = _keys_of(model, options)
     started = time.perf_counter()
     manifest = new_manifest(model, tokenizer, keys, special_tokens=options.special_tokens)
+    manifest = msgspec.structs.replace(manifest, segment_tokens=options.segment_tokens)
     rules, identifying = rules_of(manifest, model), time.perf_counter() - started
     return plan_build(
         path, documents, tokenizer, rules, manifest, encoder, identifying, options.recall

@@ -35,7 +35,7 @@ from nearest.errors import CorpusError
 from nearest.index.keys import KeyFormat, key_format
 from nearest.store.documents import document_line
 from nearest.store.manifest import Manifest
-from nearest.store.new_segment import segment_tokens
+from nearest.store.new_segment import tokens_a_segment
 
 _SAMPLE = 4 << 20  # characters that are tokenised
 _BEGINNING = 4 * LONG  # characters of a long document, which is tokenised in pieces
@@ -74,6 +74,32 @@ class BuildPlan:
     def as_json(self) -> dict[str, Any]:
         """A plain dictionary."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """A build that machines such as this one share.
+
+    Attributes:
+        machines: how many.
+        seconds: from beginning to end.
+        machine_hours: of all of them, idle ones included.
+        cost: at the price of a machine's hour; None where none was given.
+    """
+
+    machines: int
+    seconds: float
+    machine_hours: float
+    cost: float | None
+
+
+def share_plan(plan: BuildPlan, machines: int, price: float | None = None) -> SharedPlan:
+    """A plan for several machines: one reads the corpus, then each works on whole segments."""
+    read = plan.stages["tokens"]
+    rounds = math.ceil(plan.segments / machines) / plan.segments
+    seconds = read + (sum(plan.stages.values()) - read) * rounds
+    hours = machines * seconds / 3600
+    return SharedPlan(machines, round(seconds, 1), hours, None if price is None else price * hours)
 
 
 class _Sample:
@@ -138,7 +164,7 @@ def plan_build(
     entries = int(counts.sum())
     if not entries:
         raise CorpusError("the corpus holds no token that follows another: give it longer text")
-    limit = segment_tokens(keys)
+    limit = tokens_a_segment(manifest)
     segments = max(1, math.ceil(total / limit))
     largest = min(total, limit + int(counts.max()))
     dtype, every = token_dtype(rules.vocab_size), np.concatenate(tokens)

@@ -1,6 +1,7 @@
 """Commands that make a memory: at once, or in parts that are joined."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,14 +79,23 @@ def build(
         typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
     ] = True,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it would make and take; write nothing.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Say what it would make and take, with --workers on so many machines such as this "
+            "one; write nothing.",
+        ),
     ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of --plan: what a machine costs an hour.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
     quiet_libraries()
     from nearest.build.build import BuildOptions, build_memory, planned_memory
     from nearest.build.join import part_of
+    from nearest.build.plan import share_plan
     from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
     from nearest.memory import Memory
     from nearest.store.change import check_new
@@ -105,6 +115,8 @@ def build(
         **vars(sharing),
         **({} if tokenizer else {"device": device}),
     }
+    if price is not None and not plan:
+        raise NearestError("--price is of a plan: add --plan, or leave it out")
     which = (1, 1) if part is None else part_of(part)
     documents = files.corpus(corpus)
     check_new(out_path)  # before a model is loaded for nothing
@@ -115,10 +127,12 @@ def build(
     )
     if plan:
         needs = planned_memory(out_path, documents, model, reader, BuildOptions(**options))
+        shared = share_plan(needs, sharing.workers or 1, price)
         if as_json:
-            typer.echo(json.dumps(needs.as_json() | {"corpus": documents.report.to_dict()}))
+            told = {"shared": asdict(shared), "corpus": documents.report.to_dict()}
+            typer.echo(json.dumps(needs.as_json() | told))
         else:
-            out.print(reports.plan_table(needs))
+            out.print(reports.plan_table(needs, shared))
         say_what_was_read(documents)
         return
     if part is not None:
