@@ -849,13 +849,16 @@ def test_an_interruption_from_the_keyboard(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
-        deadline = time.monotonic() + 60
-        while not (out / "segments/000001/keys.npy").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
+        try:
+            deadline = time.monotonic() + 60
+            while not list(out.glob("build/*/keys.npy")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()  # it would go on for hours
     assert (process.returncode, stdout) == (2, "")
     assert "Traceback" not in stderr
     last = stderr.strip().splitlines()[-1]
