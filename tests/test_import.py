@@ -292,8 +292,10 @@ def test_their_index_is_read_where_the_user_trusts_it(write: Write, imported: Im
     theirs.nprobe = record.nprobe
     distances, ids = theirs.search(queries, 3)
     ours = memory.search(queries, 3, "index")
-    np.testing.assert_array_equal(ours.ids, ids)
     np.testing.assert_allclose(ours.distances, distances, rtol=1e-5)
+    for row in range(len(queries)):  # of entries as far as the last, FAISS takes others
+        nearer = distances[row] < distances[row, -1]
+        assert set(ids[row, nearer]) <= set(ours.ids[row])
 
 
 def test_their_index_is_not_touched_otherwise(write: Write, imported: Import) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import nearest.store.documents
 import nearest.store.manifest
-import nearest.store.snapshot
+import nearest.store.opening
 from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_documents, snapshot
 from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
@@ -170,6 +170,13 @@ def test_the_manifest_describes_everything_that_was_built(
         "kept": None,
         "members": None,
         "removed": 0,
+        "made_on": {
+            "device": "cpu",
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "simd": torch.backends.cpu.get_cpu_capability(),
+            "batch_size": 32,
+        },
     }
     assert index["entries"] == segment["entries"]
     assert index["spec"] == ("exact" if kind == "exact" else IVF)
@@ -833,8 +840,9 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 
 # --- interruptions --------------------------------------------------------------------------------
 
+LAST_SYNC = 12  # of a build: of its folder, after the manifest's rename
 BUILD_KILLS = [
-    *(("build", "fsync", count) for count in range(1, 12)),
+    *(("build", "fsync", count) for count in range(1, LAST_SYNC + 1)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),
     ("build", "posix_fallocate", 1),
     ("build", "replace", 1),
@@ -875,7 +883,7 @@ def test_a_killed_build_leaves_no_memory_and_can_be_repeated(
 ) -> None:
     path = place_of(killed, moment)
     assert path.is_dir()
-    if moment == ("build", "fsync", 11):  # after the manifest's rename: the memory is whole
+    if moment == ("build", "fsync", LAST_SYNC):  # the memory is whole
         assert verify(path) == []
         return
     assert not (path / "manifest.json").exists()
@@ -1310,13 +1318,13 @@ def test_a_reader_that_has_read_an_old_manifest_reads_the_new_one(
 ) -> None:
     calls = itertools.count()
 
-    def published_after_reading(path: Path) -> Manifest:
-        manifest = read_manifest(path)
+    def published_after_reading(*where: Any) -> Manifest:
+        manifest = read_manifest(*where)
         if next(calls) == 0:
             rebuild_index(folder, IndexChoice("IVF2,Flat"))
         return manifest
 
-    monkeypatch.setattr(nearest.store.snapshot, "read_manifest", published_after_reading)
+    monkeypatch.setattr(nearest.store.opening, "read_manifest", published_after_reading)
     memory = Memory.open(folder)
     assert memory.manifest.version == 2
     assert memory.search(queries_of(memory), 3).ids.min() >= 0

@@ -12,7 +12,6 @@ from nearest import reports
 from nearest.cli.app import err, out
 from nearest.cli.options import with_commas
 from nearest.errors import FolderError, SettingError
-from nearest.folder import disk_errors_explained, whole_file
 
 if TYPE_CHECKING:
     from nearest.corpus.reading import Corpus
@@ -159,6 +158,8 @@ def evaluate_written(
 
 def _write(path: Path, results: "list[GeneratedResult]") -> None:
     """One object a document: its id, source and reference, and each method's text."""
+    from nearest.folder import disk_errors_explained, whole_file
+
     pairs = results[0].pairs
     with disk_errors_explained(path.parent), whole_file(path) as file:
         rows = zip(pairs.ids, pairs.sources, pairs.references, strict=True)
