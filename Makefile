@@ -9,7 +9,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,passages,retro,train,serve,harness,text-metrics,docs,release,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,plots,data,files,passages,retro,train,serve,s3,harness,text-metrics,docs,release,dev]'
 	touch $(STAMP)
 
 demo: setup
@@ -48,7 +48,7 @@ test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
 test-cluster: setup
-	$(BIN)/pytest -m "slow or not slow" tests/cluster tests/test_parts.py
+	$(BIN)/pytest -m "slow or not slow" tests/cluster tests/test_parts.py tests/test_claims.py
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture

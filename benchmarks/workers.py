@@ -1,10 +1,11 @@
 """A build by one process and by several, each with one thread: seconds, RAM of the driver, bytes.
 
 Law's first documents, in segments of `--segment-tokens`; one command a build, in turns. Each size
-of `--tokens` is built by each number of `--workers`, and every file but the manifest's times is
-compared with the build of one.
+of `--tokens` is built by each number of `--workers` (0: the command alone), and every file but the
+manifest's times is compared with the first build. With `--keys none` there is no forward pass, so
+that larger corpora can be tried.
 
-    OMP_NUM_THREADS=1 python benchmarks/workers.py [--tokens 100000,400000] [--workers 1,2]
+    OMP_NUM_THREADS=1 python benchmarks/workers.py [--tokens 100000,400000] [--workers 0,1,2]
 """
 
 import hashlib
@@ -29,11 +30,12 @@ def corpus_of(options: object, tokenizer: object, tokens: int) -> Path:
     return path
 
 
-def built(corpus: Path, out: Path, workers: int, segment_tokens: int) -> dict[str, float]:
+def built(corpus: Path, out: Path, workers: int, options: object) -> dict[str, float]:
     """Seconds, and the most RAM that the command itself held."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "nearest", "build", MODEL, corpus, "--out", out, "--no-tune"]
-    command += ["--segment-tokens", str(segment_tokens), "--workers", str(workers)]
+    command += ["--segment-tokens", str(options.segment_tokens), "--keys", options.keys]
+    command += ["--workers", str(workers)] if workers else []
     started, most = time.perf_counter(), 0
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -71,7 +73,12 @@ def digests(memory: Path) -> dict[str, str]:
 
 def main() -> None:
     options = arguments(
-        __doc__, tokens="100000,400000", workers="1,2", segment_tokens=50_000, rounds=1
+        __doc__,
+        tokens="100000,400000",
+        workers="0,1,2",
+        segment_tokens=50_000,
+        rounds=1,
+        keys="int8",
     )
     _, tokenizer = model_and_tokenizer()
     counts = [int(count) for count in options.workers.split(",")]
@@ -83,7 +90,7 @@ def main() -> None:
             seconds: list[float] = []
             for count in counts:
                 out = options.work / f"workers-{count}.memory"
-                cost = built(corpus, out, count, options.segment_tokens)
+                cost = built(corpus, out, count, options)
                 seconds.append(cost["seconds"])
                 made = digests(out)
                 first = first or made

@@ -173,6 +173,8 @@ def test_every_look_up_is_the_memorys(memory: Memory, sharded: ShardedMemory) ->
             np.testing.assert_array_equal(getattr(sharded.clusters, field), array)
     with pytest.raises(SettingError, match="looked up over HTTP"):
         sharded.compact()
+    with pytest.raises(SettingError, match=r"is in 4 shards: use the memory's methods"):
+        sharded.ask("search", {"queries": queries}, {})
 
 
 def test_texts_are_scored_and_written_as_with_one(

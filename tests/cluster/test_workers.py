@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from nearest.encode import encoder
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, NearestError
 from nearest.store import journal as unfinished
+from nearest.store.claims import held_by
 from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()
@@ -119,6 +121,37 @@ def test_a_worker_is_stopped_and_goes_on(
     memory = build(model, path, forks, monkeypatch)
     timer.join()
     assert snapshot(memory.path) == snapshot(whole)
+
+
+def test_a_node_is_gone_for_good(
+    model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody says that its worker ended: its claim stays, with what it wrote, until it is old."""
+    forks, path = Forks(model, slow(0.02), stale=0.6), tmp_path / "m"
+    lost: list[str] = []
+
+    def lose() -> bool:
+        """Stop a worker that makes keys, for good, and let its claim be of another host."""
+        for file in path.glob("build/*.keys.claim"):
+            pid = forks.pids[0]
+            os.kill(pid, signal.SIGSTOP)  # what it would write is lost with its node
+            owner = held_by(file.with_name(file.name.removesuffix(".claim"))) or ""
+            if f"-{pid}-" in owner:
+                gone = owner.replace(socket.gethostname(), "another-host")
+                file.write_text(gone)
+                for left in path.glob(f"build/*.files.{owner}"):
+                    left.rename(left.with_name(left.name.replace(owner, gone)))
+                lost.append(gone)
+                return True
+            os.kill(pid, signal.SIGCONT)
+        return False
+
+    timer = later(0, lambda: wait_for(lose))
+    memory = build(model, path, forks, monkeypatch)
+    timer.join()
+    assert len(lost) == 1
+    assert snapshot(memory.path) == snapshot(whole)
+    assert verify(memory.path) == []
 
 
 def test_a_document_that_ends_its_process(

@@ -9,11 +9,10 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from nearest import __version__
 from nearest.build.corpus_segments import write_corpora
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
-from nearest.build.tasks import Unfinished, new_manifest_of, publish, work
+from nearest.build.tasks import Unfinished, first_manifest, publish, work
 from nearest.build.workers import WorkerSpec, drive, local_workers
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.incoming import Documents, incoming_documents
@@ -37,7 +36,6 @@ from nearest.store.change import changing, check_new, new_folder
 from nearest.store.claims import Watch, owner_here
 from nearest.store.journal import Journal, Stage, new_stage
 from nearest.store.manifest import (
-    FORMAT,
     MANIFEST,
     ComputedIn,
     FunctionRecord,
@@ -126,8 +124,7 @@ def build_memory(
         journal = Journal.of(path, stage)
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
         write_corpora(journal, rest, options.progress)
-        manifest = new_manifest_of(journal.stage, manifest.created_by)
-        build = Unfinished(journal, manifest, encoder, options.allow_mixed, options.progress)
+        build = Unfinished(journal, encoder, options.allow_mixed, options.progress)
         finish(build, options, None if encoder is None else model)
         if part[1] == 1:
             publish(build)
@@ -141,20 +138,24 @@ def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None
     Raises:
         NearestError: keys or index cannot be made, or workers end.
     """
-    if options.workers is None:
+    threads = torch.get_num_threads()
+    if options.workers is not None:
+        spec = _told(model, options, max(1, threads // options.workers))
+        with local_workers(build.folder, spec, options.workers) as start:
+            drive(build, start, options.workers)
+    else:
         work(build, Watch(owner_here()))
-        return
-    build.journal.save()
-    workers = options.workers
-    spec = WorkerSpec(
+
+
+def _told(model: LanguageModel | None, options: BuildOptions, threads: int) -> WorkerSpec:
+    """What workers are told: to load the model as it is here."""
+    return WorkerSpec(
         None if model is None else model_name(model),
         "auto" if model is None else str(model.dtype).removeprefix("torch."),
         options.device or ("cpu" if model is None else str(model.device)),
-        max(1, torch.get_num_threads() // workers),
+        threads,
         options.allow_mixed,
     )
-    with local_workers(build.folder, spec, workers) as start:
-        drive(build, start, workers)
 
 
 def new_manifest(
@@ -164,38 +165,24 @@ def new_manifest(
     *,
     special_tokens: bool = False,
 ) -> Manifest:
-    """A first snapshot that has no segment yet."""
+    """A first snapshot that has no segment yet, of this model and tokenizer."""
     rules = token_rules(model, tokenizer)
     probe = None
     if keys is not None and model is not None:
         entry = model.get_submodule(keys.module)
         probe = probe_of(model, KeyLayer(keys.layer, keys.module, entry, keys.dim))
-    return Manifest(
-        format=FORMAT,
-        version=1,
-        created_by=f"nearest {__version__}",
-        model=ModelRecord(
-            name=tokenizer_name(tokenizer) if model is None else model_name(model),
-            fingerprint=None
-            if model is None
-            else weights_hash(model) or function_hash(model, probe),
-            tokenizer_fingerprint=tokenizer_fingerprint(
-                tokenizer, rules.encoder_vocab_size is not None
-            ),
-            vocab_size=rules.vocab_size,
-            start_token=rules.start_token,
-            source_vocab_size=rules.encoder_vocab_size,
-            function=None if probe is None else FunctionRecord(**asdict(probe)),
-            special_tokens=special_tokens,
-        ),
-        keys=keys,
-        segments=[],
-        clusters=None,
-        settings={},
-        gates={},
-        documents_of=1,
-        tuned_at={},
+    reads_sources = rules.encoder_vocab_size is not None
+    record = ModelRecord(
+        name=tokenizer_name(tokenizer) if model is None else model_name(model),
+        fingerprint=None if model is None else weights_hash(model) or function_hash(model, probe),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer, reads_sources),
+        vocab_size=rules.vocab_size,
+        start_token=rules.start_token,
+        source_vocab_size=rules.encoder_vocab_size,
+        function=None if probe is None else FunctionRecord(**asdict(probe)),
+        special_tokens=special_tokens,
     )
+    return first_manifest(record, keys)
 
 
 def planned_memory(

@@ -10,14 +10,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from nearest import __version__
 from nearest.build.build import BuildOptions, finish
 from nearest.build.machine import check_alike
-from nearest.build.tasks import Unfinished, new_manifest_of, publish
+from nearest.build.tasks import Unfinished, first_manifest, publish
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import disk_errors_explained, sha256_of
 from nearest.store.change import new_folder
-from nearest.store.journal import JOURNAL, TASKS, CorpusRecord, Journal, Stage
+from nearest.store.journal import JOURNAL, TASKS, CorpusRecord, Journal, Stage, read_stage
 from nearest.store.manifest import Manifest, SegmentRecord, check_file, write_manifest
 from nearest.store.records import FileRecord
 from nearest.store.snapshot import Snapshot
@@ -78,14 +77,19 @@ def _join_parts(paths: Sequence[Path], out: Path, options: BuildOptions) -> None
     ]  # with their files
     whole = msgspec.structs.replace(stage, part=(1, 1), corpora=corpora, whole=True)
     with new_folder(out):
+        _check_begun(out, whole)
+        # Files first: a journal whose files are missing would refuse to be gone on with.
+        with disk_errors_explained(out):
+            for number, owner in enumerate(owners, 1):
+                _take_over(journals[owner], f"{number:06d}", out)
+            (out / TASKS).mkdir(exist_ok=True)
         journal = Journal.of(out, whole)
         journal.note(corpora=corpora, whole=True)
-        manifest = new_manifest_of(whole, f"nearest {__version__}")
-        build = Unfinished(journal, manifest, None, options.allow_mixed, options.progress)
-        with disk_errors_explained(out):
-            (out / TASKS).mkdir(exist_ok=True)
-            for number, owner in enumerate(owners, 1):
-                _take_over(journals[owner], f"{number:06d}", build)
+        build = Unfinished(journal, None, options.allow_mixed, options.progress)
+        for task in build.tasks:
+            record = journals[owners[int(task.segment) - 1]].done(task)
+            if record is not None and journal.done(task) is None:
+                journal.finish(task, record)
         _check_machines(build, owners, options)
         finish(build, options, None)
         publish(build)
@@ -103,8 +107,7 @@ def _common(journals: dict[Path, Journal]) -> Stage:
                     f"{path} was built with {name} {other}, and {first} with {was}: build all "
                     "parts alike"
                 )
-        manifest = new_manifest_of(own, "")
-        left = Unfinished(journal, manifest, None).left()
+        left = Unfinished(journal, None).left()
         if left or not own.whole:
             what = f"; {left[0]} is missing" if own.whole else ""
             raise FolderError(f"{path} is not finished{what}: run `nearest build --part` again")
@@ -129,19 +132,30 @@ def _read(corpus: CorpusRecord) -> tuple[int, str, int]:
     return corpus.documents, corpus.digest, corpus.entries
 
 
-def _take_over(part: Journal, name: str, build: Unfinished) -> None:
-    """Link what a part made of one segment, and note it as finished."""
+def _check_begun(out: Path, whole: Stage | None) -> None:
+    """Refuse a folder in which another build was begun, before anything is written there."""
+
+    def told(stage: Stage) -> tuple[object, ...]:
+        return stage.arguments, stage.part, [_read(corpus) for corpus in stage.corpora]
+
+    if (out / JOURNAL).exists() and (whole is None or told(read_stage(out)) != told(whole)):
+        raise FolderError(
+            f"{out} holds an unfinished build of something else: give another path, or delete it "
+            "first"
+        )
+
+
+def _take_over(part: Journal, name: str, out: Path) -> None:
+    """Link what a part made of one segment."""
     corpus = part.stage.corpora[int(name) - 1].record
     if corpus is None:
-        raise ValueError(f"segment {name} is of another part")
-    (build.folder / "segments" / name).mkdir(parents=True, exist_ok=True)
-    tasks = [task for task in build.tasks if task.segment == name]
+        raise FolderError(
+            f"{part.folder} does not have segment {name}, which is its own: build it anew"
+        )
+    (out / "segments" / name).mkdir(parents=True, exist_ok=True)
+    tasks = [task for task in Unfinished(part, None).tasks if task.segment == name]
     for file in part.combined(corpus, tasks).file_records():
-        _take_file(part.folder / file.path, build.folder / file.path, part.folder, file)
-    for task in tasks:
-        record = part.done(task)
-        if record is not None and build.journal.done(task) is None:
-            build.journal.finish(task, record)
+        _take_file(part.folder / file.path, out / file.path, part.folder, file)
 
 
 def _check_machines(build: Unfinished, owners: Sequence[Path], options: BuildOptions) -> None:
@@ -158,7 +172,7 @@ def _take_file(file: Path, to: Path, folder: Path, record: FileRecord) -> None:
     check_file(folder, record)
     to.unlink(missing_ok=True)
     try:
-        os.link(file, to)
+        os.link(file.resolve(), to)  # a link in the hub's cache leads to the file itself
     except OSError:  # another file system, or one without links
         shutil.copyfile(file, to)
     if to.stat().st_nlink == 1 and sha256_of(to) != record.sha256:
@@ -171,30 +185,18 @@ def _join_memories(memories: Sequence[Snapshot], out: Path, options: BuildOption
         _check_alike(first, other, options)
     _check_ids(memories)
     with new_folder(out), disk_errors_explained(out):
+        _check_begun(out, None)
         segments = [
             _renamed(memory, record, out, f"{number:06d}")
             for number, (memory, record) in enumerate(
                 ((memory, record) for memory in memories for record in memory.manifest.segments), 1
             )
         ]
-        keys = first.manifest.keys
-        for shared in () if keys is None else keys.file_records():
+        alike = first.manifest
+        for shared in () if alike.keys is None else alike.keys.file_records():
             _take_file(first.path / shared.path, out / shared.path, first.path, shared)
-        write_manifest(
-            out,
-            msgspec.structs.replace(
-                first.manifest,
-                version=1,
-                created_by=f"nearest {__version__}",
-                segments=segments,
-                clusters=None,
-                settings={},
-                gates={},
-                documents_of=1,
-                tuned_at={},
-                keys_of=1,
-            ),
-        )
+        begun = first_manifest(alike.model, alike.keys, alike.segment_tokens)
+        write_manifest(out, msgspec.structs.replace(begun, segments=segments, chunks=alike.chunks))
 
 
 _ALIKE: dict[str, Callable[[Manifest], object]] = {

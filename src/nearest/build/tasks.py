@@ -14,14 +14,22 @@ from pathlib import Path
 
 import msgspec
 
+from nearest import __version__
 from nearest.build.keys import EncodedKeys
 from nearest.build.machine import check_alike, machine_of
 from nearest.encode.encoder import Encoder
 from nearest.folder import disk_errors_explained
 from nearest.progress import Progress, no_progress
 from nearest.store.claims import Claim, Watch
-from nearest.store.journal import MACHINE, TASKS, CorpusRecord, Journal, Stage, Task, TaskLog
-from nearest.store.manifest import FORMAT, Manifest, SegmentRecord, write_manifest
+from nearest.store.journal import MACHINE, TASKS, CorpusRecord, Journal, Task, TaskLog
+from nearest.store.manifest import (
+    FORMAT,
+    KeysRecord,
+    Manifest,
+    ModelRecord,
+    SegmentRecord,
+    write_manifest,
+)
 from nearest.store.new_files import NewFiles
 from nearest.store.new_segment import SegmentPlan, reopen_segment, write_parts
 from nearest.store.parts import PARTS
@@ -39,14 +47,12 @@ class Unfinished:
 
     Attributes:
         journal: what is to be done and what is done.
-        manifest: of the memory that is to be, without segments.
         encoder: makes the keys; None where there are none to make.
         allow_mixed: accept keys of unlike machines.
         progress: told what is done.
     """
 
     journal: Journal
-    manifest: Manifest
     encoder: Encoder | None
     allow_mixed: bool = False
     progress: Progress = no_progress
@@ -55,6 +61,12 @@ class Unfinished:
     def folder(self) -> Path:
         """Where it is written."""
         return self.journal.folder
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Of the memory that is to be, without segments."""
+        stage = self.journal.stage
+        return first_manifest(stage.model, stage.keys, stage.segment_tokens)
 
     @cached_property
     def corpora(self) -> dict[str, CorpusRecord]:
@@ -107,21 +119,23 @@ class Unfinished:
         return self.record(task.segment, needed)
 
 
-def new_manifest_of(stage: Stage, created_by: str) -> Manifest:
-    """The manifest of the memory that is to be, without segments."""
+def first_manifest(
+    model: ModelRecord, keys: KeysRecord | None, segment_tokens: int | None = None
+) -> Manifest:
+    """A first snapshot that has no segment yet."""
     return Manifest(
         format=FORMAT,
         version=1,
-        created_by=created_by,
-        model=stage.model,
-        keys=stage.keys,
+        created_by=f"nearest {__version__}",
+        model=model,
+        keys=keys,
         segments=[],
         clusters=None,
         settings={},
         gates={},
         documents_of=1,
         tuned_at={},
-        segment_tokens=stage.segment_tokens,
+        segment_tokens=segment_tokens,
     )
 
 

@@ -9,9 +9,8 @@ from typing import NamedTuple, cast
 import msgspec
 import torch
 
-from nearest import __version__
 from nearest.build.match import matching_key_layer
-from nearest.build.tasks import Unfinished, new_manifest_of, work
+from nearest.build.tasks import Unfinished, first_manifest, work
 from nearest.build.workers import WorkerSpec, telling
 from nearest.encode.dtype import DtypeName
 from nearest.encode.encoder import Encoder
@@ -37,21 +36,18 @@ def work_at(folder: Path, token: str, spec: WorkerSpec) -> None:
     """
     torch.set_num_threads(spec.threads)
     journal = Journal.opened(folder)
-    manifest = new_manifest_of(journal.stage, f"nearest {__version__}")
-    encoder = None if spec.model is None else _encoder(folder, journal, manifest, spec)
-    build = Unfinished(journal, manifest, encoder, spec.allow_mixed)
+    build = Unfinished(journal, _encoder(folder, journal, spec), spec.allow_mixed)
     heartbeat = min(HEARTBEAT, spec.stale / 4)
     work(build, Watch(owner_here(token), spec.stale, heartbeat))
 
 
-def _encoder(
-    folder: Path, journal: Journal, manifest: Manifest, spec: WorkerSpec
-) -> Encoder | None:
-    from nearest.encode.loading import load_model_and_tokenizer
-
-    keys = manifest.keys
+def _encoder(folder: Path, journal: Journal, spec: WorkerSpec) -> Encoder | None:
+    keys = journal.stage.keys
     if keys is None or spec.model is None:
         return None
+    from nearest.encode.loading import load_model_and_tokenizer
+
+    manifest = first_manifest(journal.stage.model, keys)
     model, _ = load_model_and_tokenizer(spec.model, cast(DtypeName, spec.dtype), spec.device)
     try:
         layer = matching_key_layer(_Begun(folder, manifest), model)

@@ -24,6 +24,7 @@ from nearest.store.journal import Task
 
 _TRIES = 2
 _WAIT = 0.2  # seconds between looks at what is done
+_LEAVE = 5.0  # seconds in which workers see that all is done; one that hangs does not matter then
 _COMMAND = (sys.executable, "-m", "nearest.build.worker")
 _KINDS = {kind.__name__: kind for kind in (CorpusError, FolderError, ModelError, SettingError)}
 
@@ -65,6 +66,7 @@ def drive(build: Unfinished, start: Start, workers: int) -> None:
     """
     tokens, deaths = (f"w{n}x{os.urandom(4).hex()}" for n in itertools.count()), Counter[object]()
     running: dict[Future[None], str] = {}
+    build.journal.save()  # workers read it
     while build.left():
         while len(running) < workers:
             token = next(tokens)
@@ -73,7 +75,7 @@ def drive(build: Unfinished, start: Start, workers: int) -> None:
         for future in ended:
             _bury(build, running.pop(future), future.exception(), deaths)
         _report(build)
-    wait(running)
+    wait(running, timeout=_LEAVE)
 
 
 def _bury(

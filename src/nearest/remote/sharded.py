@@ -107,8 +107,11 @@ class ShardedMemory(RemoteMemory):
     def ask(
         self, call: str, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
-        """Of no shard in particular: every look-up has its own way to put answers together."""
-        raise NotImplementedError(f"{call} is not asked of several shards as it is")
+        """Refuse: every look-up has its own way to put the shards' answers together."""
+        raise SettingError(
+            f"{call} is asked of one server, and {self.name} is in {len(self._shards.held)} "
+            "shards: use the memory's methods (search, longest_matches, ...), which ask them all"
+        )
 
     def _all(
         self, call: str, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]
