@@ -254,7 +254,12 @@ def test_refusals(model: PreTrainedModel, memory: Memory, tiny_memory: Memory) -
         evaluate, model, memory, TEXT, "in-context+hybrid", **PASSAGES, **text
     )
     assert "unknown" in refused(Library, [memory], "in-context", {})
-    assert "unknown" in refused(sweep, model, memory, TEXT, ["in-context"], **text)
+    assert "exceed the model's 64 positions" in refused(
+        sweep, model, memory, TEXT, ["in-context"], **text
+    )
+    assert "'lam' is no setting of in-context" in refused(
+        sweep, model, memory, TEXT, ["in-context"], lam=0.5, **text
+    )
     assert "unknown" in refused(
         tune_weights, model, [memory, memory], TEXT, "in-context+knn", **text
     )

@@ -118,6 +118,32 @@ def test_rows_equal_evaluate(swept: Sweep, tiny_model: PreTrainedModel, memory: 
     assert len(set(foss)) > 4  # the settings do vary what is searched
 
 
+def test_rows_with_passages_equal_evaluate(
+    tiny_model: PreTrainedModel, memory: Memory, tmp_path: Path
+) -> None:
+    """Read once more by the model, and only then; time is counted from the plain reading."""
+    names = ["knn", "in-context", "in-context+knn"]
+    options = {"passage_tokens": 12, "passage_stride": 8, "query_tokens": 10}
+    swept = sweep(tiny_model, memory, TEXT, names, skip=[0], tokenizer=TOKENIZER, **options)
+    alone = [
+        evaluate(tiny_model, memory, TEXT, name, tokenizer=TOKENIZER, **given)
+        for name, given in [("base", {}), ("knn", {}), *((name, options) for name in names[1:])]
+    ]
+    points = [point.result for point in swept.points]
+    assert [result.method for result in points] == ["base", *names]
+    for result, expected in zip(points, alone, strict=True):
+        np.testing.assert_allclose(result.document_nll, expected.document_nll, rtol=1e-5)
+        assert result.foss == expected.foss
+    base, _, passages, both = points
+    assert passages.nll != base.nll
+    reading = passages.added_ms * passages.tokens
+    assert both.added_ms * both.tokens > reading  # the same reading, and what is looked up
+    assert swept.untuned == ["in-context+knn"]
+    report.write_report(tmp_path / "out", swept, memory)
+    rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
+    assert [row["method"] for row in rows] == ["base", *names]
+
+
 def test_random_skipping_mixes_knn_and_base(swept: Sweep) -> None:
     """In closed form: a share of the predictions is the base model's, the rest kNN-LM's."""
     rows = named(swept)

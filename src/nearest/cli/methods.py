@@ -36,6 +36,7 @@ from nearest.cli.options import (
     MethodSettings,
     MoreMemories,
     Opening,
+    PassageSettings,
     Reading,
     ScoreEos,
     Stream,
@@ -285,6 +286,7 @@ def sweep(
     opening: Opening,
     reading: Reading,
     files: FileOptions,
+    passages: PassageSettings,
     score_eos: ScoreEos = False,
     as_json: AsJson = False,
 ) -> None:
@@ -317,6 +319,7 @@ def sweep(
             **vars(reading),
             min_knns=thresholds,
             skip=fractions,
+            **vars(passages),
         )
     write_report(out_path, swept, opened, beside)
     if as_json:

@@ -193,7 +193,25 @@ class MoreMemories:
 
 
 @dataclass(frozen=True)
-class FixedSettings:
+class PassageSettings:
+    """Settings of passages before the text."""
+
+    passages: Annotated[
+        int | None, typer.Option(help="in-context: passages before the text, the best one last.")
+    ] = None
+    passage_tokens: Annotated[
+        int | None, typer.Option(help="in-context: tokens of a passage, at most.")
+    ] = None
+    passage_stride: Annotated[
+        int | None, typer.Option(help="in-context: text tokens between choices of passages.")
+    ] = None
+    query_tokens: Annotated[
+        int | None, typer.Option(help="in-context: last tokens, by which passages are chosen.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class FixedSettings(PassageSettings):
     """Settings of a method that tuning does not find."""
 
     k: Annotated[int | None, typer.Option("--k", help="Number of neighbours.")] = None
@@ -224,18 +242,6 @@ class FixedSettings:
     guard: Annotated[
         bool | None,
         typer.Option("--guard/--no-guard", help="Weigh base and memory by how well each predicts."),
-    ] = None
-    passages: Annotated[
-        int | None, typer.Option(help="in-context: passages before the text, the best one last.")
-    ] = None
-    passage_tokens: Annotated[
-        int | None, typer.Option(help="in-context: tokens of a passage, at most.")
-    ] = None
-    passage_stride: Annotated[
-        int | None, typer.Option(help="in-context: text tokens between choices of passages.")
-    ] = None
-    query_tokens: Annotated[
-        int | None, typer.Option(help="in-context: last tokens, by which passages are chosen.")
     ] = None
 
 

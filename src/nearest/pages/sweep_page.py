@@ -10,7 +10,7 @@ from nearest.errors import require
 from nearest.memory import Memory
 from nearest.pages.page import filled, interval, number, percent
 from nearest.pages.published import Published
-from nearest.retrieval.settings import MEMORY_METHODS, method_named
+from nearest.retrieval.settings import BASE, IN_CONTEXT, MEMORY_METHODS, method_named
 from nearest.verbs.sweep import RANDOM_SKIP, Point, Sweep
 
 MARK = "nearest sweep"  # says in a file what wrote it
@@ -68,8 +68,9 @@ def _lead(points: Sequence[Point], memory: Memory) -> str:
 def _placed(point: Point) -> str:
     result = point.result
     setting = "" if point.setting is None else f" ({_setting(point)})"
+    saved = "" if result.foss is None else f" at FoSS {result.foss:.2f}"
     return (
-        f"{result.ppl:.1f}, by {result.method}{setting} at FoSS {number(result.foss, '.2f')}, "
+        f"{result.ppl:.1f}, by {result.method}{setting}{saved}, "
         f"which adds {result.added_ms:.2g} ms a token"
     )
 
@@ -110,7 +111,7 @@ def _row(point: Point) -> str:
         interval(result.delta_low, result.delta_high),
         f"{result.tok_s:,.0f}",
     )
-    name = "no memory" if result.foss is None else _setting(point)
+    name = "no memory" if result.method == BASE else _setting(point)
     return (
         f"<tr><th>{name}</th>"
         + "".join(f"<td{_wide(column)}>{cell}</td>" for column, cell in enumerate(cells, 1))
@@ -150,6 +151,11 @@ def _facts(swept: Sweep, memory: Memory) -> Iterator[str]:
         "The model reads the text once, for all methods. Every method then predicts each token "
         "once for every setting, in turn, on the same machine."
     )
+    if any(point.result.method.startswith(IN_CONTEXT) for point in swept.points):
+        yield (
+            "Where passages stand before the text it is read once more, and what that takes "
+            "longer is part of added ms."
+        )
     if swept.search_ms:
         by_method = ", ".join(f"{name} {ms:.3f}" for name, ms in swept.search_ms.items())
         yield (

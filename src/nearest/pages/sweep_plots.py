@@ -12,11 +12,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from nearest.pages.figures import GREY, INK, RULE, STYLE, Drawing, figure, svg
 from nearest.pages.published import Published
+from nearest.retrieval.settings import IN_CONTEXT
 from nearest.verbs.sweep import RANDOM_SKIP, Point
 
 # Colours that are told apart with any colour vision (Okabe & Ito), one for each method's sources;
-# its gate decides the marker.
-_COLOURS = {"knn": "#0072B2", "retomaton": "#E69F00", "suffix": "#009E73", "hybrid": "#D55E00"}
+# its gate decides the marker, and passages before the text break the line.
+_COLOURS = {
+    "knn": "#0072B2",
+    "retomaton": "#E69F00",
+    "suffix": "#009E73",
+    "hybrid": "#D55E00",
+    IN_CONTEXT: "#CC79A7",
+}
 _MARKERS = {"": "o", "buckets": "^", "meta-k": "v", "adaptret": "s", "mixture": "D"}
 _NO_SKIP = ("knn", None)  # what random skipping starts from
 
@@ -41,15 +48,16 @@ def _curve(
     method: str, setting: str | None, found: dict[tuple[str, str | None], list[Point]]
 ) -> Curve:
     own = found[method, setting]
-    sources, _, gate = method.partition("+")
+    sources, _, gate = method.removeprefix(f"{IN_CONTEXT}+").partition("+")
     colour = _COLOURS[sources]
     if setting == RANDOM_SKIP:
         style = {"color": colour, "linewidth": 1.1, "linestyle": (0, (2, 2)), "zorder": 2}
         return Curve(f"{method}, skipping at random", [*found[_NO_SKIP], *own], style)
-    marker = _MARKERS["mixture" if method == "hybrid" else gate]
+    marker = _MARKERS["mixture" if sources == "hybrid" else gate]
     style = {
         "color": colour,
         "linewidth": 1.8,
+        "linestyle": (0, (5, 2)) if method.startswith(IN_CONTEXT) else "solid",
         "marker": marker,
         "markersize": 6,
         "markerfacecolor": "white" if gate else colour,
@@ -111,6 +119,8 @@ def _alone(draw: Callable[[Axes], None], label: str) -> str:
 
 def _draw_foss(axes: Axes, points: Sequence[Point]) -> None:
     for curve in curves(points):
+        if curve.points[0].result.foss is None:  # passages alone: there are no searches to save
+            continue
         axes.plot(_saved(curve), _perplexities(curve), label=curve.name, **curve.style)
         for point in curve.points if curve.points[0].setting == "min_knns" else ():
             _name_value(axes, point)

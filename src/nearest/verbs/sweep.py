@@ -1,7 +1,8 @@
 """Perplexity against saved searches and against time, for every method, in one pass of the model.
 
 Each method is followed through the text once for every value of the setting that decides how often
-it searches. They share the model's pass and the dense searches, of which each query has one.
+it searches. They share the model's pass and the dense searches, of which each query has one. For
+methods with passages before the text the model reads it again, once for each way to choose them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from nearest.models.method_run import MethodRun
 from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.search_cache import SearchCache
-from nearest.retrieval.settings import BASE
+from nearest.retrieval.settings import BASE, Settings, method_named
 from nearest.verbs.results import Cost, Result, data_frame, result_of
 from nearest.verbs.variations import (
     KNN,
@@ -43,7 +44,7 @@ class Point:
     """A method's figures at one value of what is varied; no setting where nothing is.
 
     `result.added_ms` is the method's own time plus that of the searches it asks for, each at the
-    mean cost of one in this sweep.
+    mean cost of one in this sweep; with passages also what the model reads longer.
     """
 
     setting: str | None
@@ -100,6 +101,7 @@ def sweep(
     batch_size: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    **passages: int | None,
 ) -> Sweep:
     """Perplexity, FoSS and time of methods at every value of what decides how often they search.
 
@@ -111,9 +113,10 @@ def sweep(
         model, memory, documents, tokenizer, window, stride, score_eos, batch_size, force, progress:
             as in `evaluate`.
         methods: that use the memory; those it was tuned for when not given, or all that need no
-            gate when it was tuned for none.
+            gate when it was tuned for none. "in-context", alone or with another, only where named.
         min_knns: values to vary; MIN_KNNS when not given.
         skip: values to vary, also of random skipping; SKIPS when not given.
+        **passages: settings of passages, by the names of `Settings`.
 
     Raises:
         NearestError: model, memory, text, methods or values cannot be used.
@@ -122,7 +125,7 @@ def sweep(
     min_knns = checked_values(names, "min_knns", min_knns, MIN_KNNS)
     skip = checked_values(names, "skip", skip, SKIPS)
     cache = SearchCache(memory)
-    varied = variations(memory, names, min_knns, skip, cache)
+    varied = variations(memory, names, min_knns, skip, cache, passages)
     prepared = Scorer.prepare(
         model,
         memory,
@@ -134,41 +137,54 @@ def sweep(
         batch_size=batch_size,
         force=force,
     )
-    scorer = reader_of(prepared, [memory], None)
     text = prepared.text
     runs = [_Run(variation, len(text.documents)) for variation in varied]
-    searching_most = sorted(runs, key=_searches_most)
-    base, base_seconds = np.zeros(len(text.documents)), 0.0
+    readings: dict[Settings | None, list[_Run]] = {None: []}
+    for run in runs:
+        readings.setdefault(run.variation.passages, []).append(run)
+    readers = {passages: reader_of(prepared, [memory], passages) for passages in readings}
+    base = np.zeros(len(text.documents))
+    seconds = dict.fromkeys(readings, 0.0)
     done, total = 0, text.predictions * len(runs)
-    with_view = any(variation.lookup.needs_lm for variation in varied)
-    for number, block in enumerate(scorer.blocks(progress, "read", with_view)):
-        base_seconds += block.seconds
-        np.add.at(base, block.documents, -block.lm_log_probs.double().numpy())
-        if number == 0:
-            _warm_up(runs, block, cache)
-        for piece in _pieces(block):
-            for run in searching_most:
-                run.follow(piece, cache)
-                done += len(piece.targets)
-                progress("sweep", done, total)
-            cache.forget()
+    for passages, several in readings.items():
+        with_view = any(run.needs_lm for run in several)
+        for number, block in enumerate(readers[passages].blocks(progress, "read", with_view)):
+            seconds[passages] += block.seconds
+            if passages is None:
+                np.add.at(base, block.documents, -block.lm_log_probs.double().numpy())
+            if number == 0:
+                _warm_up(several, block, cache)
+            for piece in _pieces(block):
+                for run in sorted(several, key=_searches_most):
+                    run.follow(piece, cache)
+                    done += len(piece.targets)
+                    progress("sweep", done, total)
+                cache.forget()
+    base_seconds = seconds[None]
+    for passages, several in readings.items():
+        for run in several:
+            run.read_longer = seconds[passages] - base_seconds
     points = [Point(None, None, result_of(text, BASE, base, Cost(base_seconds), {}))]
     for run in runs:
         points += _points(run, text, base, base_seconds, cache, skip)
     return Sweep(
         points,
         {run.method: 1000 * run.seconds_a_search(cache) for run in runs if run.searches},
-        [name for name in names if not memory.settings(name)],
+        [name for name in names if method_named(name).kinds and not memory.settings(name)],
     )
 
 
 class _Run:
-    """A variation on its way through the text, with its own time apart from that of searches."""
+    """A variation on its way through the text, with its own time apart from that of searches.
+
+    `read_longer` are seconds that the model reads longer with passages than without.
+    """
 
     def __init__(self, variation: Variation, documents: int) -> None:
         self.variation = variation
         self.nll = np.zeros(documents)
-        self._run = MethodRun(variation.lookup)
+        self.read_longer = 0.0
+        self._run = None if variation.lookup is None else MethodRun(variation.lookup)
         self._answered_in = 0.0
 
     @property
@@ -179,25 +195,34 @@ class _Run:
     @property
     def searches(self) -> int:
         """Number of searches that it asked for."""
-        return self._run.searches
+        return 0 if self._run is None else self._run.searches
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether its queries must say what the model predicts."""
+        return self._run is not None and self._run.lookup.needs_lm
 
     def follow(self, block: ScoredBlock, cache: SearchCache) -> None:
         """Predict a block."""
-        before = cache.seconds
-        log_probs = self._run.log_probs(block)
+        before, log_probs = cache.seconds, block.lm_log_probs
+        if self._run is not None:
+            log_probs = self._run.log_probs(block)
         self._answered_in += cache.seconds - before
         np.add.at(self.nll, block.documents, -log_probs.double().numpy())
 
     def seconds_a_search(self, cache: SearchCache) -> float:
         """Mean seconds of a search of its kind."""
-        settings = self.variation.lookup.settings
+        settings = self.variation.settings
         return cache.seconds_a_search(settings.k, settings.distances, settings.rerank)
 
     def cost(self, base_seconds: float, cache: SearchCache) -> Cost:
         """Seconds as if it had made its searches itself."""
+        if self._run is None:
+            return Cost(base_seconds, self.read_longer)
         own = self._run.seconds - self._answered_in
         searching = self.searches * self.seconds_a_search(cache)
-        return Cost(base_seconds, own + searching, 1 - self.searches / self._run.tokens)
+        own += searching + self.read_longer
+        return Cost(base_seconds, own, 1 - self.searches / self._run.tokens)
 
 
 def _points(
@@ -209,9 +234,9 @@ def _points(
     skips: Sequence[float],
 ) -> list[Point]:
     """The run's own, and for kNN-LM those of skipping searches at random."""
-    method, setting, value, lookup = run.variation
-    settings, cost = lookup.settings.of(method), run.cost(base_seconds, cache)
-    found = lookup.memory.settings_from(method)
+    method, setting, value, chosen, lookup = run.variation
+    settings, cost = chosen.of(method), run.cost(base_seconds, cache)
+    found = None if lookup is None else lookup.memory.settings_from(method)
     own = result_of(text, method, run.nll, cost, settings, base, settings_from=found)
     points = [Point(setting, value, own)]
     for share in sorted(set(skips) - {0}) if method == KNN else ():
@@ -224,8 +249,8 @@ def _points(
 
 def _searches_most(run: _Run) -> tuple[bool, float, float]:
     """Sorts those first whose searches are made in the largest batches, for others to share."""
-    lookup = run.variation.lookup
-    return lookup.keeps_state, lookup.settings.skip, -lookup.settings.min_knns
+    lookup, settings = run.variation.lookup, run.variation.settings
+    return lookup is not None and lookup.keeps_state, settings.skip, -settings.min_knns
 
 
 def _pieces(block: ScoredBlock) -> Iterator[ScoredBlock]:
@@ -244,5 +269,6 @@ def _warm_up(runs: Iterable[_Run], block: ScoredBlock, cache: SearchCache) -> No
     if not len(few.targets):
         return
     for run in runs:
-        MethodRun(run.variation.lookup).log_probs(few)
+        if run.variation.lookup is not None:
+            MethodRun(run.variation.lookup).log_probs(few)
     cache.restart_clock()

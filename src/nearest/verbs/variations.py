@@ -1,6 +1,6 @@
 """The points of a sweep: each method at every value of the setting that controls searching."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nearest.errors import SettingError
@@ -10,10 +10,13 @@ from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.search_cache import Search
 from nearest.retrieval.settings import (
     BASE,
+    IN_CONTEXT,
     MEMORY_METHODS,
     Settings,
     check_method,
+    check_settings,
     method_named,
+    passage_settings,
     resolve_settings,
 )
 
@@ -23,16 +26,30 @@ KNN = "knn"  # has no such setting, and is compared to leaving its searches out 
 
 
 class Variation(NamedTuple):
-    """A method at one value of what is varied; no setting where nothing is."""
+    """A method at one value of what is varied; no setting where nothing is.
+
+    `lookup` is None where the model reads passages and nothing else is looked up.
+    """
 
     method: str
     setting: str | None
     value: float | None
-    lookup: Lookup
+    settings: Settings
+    lookup: Lookup | None
+
+    @property
+    def passages(self) -> Settings | None:
+        """What the passages before the text depend on, nothing else; None without any."""
+        if not method_named(self.method).in_context:
+            return None
+        return Settings(**passage_settings(self.settings))
 
 
 def default_methods(memory: Memory) -> list[str]:
-    """The methods that the memory was tuned for, or all that need no gate."""
+    """The methods that the memory was tuned for, or all that need no gate.
+
+    None that reads passages: each way to read them is another pass of the model.
+    """
     has_keys = memory.manifest.keys is not None
     usable = [name for name in MEMORY_METHODS if has_keys or not _searches(name)]
     gateless = [name for name in usable if method_named(name).gate is None]
@@ -47,12 +64,12 @@ def checked_methods(methods: Sequence[str]) -> list[str]:
         SettingError: one is unknown or named twice, or there is none.
     """
     for name in methods:
-        check_method(name, (BASE, *MEMORY_METHODS))
+        check_method(name)
     names = [name for name in methods if name != BASE]
     if not names or len(set(names)) != len(names):
         raise SettingError(
             "name at least one method that uses the memory, and each only once: choose among "
-            f"{', '.join(MEMORY_METHODS)}"
+            f"{', '.join(MEMORY_METHODS)}, {IN_CONTEXT}, or {IN_CONTEXT}+ one of these"
         )
     return names
 
@@ -63,12 +80,15 @@ def variations(
     min_knns: Sequence[float],
     skip: Sequence[float],
     search: Search,
+    passages: Mapping[str, int | None],
 ) -> list[Variation]:
-    """Every method at every value, values ascending.
+    """Every method at every value, values ascending; `passages` are settings of methods with some.
 
     Raises:
         SettingError: a value is out of range, or a method lacks its gate or the memory's keys.
     """
+    check_settings([IN_CONTEXT], passages)
+    check_settings(methods, passages)
     for share in skip:  # which random skipping needs too
         Settings(skip=share)
     values: dict[str | None, list[float | None]] = {
@@ -83,8 +103,11 @@ def variations(
         gate, setting = load_gate(memory, method), varied_setting(method)
         for value in values[setting]:
             given: dict[str, Any] = {} if setting is None else {setting: value}
-            lookup = Lookup(memory, method, resolve_settings(method, memory, **given), gate, search)
-            varied.append(Variation(method, setting, value, lookup))
+            given |= passages if method_named(method).in_context else {}
+            settings = resolve_settings(method, memory, **given)
+            looks_up = bool(method_named(method).kinds)
+            lookup = Lookup(memory, method, settings, gate, search) if looks_up else None
+            varied.append(Variation(method, setting, value, settings, lookup))
     return varied
 
 
