@@ -28,7 +28,12 @@ from nearest import Memory, evaluate, tune
 from nearest.encode.view import LmView, lm_view
 from nearest.errors import FolderError, SettingError
 from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.distribution import Component, component_probs
+from nearest.retrieval.distribution import (
+    Component,
+    component_probs,
+    component_votes,
+    component_weights_reference,
+)
 from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
@@ -36,7 +41,7 @@ from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, availabl
 from nearest.retrieval.gates.network import train_network
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.votes import votes, votes_reference
+from nearest.retrieval.votes import votes_reference
 
 TOKENIZER = make_tokenizer()
 ALL = ("dense", "pointers", "suffix")
@@ -63,15 +68,20 @@ def view_of(rows: int, rng: np.random.Generator, none: tuple[str, ...] = ()) -> 
     )
 
 
-@given(st.integers(0, 2**31), st.integers(1, 40))
-def test_votes_equal_a_dictionary(seed: int, width: int) -> None:
-    rng = np.random.default_rng(seed)
-    weights = rng.random((3, width)).astype(np.float32)
-    weights[rng.random((3, width)) < 0.3] = 0
-    weights[1] = 0
-    values = rng.integers(-1, 6, (3, width)) * 4096  # the same slot in a small hash table
-    values[values < 0] = -1
-    np.testing.assert_allclose(votes(weights, values), votes_reference(weights, values), atol=1e-4)
+@given(st.integers(0, 2**31), st.sampled_from([(), ("dense",), ALL]))
+def test_votes_equal_a_dictionary(seed: int, none: tuple[str, ...]) -> None:
+    view = view_of(4, np.random.default_rng(seed), none)
+    found = view.candidates
+    values = np.where(found.values < 0, -1, found.values * 4096)  # one slot of a small hash table
+    components = [Component(("dense",), 3.0), Component(ALL, 7.0, 2.0)]
+    counted = component_votes(found._replace(values=values), components)
+    for number, (kinds, temperature, power, _) in enumerate(components):
+        own = found.of(*kinds)
+        weights = component_weights_reference(
+            found.distances[:, own], found.lengths[:, own], temperature, power
+        )
+        expected = votes_reference(weights.astype(np.float32), values[:, own])
+        np.testing.assert_allclose(counted[:, number], expected, atol=1e-4)
 
 
 def test_the_network_computes_what_was_trained() -> None:

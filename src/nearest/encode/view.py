@@ -25,5 +25,5 @@ def lm_view(log_probs: Float[Tensor, "q vocab"]) -> LmView:
     Gradients do not flow through it: to a gate it is an input like any other.
     """
     log_probs = log_probs.detach()
-    terms = torch.where(log_probs == -torch.inf, 0.0, log_probs.exp() * log_probs)
+    terms = log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
     return LmView(-terms.sum(-1).cpu().numpy(), log_probs.amax(-1).cpu().numpy())

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.corpus.tokens import Tokens
 from nearest.encode.view import LmView, lm_view
@@ -126,10 +125,10 @@ class LookupSpans:
         self._sequences = sequences
         self._width = width
         self._offset = columns - width
-        device = keep.device if isinstance(keep, Tensor) else None
-        cells = torch.arange(rows * width, device=device).reshape(rows, width, 1)
         # Of the cells of the pass, those whose logits the caller gets, in their order.
-        kept = slice_logits_to_keep(cells, keep).reshape(-1).cpu().numpy()
+        cells = np.arange(rows * width).reshape(rows, width)
+        chosen = slice(-keep, None) if isinstance(keep, int) else keep.cpu().numpy()
+        kept = cells[:, chosen].ravel()
         self._where = np.full(rows * width, -1, dtype=np.int64)
         self._where[kept] = np.arange(len(kept))
         self.filled = self._where[kept]  # a cell that is asked for twice is filled once

@@ -40,13 +40,18 @@ class Candidates(NamedTuple):
 
     def of(self, *kinds: str) -> slice:
         """The columns of one kind, or of kinds that are adjacent in KINDS."""
-        first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
-        return slice(sum(self.columns[:first]), sum(self.columns[: last + 1]))
+        return columns_of(self.columns, *kinds)
 
     def has(self, kind: str) -> Bool[np.ndarray, " q"]:
         """Which queries have a candidate of this kind."""
         found: Bool[np.ndarray, " q"] = (self.ids[:, self.of(kind)] != NO_ENTRY).any(axis=1)
         return found
+
+
+def columns_of(columns: tuple[int, int, int], *kinds: str) -> slice:
+    """Where candidates of these kinds stand, if there are so many columns of each."""
+    first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
+    return slice(sum(columns[:first]), sum(columns[: last + 1]))
 
 
 class Part(NamedTuple):

@@ -8,6 +8,7 @@ of arrays; sums are made in float32 or better.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
 import numba
@@ -21,8 +22,9 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
 from nearest.machine import code_can_be_cached
-from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.candidates import Candidates, columns_of
 from nearest.retrieval.fast_exp import fast_exp
+from nearest.retrieval.votes import VOTES, count_row, new_table
 
 # Sums may be reordered, so that they are made of vectors; infinities and NaN stay what they are.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -43,22 +45,13 @@ def component_probs(
 ) -> Float[np.ndarray, "q components"]:
     """Probability (float64) of one token per query under each component; 0 if it is empty."""
     probs = np.zeros((len(tokens), len(components)))
-    for n, component in enumerate(components):
-        columns = _columns(candidates, component)
+    ways = _ways(tuple(components), candidates.columns)
 
-        def work(part: slice) -> None:
-            _token_probs(
-                candidates.distances[part, columns],  # noqa: B023  all is called at once
-                candidates.lengths[part, columns],  # noqa: B023
-                candidates.values[part, columns],  # noqa: B023
-                _part_of(candidates.log_counts, part, columns),  # noqa: B023
-                tokens[part],
-                np.float32(1 / component.temperature),  # noqa: B023
-                np.float32(component.length_power),  # noqa: B023
-                probs[part, n],  # noqa: B023
-            )
+    def work(part: slice) -> None:
+        _token_probs(*_rows(candidates, part), candidates.values[part], tokens[part], *ways,
+                     probs[part])  # fmt: skip
 
-        in_threads(work, len(tokens))
+    in_threads(work, len(tokens))
     return probs
 
 
@@ -80,23 +73,27 @@ def candidate_weights(
     """
     weights = np.zeros(candidates.ids.shape, dtype=np.float32)
     lm = np.ones(len(weights))
-    for n, component in enumerate(components):
-        columns = _columns(candidates, component)
+    ways = _ways(tuple(components), candidates.columns)
 
-        def work(part: slice) -> None:
-            _add_weights(
-                candidates.distances[part, columns],  # noqa: B023
-                candidates.lengths[part, columns],  # noqa: B023
-                _part_of(candidates.log_counts, part, columns),  # noqa: B023
-                np.float32(1 / component.temperature),  # noqa: B023
-                np.float32(component.length_power),  # noqa: B023
-                shares[part, n],  # noqa: B023
-                weights[part, columns],  # noqa: B023
-                lm[part],
-            )
+    def work(part: slice) -> None:
+        _add_weights(*_rows(candidates, part), *ways, shares[part], weights[part], lm[part])
 
-        in_threads(work, len(weights))
+    in_threads(work, len(weights))
     return Weights(weights, lm)
+
+
+def component_votes(
+    candidates: Candidates, components: Sequence[Component]
+) -> Float[np.ndarray, "q components 3"]:
+    """VOTES of each component's distribution over tokens; 0 where it has no candidate."""
+    found = np.zeros((len(candidates.ids), len(components), len(VOTES)), dtype=np.float32)
+    ways = _ways(tuple(components), candidates.columns)
+
+    def work(part: slice) -> None:
+        _count_votes(*_rows(candidates, part), candidates.values[part], *ways, found[part])
+
+    in_threads(work, len(found))
+    return found
 
 
 def token_probs(
@@ -203,42 +200,69 @@ def nll_over_lams(
     return torch.stack([-(lm_probs + lam * gain).log().mean() for lam in lams])
 
 
-def _columns(candidates: Candidates, component: Component) -> slice:
-    columns = candidates.of(*component.kinds)
-    if component.first is not None:
-        columns = slice(columns.start, min(columns.stop, columns.start + component.first))
-    return columns
+class _Ways(NamedTuple):
+    """Ways to weigh candidates, one an element: of which columns, and how."""
+
+    begins: Int[np.ndarray, " n"]
+    stops: Int[np.ndarray, " n"]
+    per_distance: Float[np.ndarray, " n"]  # float32, as are powers
+    powers: Float[np.ndarray, " n"]
 
 
-def _part_of(
-    log_counts: Float[np.ndarray, "q c"] | None, part: slice, columns: slice
-) -> Float[np.ndarray, "_ _"] | None:
-    return None if log_counts is None else log_counts[part, columns]
+@lru_cache(maxsize=256)
+def _ways(components: tuple[Component, ...], columns: tuple[int, int, int]) -> _Ways:
+    """The components as arrays, for candidates of these columns."""
+    spans = []
+    for component in components:
+        own = columns_of(columns, *component.kinds)
+        stop = own.stop if component.first is None else min(own.stop, own.start + component.first)
+        spans.append((own.start, stop))
+    begins, stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T.copy()
+    temperatures = np.array([component.temperature for component in components])
+    powers = np.array([component.length_power for component in components], dtype=np.float32)
+    return _Ways(begins, stops, (1 / temperatures).astype(np.float32), powers)
+
+
+def _rows(
+    candidates: Candidates, part: slice
+) -> tuple[
+    Float[np.ndarray, "q c"], Int[np.ndarray, "q c"], Float[np.ndarray, "q c"] | None
+]:  # fmt: skip
+    """What weights of candidates depend on."""
+    counts = candidates.log_counts
+    return (
+        candidates.distances[part],
+        candidates.lengths[part],
+        None if counts is None else counts[part],
+    )
 
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
 @numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy", fastmath=_FAST)
 def _weigh(
-    distances: Any, lengths: Any, log_counts: Any, i: Any, per_distance: Any, length_power: Any,
-    weights: Any,
+    distances: Any, lengths: Any, log_counts: Any, i: Any, begin: Any, per_distance: Any,
+    length_power: Any, weights: Any,
 ) -> Any:
-    """Fill in row i's weights, the largest 1; returns their sum, 0 without candidates."""
+    """Fill in weights of row i from column `begin` on, the largest 1; returns their sum.
+
+    The sum is 0 without candidates.
+    """
     size = len(weights)
     nearest = np.float32(np.inf)
     for j in range(size):
-        nearest = min(nearest, distances[i, j])
+        nearest = min(nearest, distances[i, begin + j])
     if nearest == np.inf:
         return np.float32(0)
     # Large distances lose digits when divided, small differences of them do not.
     for j in range(size):
-        weights[j] = (nearest - distances[i, j]) * per_distance
+        weights[j] = (nearest - distances[i, begin + j]) * per_distance
     if length_power > 0:
         for j in range(size):
-            weights[j] += length_power * _LOG_LENGTHS[lengths[i, j]]
+            weights[j] += length_power * _LOG_LENGTHS[lengths[i, begin + j]]
     if log_counts is not None:
         for j in range(size):
-            weights[j] += log_counts[i, j]
+            weights[j] += log_counts[i, begin + j]
     best = -np.float32(np.inf)
     for j in range(size):
         best = max(best, weights[j])
@@ -253,37 +277,64 @@ def _weigh(
 @no_type_check
 @numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
 def _token_probs(
-    distances: Any, lengths: Any, values: Any, log_counts: Any, tokens: Any, per_distance: Any,
-    length_power: Any, probs: Any,
+    distances: Any, lengths: Any, log_counts: Any, values: Any, tokens: Any,
+    begins: Any, stops: Any, per_distance: Any, powers: Any, probs: Any,
 ) -> None:
-    weights = np.empty(distances.shape[1], dtype=np.float32)
+    row = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(tokens)):
-        total = _weigh(
-            distances, lengths, log_counts, i, per_distance, length_power, weights
-        )
-        if total > 0:
-            right = np.float32(0)
-            for j in range(len(weights)):
-                if values[i, j] == tokens[i]:
-                    right += weights[j]
-            probs[i] = right / total
+        for n in range(len(begins)):
+            begin, weights = begins[n], row[:stops[n] - begins[n]]
+            total = _weigh(
+                distances, lengths, log_counts, i, begin, per_distance[n], powers[n], weights
+            )
+            if total > 0:
+                right = np.float32(0)
+                for j in range(len(weights)):
+                    if values[i, begin + j] == tokens[i]:
+                        right += weights[j]
+                probs[i, n] = right / total
 
 
 @no_type_check
 @numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
 def _add_weights(
-    distances: Any, lengths: Any, log_counts: Any, per_distance: Any, length_power: Any,
-    shares: Any, weights: Any, lm: Any,
+    distances: Any, lengths: Any, log_counts: Any,
+    begins: Any, stops: Any, per_distance: Any, powers: Any, shares: Any, weights: Any, lm: Any,
 ) -> None:
     row = np.empty(distances.shape[1], dtype=np.float32)
     for i in range(len(distances)):
-        if shares[i] == 0:
-            continue
-        total = _weigh(distances, lengths, log_counts, i, per_distance, length_power, row)
-        if total > 0:
-            lm[i] -= shares[i]
-            for j in range(len(row)):
-                weights[i, j] += row[j] * (shares[i] / total)
+        for n in range(len(begins)):
+            share = shares[i, n]
+            if share == 0:
+                continue
+            begin, own = begins[n], row[:stops[n] - begins[n]]
+            total = _weigh(
+                distances, lengths, log_counts, i, begin, per_distance[n], powers[n], own
+            )
+            if total > 0:
+                lm[i] -= share
+                for j in range(len(own)):
+                    weights[i, begin + j] += own[j] * (share / total)
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
+def _count_votes(
+    distances: Any, lengths: Any, log_counts: Any, values: Any,
+    begins: Any, stops: Any, per_distance: Any, powers: Any, found: Any,
+) -> None:
+    row = np.empty(distances.shape[1], dtype=np.float32)
+    for n in range(len(begins)):
+        begin, own = begins[n], row[:stops[n] - begins[n]]
+        table = new_table(len(own))
+        for i in range(len(distances)):
+            total = _weigh(
+                distances, lengths, log_counts, i, begin, per_distance[n], powers[n], own
+            )
+            if total > 0:
+                for j in range(len(own)):
+                    own[j] /= total
+                count_row(i, own, values[i, begin:stops[n]], table, found[i, n])
 
 
 @no_type_check

@@ -106,10 +106,12 @@ class Prediction:
 
     def log_probs(self, lm_log_probs: Float[Tensor, "q vocab"]) -> Float[Tensor, "q vocab"]:
         """Log-probabilities of every token in nats, on the device of the model's own."""
-        mixed = vocabulary_log_probs(lm_log_probs, self.weights, self.candidates.values)
-        if not self.lookup.settings.guard:
-            return mixed
-        return guarded(lm_log_probs, mixed, mixed.new_tensor(self.gained)[:, None])
+        weights = self.weights
+        if self.lookup.settings.guard:  # what it does not trust goes to the model
+            distrust = torch.from_numpy(-self.gained).sigmoid().numpy()
+            trusted = weights.candidates * self.trust[:, None].astype(np.float32)
+            weights = Weights(trusted, self.trust * weights.lm + distrust)
+        return vocabulary_log_probs(lm_log_probs, weights, self.candidates.values)
 
     def rows(self, rows: slice | Int[np.ndarray, " r"]) -> "Prediction":
         """Some of the predictions."""
@@ -220,6 +222,10 @@ def steps(
         return Step(rows, prediction, targets[rows], lm_log_probs[rows])
 
     if not len(targets):
+        return
+    if (targets == UNKNOWN).all():  # the next token of each sequence, while texts are written
+        begun = [states.pop(number, State.start(1)) for number in sequences.tolist()]
+        yield predicted(np.arange(len(targets)), slice(None), State.joined(begun))
         return
     if lookup.keeps_state:
         yield from _side_by_side(sequences, states, predicted)

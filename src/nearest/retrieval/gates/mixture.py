@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearest.retrieval.candidates import KINDS
-from nearest.retrieval.distribution import Component, candidate_weights
+from nearest.retrieval.distribution import Component, component_votes
 from nearest.retrieval.gates.fitting import Temperature
 from nearest.retrieval.gates.gate import (
     LEFT_TO_LM,
@@ -24,7 +24,7 @@ from nearest.retrieval.gates.gate import (
     worth_searching,
 )
 from nearest.retrieval.gates.network import Network
-from nearest.retrieval.votes import VOTES, votes
+from nearest.retrieval.votes import VOTES, kind_figures
 
 # One kind's candidates, or neighbouring ones' together, in some ways of weighing them:
 # (multiple of the distances' unit as temperature, length power).
@@ -173,8 +173,11 @@ class MixtureGate(StoredGate):
 def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
     """Whether each component has a candidate."""
     has = {kind: view.candidates.has(kind) for kind in KINDS}
-    found = [np.any([has[kind] for kind in one.kinds], axis=0) for one in components]
-    stacked: Bool[np.ndarray, "q components"] = np.stack(found, axis=1)
+    groups = {one.kinds for one in components}
+    found = {kinds: np.logical_or.reduce([has[kind] for kind in kinds]) for kinds in groups}
+    stacked: Bool[np.ndarray, "q components"] = np.stack(
+        [found[one.kinds] for one in components], axis=1
+    )
     return stacked
 
 
@@ -190,26 +193,13 @@ def _features(
     lm = view.queries.lm
     if lm is None:
         raise ValueError("this gate needs the language model's view of the queries")
-    columns = [lm.entropy, lm.max_log_prob]
-    for kind in kinds:
-        columns += _of_kind(view, kind, unit)
-    for component in voted:
-        everything = np.ones((len(lm.entropy), 1))
-        weights = candidate_weights(view.candidates, [component], everything).candidates
-        own = view.candidates.of(*component.kinds)
-        columns += list(votes(weights[:, own], view.candidates.values[:, own]).T)
-    return np.stack(columns, axis=1).astype(np.float32)
-
-
-def _of_kind(view: View, kind: str, unit: float) -> list[Float[np.ndarray, " q"]]:
-    columns = view.candidates.of(kind)
-    distances = view.candidates.distances[:, columns]
-    count = np.isfinite(distances).sum(axis=1)
-    nearest = np.where(count > 0, distances.min(axis=1, initial=np.inf), 0) / np.float32(unit)
-    longest = view.candidates.lengths[:, columns].max(axis=1, initial=0)
-    return [
-        np.log1p(count),
-        # An inner product, negated as a distance, may be below 0.
-        np.sign(nearest) * np.log1p(np.abs(nearest)),
-        np.log1p(longest),
-    ]
+    figures = kind_figures(view.candidates, kinds)
+    figures[..., 1] /= np.float32(unit)
+    # An inner product, negated as a distance, may be below 0.
+    logs = np.sign(figures) * np.log1p(np.abs(figures))
+    counted = component_votes(view.candidates, voted)
+    flat = [array.reshape(len(logs), -1) for array in (logs, counted)]
+    features: Float[np.ndarray, "q features"] = np.concatenate(
+        [lm.entropy[:, None], lm.max_log_prob[:, None], *flat], axis=1, dtype=np.float32
+    )
+    return features
