@@ -142,15 +142,15 @@ def sweep(
     readings: dict[Settings | None, list[_Run]] = {None: []}
     for run in runs:
         readings.setdefault(run.variation.passages, []).append(run)
-    readers = {passages: reader_of(prepared, [memory], passages) for passages in readings}
+    readers = {way: reader_of(prepared, [memory], way) for way in readings}
     base = np.zeros(len(text.documents))
     seconds = dict.fromkeys(readings, 0.0)
     done, total = 0, text.predictions * len(runs)
-    for passages, several in readings.items():
+    for way, several in readings.items():
         with_view = any(run.needs_lm for run in several)
-        for number, block in enumerate(readers[passages].blocks(progress, "read", with_view)):
-            seconds[passages] += block.seconds
-            if passages is None:
+        for number, block in enumerate(readers[way].blocks(progress, "read", with_view)):
+            seconds[way] += block.seconds
+            if way is None:
                 np.add.at(base, block.documents, -block.lm_log_probs.double().numpy())
             if number == 0:
                 _warm_up(several, block, cache)
@@ -161,9 +161,9 @@ def sweep(
                     progress("sweep", done, total)
                 cache.forget()
     base_seconds = seconds[None]
-    for passages, several in readings.items():
+    for way, several in readings.items():
         for run in several:
-            run.read_longer = seconds[passages] - base_seconds
+            run.read_longer = seconds[way] - base_seconds
     points = [Point(None, None, result_of(text, BASE, base, Cost(base_seconds), {}))]
     for run in runs:
         points += _points(run, text, base, base_seconds, cache, skip)
