@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.corpus.tokens import Tokens
 from nearest.encode.view import LmView, lm_view
@@ -127,8 +128,11 @@ class LookupSpans:
         self._offset = columns - width
         # Of the cells of the pass, those whose logits the caller gets, in their order.
         cells = np.arange(rows * width).reshape(rows, width)
-        chosen = slice(-keep, None) if isinstance(keep, int) else keep.cpu().numpy()
-        kept = cells[:, chosen].ravel()
+        if isinstance(keep, int):
+            kept = cells[:, -keep:].ravel()
+        else:
+            of_torch = torch.from_numpy(cells)[..., None].to(keep.device)
+            kept = slice_logits_to_keep(of_torch, keep).reshape(-1).cpu().numpy()
         self._where = np.full(rows * width, -1, dtype=np.int64)
         self._where[kept] = np.arange(len(kept))
         self.filled = self._where[kept]  # a cell that is asked for twice is filled once
