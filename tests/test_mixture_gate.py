@@ -35,6 +35,7 @@ from nearest.retrieval.distribution import (
     component_weights_reference,
 )
 from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
+from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, available
@@ -320,6 +321,40 @@ def test_the_gate_learns_when_to_trust_the_memory() -> None:
     # Knowing when: half the tokens for certain, of the others 1 in 50 by chance, else the model.
     best = 0.5 * 0.0 + 0.5 * np.log(50)
     assert nll < best + 0.05 < fixed - 0.3
+
+
+def test_a_gate_is_no_worse_than_the_best_temperature_and_lam() -> None:
+    """Only the nearest knows; of the many others, each a unit farther, all are a lottery.
+
+    At a temperature of .3 units they outweigh the nearest, at .15 they do not.
+    """
+    rng = np.random.default_rng(0)
+    rows, columns = 1000, 200
+    targets = rng.integers(0, 50, rows)
+    values = rng.integers(0, 50, (rows, columns))
+    values[:, 0] = np.where(rng.random(rows) < 0.6, targets, values[:, 0])
+    distances = np.ones((rows, columns), np.float32)
+    distances[:, 0] = 0
+    lm = LmView(np.full(rows, np.log(50), np.float32), np.full(rows, -np.log(50), np.float32))
+    queries = Queries(
+        np.zeros((rows, 2), np.float32), np.zeros(1, np.int64), np.zeros(rows, int), lm
+    )
+    candidates = Candidates(
+        np.ones((rows, columns), int), values, distances, np.zeros((rows, columns), np.int16),
+        (columns, 0, 0), np.ones(rows, dtype=bool),
+    )  # fmt: skip
+    lm_log_probs = np.full(rows, -np.log(50), np.float32)
+    one = Examples(
+        np.arange(rows), View(queries, candidates), targets, lm_log_probs, np.zeros(rows, int)
+    )
+    with gates_trained_at_once():
+        config = MixtureConfig.over(("dense",), distance_unit([one]))
+        _, mixed = fit_mixture(config, [(one,)])
+    components = [Component(("dense",), temperature) for temperature in TEMPERATURES]
+    probs = component_probs(candidates, components, targets)
+    lm_probs = np.full(rows, 1 / 50)
+    best = nll(lm_probs, probs, best_lams(lm_probs, probs)).min() / rows
+    assert -float(mixed.mean()) < best + 0.01 < np.log(50) - 1.0
 
 
 def test_the_unit_is_the_gap_to_the_middle_candidate() -> None:
