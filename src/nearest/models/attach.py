@@ -274,7 +274,8 @@ class Session:
         return token_sources(ensemble, queries, targets, lm_log_probs, skipped)
 
     def _wrap_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = tuple(inspect.signature(original).parameters)
+        signature = inspect.signature(original)
+        parameters = tuple(signature.parameters)
 
         @functools.wraps(original)  # generate() reads the signature to decide what to pass
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -312,6 +313,7 @@ class Session:
         # Neither look-ups nor hooks can be traced: attached, a model runs as it is written.
         untraced: Callable[..., Any] = torch.compiler.disable(forward)
         untraced.nearest_session = self  # type: ignore[attr-defined]
+        untraced.__signature__ = signature  # type: ignore[attr-defined]  # asked for at each token
         return untraced
 
     def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -183,6 +183,8 @@ class Lookup:
         if "dense" not in self.kinds:
             return np.zeros(count, dtype=bool)
         if self._asks and isinstance(self.gate, SearchGate):
+            if not 0 < self.settings.skip < 1:  # then nothing need be looked at
+                return np.full(count, self.settings.skip <= 0)
             nothing = no_part(count), np.zeros(count, dtype=bool)
             found = self._joined(nothing[0], pointed, matched, nothing[1])
             before = View(queries, found, self.memory)

@@ -15,7 +15,7 @@ text whose tokens are known.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -214,15 +214,9 @@ def steps(
         states: of sequences that an earlier call began, by number. Left for the next call is that
             of the last sequence.
     """
-
-    def predicted(
-        rows: Int[np.ndarray, " r"], part: slice | Int[np.ndarray, " r"], state: State
-    ) -> Step:
-        prediction = step(lookup, queries.rows(part), state)
-        return Step(rows, prediction, targets[rows], lm_log_probs[rows])
-
     if not len(targets):
         return
+    predicted = partial(_predicted, lookup, queries, targets, lm_log_probs)
     if (targets == UNKNOWN).all():  # the next token of each sequence, while texts are written
         begun = [states.pop(number, State.start(1)) for number in sequences.tolist()]
         yield predicted(np.arange(len(targets)), slice(None), State.joined(begun))
@@ -233,6 +227,20 @@ def steps(
         yield from _in_blocks(lookup, sequences, states, predicted)
     for number in set(states) - {int(sequences[-1])}:
         del states[number]
+
+
+def _predicted(
+    lookup: Lookup,
+    queries: Queries,
+    targets: Int[np.ndarray, " q"],
+    lm_log_probs: Float[Tensor, " q"],
+    rows: Int[np.ndarray, " r"],
+    part: slice | Int[np.ndarray, " r"],
+    state: State,
+) -> Step:
+    """Some of the queries: `part` selects those that `rows` number."""
+    prediction = step(lookup, queries.rows(part), state)
+    return Step(rows, prediction, targets[part], lm_log_probs[part])
 
 
 def _side_by_side(

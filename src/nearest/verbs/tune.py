@@ -285,7 +285,7 @@ class _EitherWay(Lookup):
     """
 
     def __init__(self, memory: Memory, method: str, settings: Settings, gate: Gate) -> None:
-        super().__init__(memory, method, replace(settings, dedup=False), gate)
+        super().__init__(memory, method, replace(settings, dedup=False, skip=0.0), gate)
 
     def candidates(
         self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None

@@ -27,15 +27,15 @@ from nearest.retrieval.gates.network import Network
 from nearest.retrieval.votes import VOTES, kind_figures
 
 # One kind's candidates, or neighbouring ones' together, in some ways of weighing them:
-# (multiple of the distances' unit as temperature, length power). The sharpest is about as sharp as
-# kNN-LM's temperature becomes for a strong model: without it no gate can do what a fixed λ does.
+# (multiple of the distances' unit as temperature, length power). The sharpest of each is about as
+# sharp as kNN-LM's temperature is for a strong model: without it a gate is worse than a fixed λ.
 _GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
-    ("dense",): ((0.15, 0.0), (0.6, 5.0)),
-    ("dense", "pointers"): ((0.15, 0.0), (0.3, 2.0), (0.6, 5.0)),
-    ("suffix",): ((0.3, 0.0), (0.6, 4.0), (1.2, 6.0), (1e4, 8.0)),
-    ("dense", "pointers", "suffix"): ((0.6, 5.0), (1.2, 6.0)),
+    ("dense",): ((0.15, 0.0), (0.3, 0.0), (1.2, 5.0)),
+    ("dense", "pointers"): ((0.15, 0.0), (0.3, 0.0), (0.6, 2.0), (1.2, 5.0)),
+    ("suffix",): ((0.15, 0.0), (0.6, 0.0), (1.2, 4.0), (2.4, 6.0), (1e4, 8.0)),
+    ("dense", "pointers", "suffix"): ((0.15, 0.0), (1.2, 5.0), (2.4, 6.0)),
 }
-_VOTED = 0.6  # the gate looks at the votes of components with this multiple, but the last group's
+_VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
 _OF_LM, _OF_KIND = 2, 3  # features
 
 _Kind = Literal["dense", "pointers", "suffix"]
