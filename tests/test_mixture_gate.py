@@ -42,7 +42,7 @@ from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, availabl
 from nearest.retrieval.gates.network import train_network
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.votes import votes_reference
+from nearest.retrieval.votes import kind_figures, votes_reference
 
 TOKENIZER = make_tokenizer()
 ALL = ("dense", "pointers", "suffix")
@@ -83,6 +83,18 @@ def test_votes_equal_a_dictionary(seed: int, none: tuple[str, ...]) -> None:
         )
         expected = votes_reference(weights.astype(np.float32), values[:, own])
         np.testing.assert_allclose(counted[:, number], expected, atol=1e-4)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(), ("pointers",), ALL]))
+def test_figures_of_kinds_equal_numpy(seed: int, none: tuple[str, ...]) -> None:
+    found = view_of(4, np.random.default_rng(seed), none).candidates
+    figures = kind_figures(found, ("dense", "suffix"))
+    for number, kind in enumerate(("dense", "suffix")):
+        distances, lengths = found.distances[:, found.of(kind)], found.lengths[:, found.of(kind)]
+        count = np.isfinite(distances).sum(axis=1)
+        nearest = np.where(count > 0, distances.min(axis=1), 0)
+        expected = np.stack([count, nearest, lengths.max(axis=1)], axis=1)
+        np.testing.assert_array_equal(figures[:, number], expected)
 
 
 def test_the_network_computes_what_was_trained() -> None:
