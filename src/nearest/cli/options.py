@@ -222,6 +222,13 @@ class FixedSettings(PassageSettings):
         Literal["keys", "index"] | None,
         typer.Option(help="Distances of stored keys, or the index's."),
     ] = None
+    encoder_texts: Annotated[
+        int | None,
+        typer.Option(
+            "--encoder-texts",
+            help="Search among so many documents with the most like encoder texts; 0: all.",
+        ),
+    ] = None
     min_knns: Annotated[
         float | None,
         typer.Option(help="Search when fewer pointers are left; inf: always, 0: never."),

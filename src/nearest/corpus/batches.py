@@ -45,6 +45,10 @@ class EncoderInputs:
             tokens[row, : len(found)], mask[row, : len(found)] = found, True
         return cls(tokens, mask)
 
+    def unpadded(self) -> list[Tokens]:
+        """The tokens of each row."""
+        return [row[found] for row, found in zip(self.tokens, self.mask, strict=True)]
+
 
 @dataclass(frozen=True)
 class WindowBatch:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from nearest.corpus.batches import EncoderInputs
+from nearest.corpus.tokens import Tokens
 from nearest.encode.identity import reads_sources
 
 
@@ -44,6 +46,22 @@ class TextArguments:
         if ids is None and labels is not None and named.get(self.embeddings) is None and shifted:
             ids = shifted(labels)
         return ids
+
+    def encoder_inputs(self, named: Mapping[str, Any]) -> EncoderInputs | None:
+        """What an encoder is given to read; None where there is none, or no token ids."""
+        given = named.get("inputs") if named.get("input_ids") is None else named["input_ids"]
+        if not reads_sources(self.model) or not isinstance(given, Tensor):
+            return None
+        if given.is_floating_point():
+            return None
+        mask = named.get("attention_mask")
+        mask = torch.ones_like(given) if mask is None else mask
+        return EncoderInputs(given.cpu().numpy(), mask.bool().cpu().numpy())
+
+    def sources(self, named: Mapping[str, Any]) -> list[Tokens] | None:
+        """The tokens of `encoder_inputs`, a row each."""
+        read = self.encoder_inputs(named)
+        return None if read is None else read.unpadded()
 
     def shape(self, named: Mapping[str, Any]) -> torch.Size:
         """Rows and columns of the text in a call of the model."""

@@ -32,7 +32,7 @@ from nearest.models.prefixes import LookupSpans, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
 from nearest.models.thread_state import ThreadState
 from nearest.retrieval.ensemble import Ensemble, Memories
-from nearest.retrieval.queries import Queries
+from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 from nearest.store.tuned import SettingsFrom
 
@@ -269,7 +269,9 @@ class Session:
                 ensemble.needs_lm,
                 read,
             )
-        queries = Queries(keys.numpy(), tokens.numpy(), np.arange(first, len(tokens) - 1), view)
+        ends = np.arange(first, len(tokens) - 1)
+        sources = None if read is None else Sources(read.unpadded(), np.zeros_like(ends))
+        queries = Queries(keys.numpy(), tokens.numpy(), ends, view, sources=sources)
         skipped = prompt_length - 1 - first
         return token_sources(ensemble, queries, targets, lm_log_probs, skipped)
 
@@ -337,7 +339,8 @@ class Session:
                 if mask is not None:
                     mask = mask[:, : here.ids.shape[1]]
                 encoded = here.encoded_rows(kwargs.get("encoder_outputs"))
-                here.sequences = Sequences.of(here.ids, mask, here.first, encoded)
+                read = here.read_by_encoder()
+                here.sequences = Sequences.of(here.ids, mask, here.first, encoded, read)
             return original(ids, *args, **kwargs)
 
         return prepare
@@ -389,13 +392,14 @@ class Session:
         """Know the sequences of the passes that generate() makes in this thread."""
         here = self._here
         if self.ensemble.needs_context:
+            here.prompt = prompt
             here.prefixes = [Prefixes(lookup) for lookup, _ in self.ensemble.used]
             replayed = self.replay if self.ensemble.keeps_state else 0
             here.first = max(0, prompt.length - 1 - replayed)
         try:
             yield
         finally:
-            here.prefixes = here.ids = here.sequences = here.encoded = None
+            here.prefixes = here.ids = here.sequences = here.encoded = here.prompt = None
 
 
 def _restore(attributes: dict[str, Any], name: str, original: Any) -> None:

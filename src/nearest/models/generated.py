@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nearest.corpus.batches import EncoderInputs
+from nearest.corpus.tokens import Tokens
 from nearest.encode.identity import reads_sources
 from nearest.models.arguments import TextArguments
 from nearest.retrieval.ensemble import Ensemble
@@ -38,11 +39,10 @@ class Prompt:
         mask = named.get("attention_mask")
         if reads_sources(text.model):
             length, starts = _decoder_prompt(text, named)
-            if tokens is None:
+            read = text.encoder_inputs(named)
+            if read is None:
                 return cls(length, starts, None, False)
-            mask = torch.ones_like(tokens) if mask is None else mask
-            encoder_inputs = EncoderInputs(tokens.cpu().numpy(), mask.bool().cpu().numpy())
-            return cls(length, starts or [0] * len(tokens), encoder_inputs, True)
+            return cls(length, starts or [0] * len(read.tokens), read, True)
         if tokens is None:
             return cls(0, [], None, False)
         pad = _padding(text.model, named)
@@ -50,6 +50,13 @@ class Prompt:
             mask = tokens != pad  # as generate() infers it
         starts = [0] * len(tokens) if mask is None else _starts(mask)
         return cls(tokens.shape[1], starts, None, True)
+
+    def sources(self, rows: int) -> list[Tokens] | None:
+        """What the encoder read with each of so many rows; several may be of one prompt."""
+        if self.encoder_inputs is None:
+            return None
+        read = self.encoder_inputs.unpadded()
+        return [read[row * len(read) // rows] for row in range(rows)]
 
 
 def begins_twice(prompt: Prompt, named: Mapping[str, Any], start_token: int) -> bool:

@@ -6,7 +6,7 @@ predictions of the last pass are kept, since the next pass goes on from one of t
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from nearest.encode.view import LmView, lm_view
 from nearest.errors import ModelError
 from nearest.models.arguments import TextArguments
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.queries import Queries
+from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.step import UNKNOWN, Prediction, State, advance, step, steps
 
 _BLOCK = 1 << 20  # log-probabilities that are made at once for positions whose rows nobody gets
@@ -37,12 +37,14 @@ class Sequences:
         starts: the column at which each row begins, after its left padding.
         first: the first column whose prediction is looked up; None for the first with logits.
         encoded: a number for what an encoder read with each row, the same for the same.
+        sources: the tokens that it read with each row; None where they are not shown.
     """
 
     ids: Int[np.ndarray, "rows columns"]
     starts: Int[np.ndarray, " rows"]
     first: int | None
     encoded: Int[np.ndarray, " rows"]
+    sources: Sequence[Tokens] | None = None
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class Sequences:
         mask: Tensor | None,
         first: int | None = None,
         encoded: Int[np.ndarray, " rows"] | None = None,
+        sources: Sequence[Tokens] | None = None,
     ) -> "Sequences":
         """Build from token ids and an attention mask, whose leading zeros are padding."""
         rows, columns = ids.shape
@@ -60,7 +63,7 @@ class Sequences:
             starts = np.where(attended.any(axis=1), attended.argmax(axis=1), columns)
         if encoded is None:
             encoded = np.zeros(rows, dtype=np.int64)
-        return cls(ids.cpu().numpy(), starts, first, encoded)
+        return cls(ids.cpu().numpy(), starts, first, encoded, sources)
 
     @classmethod
     def of_call(cls, text: TextArguments, named: Mapping[str, Any]) -> "Sequences":
@@ -76,7 +79,7 @@ class Sequences:
                 "with embeddings does not show them: use model.generate with input_ids, or give "
                 f"whole sequences ({text.ids})"
             )
-        return cls.of(ids, named.get(text.mask))
+        return cls.of(ids, named.get(text.mask), sources=text.sources(named))
 
 
 def row_hashes(states: Tensor) -> Int[np.ndarray, " rows"]:
@@ -186,7 +189,9 @@ class LookupSpans:
             lm_log_probs, view = self._model_says(
                 logits, log_probs, rows, columns, targets, returned, with_view=with_view
             )
-        queries = Queries(keys, context, at, view)
+        read = self._sequences.sources
+        sources = None if read is None else Sources(read, rows)
+        queries = Queries(keys, context, at, view, sources=sources)
         return LookedUp(
             tokens, self._sequences.encoded, queries, rows, ends, targets, lm_log_probs, returned
         )

@@ -31,7 +31,7 @@ from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.neighbours import NO_ENTRY
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
-from nearest.retrieval.queries import Queries
+from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.settings import Settings
 
 
@@ -185,6 +185,9 @@ class Scorer:
         if self.own is not None:
             begun = self.own[documents]
             own = np.where(begun < 0, NO_ENTRY, begun + positions - 1)
+        sources = None
+        if self.text.encoder_tokens is not None:  # then a document is a sequence
+            sources = Sources(self.text.encoder_tokens[first : last + 1], sequences - first)
         return ScoredBlock(
             sequences,
             documents,
@@ -195,6 +198,7 @@ class Scorer:
                 starts[sequences - first] + ends,
                 _joined_views([one.view for one in scored], order),
                 own,
+                sources,
             ),
             np.concatenate([one.batch.targets for one in scored])[order],
             torch.cat([one.lm_log_probs for one in scored])[rows],

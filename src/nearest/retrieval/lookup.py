@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearest.errors import SettingError
+from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.memory import Memory
 from nearest.retrieval import automaton
 from nearest.retrieval.candidates import (
@@ -58,6 +60,8 @@ class Lookup:
         self.kinds = method_named(method).kinds
         if self.kinds != ("suffix",):
             _ = memory.keys_record  # refuses a memory without keys before anything is computed
+        if settings.encoder_texts and "dense" in self.kinds:
+            _ = memory.encoder_texts  # and one without encoder texts
         self._asks = method_named(method).asks
         self._search = search or memory.search
         self._ordered = ordered
@@ -103,7 +107,9 @@ class Lookup:
     @property
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
-        only_keys = self.kinds == ("dense",) and not (self._measures_matches or self._asks)
+        only_keys = self.kinds == ("dense",) and not (
+            self._measures_matches or self._asks or self.settings.encoder_texts
+        )
         return not only_keys or self.settings.guard
 
     def candidates(
@@ -199,26 +205,39 @@ class Lookup:
         ordered = self._ordered or queries.own is not None  # then the farthest may be left out
 
         def search(k: int) -> Part:
-            found = self._search(
-                queries.keys, k, settings.distances, settings.rerank, ordered=ordered
-            )
+            if settings.encoder_texts:
+                found = self._among_near_texts(queries, k)
+            else:
+                found = self._search(
+                    queries.keys, k, settings.distances, settings.rerank, ordered=ordered
+                )
             return Part(found.ids, found.distances, self._lengths(queries, found.ids))
 
         return self._others(queries, search, settings.k)
 
-    def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:
-        settings = self.settings
-        measured = (
-            self.memory.key_distances
-            if settings.distances == "keys"
-            else self.memory.index_distances
-        )
+    def _among_near_texts(self, queries: Queries, k: int) -> Neighbours:
+        """The k nearest entries of documents whose encoder texts are like the queries' own."""
+        if queries.sources is None:
+            raise SettingError(
+                "encoder_texts goes by what the encoder reads, and this call does not show it: "
+                "give it as input_ids, or leave encoder_texts out"
+            )
+        tokens, rows = queries.sources
+        ids = self.memory.encoder_texts.entries(tokens, self.settings.encoder_texts)[rows]
+        return sort_nearest_first(Neighbours(ids, self._measured(queries, ids)), k)
 
+    def _measured(self, queries: Queries, ids: Int[np.ndarray, "q c"]) -> Float[np.ndarray, "q c"]:
+        """Distances of chosen entries, as the method measures them."""
+        if self.settings.distances == "keys":
+            return self.memory.key_distances(queries.keys, ids)
+        return self.memory.index_distances(queries.keys, ids)
+
+    def _pointed(self, queries: Queries, pointers: Int[np.ndarray, "q p"]) -> Part:
         def extend(most: int) -> Part:
             ids = automaton.extend(pointers, self.memory.clusters, most)
-            return Part(ids, measured(queries.keys, ids), self._lengths(queries, ids))
+            return Part(ids, self._measured(queries, ids), self._lengths(queries, ids))
 
-        return self._others(queries, extend, settings.max_knns)
+        return self._others(queries, extend, self.settings.max_knns)
 
     def _matched(self, queries: Queries) -> Part:
         def match(most: int) -> Part:

@@ -16,7 +16,7 @@ _INFINITE = "inf"
 _WEIGHING = ("lam", "temperature", "length_power")
 _RENAMED = {"candidates": "rerank", "matches": "suffix_k"}  # as memories of before 0.1 name them
 _OF_KIND = {
-    "dense": ("k", "distances", "rerank"),
+    "dense": ("k", "distances", "rerank", "encoder_texts"),
     "pointers": ("min_knns", "max_knns", "dedup"),
     "suffix": ("suffix_k",),
 }
@@ -103,6 +103,8 @@ class Settings:
         k: neighbours of a dense search.
         distances: "keys" measures by the stored keys, "index" by the index's own codes.
         rerank: at least so many are fetched by a dense search and re-ranked by their keys.
+        encoder_texts: a dense search is among the documents with so many encoder texts that are
+            nearest to what the encoder reads, by BM25; 0 for all documents.
         min_knns: search when fewer pointers are left; infinity searches always, 0 never.
         max_knns: pointers and members of their clusters, at most.
         dedup: count an entry once that is a neighbour and a pointer, or a member of a cluster too.
@@ -122,6 +124,7 @@ class Settings:
     k: int = 1024
     distances: str = "keys"
     rerank: int = 0
+    encoder_texts: int = 0
     min_knns: float = 1
     max_knns: int = 1024
     dedup: bool = False
@@ -137,9 +140,13 @@ class Settings:
         for name in ("lam", "temperature", "length_power", "min_knns", "skip"):
             if not isinstance(getattr(self, name), Real):
                 raise SettingError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("k", "rerank", "max_knns", "suffix_k", *_OF_PASSAGES):
+        for name in ("k", "rerank", "encoder_texts", "max_knns", "suffix_k", *_OF_PASSAGES):
             if not isinstance(getattr(self, name), Integral):
                 raise SettingError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if self.encoder_texts < 0:
+            raise SettingError(
+                f"encoder_texts must be at least 1, or 0 for all, got {self.encoder_texts}"
+            )
         if not 0 <= self.lam <= 1:
             raise SettingError(f"lam must lie inside [0, 1], got {self.lam}: it is a probability")
         if not 0 <= self.skip <= 1:

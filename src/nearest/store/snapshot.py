@@ -29,6 +29,7 @@ from nearest.index.ngrams import (
     spans_stand,
 )
 from nearest.index.suffix import SuffixArray
+from nearest.store.encoder_texts import EncoderTexts
 from nearest.store.manifest import KeysRecord, Manifest
 from nearest.store.pairs import equal_pairs
 from nearest.store.segment import Segment, no_keys
@@ -253,6 +254,19 @@ class Snapshot:
         """A document's token ids, its context token first."""
         segment, stored = self._stored_document(number)
         return segment.tokens_of(stored)
+
+    def encoder_tokens(self, number: int) -> Tokens:
+        """What the encoder reads with a document (SettingError for a model without an encoder)."""
+        segment, stored = self._stored_document(number)
+        found = segment.source_of(stored)
+        if found is None:
+            raise SettingError(f"{self.path} is of a model without an encoder")
+        return found
+
+    @cached_property
+    def encoder_texts(self) -> EncoderTexts:
+        """What the encoder reads with all documents, to find like ones by."""
+        return EncoderTexts(self)
 
     def entries_of(self, number: int) -> range:
         """The ids of a document's entries: of its positions but the last, which has no value."""
