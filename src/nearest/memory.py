@@ -17,7 +17,7 @@ from nearest.index.choice import AUTO, RECALL
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.markup import table
 from nearest.progress import Progress, no_progress
-from nearest.store.info import memory_info
+from nearest.store.info import memory_info, told_first
 from nearest.store.manifest import read_manifest
 from nearest.store.objects import address_of, fetched, upload
 from nearest.store.opening import open_snapshot
@@ -412,14 +412,7 @@ class Memory(SearchedSnapshot):
 
     def _repr_html_(self) -> str:
         """What it holds, for notebooks; `info` says all."""
-        info = self.info()
-        names = ("documents", "tokens", "bytes", "bytes_per_entry", "keys", "model", "snapshot")
-        shown = [(name, info[name]) for name in names if name in info]
-        rows = [
-            (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-            for name, value in shown
-        ]
-        return table(("memory", str(self.path)), rows)
+        return table(("memory", str(self.path)), told_first(self.info()))
 
     def info(self) -> dict[str, Any]:
         """What the memory holds, how it is searched and what was tuned, as `nearest info` says."""

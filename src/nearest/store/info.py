@@ -108,3 +108,13 @@ def _dims(keys: KeysRecord) -> str:
     if keys.projection is None:
         return f"{keys.dim} dims"
     return f"{keys.projection.dim} of {keys.dim} dims"
+
+
+def told_first(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few facts of `memory_info` that a notebook shows, with their names."""
+    names = ("documents", "tokens", "bytes", "bytes_per_entry", "keys", "model", "snapshot")
+    return [
+        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        for name, value in info.items()
+        if name in names
+    ]
