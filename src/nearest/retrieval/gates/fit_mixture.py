@@ -93,7 +93,7 @@ def fit_mixture(
     mix = train_network(
         np.concatenate([way.features for way in ways]),
         loss,
-        np.log(np.maximum(best_shares(log_probs.exp().numpy(), _ROUNDS), _LEAST_SHARE)),
+        np.log(np.maximum(best_shares(np.exp(first.log_probs), _ROUNDS), _LEAST_SHARE)),
         np.tile(folds, len(ways)),
         begin=None if begin is None else begin.mix,
         progress=progress,
