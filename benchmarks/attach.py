@@ -3,8 +3,11 @@
 One memory of law with each index in turn, and with int8 keys, kNN-LM with default settings;
 greedy, from a prompt of the test text. While one text is written the memory is put off and on again
 every few tokens, so that a slow spell of the machine hits both sides; medians are of single tokens.
+With `--memory`, of a memory that is there, for several methods in place of indexes.
 
     python benchmarks/attach.py
+    python benchmarks/attach.py --memory law.memory --methods suffix,hybrid
+    python benchmarks/attach.py --model path/to/SmolLM2-135M-Instruct --memory law.memory
 """
 
 import contextlib
@@ -12,21 +15,17 @@ import shutil
 import statistics
 import time
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (
-    arguments,
-    is_built,
-    machine,
-    memory_of_tokens,
-    model_and_tokenizer,
-    report,
-)
+from common import MODEL, arguments, is_built, machine, memory_of_tokens, report
 from nearest import Memory, attach, read_documents
 from nearest.build.build import rebuild_index
 from nearest.build.compress import Compression, compress_memory
+from nearest.encode.identity import start_token
+from nearest.encode.loading import load_model_and_tokenizer
 from nearest.models.attach import Session
 from nearest.store.parts.index import IndexChoice
 
@@ -87,16 +86,38 @@ def token_times(
     return statistics.median(sides[0]), statistics.median(sides[1])
 
 
+def of_methods(options: Any, model: Any, prompt: dict[str, Any]) -> None:
+    """What each method adds in one memory; hybrid also without any dense search."""
+    memory = Memory.open(Path(options.memory))
+    report(**machine(), entries=memory.entries)
+    for method in options.methods.split(","):
+        for settings in ({}, {"skip": 1.0}) if method == "hybrid" else ({},):
+            with attach(model, memory, method, **settings) as session:
+                base_ms, attached_ms = token_times(model, session, prompt, options.rounds)
+            added = {"base_ms": base_ms, "added_ms": attached_ms - base_ms}
+            report(benchmark="attach", method=method, **settings, **added)
+
+
 def main() -> None:
     options = arguments(
-        __doc__, memory_tokens=1_000_000, new=401, rounds=5, variants="auto,auto int8,exact,HNSW32"
+        __doc__,
+        memory_tokens=1_000_000,
+        new=401,
+        rounds=5,
+        variants="auto,auto int8,exact,HNSW32",
+        model=str(MODEL),
+        memory="",
+        methods="suffix,hybrid",
     )
-    model, tokenizer = model_and_tokenizer()
+    model, tokenizer = load_model_and_tokenizer(options.model, "float32", "cpu")
     law = options.corpora / "dclaw"
-    original = memory_of_tokens(options, "law")
     (document,) = islice(read_documents([law / "test.jsonl"]), 1)
-    tokens = [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
+    tokens = [start_token(tokenizer), *tokenizer(document.text)["input_ids"]]
     prompt = prompt_of(tokens, model, options.new)
+    if options.memory:
+        of_methods(options, model, prompt)
+        return
+    original = memory_of_tokens(options, "law")
     report(**machine(), entries=Memory.open(original).entries)
     for variant in options.variants.split(","):
         path = original.with_name(f"{original.stem}-{variant.replace(' ', '-')}.memory")
