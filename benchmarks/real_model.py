@@ -66,7 +66,6 @@ def measure(name: str, options: Any, model: Any, tokenizer: Any) -> None:
         tuned_on=[len(tuning), sum(map(len, tuning)) - len(tuning)],
         scored_on=[len(scored), sum(map(len, scored)) - len(scored)],
     )
-    passages = Settings(passage_stride=options.passage_stride)
     plain = [read_text(model, memory, one) for one in (tuning, scored)]
     rows: dict[str, Result] = {"base": evaluate(model, memory, plain[1], "base")}
     row(name, rows, "base")
@@ -74,6 +73,7 @@ def measure(name: str, options: Any, model: Any, tokenizer: Any) -> None:
         tuned_row(name, rows, method, memory, model, *plain)
     if not options.passage_stride:
         return
+    passages = Settings(passage_stride=options.passage_stride)
     reading = []
     for one in (tuning, scored):
         started = time.perf_counter()
