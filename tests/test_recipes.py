@@ -114,12 +114,18 @@ def test_translation_goes_from_rules_to_a_table(
     small = ["--steps", "3", "--memory-pairs", "60", "--held-out", "12", "--longest", "12"]
     monkeypatch.setattr("sys.argv", ["recipe.py", "--work", str(tmp_path), *small])
     recipe.main()
-    results = json.loads((tmp_path / "test.json").read_text())
+    results = json.loads((tmp_path / "test-tuned-on-statutes.json").read_text())
     assert [result["method"] for result in results] == recipe.METHODS.split(",")
     assert "hybrid" in capsys.readouterr().out
     sources: dict[str, set[str]] = {}
-    for name in ("memory", "valid", "test", "general-test"):
+    for name in ("memory", "valid", "test", "general-valid", "general-test"):
         lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         sources[name] = {json.loads(line)["source"] for line in lines}
     assert not sources["test"] & (sources["memory"] | sources["valid"])
     assert not sources["valid"] & sources["memory"]
+    some = ["--tune-on", "both", "--encoder-texts", "4", "--methods", "base,knn,suffix"]
+    monkeypatch.setattr("sys.argv", ["recipe.py", "--work", str(tmp_path), *small, *some])
+    recipe.main()
+    near = json.loads((tmp_path / "test-tuned-on-both-near-4.json").read_text())
+    assert [result["method"] for result in near] == ["base", "knn", "suffix"]
+    assert near[0]["bleu"] == results[0]["bleu"]

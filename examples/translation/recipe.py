@@ -43,6 +43,7 @@ def write_texts(settings: argparse.Namespace) -> None:
         "memory": (statutes, settings.memory_pairs, 1),
         "valid": (statutes, held_out, 2),
         "test": (statutes, held_out, 3),
+        "general-valid": (general, held_out, 5),
         "general-test": (general, held_out, 4),
     }
     seen: set[str] = set()
@@ -51,6 +52,11 @@ def write_texts(settings: argparse.Namespace) -> None:
         seen |= {row["source"] for row in rows}
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (settings.work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def sources_of(path: Path) -> set[str]:
+    """What stands in a file as a source."""
+    return {json.loads(line)["source"] for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -75,8 +81,8 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def train(settings: argparse.Namespace) -> None:
     """Train the model on the general domain; it is stored as a folder."""
     rows = pairs(general, TRAINED, 0)
-    test = (settings.work / "general-test.jsonl").read_text(encoding="utf-8")
-    held_out = {json.loads(line)["source"] for line in test.splitlines()}
+    held_out = sources_of(settings.work / "general-test.jsonl")
+    held_out |= sources_of(settings.work / "general-valid.jsonl")
     rows = [row for row in rows if row["source"] not in held_out]
     texts = [(row["source"], row["text"]) for row in rows]
     tokenizer = make_tokenizer([text for pair in texts[:5000] for text in pair])
@@ -116,19 +122,29 @@ def train(settings: argparse.Namespace) -> None:
 
 
 def remember(settings: argparse.Namespace) -> None:
-    """A memory of the other domain's pairs, and every method's settings on held-out ones."""
-    work, memory = settings.work, settings.work / "statutes.memory"
-    nearest("build", work / "model", work / "memory.jsonl", "--out", memory)
-    valid = ("--text", work / "valid.jsonl")
+    """A memory of the other domain's pairs."""
+    work = settings.work
+    nearest("build", work / "model", work / "memory.jsonl", "--out", work / "statutes.memory")
+
+
+def tune(settings: argparse.Namespace) -> None:
+    """Every method's settings on held-out pairs, in the memory."""
+    valid = [settings.work / "valid.jsonl"]
+    if settings.tune_on == "both":
+        valid.append(settings.work / "general-valid.jsonl")
+    texts = [word for path in valid for word in ("--text", path)]
+    near = ("--encoder-texts", settings.encoder_texts) if settings.encoder_texts else ()
     for name in settings.methods.split(","):
         method, _, gate = name.partition("+")
         if method != "base":
             chosen = ("--method", method, *(("--gate", gate) if gate else ()))
-            nearest("tune", memory, *valid, *chosen)
+            searches = () if method == "suffix" else near
+            nearest("tune", settings.work / "statutes.memory", *texts, *chosen, *searches)
 
 
 def compare(settings: argparse.Namespace) -> None:
-    """BLEU, chrF and exact match of every method, on both domains, as a table."""
+    """Tune every method; BLEU, chrF and exact match on both domains, as a table."""
+    tune(settings)
     for name in ("test", "general-test"):
         results = nearest(
             *(
@@ -139,9 +155,9 @@ def compare(settings: argparse.Namespace) -> None:
                 settings.methods,
             ),
             *("--text", settings.work / f"{name}.jsonl", "--max-new-tokens", settings.longest),
-            *("--written", settings.work / f"{name}-written.jsonl"),
+            *("--written", settings.work / f"{name}-{settings.name}-written.jsonl"),
         )
-        (settings.work / f"{name}.json").write_text(json.dumps(results, indent=1))
+        (settings.work / f"{name}-{settings.name}.json").write_text(json.dumps(results, indent=1))
         print(f"\n{name}: {results[0]['documents']} sentences; change to base, paired 95 %")
         for line in results:
             cells = [f"{line['method']:>14}"]
@@ -162,15 +178,20 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128, help="of the model's states")
     parser.add_argument("--memory-pairs", type=int, default=2000)
     parser.add_argument("--held-out", type=int, default=300, help="sentences to tune and test on")
+    parser.add_argument("--tune-on", choices=["statutes", "both"], default="statutes")
+    parser.add_argument("--encoder-texts", type=int, default=0, help="search among so many; 0: all")
     parser.add_argument("--methods", default=METHODS, help="with commas, the base model first")
     parser.add_argument("--longest", type=int, default=60, help="tokens of a text")
     settings = parser.parse_args()
+    settings.name = f"tuned-on-{settings.tune_on}"
+    if settings.encoder_texts:
+        settings.name += f"-near-{settings.encoder_texts}"
     settings.work.mkdir(parents=True, exist_ok=True)
     parts = (
         (write_texts, "test.jsonl"),
         (train, "model"),
         (remember, "statutes.memory"),
-        (compare, "general-test.json"),
+        (compare, f"general-test-{settings.name}.json"),
     )
     for part, made in parts:
         if not (settings.work / made).exists():
