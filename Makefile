@@ -47,7 +47,9 @@ test: lint
 test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
+# Ray is large, and nothing else needs it; what needs root is skipped without.
 test-cluster: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/pytest -m "slow or not slow" tests/cluster tests/test_parts.py tests/test_claims.py
 
 torture: setup

@@ -1,9 +1,12 @@
 """A build by one process and by several, each with one thread: seconds, RAM of the driver, bytes.
 
+`cpu_seconds` are those of all processes together: what sharing the work itself costs shows there,
+whatever else the machine does.
+
 Law's first documents, in segments of `--segment-tokens`; one command a build, in turns. Each size
 of `--tokens` is built by each number of `--workers` (0: the command alone), and every file but the
 manifest's times is compared with the first build. With `--keys none` there is no forward pass, so
-that larger corpora can be tried.
+that larger corpora can be tried. With `--ray local` workers run on a Ray cluster of this machine.
 
     OMP_NUM_THREADS=1 python benchmarks/workers.py [--tokens 100000,400000] [--workers 0,1,2]
 """
@@ -11,6 +14,7 @@ that larger corpora can be tried.
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,12 +35,13 @@ def corpus_of(options: object, tokenizer: object, tokens: int) -> Path:
 
 
 def built(corpus: Path, out: Path, workers: int, options: object) -> dict[str, float]:
-    """Seconds, and the most RAM that the command itself held."""
+    """Seconds, those of all its processes on a core, and the most RAM that the command held."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "nearest", "build", MODEL, corpus, "--out", out, "--no-tune"]
     command += ["--segment-tokens", str(options.segment_tokens), "--keys", options.keys]
     command += ["--workers", str(workers)] if workers else []
-    started, most = time.perf_counter(), 0
+    command += ["--ray", options.ray] if workers and options.ray else []
+    started, most, before = time.perf_counter(), 0, cpu_of_children()
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -59,7 +64,16 @@ def built(corpus: Path, out: Path, workers: int, options: object) -> dict[str, f
     watcher.join()
     if status:
         raise SystemExit(f"the build with {workers} workers ended with {status}")
-    return {"seconds": time.perf_counter() - started, "driver_mb": most / 1e3}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": cpu_of_children() - before,
+        "driver_mb": most / 1e3,
+    }
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def digests(memory: Path) -> dict[str, str]:
@@ -79,6 +93,7 @@ def main() -> None:
         segment_tokens=50_000,
         rounds=1,
         keys="int8",
+        ray="",
     )
     _, tokenizer = model_and_tokenizer()
     counts = [int(count) for count in options.workers.split(",")]

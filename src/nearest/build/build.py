@@ -50,7 +50,7 @@ from nearest.store.segment import no_keys
 
 NO_KEYS = "none"
 _WITHOUT_KEYS = {"keys", "special_tokens", "segment_tokens", "workers"}
-_WITHOUT_KEYS |= {"device", "allow_mixed", "progress"}
+_WITHOUT_KEYS |= {"ray", "device", "allow_mixed", "progress"}
 _ROOM = 1 << 18  # bytes, that a gate and the next manifest take at most
 
 
@@ -70,6 +70,7 @@ class BuildOptions:
     special_tokens: bool = False  # read "<|endoftext|>" in a document as the token
     segment_tokens: int | None = None  # of a segment; as many as fit comfortably in RAM
     workers: int | None = None  # processes that share the work; this one alone when None
+    ray: str | None = None  # cluster on which workers run: "auto", an address, or "local"
     device: str | None = None  # where workers compute; where the model is when None
     allow_mixed: bool = False  # accept keys of machines that round otherwise
     progress: Progress = no_progress
@@ -133,13 +134,20 @@ def build_memory(
 
 
 def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None) -> None:
-    """Do what is left of a build: in this process, or with so many workers.
+    """Do what is left of a build: in this process, with so many workers, or on a cluster.
 
     Raises:
-        NearestError: keys or index cannot be made, or workers end.
+        NearestError: keys or index cannot be made, workers end, or there is no such cluster.
     """
     threads = torch.get_num_threads()
-    if options.workers is not None:
+    if options.ray is not None:
+        from nearest.build.ray_workers import ray_workers
+
+        spec = _told(model, options, threads)
+        gpus = int(model is not None and model.device.type == "cuda")
+        with ray_workers(build.folder, spec, options.ray, gpus) as (start, room):
+            drive(build, start, options.workers or room)
+    elif options.workers is not None:
         spec = _told(model, options, max(1, threads // options.workers))
         with local_workers(build.folder, spec, options.workers) as start:
             drive(build, start, options.workers)

@@ -132,6 +132,14 @@ class Sharing:
         int | None,
         typer.Option(min=1, help="Processes that share the work, each with its share of threads."),
     ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|ADDRESS",
+            help="Start the workers on this Ray cluster (as many as it has room for, unless "
+            "--workers says), each with the threads of this process; local: on a new one here.",
+        ),
+    ] = None
     allow_mixed: Annotated[
         bool,
         typer.Option(

@@ -1,0 +1,122 @@
+"""Workers as tasks of a Ray cluster: they see the folder on a file system that all nodes share.
+
+Ray starts them and says when one has ended; the journal says what is done. Nothing but what a
+worker is told goes through its object store.
+"""
+
+import importlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nearest.build.worker import work_at
+from nearest.build.workers import Start, WorkerEndedError, WorkerSpec
+from nearest.errors import NearestError, SettingError, require
+
+LOCAL = "local"  # a cluster of this machine alone, which ends with the build
+_STORE = 80_000_000  # bytes, about the least that Ray takes
+_ANSWER = 10.0  # seconds in which a cluster answers; Ray itself would try for minutes
+
+
+@contextmanager
+def ray_workers(
+    folder: Path, spec: WorkerSpec, address: str, gpus: int = 0
+) -> Iterator[tuple[Start, int]]:
+    """How workers are started on a cluster, and how many it has room for.
+
+    What runs when the context ends, is ended; the cluster stays.
+
+    Args:
+        folder: where the build is; every node must see it under this path.
+        spec: what workers are told; each takes as many CPUs as it has threads.
+        address: "auto" for the cluster that this machine belongs to, or its address; "local" for a
+            cluster of this machine alone.
+        gpus: of each worker.
+
+    Raises:
+        SettingError: there is no such cluster, or none of its nodes has room for a worker.
+    """
+    require("ray", "ray")
+    # Read when ray is imported; the second keeps a cluster of this machine on the loopback.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == LOCAL:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    ray: Any = importlib.import_module("ray")
+    begun = not ray.is_initialized()
+    if begun:
+        _connect(ray, address)
+    options: dict[str, Any] = {"num_cpus": spec.threads, "num_gpus": gpus, "max_retries": 0}
+    task, started, place = ray.remote(**options)(work_at), [], folder.resolve()
+
+    def start(token: str) -> "Future[None]":
+        done: Future[None] = Future()
+
+        def ended(future: "Future[None]") -> None:
+            error = future.exception()
+            done.set_result(None) if error is None else done.set_exception(_meant(error))
+
+        started.append(task.remote(place, token, spec))
+        started[-1].future().add_done_callback(ended)
+        return done
+
+    try:
+        yield start, _room(ray.nodes(), spec.threads, gpus)
+    finally:
+        for worker in started:
+            ray.cancel(worker, force=True)
+        if begun:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    own: dict[str, Any] = {
+        "object_store_memory": _STORE,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
+    try:
+        host, _, port = address.rpartition(":")
+        if host and "/" not in address:
+            socket.create_connection((host, int(port)), _ANSWER).close()
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(own if address == LOCAL else {}),
+        )
+    except Exception as error:  # Ray raises its own kinds, and where it does not start a plain one
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError(
+            f"no Ray cluster answers at {address!r} ({reason}): start one (`ray start --head`) or "
+            "join one on this machine, or use --ray local for this machine alone"
+        ) from error
+
+
+def _room(nodes: list[dict[str, Any]], threads: int, gpus: int) -> int:
+    """How many workers so large the nodes that are alive have room for."""
+    needs = {"CPU": threads, **({"GPU": gpus} if gpus else {})}
+    room = sum(
+        min(int(node["Resources"].get(kind, 0)) // count for kind, count in needs.items())
+        for node in nodes
+        if node["Alive"]
+    )
+    if not room:
+        told = " and ".join(f"{count} {kind}" for kind, count in needs.items())
+        raise SettingError(
+            f"no node of this cluster has {told}, which a worker takes: give workers fewer threads "
+            "(OMP_NUM_THREADS), or the cluster larger nodes"
+        )
+    return room
+
+
+def _meant(error: BaseException) -> BaseException:
+    """The error that a worker ended with, or that it ended unasked."""
+    cause = getattr(error, "cause", None)  # of an error that was raised in a task
+    if isinstance(cause, NearestError):
+        return cause
+    return WorkerEndedError(str(cause or error).strip().partition("\n")[0])

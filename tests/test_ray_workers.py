@@ -1,0 +1,165 @@
+"""What Ray is asked, by a stand-in that runs tasks in threads; tests/cluster has the real one."""
+
+import shutil
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import random_documents, snapshot
+from nearest import Memory
+from nearest.encode import loading
+from nearest.encode.loading import load_model_and_tokenizer
+from nearest.errors import FolderError, NearestError, SettingError
+
+OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "segment_tokens": 150}
+Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
+
+
+class TaskError(Exception):
+    """As Ray tells of an error that was raised in a task."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+class Ray(ModuleType):
+    """As much of `ray` as is used; `calls` says what was asked."""
+
+    def __init__(self, cpus: int = 8, answers: bool = True) -> None:
+        super().__init__("ray")
+        self.__spec__ = ModuleSpec("ray", None)
+        self.calls: list[tuple[str, Any]] = []
+        self._cpus, self._answers, self._up = cpus, answers, False
+        self._pool = ThreadPoolExecutor(8)
+
+    def is_initialized(self) -> bool:
+        return self._up
+
+    def init(self, **options: Any) -> None:
+        if not self._answers:
+            raise ConnectionError("nobody is there\nand more")
+        self._up = True
+        self.calls.append(("init", options))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": {"CPU": 1000.0}}
+        return [{"Alive": True, "Resources": {"CPU": float(self._cpus)}}, gone]
+
+    def remote(self, **options: Any) -> Any:
+        self.calls.append(("remote", options))
+        return lambda work: _Task(lambda *args: self._pool.submit(_raised, work, *args))
+
+    def cancel(self, task: "_Task", *, force: bool) -> None:
+        self.calls.append(("cancel", force))
+
+    def shutdown(self) -> None:
+        self._up = False
+        self.calls.append(("shutdown", None))
+
+
+class _Task:
+    def __init__(self, submit: Any) -> None:
+        self._submit, self._future = submit, Future[None]()
+
+    def remote(self, *args: Any) -> "_Task":
+        started = _Task(None)
+        started._future = self._submit(*args)
+        return started
+
+    def future(self) -> "Future[None]":
+        return self._future
+
+
+def _raised(work: Any, *args: Any) -> None:
+    try:
+        work(*args)
+    except Exception as error:
+        raise TaskError(error) from error
+
+
+@pytest.fixture
+def model(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Transformers loads one model at a time."""
+    lock = threading.Lock()
+
+    def load(*args: Any) -> Any:
+        with lock:
+            return load_model_and_tokenizer(*args)
+
+    monkeypatch.setattr(loading, "load_model_and_tokenizer", load)
+    return load_model_and_tokenizer(model_folder)
+
+
+def test_workers_on_a_cluster_make_the_same_bytes(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = random_documents()
+    whole = Memory.build(*model, documents, tmp_path / "whole", tune=False, **OPTIONS)
+    monkeypatch.setitem(sys.modules, "ray", ray := Ray())
+    memory = Memory.build(*model, documents, tmp_path / "m", tune=False, ray="auto", **OPTIONS)
+    assert snapshot(memory.path) == snapshot(whole.path)
+    threads = torch.get_num_threads()
+    asked = dict(ray.calls)
+    assert asked["init"]["address"] == "auto"
+    assert "object_store_memory" not in asked["init"]  # of a cluster that is there
+    assert asked["remote"] == {"num_cpus": threads, "num_gpus": 0, "max_retries": 0}
+    assert [name for name, _ in ray.calls].count("cancel") == 8 // threads  # as many as have room
+    assert ray.calls[-1] == ("shutdown", None)
+
+    before = len(ray.calls)
+    ray.init(address="mine")  # somebody uses it already
+    path = tmp_path / "n"
+    Memory.build(*model, documents, path, tune=False, ray="local", workers=1, **OPTIONS)
+    assert snapshot(path) == snapshot(whole.path)
+    assert [name for name, _ in ray.calls[before:]] == ["init", "remote", "cancel"]
+    assert ray.is_initialized()
+
+
+def test_what_is_said_where_there_is_none(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(address: str = "auto") -> None:
+        Memory.build(*model, random_documents(), tmp_path / "m", ray=address, **OPTIONS)
+
+    monkeypatch.setitem(sys.modules, "ray", Ray(answers=False))
+    with pytest.raises(SettingError, match=r"at 'auto' \(nobody is there\): start one"):
+        build()
+    with pytest.raises(SettingError, match=r"at '127.0.0.1:9' \(.*refused\): start one"):
+        build("127.0.0.1:9")
+    with pytest.raises(SettingError, match=r"at 'head:port' \(invalid literal.*\): start one"):
+        build("head:port")
+    monkeypatch.setitem(sys.modules, "ray", Ray(cpus=0))
+    with pytest.raises(SettingError, match=r"no node of this cluster has \d+ CPU, which"):
+        build()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(NearestError, match=r"pip install 'nearest\[ray\]'"):
+        build()
+    assert not (tmp_path / "m").exists()
+
+
+def test_errors_of_workers_are_told(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    for error, told, message in (
+        (FolderError("no room on that node"), FolderError, "no room on that node"),
+        (MemoryError("too large"), NearestError, "end before they have begun: too large"),
+    ):
+
+        def fails(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(loading, "load_model_and_tokenizer", fails)
+        with pytest.raises(told, match=message):
+            Memory.build(*model, random_documents(), tmp_path / "m", ray="auto", **OPTIONS)
+        assert not (tmp_path / "m" / "manifest.json").exists()
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
