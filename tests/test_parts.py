@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from conftest import edit_manifest, random_documents, snapshot
 from nearest import Document, Memory
 from nearest.build import build as build_module
+from nearest.build import tasks
 from nearest.build.build import BuildOptions, build_memory
 from nearest.build.corpus_segments import in_segments
 from nearest.build.join import join, part_of
@@ -204,14 +205,21 @@ def test_what_was_recorded(whole: Path) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_another_number_of_workers_goes_on(whole: Path, model: Model, tmp_path: Path) -> None:
-    def interrupt(stage: str, done: int, _: int | None) -> None:
-        if stage == "keys" and done > 300:
-            raise KeyboardInterrupt
+def test_another_number_of_workers_goes_on(
+    whole: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do, left = tasks._do, iter(range(5))
+
+    def mortal(*args: Any) -> None:
+        if next(left, None) is None:
+            raise NearestError("no more")
+        do(*args)
 
     path = tmp_path / "m"
-    with pytest.raises(KeyboardInterrupt):
-        Memory.build(*model, DOCUMENTS, path, workers=2, progress=interrupt, **OPTIONS)
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "_do", mortal)
+        with pytest.raises(NearestError, match="no more"):
+            Memory.build(*model, DOCUMENTS, path, workers=2, **OPTIONS)
     assert (path / "build.json").exists()
     assert not (path / "manifest.json").exists()
     Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
