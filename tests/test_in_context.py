@@ -19,7 +19,6 @@ from nearest.index.bm25 import K1, B
 from nearest.models.in_context import PassageChooser, read_with_passages
 from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import Settings, method_named, resolve_settings
-from nearest.serve.library import Library
 from nearest.verbs.generate import generate
 from nearest.verbs.weights import tune_weights
 from oracle import keys_and_logits, knn_lm_log_probs
@@ -253,7 +252,6 @@ def test_refusals(model: PreTrainedModel, memory: Memory, tiny_memory: Memory) -
     assert "--method in-context+hybrid --text" in refused(
         evaluate, model, memory, TEXT, "in-context+hybrid", **PASSAGES, **text
     )
-    assert "unknown" in refused(Library, [memory], "in-context", {})
     assert "exceed the model's 64 positions" in refused(
         sweep, model, memory, TEXT, ["in-context"], **text
     )

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -286,6 +287,14 @@ def test_what_is_not_supported_is_refused_by_name(server: Running, field: str) -
     assert field in response.json()["error"]["message"]
 
 
+def test_parts_of_messages_that_are_no_text_are_refused_by_name(server: Running) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    message = {"role": "user", "content": [{"type": "text", "text": "what is"}, picture]}
+    response = server.post("/v1/chat/completions", {"model": "tiny", "messages": [message]})
+    assert response.status_code == 400
+    assert "'image_url' are not supported" in response.json()["error"]["message"]
+
+
 def test_values_that_ask_for_nothing_are_accepted(server: Running) -> None:
     server.complete(
         "x", max_tokens=1, presence_penalty=0, frequency_penalty=0.0, logit_bias=None, best_of=1
@@ -423,6 +432,8 @@ def test_health_and_metrics(server: Running) -> None:
     text = server.client.get("/metrics").text
     assert 'vllm:generation_tokens_total{model_name="tiny"}' in text
     assert 'route="/v1/completions",status="200"' in text
+    assert 'nearest:memory_documents{memory="test"} 12.0' in text
+    assert re.search(r'nearest:memory_version\{memory="test"\} [1-9]', text)
 
 
 def test_another_host_or_page_is_refused_without_a_key(server: Running) -> None:

@@ -184,7 +184,9 @@ def test_documents_are_added_replaced_and_removed(server: Running) -> None:
     assert server.post(url, new).status_code == 401
     added = server.post(url, new, headers=key).json()
     assert (added["version"], added["documents"]) == (2, 13)
-    assert server.post(url, new, headers=key).status_code == 400  # the id is there
+    again = server.post(url, new, headers=key)
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "document_exists")
+    assert "send replace: true" in again.json()["error"]["message"]
     answer = server.complete("zebra ze", max_tokens=3, model="tiny@suffix", nearest={})
     assert answer["choices"][0]["text"] == "bra"
     source = answer["choices"][0]["nearest"]["tokens"][0]["sources"][0]
@@ -202,7 +204,10 @@ def test_documents_are_added_replaced_and_removed(server: Running) -> None:
     assert gone.json()["documents"] == 12
     assert server.client.get(url, params={"id": "é/1"}).status_code == 404
     assert server.post("/v1/nearest/compact/test", {}, headers=key).status_code == 200
-    assert server.client.delete(url, params={"id": "no"}, headers=key).status_code == 400
+    for ids in (["no"], ["doc-0", "no"]):  # all are removed, or none
+        refused = server.client.delete(url, params={"id": ids}, headers=key)
+        assert refused.status_code == 404
+        assert "no document 'no'" in refused.json()["error"]["message"]
 
 
 def test_versions_in_use_are_few(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,14 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
         page.uncheck("#compare")
         page.wait_for_timeout(400)
         complete(page)
+        page.click("#more summary")
+        page.select_option("#method", "in-context")
+        page.click("#more summary")
+        page.wait_for_timeout(400)
+        complete(page)
+        page.locator("#reads").scroll_into_view_if_needed()
+        page.locator("#reads summary").last.click()
+        take(page, "read")
         asked(
             page,
             "text",

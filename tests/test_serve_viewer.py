@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import make_documents
 from nearest import Memory
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+from test_serve_beside import chunked, make_fitted, search
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -150,6 +151,42 @@ def test_a_text_is_read_under_model_and_memory(page: Page) -> None:
     expect(page.locator("#story")).to_contain_text("likelier with it")
     expect(page.locator("#legend-text")).to_be_visible()
     expect(page.locator("#compare-field")).to_be_hidden()
+
+
+def test_what_was_read_beside_the_text_is_shown(
+    browser: Any, build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Neighbours under each chunk, opened with the token that they acted on, and the slider."""
+    model = roomy_model()
+    memory = chunked(build_memory(model, make_documents(12, 30)))
+    with serving(make_fitted(model), tiny_tokenizer, [memory], retro=search()) as server:
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, bypass_csp=True)
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        expect(page.locator("#method")).to_have_value("retro")
+        ran(page)
+        reads = page.locator("#reads details")
+        assert reads.count() > 3
+        page.locator(".t").nth(30).click()
+        expect(page.locator("#reads details[open]")).to_have_count(1)
+        opened = page.locator("#reads details[open]")
+        assert opened.locator(".list > li").count() == 2
+        expect(opened).to_contain_text("distance")
+        assert (
+            page.locator("#reads mark").count() == page.locator("#reads mark", has_text=" ").count()
+        )
+        opened.locator(".name").first.click()
+        expect(page.locator("#document-text mark")).to_be_visible()
+        page.click("#document-close")
+        page.locator("#documents .list > li .name").first.click()
+        assert page.locator(".t.of").count() > 0
+        page.evaluate("document.getElementById('more').open = true")
+        page.locator("#neighbours").fill("4")
+        expect(page.locator("#reads details").last.locator("li")).to_have_count(4)
+        complete(page)
+        found = Axe().run(page).response["violations"]
+        assert not found, [(one["id"], one["nodes"][0]["html"]) for one in found]
+        page.close()
 
 
 def test_a_stranger_has_something_to_begin_with(page: Page) -> None:

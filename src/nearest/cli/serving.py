@@ -2,17 +2,20 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nearest.cli.app import err, open_memory, open_with_model, quiet_libraries
+from nearest.cli.app import err, model_of, open_memory, quiet_libraries
 from nearest.cli.options import Force, MethodSettings, Opening, given
 from nearest.errors import NearestError, require
 
 if TYPE_CHECKING:
+    from nearest.memory import Memory
     from nearest.retro.data.live import MemoryNeighbours
+    from nearest.retro.data.stages import Method
     from nearest.serve.app import ServeOptions
+    from nearest.serve.readings import NeighbourSearch
 
 
 def serve(
@@ -49,6 +52,19 @@ def serve(
         Path | None,
         typer.Option(help="Folder of `nearest retro prepare`: serve the neighbours of chunks."),
     ] = None,
+    retro: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A RETRO or RETROfit model (or the run it is in) that is served in place of the "
+            "memory's, with neighbours from the memories that have chunks. --model then names "
+            "what a RETROfit was made of, if not where it was.",
+        ),
+    ] = None,
+    retro_method: Annotated[
+        Literal["dense", "bm25", "rerank", "fusion"],
+        typer.Option(help="How its neighbours are found (--retro)."),
+    ] = "dense",
     shard: Annotated[
         str | None,
         typer.Option(
@@ -93,12 +109,16 @@ def serve(
             template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise NearestError(f"{chat_template} cannot be read: {error}") from error
-    first, model, tokenizer = open_with_model(memories[0], opening)
-    opened = [first, *(open_memory(path, opening.search_on) for path in memories[1:])]
+    opened = [open_memory(path, opening.search_on) for path in memories]
+    search = None
+    if retro is None:
+        model, tokenizer = model_of(opened[0], opening)
+    else:
+        model, tokenizer, search = _retro(retro, opened, retro_method, opening, force=force)
     options = ServeOptions(
         model_name=name,
         method=method,
-        settings=given(**vars(settings)),
+        settings=given(**settings.named()),
         api_key=api_key,
         write_key=write_key,
         chat_template=template,
@@ -106,6 +126,7 @@ def serve(
         timeout=timeout,
         force=force,
         chunks=None if chunks is None else _neighbours(chunks, opening),
+        retro=search,
     )
     service = make_service(model, tokenizer, opened, options)
     log_to(sys.stderr)
@@ -139,6 +160,35 @@ def _serve_shard(
 def _address(host: str, port: int) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}/"
+
+
+def _retro(
+    name: Path, memories: "list[Memory]", method: "Method", opening: Opening, *, force: bool
+) -> "tuple[Any, Any, NeighbourSearch]":
+    """A RETRO model, its tokenizer, and what finds its neighbours among the memories' chunks."""
+    from nearest.retro.data.database import ChunkDatabase
+    from nearest.retro.data.opening import decoder, embedder_of
+    from nearest.retro.opening import open_retro
+    from nearest.serve.readings import NeighbourSearch
+
+    cut = next((memory for memory in memories if memory.manifest.chunks is not None), None)
+    if cut is None:
+        raise NearestError(
+            "none of the memories has chunks, among which neighbours are found: run `nearest retro "
+            f"prepare {memories[0].path}`"
+        )
+    model, tokenizer = open_retro(
+        name, base=opening.model, dtype=opening.dtype, device=opening.device or "auto", force=force
+    )
+    if tokenizer is None:
+        raise NearestError(
+            f"{name} was saved without its tokenizer, so that no text can be read: save one into "
+            "the folder"
+        )
+    embedder = None
+    if method != "bm25":
+        embedder = embedder_of(ChunkDatabase(cut), device=opening.device or "auto")
+    return model, tokenizer, NeighbourSearch(embedder, decoder(tokenizer), method)
 
 
 def _neighbours(folder: Path, opening: Opening) -> "MemoryNeighbours":

@@ -7,7 +7,7 @@ them: windows, targets, and the tokens that count as context of a query.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,9 +44,13 @@ class PassageChooser:
 
     @classmethod
     def of(
-        cls, memories: Sequence[Memory], model: LanguageModel, settings: Settings
+        cls,
+        memories: Sequence[Memory],
+        model: LanguageModel,
+        settings: Settings,
+        cut: Callable[[Memory, int], Passages] = Passages,
     ) -> "PassageChooser":
-        """Cut the memory's documents into passages.
+        """Cut the memory's documents into passages; `cut` may have done so before.
 
         Raises:
             SettingError: there are several memories, the model reads texts with an encoder, or its
@@ -70,7 +74,7 @@ class PassageChooser:
                 f"{positions} positions: give fewer, or shorter ones (--passages, "
                 "--passage-tokens, --passage-stride)"
             )
-        passages = Passages(memory, settings.passage_tokens)
+        passages = cut(memory, settings.passage_tokens)
         return cls(passages, settings, memory.manifest.model.start_token)
 
     def chosen_at(self, position: int) -> int:
@@ -85,11 +89,22 @@ class PassageChooser:
             position: in the text; passages are chosen by the tokens up to here.
             without: the number of a document of the memory that gives no passages.
         """
-        query = text[max(1, position + 1 - self.settings.query_tokens) : position + 1]
-        found = self.passages.best(query, self.settings.passages, without)
-        if not found:
+        return self.front(self.best(text, position, without))
+
+    def best(self, text: Tokens, position: int, without: int = NO_DOCUMENT) -> list[int]:
+        """The passages that `before` puts before a text, by their numbers, best first."""
+        query = self.query(text, position)
+        return self.passages.best(query, self.settings.passages, without)
+
+    def query(self, text: Tokens, position: int) -> Tokens:
+        """The tokens of a text that passages are chosen by."""
+        return text[max(1, position + 1 - self.settings.query_tokens) : position + 1]
+
+    def front(self, passages: Sequence[int]) -> Tokens:
+        """Start token and passages, given best first; nothing where there are none."""
+        if not passages:
             return np.empty(0, dtype=np.int64)
-        parts = [self.passages.tokens(number) for number in reversed(found)]
+        parts = [self.passages.tokens(number) for number in reversed(passages)]
         return np.concatenate([np.array([self.start_token], dtype=np.int64), *parts])
 
 

@@ -12,13 +12,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from nearest.retrieval.settings import BASE
 from nearest.serve.errors import ApiError
 from nearest.serve.extension import schemas
 from nearest.serve.metrics import Metrics
 from nearest.serve.provenance import title_of
 from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
 from nearest.serve.service import Service, in_thread
-from nearest.serve.shelf import version_of
+from nearest.serve.shelf import Shelf, version_of
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = resources.files("nearest.serve").joinpath("page")
@@ -32,6 +33,7 @@ _DOCUMENTS_A_PAGE = 100
 
 def operations(
     metrics: Metrics,
+    shelf: Shelf,
     alive: Callable[[], bool] = lambda: True,
     accepts: Callable[[], bool] = lambda: True,
 ) -> APIRouter:
@@ -53,9 +55,18 @@ def operations(
 
     @routes.get("/metrics")
     async def told() -> Response:
+        await in_thread(_count, metrics, shelf)
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes
+
+
+def _count(metrics: Metrics, shelf: Shelf) -> None:
+    """Note what the memories hold now."""
+    for name in shelf.names:
+        memory = shelf.memory(name)
+        metrics.documents.labels(name).set(memory.documents)
+        metrics.version.labels(name).set(version_of(memory))
 
 
 def router(service: Service) -> APIRouter:
@@ -163,7 +174,7 @@ def _about(service: Service) -> dict[str, Any]:
         "methods": library.methods,
         "method": library.method,
         "settings": {
-            method: library.retrieval(method, None).described()["settings"]
+            method: {} if method == BASE else library.settings_of(method)
             for method in library.methods
         },
         "chat": service.vocabulary.chat_template is not None,

@@ -46,6 +46,10 @@ class Choice:
         self.tokens += tokens
         return tokens
 
+    def reads(self) -> list[dict[str, Any]]:
+        """What was read beside the text and not told before."""
+        return [] if self.provenance is None else self.provenance.reads()
+
     def summary(self) -> dict[str, Any] | None:
         """The `nearest` object at the end of an answer."""
         if self.provenance is None or not self.with_tokens:

@@ -20,10 +20,12 @@ from nearest.encode.identity import (
     start_token,
     vocabulary_size,
 )
-from nearest.encode.layers import LanguageModel
+from nearest.encode.layers import KeyLayer, LanguageModel
 from nearest.errors import ModelError, SettingError
 from nearest.memory import Memory
 from nearest.retro.data.live import MemoryNeighbours
+from nearest.retro.lookup import looking_up
+from nearest.retro.retrofit import RetrofitForCausalLM
 from nearest.serve import about, chunks, completions, living, remote_memory, retrieval
 from nearest.serve.engine import Engine, Limits
 from nearest.serve.errors import ApiError, of_http, of_validation
@@ -31,6 +33,7 @@ from nearest.serve.guards import LOOPBACK, AccessLog, BodyLimit, KeyGuard, SlowC
 from nearest.serve.library import Library
 from nearest.serve.metrics import Metrics
 from nearest.serve.passes import Passes
+from nearest.serve.readings import NeighbourSearch, Readings
 from nearest.serve.service import Service
 from nearest.serve.shelf import Shelf
 from nearest.serve.vocabulary import Vocabulary
@@ -55,6 +58,7 @@ class ServeOptions:
         grace: seconds for what is under way when the server is told to stop.
         force: accept another model than the one that built the memories.
         chunks: finds the neighbours of RETRO's chunks for `/search/chunks`; None: no such route.
+        retro: finds the neighbours of a served RETRO model among the memories; None: it reads none.
     """
 
     model_name: str | None = None
@@ -71,6 +75,7 @@ class ServeOptions:
     grace: float = 20.0
     force: bool = False
     chunks: MemoryNeighbours | None = None
+    retro: NeighbourSearch | None = None
 
 
 def make_service(
@@ -88,18 +93,19 @@ def make_service(
             f"{type(model).__name__} is an encoder–decoder, and the server continues texts: serve "
             "a causal language model"
         )
-    layer = common_key_layer(memories, model, tokenizer, force=options.force)
+    layer, readings = _fitted(model, tokenizer, memories, options)
     name = options.model_name or model_name(model).rstrip("/").rpartition("/")[2] or "model"
     vocabulary = Vocabulary(
         tokenizer,
-        start_token(tokenizer),
         vocabulary_size(model),
         _stop_tokens(model, tokenizer),
         options.chat_template,
     )
     metrics = Metrics(name)
-    engine = Engine(Passes(model, layer), vocabulary, metrics, options.limits)
-    library = Library(memories, options.method, options.settings)
+    plain = model.base if isinstance(model, RetrofitForCausalLM) else model
+    engine = Engine(Passes(plain, layer), vocabulary, metrics, options.limits)
+    first = start_token(tokenizer)
+    library = Library(memories, options.method, options.settings, readings, first)
     return Service(
         name,
         vocabulary,
@@ -111,6 +117,39 @@ def make_service(
         time.time(),
         model if options.write_key is not None else None,
     )
+
+
+def _fitted(
+    model: LanguageModel, tokenizer: Any, memories: Sequence[Memory], options: ServeOptions
+) -> tuple[KeyLayer, Readings]:
+    """Where the memories' keys are, and what may be read beside texts.
+
+    A RETRO model's memories hold states of texts alone, or of such with neighbours.
+
+    Raises:
+        NearestError: model and memories do not fit together.
+    """
+
+    def layer() -> KeyLayer:
+        return common_key_layer(memories, model, tokenizer, force=options.force)
+
+    search = options.retro
+    if search is None:
+        return layer(), Readings(model)
+    if not hasattr(model, "retro_config"):
+        raise ModelError(
+            f"{type(model).__name__} reads no neighbours: serve a RETRO or RETROfit model (--retro)"
+        )
+    with_neighbours = Readings(model, search, keys_alone=False)
+    found = with_neighbours.neighbours(memories, with_neighbours.neighbour_settings({})).search
+    try:
+        return layer(), Readings(model, search)
+    except ModelError as alone:
+        try:
+            with looking_up(model, found):
+                return layer(), with_neighbours
+        except ModelError:
+            raise alone from None
 
 
 def create_app(service: Service, options: ServeOptions) -> FastAPI:
@@ -139,7 +178,9 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     app.include_router(about.router(service))
     engine = service.engine
     app.include_router(
-        about.operations(service.metrics, lambda: engine.alive, lambda: engine.accepts)
+        about.operations(
+            service.metrics, service.library, lambda: engine.alive, lambda: engine.accepts
+        )
     )
     if service.writer is not None:
         app.include_router(living.router(service, service.writer))
@@ -157,7 +198,7 @@ def create_shard_app(shelf: Shelf, options: ServeOptions) -> FastAPI:
         telemetry={"auto_configure": False},
     )
     app.include_router(remote_memory.router(shelf))
-    app.include_router(about.operations(metrics))
+    app.include_router(about.operations(metrics, shelf))
     return _guarded(app, options, metrics)
 
 

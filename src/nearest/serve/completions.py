@@ -66,18 +66,19 @@ def router(service: Service) -> APIRouter:
 def _completion(service: Service, body: CompletionRequest, request: Request) -> _Asked:
     vocabulary, echo = service.vocabulary, bool(body.echo)
     retrieval = service.library.retrieval(service.method(body.model), body.nearest)
+    start, room = retrieval.start_token, retrieval.reading.room
     texts, prompts = [], []
     for prompt in body.prompts:
         if not isinstance(prompt, str):
             vocabulary.check(prompt, "prompt")
         texts.append(isinstance(prompt, str))
-        prompts.append(vocabulary.prompt(prompt) if isinstance(prompt, str) else prompt)
+        prompts.append(vocabulary.prompt(prompt, start) if isinstance(prompt, str) else prompt)
     seed = new_seed(body.seed)
     sources = body.nearest is not None and body.nearest.sources
     wanted = [
         service.wanted(
             body,
-            service.max_tokens(prompt, body.max_tokens, _DEFAULT_TOKENS),
+            service.max_tokens(prompt, body.max_tokens, _DEFAULT_TOKENS, room),
             # The chosen token's own probability is told with the likeliest's beside it.
             top=0 if body.logprobs is None else max(1, body.logprobs),
             echo=echo,
@@ -93,7 +94,7 @@ def _completion(service: Service, body: CompletionRequest, request: Request) -> 
 
     def shown(choice: Choice, told: Sequence[Told]) -> list[Told]:
         """Without the start token, which a text's client has not sent."""
-        hide = echo and texts[choice.index // per_prompt]
+        hide = echo and start is not None and texts[choice.index // per_prompt]
         return [t for t in told if not (hide and t.prompt and t.log_prob is None)]
 
     def log_probs(choice: Choice, told: Sequence[Told], offset: int) -> dict[str, Any] | None:
@@ -124,7 +125,7 @@ def _chat(service: Service, body: ChatRequest, request: Request) -> _Asked:
     cited = bool(retrieval.memories)
     wanted = service.wanted(
         body,
-        service.max_tokens(prompt, asked, None),
+        service.max_tokens(prompt, asked, None, retrieval.reading.room),
         top=top,
         seed=new_seed(body.seed),
         sources=cited,
@@ -213,7 +214,7 @@ def _choices(asked: _Asked) -> list[dict[str, Any]]:
     for choice in asked.choices:
         written = {"index": choice.index, **asked.whole(choice), "finish_reason": choice.finished}
         if (summary := choice.summary()) is not None:
-            written["nearest"] = {**summary, "tokens": choice.tokens}
+            written["nearest"] = {**summary, "tokens": choice.tokens, "reads": choice.reads()}
         choices.append(written)
     return choices
 
@@ -259,7 +260,9 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[str, None]:
                 }
                 if choice.with_tokens:
                     summary = await in_thread(choice.summary) if news.finished else None
-                    written["nearest"] = {**(summary or {"version": 1}), "tokens": tokens}
+                    reads = await in_thread(choice.reads)
+                    told = {"tokens": tokens, "reads": reads}
+                    written["nearest"] = {**(summary or {"version": 1}), **told}
                 yield _event({**head, "choices": [written]})
         if with_usage:
             counted = usage(sum(map(len, asked.prompts)), asked.choices)

@@ -17,7 +17,7 @@ from nearest.errors import FolderError, NearestError, RemoteError
 from nearest.serve.errors import ApiError
 from nearest.serve.metrics import Metrics
 from nearest.serve.mixing import Mixture, row_queries
-from nearest.serve.passes import Batch, Passed, Passes
+from nearest.serve.passes import Batch, Passed, Passes, PlainBatch
 from nearest.serve.prompts import PIECE, Prompt, tell
 from nearest.serve.sampling import choose_each
 from nearest.serve.vocabulary import Vocabulary
@@ -169,7 +169,7 @@ class Engine:
         for running in self._running:
             ended = [row for row in running.rows if _ended(row.work, now)]
             if ended:
-                running.keep([r for r in running.rows if not _ended(r.work, now)], self._passes)
+                running.keep([r for r in running.rows if not _ended(r.work, now)])
                 for work in _works_of(ended):
                     _give_up(work)
         self._running = [one for one in self._running if one.rows]
@@ -206,20 +206,24 @@ class Engine:
         going = [row for row in rows if row.finished is None]
         if not going:
             return
-        batch = self._passes.repeat(prompt.batch, len(going))
-        if not self._passes.joins:
+        batch = prompt.batch
+        batch.repeat(len(going))
+        if not isinstance(batch, PlainBatch) or not batch.joins:
             self._running.append(_Running(going, batch))
-        elif self._running:
-            self._passes.join(self._running[0].batch, batch)
-            self._running[0].rows += going
-        else:
-            self._running.append(_Running(going, self._passes.join(None, batch)))
+            return
+        for running in self._running:
+            if isinstance(running.batch, PlainBatch):
+                running.batch.join(batch)
+                running.rows += going
+                return
+        batch.share()
+        self._running.append(_Running(going, batch))
 
     def _advance(self, running: "_Running") -> None:
         """One more token for each of the rows; those of one method are looked up together."""
         try:
             with self._metrics.pass_seconds.time():
-                passed = self._passes.step(running.batch, [row.tokens[-1] for row in running.rows])
+                passed = running.batch.step([row.tokens[-1] for row in running.rows])
         except Exception as error:
             _fail(_works_of(running.rows), error)
             running.rows = []
@@ -230,12 +234,12 @@ class Engine:
         for numbers in alike.values():
             rows = [running.rows[number] for number in numbers]
             try:
-                self._predict(rows, Passed(passed.keys[numbers], passed.log_probs[numbers]))
+                self._predict(rows, passed.rows(numbers))
             except Exception as error:
                 _fail(_works_of(rows), error)
                 for row in rows:
                     row.finished = "error"
-        running.keep([row for row in running.rows if row.finished is None], self._passes)
+        running.keep([row for row in running.rows if row.finished is None])
 
     def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
         ensemble = rows[0].work.ensemble
@@ -247,6 +251,8 @@ class Engine:
                 row_queries(passed.keys[:, -1].numpy(), contexts),
                 [row.state for row in rows],
                 passed.log_probs[:, -1],
+                None if passed.alone is None else passed.alone[:, -1],
+                [of_row[-1] for of_row in passed.read],
             )
         self._tell(rows, prediction, range(len(rows)))
 
@@ -274,12 +280,12 @@ class _Running:
         self.rows = rows
         self.batch = batch
 
-    def keep(self, rows: list[Row], passes: Passes) -> None:
+    def keep(self, rows: list[Row]) -> None:
         """Go on with some of the rows."""
         if rows and len(rows) < len(self.rows):
             kept = {id(row) for row in rows}
             numbers = [n for n, row in enumerate(self.rows) if id(row) in kept]
-            rows = [self.rows[n] for n in passes.keep(self.batch, numbers)]
+            rows = [self.rows[n] for n in self.batch.keep(numbers)]
         self.rows = rows
 
 

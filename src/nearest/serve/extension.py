@@ -55,8 +55,10 @@ class Source(NamedDocument):
 class Token(_Told):
     """A token of an answer, or with `echo` of the prompt.
 
-    `memory_weight` is the share of its probability that the memories gave. The first of
-    `base_alternatives` is what the model alone would have said.
+    `memory_weight` is the share of its probability that the memories gave, `passage_weight` the
+    share that it would not have had without the passages that the model had read beside the text:
+    `read` is their number in `reads`. The first of `base_alternatives` is what the model alone
+    would have said.
     """
 
     id: int
@@ -66,9 +68,32 @@ class Token(_Told):
     logprob: float | None
     base_logprob: float | None
     memory_weight: float = Field(ge=0, le=1)
+    passage_weight: float = Field(ge=0, le=1)
+    read: int | None = Field(ge=0)
     alternatives: list[Alternative]
     base_alternatives: list[Alternative]
     sources: list[Source] = Field(max_length=5)
+
+
+class Passage(NamedDocument):
+    """A passage that the model read beside the text: RETRO's neighbour, or one before the text.
+
+    `position` is that of its first token, `length` counts its tokens with those of `after`, which
+    follows it in the document and was read, too. `distance` is a neighbour's to the query.
+    """
+
+    position: int = Field(ge=0)
+    length: int = Field(ge=1)
+    distance: float | None
+    text: str
+    after: str
+
+
+class Read(_Told):
+    """What the model read beside the text from some token on, and the text it was found for."""
+
+    query: str
+    passages: list[Passage]
 
 
 class Share(NamedDocument):
@@ -107,7 +132,10 @@ class UsedMemory(_Told):
 
 
 class Answer(_Told):
-    """`nearest` of a choice, and of the last piece of a stream."""
+    """`nearest` of a choice, and of the last piece of a stream.
+
+    Pieces of a stream hold the new ones of `tokens` and `reads`, whose numbers go on.
+    """
 
     version: Literal[1]
     method: str
@@ -117,6 +145,7 @@ class Answer(_Told):
     spans: list[Span]
     verbatim: list[Copy]
     tokens: list[Token]
+    reads: list[Read]
 
 
 class Piece(_Told):
@@ -124,6 +153,7 @@ class Piece(_Told):
 
     version: Literal[1]
     tokens: list[Token]
+    reads: list[Read]
 
 
 def schemas() -> dict[str, Any]:

@@ -4,22 +4,31 @@ Requests that ask for the same share one `Ensemble`, and with it their searches.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nearest.errors import NearestError, SettingError
+from nearest.errors import FolderError, NearestError, RemoteError, SettingError
 from nearest.memory import Memory
 from nearest.remote.memory import RemoteMemory
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.settings import BASE, MEMORY_METHODS, check_method, resolve_settings
+from nearest.retrieval.settings import (
+    BASE,
+    IN_CONTEXT,
+    MEMORY_METHODS,
+    as_stored,
+    resolve_settings,
+)
+from nearest.serve.beside import AS_IT_IS, Reading
 from nearest.serve.errors import ApiError
+from nearest.serve.readings import RETRO, Readings, of_method
 from nearest.serve.schema import NearestOptions
 from nearest.serve.shelf import Shelf, version_of
 from nearest.store.snapshot import Snapshot
 
 _KEPT_ENSEMBLES = 64
+_NO_MEMORY = Ensemble((), ())
 
 
 @dataclass(frozen=True)
@@ -28,29 +37,32 @@ class Retrieval:
 
     Attributes:
         method: of all memories.
+        settings: of the method, as answers tell them.
         names: of the memories, by their numbers in the ensemble.
         memories: opened, by number.
-        ensemble: of no memory where the method is "base".
+        ensemble: of no memory where none is mixed, as with "base".
+        reading: what is read beside the text.
+        start_token: that texts are read after; None where they are read as they are.
     """
 
     method: str
+    settings: Mapping[str, Any]
     names: tuple[str, ...]
     memories: tuple[Memory, ...]
     ensemble: Ensemble
+    reading: Reading
+    start_token: int | None
 
     def described(self) -> dict[str, Any]:
         """As answers tell it."""
-        lookups = self.ensemble.lookups
-        settings = lookups[0].settings.of(self.method) if lookups else {}
+        weights = self.ensemble.weights or (0.0,) * len(self.memories)
         return {
             "version": 1,
             "method": self.method,
-            "settings": {k: "inf" if v == float("inf") else v for k, v in settings.items()},
+            "settings": dict(self.settings),
             "memories": [
                 {"name": name, "version": version_of(memory), "weight": weight}
-                for name, memory, weight in zip(
-                    self.names, self.memories, self.ensemble.weights, strict=True
-                )
+                for name, memory, weight in zip(self.names, self.memories, weights, strict=True)
             ],
         }
 
@@ -59,20 +71,32 @@ class Library(Shelf):
     """Memories by name, and methods that look them up; several threads may use it."""
 
     def __init__(
-        self, memories: Sequence[Memory], method: str | None, settings: Mapping[str, Any]
+        self,
+        memories: Sequence[Memory],
+        method: str | None,
+        settings: Mapping[str, Any],
+        readings: Readings,
+        start_token: int,
     ) -> None:
         super().__init__(memories)
-        self.methods = [BASE, *(m for m in MEMORY_METHODS if self._can(m))]
+        self._readings = readings
+        self._start_token = start_token
+        self.methods = [BASE, *self._possible()]
         if method is None:
-            preferred = ("hybrid", "knn", "suffix")
+            preferred = (RETRO, "hybrid", "knn", "suffix")
             method = next(m for m in preferred if m in self.methods)
-        check_method(method, (BASE, *MEMORY_METHODS))
+        if method not in self.methods:
+            raise SettingError(
+                f"method {method!r} cannot be served with these memories: choose among "
+                f"{', '.join(self.methods)}"
+            )
         self.method = method
         self._settings = dict(settings)
         self._ensembles: OrderedDict[Any, Retrieval] = OrderedDict()
-        self.retrieval(
-            method, None
-        )  # refuses settings that make no sense before anything is served
+        try:
+            self.retrieval(method, None)
+        except ApiError as error:  # before anything is served
+            raise SettingError(error.message) from error
 
     def _changed(self, name: str) -> None:
         for key in [k for k, one in self._ensembles.items() if name in one.names]:
@@ -94,7 +118,7 @@ class Library(Shelf):
             )
         if method == BASE:
             return self._base(options)
-        names, weights = self._weighted(options)
+        names, weights = self._weighted(options, mixed=of_method(method)[1] != BASE)
         memories = tuple(self.memory(name, "nearest.memories") for name in names)
         settings = options.settings or (self._settings if method == self.method else {})
         given = {k: float(v) if v == "inf" else v for k, v in settings.items()}
@@ -144,6 +168,43 @@ class Library(Shelf):
         without = Snapshot(memory.path, memory.manifest, segments)
         return Memory(without, memory.search_on, memory)
 
+    def settings_of(self, method: str) -> dict[str, Any]:
+        """The settings that a method has where a request gives none."""
+        memory = self.memory(self.names[0])
+        return self._settings_told(method, memory, self._settings if method == self.method else {})
+
+    def _settings_told(
+        self, method: str, memory: Memory, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A method's settings as answers tell them: as given, else as a memory was tuned."""
+        way, of_memory = of_method(method)
+        told: dict[str, Any] = {}
+        if way == RETRO:
+            told = self._readings.neighbour_settings(given)
+            given = {name: value for name, value in given.items() if name not in told}
+            method = of_memory
+            if method == BASE and given:
+                raise SettingError(
+                    f"{min(given)!r} is no setting of {RETRO}: choose among {', '.join(told)}"
+                )
+        if method != BASE:
+            told |= as_stored(resolve_settings(method, memory, **given), method)
+        return told
+
+    def _possible(self) -> Iterator[str]:
+        """Methods other than the model alone."""
+        looked_up = [method for method in MEMORY_METHODS if self._can(method)]
+        if self._readings.search is not None:
+            yield RETRO
+            yield from (f"{RETRO}+{method}" for method in looked_up)
+        if self._readings.keys_alone:
+            yield from looked_up
+        if not any(isinstance(memory, RemoteMemory) for memory in self._memories.values()):
+            yield IN_CONTEXT
+            if self._readings.keys_alone:
+                both = (f"{IN_CONTEXT}+{method}" for method in MEMORY_METHODS)
+                yield from filter(self._can, both)
+
     def _can(self, method: str) -> bool:
         try:
             for memory in self._memories.values():
@@ -160,10 +221,18 @@ class Library(Shelf):
                     "the method base looks nothing up: leave this out",
                     param=f"nearest.{field}",
                 )
-        return Retrieval(BASE, (), (), Ensemble((), ()))
+        return Retrieval(BASE, {}, (), (), _NO_MEMORY, AS_IT_IS, self._start_token)
 
-    def _weighted(self, options: NearestOptions) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    def _weighted(
+        self, options: NearestOptions, *, mixed: bool
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
         chosen = options.memories
+        if not mixed and any(one.weight is not None for one in chosen or ()):
+            raise ApiError(
+                400,
+                "the method mixes no memory with the model: leave weights out",
+                param="nearest.memories",
+            )
         if chosen is None:
             names = self.names
             return tuple(names), (1 / len(names),) * len(names)
@@ -196,8 +265,39 @@ class Library(Shelf):
             for name, memory in zip(names, memories, strict=True)
         )
         try:
-            ensemble = Ensemble.of(list(memories), method, weights, **settings)
-        except (SettingError, TypeError, ValueError) as error:
+            return self._looked_up(method, settings, names, memories, weights)
+        except (FolderError, RemoteError) as error:
+            raise ApiError(503, str(error), headers={"Retry-After": "5"}) from error
+        except (NearestError, TypeError, ValueError) as error:
             param = "nearest.memories" if "weight" in str(error) else "nearest.settings"
             raise ApiError(400, str(error), param=param) from error
-        return Retrieval(method, names, memories, ensemble)
+
+    def _looked_up(
+        self,
+        method: str,
+        given: Mapping[str, Any],
+        names: tuple[str, ...],
+        memories: tuple[Memory, ...],
+        weights: tuple[float, ...],
+    ) -> Retrieval:
+        """A method with its settings; NearestError where they make no sense."""
+        way, of_memory = of_method(method)
+        told = self._settings_told(method, memories[0], given)
+        reading: Reading = AS_IT_IS
+        start: int | None = self._start_token
+        mixed = method  # whose settings those of a memory are
+        if way == RETRO:
+            near = self._readings.neighbour_settings(given)
+            given = {name: value for name, value in given.items() if name not in near}
+            mixed = of_memory
+            reading = with_neighbours = self._readings.neighbours(
+                memories, near, looked_up=of_memory != BASE
+            )
+            start = with_neighbours.start_token
+        elif way == IN_CONTEXT:
+            chosen = resolve_settings(method, memories[0], **given)
+            reading = self._readings.passages(memories, chosen)
+        ensemble = _NO_MEMORY
+        if of_memory != BASE:
+            ensemble = Ensemble.of(list(memories), mixed, weights, **given)
+        return Retrieval(method, told, names, memories, ensemble, reading, start)

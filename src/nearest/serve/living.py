@@ -6,7 +6,7 @@ that it began with; the next one reads the new version.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -48,6 +48,10 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
     tokenizer = service.vocabulary.tokenizer
     one_writer = asyncio.Lock()
 
+    def known(memory: Memory, ids: Sequence[str]) -> list[str]:
+        found = service.library.stored_ids(memory).find(ids)
+        return [name for name, stored in zip(ids, found, strict=True) if stored is not None]
+
     async def changed(name: str, change: Callable[[Memory], Memory]) -> dict[str, Any]:
         async with one_writer:
             await _until_few_versions(service.library, name)
@@ -66,16 +70,37 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
     @routes.post("/v1/nearest/documents/{memory}")
     async def add(memory: str, body: NewDocuments) -> dict[str, Any]:
         documents = [Document(one.id, one.text, one.metadata, one.id) for one in body.documents]
-        return await changed(
-            memory, lambda old: old.add(model, tokenizer, documents, replace=body.replace)
-        )
+
+        def added(old: Memory) -> Memory:
+            there = known(old, [one.id for one in documents])
+            if there and not body.replace:
+                raise ApiError(
+                    409,
+                    f"memory {memory!r} has a document {there[0]!r} already: send replace: true, "
+                    "or give the new one another id",
+                    param="documents",
+                    code="document_exists",
+                )
+            return old.add(model, tokenizer, documents, replace=body.replace)
+
+        return await changed(memory, added)
 
     @routes.delete("/v1/nearest/documents/{memory}")
     async def remove(
         memory: str,
         document_ids: Annotated[list[str], Query(alias="id", min_length=1, max_length=_AT_ONCE)],
     ) -> dict[str, Any]:
-        return await changed(memory, lambda old: old.remove(document_ids))
+        def removed(old: Memory) -> Memory:
+            there = set(known(old, document_ids))
+            if gone := [name for name in document_ids if name not in there]:
+                raise ApiError(
+                    404,
+                    f"memory {memory!r} has no document {gone[0]!r}: nothing was removed",
+                    param="id",
+                )
+            return old.remove(document_ids)
+
+        return await changed(memory, removed)
 
     @routes.post("/v1/nearest/compact/{memory}")
     async def compact(memory: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nearest.retrieval.candidates import KINDS
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.step import Prediction, State, advance, step
+from nearest.serve.passes import Read
 
 _BETWEEN = -1  # no token: a context ends where the next row's begins
 
@@ -48,8 +49,11 @@ class Mixture:
     """Log-probabilities of rows with their memories, and what they were made of.
 
     Attributes:
-        base: of the model alone, in nats.
+        base: of the model, in nats.
         log_probs: of model and memories together.
+        alone: of the model that reads the text alone; `base` where it does, or where that is not
+            known.
+        read: what it read beside the text, of each row.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Mixture:
         queries: Queries,
         states: Sequence[States],
         base: Float[Tensor, "rows vocab"],
+        alone: Float[Tensor, "rows vocab"] | None = None,
+        read: Sequence[Read | None] = (),
     ) -> None:
         """Predict the next token of each row.
 
@@ -66,10 +72,13 @@ class Mixture:
             queries: hidden state and context of each row (`row_queries`).
             states: what each row carries.
             base: the model's log-probabilities, in nats.
+            alone, read: as the attributes; by default nothing is read beside the texts.
         """
         if ensemble.needs_lm:
             queries = queries._replace(lm=lm_view(base))
         self.base = base
+        self.alone = base if alone is None else alone
+        self.read = read or [None] * len(base)
         self._ensemble = ensemble
         self._numbers = [number for number, weight in enumerate(ensemble.weights) if weight]
         self._weights = [weight for _, weight in ensemble.used]

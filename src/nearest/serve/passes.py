@@ -8,7 +8,7 @@ it but for the order in which numbers are added (about 1e-6).
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,103 +19,192 @@ from transformers.cache_utils import DynamicLayer
 from nearest.encode.hooks import captured_input
 from nearest.encode.layers import KeyLayer
 from nearest.errors import ModelError
+from nearest.retro.cache import RetroCache
+from nearest.retro.config import RetroConfig
 from nearest.serve.rows_cache import RowsCache
 
 
+class ReadPassage(NamedTuple):
+    """A passage that a model read beside the text.
+
+    Attributes:
+        memory: its number among those of the request; `document`: its number in that memory.
+        position: of its first token in the document, the start token counted.
+        tokens: of the passage; `after`: of what follows it in the document, and was read too.
+        distance: of a neighbour to the chunk that it was found for; None where there is none.
+    """
+
+    memory: int
+    document: int
+    position: int
+    tokens: tuple[int, ...]
+    after: tuple[int, ...] = ()
+    distance: float | None = None
+
+
+class Read(NamedTuple):
+    """Passages that a model read beside the text, and the tokens that they were found for."""
+
+    query: tuple[int, ...]
+    passages: tuple[ReadPassage, ...]
+
+
 class Passed(NamedTuple):
-    """What a pass gives for the last positions of each row."""
+    """What a pass gives for the last positions of each row.
 
-    keys: Float[Tensor, "rows n dim"]  # float32, on the CPU
-    log_probs: Float[Tensor, "rows n vocab"]  # float32, of the model alone, in nats
+    Attributes:
+        keys: float32, on the CPU.
+        log_probs: float32, of the model without a memory's candidates, in nats.
+        alone: as the model has them where it reads the text alone; None where it does, or where
+            that is not asked.
+        read: what was read beside the text, of each row and position; empty for nothing.
+    """
+
+    keys: Float[Tensor, "rows n dim"]
+    log_probs: Float[Tensor, "rows n vocab"]
+    alone: Float[Tensor, "rows n vocab"] | None = None
+    read: Sequence[Sequence[Read | None]] = ()
+
+    def rows(self, numbers: Sequence[int]) -> "Passed":
+        """Some of the rows."""
+        return Passed(
+            self.keys[list(numbers)],
+            self.log_probs[list(numbers)],
+            None if self.alone is None else self.alone[list(numbers)],
+            [self.read[n] for n in numbers] if self.read else (),
+        )
 
 
-class Batch:
-    """Rows that advance together, and their cache."""
+@runtime_checkable
+class Batch(Protocol):
+    """Rows that advance together, and what is kept of what they have read.
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
+    Attributes:
+        pieces: whether a prompt may be read in several pieces.
+    """
 
     @property
-    def length(self) -> int:
-        """Columns that a pass sees."""
-        return int(self.cache.get_seq_length())
+    def pieces(self) -> bool: ...
 
-    @property
-    def padding(self) -> list[int]:
-        """Columns before each row's own; of one sequence there are none."""
-        return self.cache.padding if isinstance(self.cache, RowsCache) else [0]
+    def read(self, tokens: Sequence[int], keep: int) -> Passed:
+        """Go on with tokens of a prompt, in one row; the `keep` last positions are predicted."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Passed:
+        """Go on with one token a row."""
+        ...
+
+    def repeat(self, times: int) -> None:
+        """One row several times, for several continuations of a prompt."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Forget the other rows; the numbers of the kept ones in the order that they have now."""
+        ...
 
 
 class Passes:
-    """Runs a causal model; a model whose cache is not of plain layers runs one row at a time."""
+    """Runs a causal model on texts as they are.
+
+    A model whose cache is not of plain layers runs one row at a time.
+    """
 
     def __init__(self, model: PreTrainedModel, layer: KeyLayer) -> None:
         self.model = model
-        self._layer = layer
-        self._parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in self._parameters:
+        self.layer = layer
+        self.parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in self.parameters:
             raise ModelError(
                 f"{type(model).__name__} takes no past_key_values, which the server keeps for each "
                 "request: serve a causal model that does"
             )
+        self._of_retro = isinstance(model.config, RetroConfig)
         plain = all(type(one) is DynamicLayer for one in DynamicCache(config=model.config).layers)
-        self.joins = plain and "position_ids" in self._parameters
+        self.joins = plain and "position_ids" in self.parameters
+        self.pieces = self.joins or self._of_retro
 
-    def begin(self) -> Batch:
+    def begin(self) -> "PlainBatch":
         """One row without tokens."""
-        return Batch(DynamicCache(config=self.model.config))
+        kind = RetroCache if self._of_retro else DynamicCache
+        return PlainBatch(self, kind(config=self.model.config))
+
+
+class PlainBatch:
+    """Rows that are read as they are."""
+
+    def __init__(self, passes: Passes, cache: Any) -> None:
+        self._passes = passes
+        self._cache = cache
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of other requests may advance with them."""
+        return self._passes.joins
+
+    @property
+    def pieces(self) -> bool:
+        """Whether a prompt may be read in several pieces."""
+        return self._passes.pieces
 
     @torch.inference_mode()
-    def read(self, batch: Batch, tokens: Sequence[int], keep: int) -> Passed:
-        """Go on with tokens of a prompt in a batch of one row; `keep` last positions are given."""
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        return self._pass(batch, ids, keep)
+    def read(self, tokens: Sequence[int], keep: int) -> Passed:
+        """Go on with tokens of a prompt, in one row; the `keep` last positions are predicted."""
+        ids = torch.tensor([list(tokens)], device=self._passes.model.device)
+        return self._pass(ids, keep)
 
     @torch.inference_mode()
-    def step(self, batch: Batch, tokens: Sequence[int]) -> Passed:
+    def step(self, tokens: Sequence[int]) -> Passed:
         """Go on with one token a row."""
-        ids = torch.tensor(list(tokens), device=self.model.device)[:, None]
-        return self._pass(batch, ids, 1)
-
-    def join(self, batch: Batch | None, one: Batch) -> Batch:
-        """A batch, None for a new one, with the row of another."""
-        if batch is None:
-            return Batch(RowsCache(one.cache))
-        batch.cache.add(one.cache)
-        return batch
+        ids = torch.tensor(list(tokens), device=self._passes.model.device)[:, None]
+        return self._pass(ids, 1)
 
     @torch.inference_mode()
-    def repeat(self, batch: Batch, times: int) -> Batch:
+    def repeat(self, times: int) -> None:
         """One row several times, for several continuations of a prompt."""
         if times > 1:
-            batch.cache.batch_repeat_interleave(times)
-        return batch
+            self._cache.batch_repeat_interleave(times)
 
     @torch.inference_mode()
-    def keep(self, batch: Batch, rows: Sequence[int]) -> list[int]:
+    def keep(self, rows: Sequence[int]) -> list[int]:
         """Forget the other rows; the numbers of the kept ones in the order that they have now."""
-        if isinstance(batch.cache, RowsCache):
-            return batch.cache.keep(rows)
-        batch.cache.batch_select_indices(torch.tensor(list(rows), device=self.model.device))
+        if isinstance(self._cache, RowsCache):
+            return self._cache.keep(rows)
+        chosen = torch.tensor(list(rows), device=self._passes.model.device)
+        self._cache.batch_select_indices(chosen)
         return list(rows)
 
-    def _pass(self, batch: Batch, ids: Tensor, keep: int) -> Passed:
+    def share(self) -> None:
+        """Get ready to take up rows of others."""
+        self._cache = RowsCache(self._cache)
+
+    def join(self, other: "PlainBatch") -> None:
+        """Take up the rows of another, whose prompt has been read."""
+        self._cache.add(other._cache)
+
+    def _pass(self, ids: Tensor, keep: int) -> Passed:
         rows, width = ids.shape
-        past, grows = batch.length, isinstance(batch.cache, RowsCache)
-        if grows:
-            batch.cache.make_room(width)
-        arguments: dict[str, Any] = {"past_key_values": batch.cache, "use_cache": True}
-        if self.joins:
+        passes, cache = self._passes, self._cache
+        past, keep = int(cache.get_seq_length()), max(1, keep)
+        if isinstance(cache, RowsCache):
+            cache.make_room(width)
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if passes.joins:
+            padded = cache.padding if isinstance(cache, RowsCache) else [0] * rows
             columns = torch.arange(past + width, device=ids.device)
-            padding = torch.tensor(batch.padding, device=ids.device)[:, None]
+            padding = torch.tensor(padded, device=ids.device)[:, None]
             arguments["attention_mask"] = (columns >= padding).long()
             arguments["position_ids"] = columns[past:] - padding
-        if "logits_to_keep" in self._parameters:
+        if "logits_to_keep" in passes.parameters:
             arguments["logits_to_keep"] = keep
-        with captured_input(self._layer.module) as seen:
-            logits = self.model(input_ids=ids, **arguments).logits
-        if grows:
-            batch.cache.appended(width)
-        keys = seen[0].reshape(rows, -1, seen[0].shape[-1])[:, -keep:]
-        log_probs = logits[:, -keep:].float().log_softmax(-1)
-        return Passed(keys.float().cpu(), log_probs)
+        with captured_input(passes.layer.module) as seen:
+            logits = passes.model(input_ids=ids, **arguments).logits
+        if isinstance(cache, RowsCache):
+            cache.appended(width)
+        return passed(seen[0], logits, keep)
+
+
+def passed(states: Tensor, logits: Tensor, keep: int) -> Passed:
+    """What a pass gives, of a model's states and logits."""
+    rows = len(logits)
+    keys = states.reshape(rows, -1, states.shape[-1])[:, -keep:]
+    return Passed(keys.float().cpu(), logits[:, -keep:].float().log_softmax(-1))

@@ -7,7 +7,7 @@ import torch
 
 from nearest.retrieval.queries import Queries
 from nearest.serve.mixing import Mixture, States, beginning
-from nearest.serve.passes import Passed, Passes
+from nearest.serve.passes import Batch, Passed, Passes
 from nearest.serve.sampling import likeliest
 from nearest.serve.vocabulary import TextStream, Vocabulary
 from nearest.serve.work import Told, Wanted, Work
@@ -22,11 +22,11 @@ class Prompt:
 
     def __init__(self, work: Work, passes: Passes, vocabulary: Vocabulary) -> None:
         self.work = work
-        self.batch = passes.begin()
+        compare = work.wanted.sources or work.wanted.base_top > 0
+        self.batch: Batch = work.reading.begin(passes, compare=compare)
         self.echoed: list[Told] = []
         self.prediction: Mixture
         self.number = 0
-        self._passes = passes
         self._vocabulary = vocabulary
         self._tokens = np.array(work.prompt, dtype=np.int64)
         self._state = beginning(work.ensemble)
@@ -36,13 +36,13 @@ class Prompt:
         self._first = 0 if work.wanted.echo else max(0, last - replay)  # that is predicted from
         self._text = TextStream(vocabulary, ())
         if work.wanted.echo:
-            self._echo(Told(int(self._tokens[0]), "", None, None, [], [], [], True))
+            self._echo(Told(int(self._tokens[0]), "", None, None, [], [], [], prompt=True))
 
     def read_piece(self) -> int:
         """Read the next piece; the number of its tokens."""
         start, stop = self._read, min(self._read + self._size(), len(self._tokens))
-        keep = max(1, stop - max(start, self._first))
-        passed = self._passes.read(self.batch, self._tokens[start:stop].tolist(), keep)
+        keep = max(0, stop - max(start, self._first))
+        passed = self.batch.read(self._tokens[start:stop].tolist(), keep)
         if stop > self._first:
             self._predict(range(stop - keep, stop), passed)
         self._read = stop
@@ -54,7 +54,7 @@ class Prompt:
         return self._read == len(self._tokens)
 
     def _size(self) -> int:
-        if not self._passes.joins:  # such caches take a prompt whole
+        if not self.batch.pieces:
             return len(self._tokens)
         if self._first == len(self._tokens) - 1:
             return PIECE
@@ -78,12 +78,14 @@ class Prompt:
     ) -> Iterator[tuple[Mixture, Sequence[int]]]:
         """All positions at once, or one after another with the state that each leaves."""
         ensemble, keys, base = self.work.ensemble, passed.keys[0].numpy(), passed.log_probs[0]
+        alone = base if passed.alone is None else passed.alone[0]
+        read = passed.read[0] if passed.read else [None] * len(base)
         step = 1 if ensemble.keeps_state else len(positions)
         for start in range(0, len(positions), step):
             rows, part = slice(start, start + step), positions[start : start + step]
             queries = Queries(keys[rows], self._tokens, np.array(part, dtype=np.int64))
             states: list[States] = [self._state] * len(part)
-            prediction = Mixture(ensemble, queries, states, base[rows])
+            prediction = Mixture(ensemble, queries, states, base[rows], alone[rows], read[rows])
             following = part[-1] + 1
             if ensemble.keeps_state and following < len(self._tokens):
                 self._state = prediction.after([0], [int(self._tokens[following])])[0]
@@ -107,7 +109,7 @@ def tell(
     `numbers` are the rows of the prediction that the tokens were chosen from.
     """
     rows = list(numbers)
-    mixed, base = prediction.log_probs[rows], prediction.base[rows]
+    mixed, base = prediction.log_probs[rows], prediction.alone[rows]
     at = torch.tensor(list(tokens), device=mixed.device)[:, None]
     return [
         Told(
@@ -118,13 +120,16 @@ def tell(
             top,
             base_top,
             prediction.spoke(number, token) if one.sources else [],
+            prediction.read[number],
+            read_log_prob,
         )
-        for one, number, token, log_prob, base_log_prob, top, base_top in zip(
+        for one, number, token, log_prob, base_log_prob, read_log_prob, top, base_top in zip(
             wanted,
             numbers,
             tokens,
             mixed.gather(1, at)[:, 0].tolist(),
             base.gather(1, at)[:, 0].tolist(),
+            prediction.base[rows].gather(1, at)[:, 0].tolist(),
             likeliest(mixed, [one.top for one in wanted]),
             likeliest(base, [one.base_top for one in wanted]),
             strict=True,

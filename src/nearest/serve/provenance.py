@@ -7,6 +7,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nearest.serve.library import Library, Retrieval
+from nearest.serve.passes import Read, ReadPassage
 from nearest.serve.vocabulary import Vocabulary
 from nearest.serve.work import Told, finite
 
@@ -34,6 +35,8 @@ class Provenance:
         self._weights: list[float] = []
         self._strongest: list[tuple[int, int] | None] = []  # memory and document
         self._shares: dict[tuple[int, int], list[float]] = {}  # of each token that it spoke for
+        self._reads: dict[Read, int] = {}  # with the number that tokens name it by
+        self._reads_told = 0
         self._ends: list[int] = []  # where each token's text ends, in characters
 
     def token(self, told: Told) -> dict[str, Any]:
@@ -43,17 +46,23 @@ class Provenance:
         weight = 0.0
         if told.log_prob is not None and told.spoke:
             weight = min(1.0, total / max(float(np.exp(told.log_prob)), 1e-300))
+        of_passages = (1 - weight) * _gained(told)
         places = self._places(told)
         by_document: dict[tuple[int, int], float] = {}
         for one, (document, _) in zip(told.spoke, places, strict=True):
             which = one.memory, document
             by_document[which] = by_document.get(which, 0.0) + weight * one.weight / total
+        if told.read is not None and of_passages:
+            for passage in told.read.passages:
+                which = passage.memory, passage.document
+                share = of_passages / len(told.read.passages)
+                by_document[which] = by_document.get(which, 0.0) + share
         for which, share in by_document.items():
             self._shares.setdefault(which, []).append(share)
         strongest = max(by_document, key=lambda which: by_document[which], default=None)
         if not told.prompt:
             self._told.append(told)
-            self._weights.append(weight)
+            self._weights.append(weight + of_passages)
             self._strongest.append(strongest)
             self._ends.append((self._ends[-1] if self._ends else 0) + len(told.text))
         return {
@@ -64,6 +73,8 @@ class Provenance:
             "logprob": finite(told.log_prob),
             "base_logprob": finite(told.base_log_prob),
             "memory_weight": weight,
+            "passage_weight": of_passages,
+            "read": self._number(told.read),
             "alternatives": self._alternatives(told.top),
             "base_alternatives": self._alternatives(told.base_top),
             "sources": [
@@ -81,6 +92,18 @@ class Provenance:
                 ]
             ],
         }
+
+    def reads(self) -> list[dict[str, Any]]:
+        """What the model read beside the text, as far as it was not told before."""
+        new = list(self._reads)[self._reads_told :]
+        self._reads_told = len(self._reads)
+        return [
+            {
+                "query": self._vocabulary.decode(one.query),
+                "passages": [self._passage(passage) for passage in one.passages],
+            }
+            for one in new
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The whole answer's documents, spans and verbatim runs, and what was looked up."""
@@ -127,6 +150,23 @@ class Provenance:
             }
             for span in self.spans()
         ]
+
+    def _number(self, read: Read | None) -> int | None:
+        if read is None or not read.passages:
+            return None
+        return self._reads.setdefault(read, len(self._reads))
+
+    def _passage(self, passage: ReadPassage) -> dict[str, Any]:
+        decode = self._vocabulary.decode
+        text, whole = decode(passage.tokens), decode(passage.tokens + passage.after)
+        return {
+            **self._document(passage.memory, passage.document),
+            "position": passage.position,
+            "length": len(passage.tokens) + len(passage.after),
+            "distance": passage.distance,
+            "text": text,
+            "after": whole[len(text) :],
+        }
 
     def _cited(self, n: int) -> tuple[int, int] | None:
         if n >= len(self._told) or self._weights[n] < _CITED:
@@ -218,6 +258,13 @@ class Provenance:
             {"id": token, "token": self._vocabulary.token_text(token), "logprob": finite(log_prob)}
             for token, log_prob in likeliest
         ]
+
+
+def _gained(told: Told) -> float:
+    """The share of a token's probability that it has by what was read beside the text."""
+    if told.read is None or told.base_log_prob is None or told.read_log_prob is None:
+        return 0.0
+    return max(0.0, -float(np.expm1(told.base_log_prob - told.read_log_prob)))
 
 
 def title_of(document_id: str, metadata: Mapping[str, Any]) -> str:

@@ -119,7 +119,9 @@ def _wide(array: np.ndarray, k: int, fill: float) -> np.ndarray:
 
 
 def _text(service: Service, name: str, memory: Memory, body: TextSearch) -> dict[str, Any]:
-    tokens = np.array(service.vocabulary.prompt(body.text), np.int64)
+    tokens = np.array(
+        service.vocabulary.prompt(body.text, memory.manifest.model.start_token), np.int64
+    )
     found = memory.longest_matches(tokens, np.array([len(tokens) - 1]), body.k)
     ids, lengths = found.ids[0], found.lengths[0]
     some = (ids >= 0) & (lengths > 0)

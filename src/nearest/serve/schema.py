@@ -192,6 +192,15 @@ class Message(Strict):
             if name not in sent and (name == "content" or value is not None)
         }
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _of_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"parts of the type {kind!r} are not supported: send text alone")
+        return content
+
     @property
     def text(self) -> str:
         """The content as one string."""

@@ -69,22 +69,25 @@ class Service:
         name = model.removeprefix(self.model_name).removeprefix("@")
         return name or None
 
-    def max_tokens(self, prompt: Sequence[int], asked: int | None, default: int | None) -> int:
-        """Tokens to generate after a prompt.
+    def max_tokens(
+        self, prompt: Sequence[int], asked: int | None, default: int | None, beside: int
+    ) -> int:
+        """Tokens to generate after a prompt, where `beside` tokens may be read beside the text.
 
         Raises:
             ApiError: prompt and new tokens exceed the model's positions.
         """
         if self.positions is None:
             return asked if asked is not None else default or 4096
-        room = self.positions - len(prompt)
+        room = self.positions - len(prompt) - beside
         # The last token that is generated is never read, and so may stand beyond the positions.
         if room + 1 < (asked if asked is not None else 1):
             raise ApiError(
                 400,
                 f"this model reads at most {self.positions:,} tokens, and the prompt has "
-                f"{len(prompt):,}, with {asked or 1:,} to come: shorten the prompt, or ask for "
-                "fewer",
+                f"{len(prompt):,}, with {asked or 1:,} to come"
+                + (f" and {beside:,} of passages" if beside else "")
+                + ": shorten the prompt, or ask for fewer",
                 param="max_tokens" if room >= 0 else "prompt",
                 code="context_length_exceeded",
             )
@@ -146,7 +149,8 @@ class Service:
         retrieval = self.library.retrieval(None, None)
         wanted = Wanted(4, temperature=0, sources=True)
         provenance = Provenance(retrieval, self.library, self.vocabulary, "")
-        async for _, news in self.news([[self.vocabulary.start_token]], [wanted], retrieval):
+        prompt = self.vocabulary.prompt("a", retrieval.start_token)
+        async for _, news in self.news([prompt], [wanted], retrieval):
             for told in news.told:
                 await in_thread(provenance.token, told)
         await in_thread(provenance.summary)
@@ -165,7 +169,7 @@ class Service:
 
         deadline = time.monotonic() + self.timeout
         works = [
-            Work(prompt, one, retrieval.ensemble, listener(number), deadline)
+            Work(prompt, one, retrieval.ensemble, listener(number), retrieval.reading, deadline)
             for number, (prompt, one) in enumerate(zip(prompts, wanted, strict=True))
         ]
         left = sum(one.n for one in wanted)

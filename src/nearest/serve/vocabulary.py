@@ -18,7 +18,6 @@ class Vocabulary:
 
     Args:
         tokenizer: of the model.
-        start_token: put in front of every text.
         size: number of token ids that the model accepts.
         stop_tokens: that end a generation.
         chat_template: in place of the tokenizer's own.
@@ -27,13 +26,11 @@ class Vocabulary:
     def __init__(
         self,
         tokenizer: Any,
-        start_token: int,
         size: int,
         stop_tokens: frozenset[int],
         chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.start_token = start_token
         self.size = size
         self.stop_tokens = stop_tokens
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
@@ -53,9 +50,18 @@ class Vocabulary:
         """The text of tokens, special ones left out unless asked for."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
-    def prompt(self, text: str) -> list[int]:
-        """A text as the model reads it: after the start token."""
-        return [self.start_token, *self.encode(text)]
+    def prompt(self, text: str, start: int | None) -> list[int]:
+        """A text as the model reads it: after a start token, if there is one.
+
+        Raises:
+            ApiError: neither is there.
+        """
+        tokens = self.encode(text) if start is None else [start, *self.encode(text)]
+        if not tokens:
+            raise ApiError(
+                400, "the prompt has no tokens: give some text to go on from", param="prompt"
+            )
+        return tokens
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """A conversation as the model's chat template writes it, ready for the next answer.

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from nearest.retrieval.ensemble import Ensemble
+from nearest.serve.beside import AS_IT_IS, Reading
 from nearest.serve.errors import ApiError
 from nearest.serve.mixing import Spoke, States
+from nearest.serve.passes import Read
 from nearest.serve.vocabulary import Stops, TextStream, Vocabulary
 
 
@@ -48,6 +50,8 @@ class Told(NamedTuple):
         base_log_prob: by the model alone.
         top, base_top: likeliest tokens with their log-probabilities, of both.
         spoke: entries that spoke for it.
+        read: what the model had read beside the text when it predicted it.
+        read_log_prob: by the model that had, and no memory's candidates.
     """
 
     token: int
@@ -57,6 +61,8 @@ class Told(NamedTuple):
     top: list[tuple[int, float]]
     base_top: list[tuple[int, float]]
     spoke: list[Spoke]
+    read: Read | None = None
+    read_log_prob: float | None = None
     prompt: bool = False
 
 
@@ -95,6 +101,7 @@ class Work:
     wanted: Wanted
     ensemble: Ensemble  # of no memory for the model alone
     listener: Listener
+    reading: Reading = AS_IT_IS
     deadline: float = float("inf")  # of time.monotonic()
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -151,6 +151,10 @@ class MemoryNeighbours:
         rows = self._searched.chunks.rows(found.ids, after)
         return Passages(found.ids, found.distances, rows, sources)
 
+    def place(self, chunk: int) -> tuple[int, int]:
+        """Of which of the memories a chunk is, by its number, and of which document there."""
+        return self._searched.place(chunk)
+
     @property
     def digest(self) -> str:
         """Another one where the chunks, their order or their embedder are others."""

@@ -115,6 +115,12 @@ class Databases:
         several: Any = [named] if single else named
         return cls([ChunkDatabase.open(one) for one in several])
 
+    def place(self, chunk: int) -> tuple[int, int]:
+        """Of which database a chunk is, by its number, and of which document in that."""
+        number = int(np.searchsorted(self._first, chunk, side="right")) - 1
+        own = np.array(chunk - self._first[number])
+        return number, int(self.databases[number].chunks.document_of(own))
+
     @property
     def bm25(self) -> Bm25:
         """Word statistics of all chunks, made when they are first needed."""

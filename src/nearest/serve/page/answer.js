@@ -19,6 +19,9 @@ export const shown = (text) => text.replaceAll("\n", "âŽ").replaceAll("\t", "â‡
 
 const CITED = 3; // tokens of a passage that gets its document's number
 
+// The share of a token's probability that entries of the memory, or passages that were read, gave.
+export const decided = (token) => token.memory_weight + token.passage_weight;
+
 const key = (one) => `${one.memory}\u0000${one.document}`;
 
 export class Answer {
@@ -27,6 +30,7 @@ export class Answer {
     this.title = title;
     this.onChoose = onChoose;
     this.tokens = [];
+    this.reads = []; // what the model read beside the text
     this.summary = null;
     this.text = "";
     this.chosen = -1;
@@ -45,6 +49,14 @@ export class Answer {
     this.box.addEventListener("keydown", (event) => this.#key(event));
   }
 
+  // The passages that the model had read when it predicted a token.
+  passages(token) { return token.read === null ? [] : this.reads[token.read].passages; }
+
+  // The documents that had a part in a token.
+  documents(token) {
+    return token.passage_weight > 0 ? [...token.sources, ...this.passages(token)] : token.sources;
+  }
+
   context(text) {
     this.flow.prepend(element("span", { className: "prompt" }, text));
   }
@@ -53,14 +65,14 @@ export class Answer {
     for (const token of told) {
       const n = this.tokens.push(token) - 1;
       this.text += token.text;
-      const weight = compared ? difference(token) : token.memory_weight;
+      const weight = compared ? difference(token) : decided(token);
       const node = element("span", {
         className: compared && weight < 0 ? "t worse" : "t",
         id: `${this.id}-${n}`,
         style: { "--w": Math.min(1, Math.abs(weight)).toFixed(3) },
         data: { n },
         aria: { role: "option", selected: "false" },
-        title: compared ? surprise(token) : `memory ${percent(token.memory_weight)}`,
+        title: compared ? surprise(token) : `memory ${percent(decided(token))}`,
       }, token.text);
       token.node = node;
       this.box.append(node);
@@ -83,7 +95,7 @@ export class Answer {
       generated[last].node.dataset.cite = number;
     }
     if (generated.length) {
-      const mean = generated.reduce((sum, t) => sum + t.memory_weight, 0) / generated.length;
+      const mean = generated.reduce((sum, t) => sum + decided(t), 0) / generated.length;
       this.name.append(element("span", { className: "tag" }, `${generated.length} tokens`));
       if (summary && summary.method !== "base") {
         this.name.append(element("span", { className: "tag strong" }, mean ? `memory ${percent(mean)}` : "the model alone: no memory was used"));
@@ -108,7 +120,7 @@ export class Answer {
     const worth = this.tokens.map((token) => {
       if (token.prompt) return 0;
       const other = token.base_alternatives[0]?.id !== token.id ? 1 : 0.3;
-      return token.memory_weight * other * (/\p{L}{3}/u.test(token.text) ? 1 : 0.3);
+      return decided(token) * other * (/\p{L}{3}/u.test(token.text) ? 1 : 0.3);
     });
     const most = Math.max(0, ...worth);
     return most ? worth.indexOf(most) : -1;
@@ -123,7 +135,7 @@ export class Answer {
   // Outline the tokens that a document spoke for.
   mark(document) {
     for (const token of this.tokens) {
-      token.node.classList.toggle("of", Boolean(document) && token.sources.some((s) => key(s) === key(document)));
+      token.node.classList.toggle("of", Boolean(document) && this.documents(token).some((s) => key(s) === key(document)));
     }
   }
 

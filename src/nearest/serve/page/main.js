@@ -1,8 +1,8 @@
 // The page's state: what is asked, how, and what came back.
 
 import { Failure, get, send, stream } from "./api.js";
-import { Answer, difference, element, percent } from "./answer.js";
-import { openDocument, showDocuments, showToken, showVerbatim } from "./panels.js";
+import { Answer, decided, difference, element, percent } from "./answer.js";
+import { openDocument, openRead, showDocuments, showReads, showToken, showVerbatim } from "./panels.js";
 import { startLibrary } from "./library.js";
 import { decoded, encoded, save, savePage } from "./keeping.js";
 
@@ -11,6 +11,7 @@ const state = { about: null, mode: "prompt", turns: [], without: [], answers: []
 
 // --- settings ---------------------------------------------------------------------------------
 
+const SLIDERS = ["lam", "neighbours"]; // settings of methods
 const chosenMemories = () => [...document.querySelectorAll("#memories input:checked")].map((box) => box.value);
 
 function options(method = $("method").value) {
@@ -19,20 +20,23 @@ function options(method = $("method").value) {
   const names = chosenMemories();
   if (names.length && names.length < state.about.memories.length) made.memories = names.map((name) => ({ name }));
   const settings = state.about.settings[method];
-  if ("lam" in settings && Number($("lam").value) !== settings.lam) made.settings = { ...settings, lam: Number($("lam").value) };
+  const moved = SLIDERS.filter((name) => name in settings && Number($(name).value) !== settings[name]);
+  if (moved.length) made.settings = { ...settings, ...Object.fromEntries(moved.map((name) => [name, Number($(name).value)])) };
   if (state.without.length) made.without = state.without.map(({ memory, document }) => ({ memory, id: document }));
   return made;
 }
 
 function showSettings() {
   const settings = state.about.settings[$("method").value] ?? {};
-  $("lam-field").hidden = !("lam" in settings);
-  if ("lam" in settings) $("lam").value = settings.lam;
+  for (const name of SLIDERS) {
+    $(`${name}-field`).hidden = !(name in settings);
+    if (name in settings) $(name).value = settings[name];
+  }
   showNumbers();
 }
 
 function showNumbers() {
-  for (const name of ["lam", "temperature", "tokens"]) $(`${name}-shown`).textContent = $(name).value;
+  for (const name of [...SLIDERS, "temperature", "tokens"]) $(`${name}-shown`).textContent = $(name).value;
 }
 
 // --- running ----------------------------------------------------------------------------------
@@ -51,7 +55,8 @@ async function fill(answer, method, signal) {
     for await (const event of stream(path, body, signal)) {
       const choice = event.choices[0];
       if (!choice?.nearest) continue;
-      const { tokens, ...rest } = choice.nearest;
+      const { tokens, reads, ...rest } = choice.nearest;
+      answer.reads.push(...reads);
       answer.add(state.mode === "text" ? tokens.filter((t) => t.token !== "" && (t.text || t.logprob !== null)) : tokens, state.mode === "text");
       if (choice.finish_reason) summary = rest;
     }
@@ -99,6 +104,7 @@ function finished(answers, previous) {
   const [answer, other] = answers;
   showDocuments(answer.summary, actions, state.mode === "text" ? "text" : "answer");
   showVerbatim(answer.summary, actions);
+  showReads(answer, `${state.asked ?? ""} ${answer.text}`, actions);
   $("tools").hidden = false;
   $("legend-text").hidden = state.mode !== "text";
   $("legend-answer").hidden = state.mode === "text";
@@ -123,7 +129,7 @@ function finished(answers, previous) {
 // In a sentence: how much the memory decided, where most of it stands, and what it changed.
 function tellStory(answer) {
   const generated = answer.tokens.filter((token) => !token.prompt);
-  const mean = generated.reduce((sum, token) => sum + token.memory_weight, 0) / Math.max(1, generated.length);
+  const mean = generated.reduce((sum, token) => sum + decided(token), 0) / Math.max(1, generated.length);
   const story = $("story");
   story.hidden = answer.summary?.method === "base" || !generated.length;
   if (story.hidden) return;
@@ -162,8 +168,9 @@ function textFigures(answer) {
 function choose(answer, token) {
   state.answers.filter((other) => other !== answer).forEach((other) => other.release());
   showToken(token, actions);
+  openRead(token.read);
   document.querySelectorAll("#documents .list > li").forEach((item) => {
-    const used = token.sources.some((s) => s.document === item.dataset.document && s.memory === item.dataset.memory);
+    const used = answer.documents(token).some((s) => s.document === item.dataset.document && s.memory === item.dataset.memory);
     const name = item.querySelector(".name");
     if (used) name.setAttribute("aria-current", "true");
     else name.removeAttribute("aria-current");
@@ -223,7 +230,7 @@ function fromLink() {
     setMode(kept.mode);
     $("method").value = kept.options.method;
     showSettings();
-    if (kept.options.settings?.lam !== undefined) $("lam").value = kept.options.settings.lam;
+    for (const name of SLIDERS) if (kept.options.settings?.[name] !== undefined) $(name).value = kept.options.settings[name];
     $("temperature").value = kept.temperature;
     $("tokens").value = kept.tokens;
     state.without = kept.without ?? [];
@@ -244,7 +251,7 @@ function fromLink() {
 
 const asJson = () => JSON.stringify({
   version: 1, model: state.about.model, mode: state.mode, asked: state.asked, options: options(),
-  answers: state.answers.map((a) => ({ title: a.title, text: a.text, ...a.summary, tokens: a.tokens.map(({ node, ...token }) => token) })),
+  answers: state.answers.map((a) => ({ title: a.title, text: a.text, ...a.summary, reads: a.reads, tokens: a.tokens.map(({ node, ...token }) => token) })),
 }, null, 2);
 
 // A few beginnings from the documents, so that nobody has to think of a first prompt.
@@ -314,7 +321,7 @@ function startControls() {
   $("stop").addEventListener("click", () => state.running?.abort());
   $("compare").addEventListener("change", rerun);
   $("method").addEventListener("change", () => { showSettings(); rerun(); });
-  for (const name of ["lam", "temperature", "tokens"]) $(name).addEventListener("input", () => { showNumbers(); rerun(); });
+  for (const name of [...SLIDERS, "temperature", "tokens"]) $(name).addEventListener("input", () => { showNumbers(); rerun(); });
   $("memories").addEventListener("change", (event) => {
     if (!chosenMemories().length) event.target.checked = true;
     rerun();

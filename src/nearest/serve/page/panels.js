@@ -1,7 +1,7 @@
 // The side of the page: the chosen token, the documents, copied passages, and a document's text.
 
 import { get } from "./api.js";
-import { element, percent, shown, word } from "./answer.js";
+import { decided, element, percent, shown, word } from "./answer.js";
 
 const SHOWN = 6; // documents, before the rest is folded away
 const $ = (id) => document.getElementById(id);
@@ -41,7 +41,7 @@ export function showToken(token, actions) {
   const verdict = element("p", { className: "verdict" });
   if (alone && alone.id !== token.id) {
     verdict.append("The model alone would have said ", element("b", {}, `“${word(alone.token)}”`), ` (${percent(probability(alone.logprob))}).`);
-  } else if (token.memory_weight > 0) {
+  } else if (decided(token) > 0) {
     verdict.append("The model alone would have said the same.");
   } else {
     verdict.append("The memory had no part in this token.");
@@ -60,7 +60,8 @@ export function showToken(token, actions) {
     element("dl", { className: "facts" },
       ...fact("with memory", probability(token.logprob), true),
       ...fact("model alone", probability(token.base_logprob), false),
-      ...fact("decided by memory", token.memory_weight, true)),
+      ...fact("decided by memory", decided(token), true),
+      ...(token.passage_weight ? fact("… by what it read", token.passage_weight, true) : [])),
     element("div", { className: "pairs" },
       candidates("With memory", token.alternatives, token.id, true),
       candidates("Model alone", token.base_alternatives, token.id, false)),
@@ -113,6 +114,55 @@ export function showVerbatim(summary, actions) {
         element("button", { type: "button", className: "name", onclick: () => actions.open({ ...run, length: run.tokens }) }, run.title),
         element("p", { className: "snippet" }, element("mark", {}, actions.text(run))),
         element("div", { className: "row" }, tag(`${run.tokens} tokens in a row`, true), tag(run.licence ?? "licence not stated"))))));
+}
+
+// What the model read beside the text: under each piece of it, the passages that were found for it.
+export function showReads(answer, text, actions) {
+  const panel = $("reads");
+  panel.hidden = !answer.reads.length;
+  const words = ` ${(text.match(WORDS) ?? []).join(" ").toLowerCase()} `;
+  panel.replaceChildren(
+    element("h2", {}, "Read beside the text"),
+    element("p", { className: "quiet" }, "Under each piece of the text, the passages that were found for it, which the model read before it went on. Words that it also has are marked."),
+    ...answer.reads.map((read, n) => element("details", { data: { n } },
+      element("summary", {}, element("q", {}, read.query.trim())),
+      element("ul", { className: "list" }, ...read.passages.map((passage) =>
+        element("li", {},
+          element("button", { type: "button", className: "name", onclick: () => actions.open(passage) }, passage.title),
+          element("p", { className: "snippet" }, ...alike(passage.text, words), ...(passage.after ? [element("b", { className: "sr" }, " goes on: "), element("span", { className: "after" }, ...alike(passage.after, words))] : [])),
+          element("div", { className: "row" },
+            ...(passage.distance === null ? [] : [tag(`distance ${passage.distance.toFixed(2)}`)]),
+            ...(passage.licence ? [tag(passage.licence)] : []))))))));
+}
+
+// Open what a token was predicted with.
+export function openRead(number) {
+  for (const one of document.querySelectorAll("#reads details")) one.open = Number(one.dataset.n) === number;
+}
+
+const WORDS = /[\p{L}\p{N}]+/gu;
+const ALIKE = 3; // words in a row
+
+// A text, with runs of words marked that stand in another.
+function alike(text, words) {
+  const found = [...text.matchAll(WORDS)];
+  const marked = new Set();
+  for (let n = 0; n + ALIKE <= found.length; n++) {
+    const run = found.slice(n, n + ALIKE).map((one) => one[0].toLowerCase()).join(" ");
+    if (words.includes(` ${run} `)) for (let i = n; i < n + ALIKE; i++) marked.add(i);
+  }
+  const parts = [];
+  let at = 0;
+  for (let n = 0; n < found.length; n++) {
+    if (!marked.has(n)) continue;
+    let last = n;
+    while (marked.has(last + 1)) last++;
+    const end = found[last].index + found[last][0].length;
+    parts.push(text.slice(at, found[n].index), element("mark", {}, text.slice(found[n].index, end)));
+    at = end;
+    n = last;
+  }
+  return [...parts, text.slice(at)];
 }
 
 // A whole document, at the place where it spoke.
