@@ -91,7 +91,7 @@ class SearchedChunks:
         return cls(number, ChunkDatabase(memory), documents)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class WithNeighbours:
     """RETRO: every chunk of the text acts with its neighbours, from its last token on.
 
@@ -109,7 +109,7 @@ class WithNeighbours:
     _known: NeighbourCache = field(init=False)  # the engine's thread alone uses it
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_known", NeighbourCache(self.search))
+        self._known = NeighbourCache(self.search)
 
     @property
     def start_token(self) -> int | None:

@@ -11,6 +11,7 @@ from nearest.encode.layers import LanguageModel
 from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.models.in_context import PassageChooser
+from nearest.remote.memory import RemoteMemory
 from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import BASE, IN_CONTEXT, Settings
 from nearest.retro.data.database import Decode
@@ -108,6 +109,7 @@ class Readings:
         every = [
             SearchedChunks.of(memory, number, by_words=by_words)
             for number, memory in enumerate(memories)
+            if not isinstance(memory, RemoteMemory)
         ]
         chunks = [one for one in every if one is not None]
         if not chunks:
