@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from nearest.encode.layers import LanguageModel
 from nearest.errors import SettingError
 from nearest.memory import Memory
@@ -150,7 +152,7 @@ class Readings:
             cuts = self._cuts.setdefault(memory, OrderedDict())
             if size not in cuts:
                 cuts[size] = Passages(memory, size)
-                cuts[size].best(memory.document_tokens(0)[:1], 1)  # makes the index
+                cuts[size].best(np.zeros(1, np.int64), 1)  # makes the index
                 if len(cuts) > _KEPT_CUTS:
                     cuts.popitem(last=False)
             return cuts[size]
