@@ -130,8 +130,8 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
         page.click("#more summary")
         page.wait_for_timeout(400)
         complete(page)
-        page.locator("#reads").scroll_into_view_if_needed()
-        page.locator("#reads summary").last.click()
+        page.evaluate("document.querySelector('#reads details').open = true")
+        page.evaluate("document.getElementById('reads').scrollIntoView()")
         take(page, "read")
         asked(
             page,
