@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -150,24 +151,31 @@ class Service:
         wanted = Wanted(4, temperature=0, sources=True)
         provenance = Provenance(retrieval, self.library, self.vocabulary, "")
         prompt = self.vocabulary.prompt("a", retrieval.start_token)
-        async for _, news in self.news([prompt], [wanted], retrieval):
+        # What is compiled may take longer than a request may.
+        async for _, news in self.news([prompt], [wanted], retrieval, seconds=inf):
             for told in news.told:
                 await in_thread(provenance.token, told)
         await in_thread(provenance.summary)
 
     async def news(
-        self, prompts: Sequence[Sequence[int]], wanted: Sequence[Wanted], retrieval: Retrieval
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Wanted],
+        retrieval: Retrieval,
+        *,
+        seconds: float | None = None,
     ) -> AsyncGenerator[tuple[int, News], None]:
         """What happens to a request's continuations, each with its number, until all have ended.
 
-        Leaving the iterator cancels what is under way.
+        Leaving the iterator cancels what is under way. It may take `seconds` in all, by default the
+        server's time-out.
         """
         inbox = Inbox()
 
         def listener(number: int) -> Listener:
             return lambda news: inbox.put(number, news)
 
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + (self.timeout if seconds is None else seconds)
         works = [
             Work(prompt, one, retrieval.ensemble, listener(number), retrieval.reading, deadline)
             for number, (prompt, one) in enumerate(zip(prompts, wanted, strict=True))
