@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures of another file
 """Builds whose workers a Ray cluster runs: the same bytes, whoever is killed."""
 
 import json
@@ -6,13 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from conftest import random_documents, snapshot
+from hosts import Host, hosts, needs_hosts, within  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,13 +44,18 @@ def begun(*words: str | Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
     environment["RAY_worker_niceness"] = "0"  # as patient as other tests, and no more
     return subprocess.Popen(
-        [*COMMAND, *map(str, words), *OPTIONS], env=environment, stderr=subprocess.PIPE
+        [*COMMAND, *map(str, words), *OPTIONS],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
-def ended(build: "subprocess.Popen[bytes]") -> None:
-    _, said = build.communicate(timeout=600)
+def ended(build: "subprocess.Popen[bytes]") -> bytes:
+    """What it printed."""
+    told, said = build.communicate(timeout=600)
     assert build.returncode == 0, said.decode()
+    return told
 
 
 def worker(out: Path, build: "subprocess.Popen[bytes]") -> int:
@@ -98,3 +108,64 @@ def test_what_cannot_be_is_said(model_folder: str, corpus: Path, tmp_path: Path)
     assert "no Ray cluster answers at '127.0.0.1:9'" in " ".join(said.decode().split())
     assert not (tmp_path / "m" / "manifest.json").exists()
     shutil.rmtree(tmp_path / "m", ignore_errors=True)
+
+
+@contextmanager
+def cluster(hosts: list[Host], folder: Path) -> Iterator[str]:
+    """A Ray cluster of hosts with a CPU each; its head, which has none, is this machine."""
+    home = hosts[0].address.rpartition(".")[0] + ".1"
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+    ray += ["--object-store-memory=80000000", "--disable-usage-stats"]
+    head = ["--head", "--num-cpus=0", f"--node-ip-address={home}", "--port=6379"]
+    head += ["--include-dashboard=false", f"--temp-dir={folder}"]
+    address = f"{home}:6379"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    soon = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 1000}
+    environment |= {f"RAY_health_check_{name}": str(value) for name, value in soon.items()}
+    calls = [[*ray, *head]]
+    for host in hosts:
+        own = [f"--address={address}", "--num-cpus=1", f"--node-ip-address={host.address}"]
+        calls.append(host.command(*ray, *own))
+    started = []
+    try:
+        for call in calls:
+            started.append(
+                subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True)
+            )
+            said = iter(started[-1].stdout or [])
+            assert any("Ray runtime started" in line for line in said), call
+        yield address
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+        for file in Path("/proc").glob("[0-9]*/cmdline"):  # what they have left
+            try:
+                if str(folder) in file.read_text():
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+
+@needs_hosts
+def test_a_cluster_that_loses_a_host(
+    model_folder: str,
+    corpus: Path,
+    whole: Path,
+    hosts: list[Host],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its worker lives on and writes, cut off from the others, and another does its work."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    path = tmp_path / "m"
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder,
+        cluster(hosts, Path(folder)) as address,
+    ):
+        build = begun(model_folder, corpus, "--out", path, "--ray", address, "--json")
+        within(300, lambda: len(list(path.glob("build/*.keys.claim"))) == 2)
+        hosts[1].link("down")
+        said = ended(build)
+    assert json.loads(said)["documents"] == 400  # and nothing that Ray has to say
+    assert snapshot(path) == snapshot(whole)

@@ -8,9 +8,10 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,6 @@ def ray_workers(
     if address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray: Any = importlib.import_module("ray")
-    begun = not ray.is_initialized()
-    if begun:
-        _connect(ray, address)
     options: dict[str, Any] = {"num_cpus": spec.threads, "num_gpus": gpus, "max_retries": 0}
     task, started, place = ray.remote(**options)(work_at), [], folder.resolve()
 
@@ -64,37 +62,46 @@ def ray_workers(
         started[-1].future().add_done_callback(ended)
         return done
 
-    try:
-        yield start, _room(ray.nodes(), spec.threads, gpus)
-    finally:
-        for worker in started:
-            ray.cancel(worker, force=True)
-        if begun:
-            ray.shutdown()
+    with _connected(ray, address):
+        try:
+            yield start, _room(ray.nodes(), spec.threads, gpus)
+        finally:
+            for worker in started:
+                ray.cancel(worker, force=True)
 
 
-def _connect(ray: Any, address: str) -> None:
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    """Belong to a cluster, unless this process does already."""
+    if ray.is_initialized():
+        yield
+        return
     own: dict[str, Any] = {
         "object_store_memory": _STORE,
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
     }
-    try:
-        host, _, port = address.rpartition(":")
-        if host and "/" not in address:
-            socket.create_connection((host, int(port)), _ANSWER).close()
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(own if address == LOCAL else {}),
-        )
-    except Exception as error:  # Ray raises its own kinds, and where it does not start a plain one
-        reason = str(error).strip().partition("\n")[0]
-        raise SettingError(
-            f"no Ray cluster answers at {address!r} ({reason}): start one (`ray start --head`) or "
-            "join one on this machine, or use --ray local for this machine alone"
-        ) from error
+    with redirect_stdout(sys.stderr):  # where Ray prints what becomes of its nodes
+        try:
+            host, _, port = address.rpartition(":")
+            if host and "/" not in address:
+                socket.create_connection((host, int(port)), _ANSWER).close()
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if address == LOCAL else {}),
+            )
+        except Exception as error:  # Ray's own kinds; a plain one where it does not start
+            reason = str(error).strip().partition("\n")[0]
+            raise SettingError(
+                f"no Ray cluster answers at {address!r} ({reason}): start one (`ray start --head`) "
+                "or join one on this machine, or use --ray local for this machine alone"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _room(nodes: list[dict[str, Any]], threads: int, gpus: int) -> int:
