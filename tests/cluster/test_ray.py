@@ -126,14 +126,16 @@ def cluster(hosts: list[Host], folder: Path) -> Iterator[str]:
     for host in hosts:
         own = [f"--address={address}", "--num-cpus=1", f"--node-ip-address={host.address}"]
         calls.append(host.command(*ray, *own))
-    started = []
+    started: list[subprocess.Popen[str]] = []
+
+    def begins(call: list[str]) -> bool:
+        """Whether a node starts: where the machine is busy, Ray gives up after fifteen seconds."""
+        started.append(subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True))
+        return any("Ray runtime started" in line for line in started[-1].stdout or ())
+
     try:
         for call in calls:
-            started.append(
-                subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True)
-            )
-            said = iter(started[-1].stdout or [])
-            assert any("Ray runtime started" in line for line in said), call
+            assert any(begins(call) for _ in range(3)), call
         yield address
     finally:
         for process in started:
