@@ -1,11 +1,14 @@
 """`nearest serve` as a command of its own process: it starts, answers, and ends in order."""
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from nearest.cli.app import app
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.retro import retrofit
 from nearest.retro.data.stages import chunk_memory
+from nearest.serve.run import log_to
 from retro_models import stir
 from serving import free_port
 
@@ -100,6 +104,22 @@ def test_a_retrofit_is_served_with_neighbours_by_words(memory: Memory, fitted: P
         }
         answer = client.post("/v1/completions", json=body).json()
         assert answer["choices"][0]["nearest"]["reads"][0]["passages"]
+
+
+def test_a_warning_is_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nearest", "uvicorn"):
+        for what in ("handlers", "propagate", "level"):  # to be put back
+            monkeypatch.setattr(
+                logging.getLogger(name), what, getattr(logging.getLogger(name), what)
+            )
+    stream = io.StringIO()
+    with warnings.catch_warnings():  # which puts back what log_to replaces
+        warnings.simplefilter("always")
+        log_to(stream)
+        for _ in range(2):
+            warnings.warn("tune it again", stacklevel=1)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["level"], line["event"]) for line in lines] == [("warning", "tune it again")]
 
 
 HADOLINT = Path(sys.executable).with_name("hadolint")

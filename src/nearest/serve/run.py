@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import time
+import warnings
 from typing import Any
 
 import uvicorn
@@ -78,7 +79,7 @@ def check_exposure(host: str, api_key: str | None, write_key: str | None = None)
 
 
 def log_to(stream: Any) -> None:
-    """Send the server's logs to a stream, as JSON lines."""
+    """Send the server's logs to a stream, as JSON lines; each warning once."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     for name in ("nearest", "uvicorn"):
@@ -86,3 +87,11 @@ def log_to(stream: Any) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(logging.INFO if name == "nearest" else logging.WARNING)
+    told: set[str] = set()  # by every version of a memory, and by every request that looks it up
+
+    def log(message: Warning | str, *_: Any) -> None:
+        if (text := str(message)) not in told:
+            told.add(text)
+            logging.getLogger(__name__).warning(text)
+
+    warnings.showwarning = log  # type: ignore[assignment]
