@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from nearest.build.worker import work_at
-from nearest.build.workers import Start, WorkerEndedError, WorkerSpec, telling, told
+from nearest.build.workers import Spec, Start, WorkerEndedError, telling, told
 from nearest.encode import loading
 from nearest.errors import NearestError
 
@@ -36,7 +35,7 @@ class Forks:
         self._model, self._first, self._stale = model, first, stale
 
     @contextmanager
-    def __call__(self, folder: Path, spec: WorkerSpec, workers: int) -> Iterator[Start]:
+    def __call__(self, folder: Path, spec: Spec, workers: int) -> Iterator[Start]:
         spec = msgspec.structs.replace(spec, stale=self._stale)
         with ThreadPoolExecutor(workers + 4) as pool:
             try:
@@ -46,7 +45,7 @@ class Forks:
                     kill(pid)
 
     def _start(
-        self, pool: ThreadPoolExecutor, folder: Path, token: str, spec: WorkerSpec
+        self, pool: ThreadPoolExecutor, folder: Path, token: str, spec: Spec
     ) -> "Future[None]":
         read, write = os.pipe()
         pid = os.fork()
@@ -56,7 +55,7 @@ class Forks:
             try:
                 loading.load_model_and_tokenizer = lambda *_: self._model  # type: ignore[assignment]
                 self._first()
-                work_at(folder, token, spec)
+                spec.work(folder, token)
                 code = 0
             except NearestError as error:
                 os.write(write, telling(error))

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures of another file
 """Joining parts and memories where something is in the way: kills, caches, doubles, damage."""
 
 import json
@@ -11,40 +12,21 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import make_documents, random_documents, snapshot
+from conftest import make_documents, snapshot
 from folders import Build
 from nearest import Document, Memory
 from nearest.build import join as joining
-from nearest.build.build import BuildOptions, build_memory
+from nearest.build.build import BuildOptions
 from nearest.build.join import join
-from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import CorpusError, FolderError
 from nearest.store import journal as unfinished
 from nearest.store.verify import verify
-
-DOCUMENTS = random_documents()
-OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "segment_tokens": 150}
-Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
-
-
-@pytest.fixture(scope="module")
-def model(model_folder: str) -> Model:
-    return load_model_and_tokenizer(model_folder)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    path = Path(tmp_path_factory.mktemp("whole")) / "m"
-    Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
-    return path
+from segments import DOCUMENTS, OPTIONS, Model, model, parts_of, whole  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, model: Model) -> list[Path]:
-    paths = [Path(tmp_path_factory.mktemp("parts")) / str(n) for n in (1, 2)]
-    for number, path in enumerate(paths, 1):
-        build_memory(path, DOCUMENTS, *model, BuildOptions(**OPTIONS), (number, 2))
-    return paths
+    return parts_of(tmp_path_factory.mktemp("parts"), model, 2)
 
 
 class Killed(BaseException):

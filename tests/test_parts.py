@@ -1,10 +1,10 @@
+# ruff: noqa: F811 - fixtures of another file
 """A build by several workers and by parts: byte for byte what one process gives."""
 
 import itertools
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,68 +14,49 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import edit_manifest, random_documents, snapshot
+from conftest import edit_manifest, snapshot
 from nearest import Document, Memory
-from nearest.build import build as build_module
 from nearest.build import tasks
+from nearest.build import workers as sharing
 from nearest.build.build import BuildOptions, build_memory
 from nearest.build.corpus_segments import in_segments
 from nearest.build.join import join, part_of
-from nearest.build.worker import work_at
-from nearest.build.workers import Start, WorkerSpec, told
+from nearest.build.workers import Spec, Start, told
 from nearest.cli import app
 from nearest.corpus.tokens import TokenisedDocument
-from nearest.encode import loading
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import CorpusError, FolderError, NearestError, SettingError
 from nearest.store.verify import verify
-
-DOCUMENTS = random_documents()
-OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "segment_tokens": 150}
-Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
-
-
-@pytest.fixture(scope="module")
-def model(model_folder: str) -> Model:
-    return load_model_and_tokenizer(model_folder)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "m"
-    assert len(Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS).segments) >= 5
-    return path
+from segments import (
+    DOCUMENTS,
+    OPTIONS,
+    Model,
+    load_one_at_a_time,
+    model,  # noqa: F401 - a fixture
+    parts_of,
+    whole,  # noqa: F401 - a fixture
+)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, model: Model) -> list[Path]:
-    folder = tmp_path_factory.mktemp("parts")
-    paths = [folder / f"part-{i}" for i in (1, 2, 3)]
-    for number, path in enumerate(paths, 1):
-        build_memory(path, DOCUMENTS, *model, BuildOptions(**OPTIONS), (number, 3))
-    return paths
+    return parts_of(tmp_path_factory.mktemp("parts"), model, 3)
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are threads, which start at once; transformers loads one model at a time."""
-    lock = threading.Lock()
-
-    def load(*args: Any) -> Any:
-        with lock:
-            return load_model_and_tokenizer(*args)
-
-    monkeypatch.setattr(loading, "load_model_and_tokenizer", load)
+    """Workers are threads, which start at once."""
+    load_one_at_a_time(monkeypatch)
 
     @contextmanager
-    def in_threads(folder: Path, spec: WorkerSpec, workers: int) -> Iterator[Start]:
+    def in_threads(folder: Path, spec: Spec, workers: int) -> Iterator[Start]:
         with ThreadPoolExecutor(workers) as pool:
-            yield lambda token: pool.submit(work_at, folder, token, spec)
+            yield lambda token: pool.submit(spec.work, folder, token)
 
-    monkeypatch.setattr(build_module, "local_workers", in_threads)
+    monkeypatch.setattr(sharing, "local_workers", in_threads)
 
 
 # --- equal bytes ----------------------------------------------------------------------------------

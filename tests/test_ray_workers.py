@@ -1,8 +1,9 @@
+# ruff: noqa: F811 - fixtures of another file
 """What Ray is asked, by a stand-in that runs tasks in threads; tests/cluster has the real one."""
 
 import shutil
 import sys
-import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -11,16 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import random_documents, snapshot
-from nearest import Memory
+from conftest import snapshot
+from nearest import Document, Memory
 from nearest.encode import loading
-from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, NearestError, SettingError
-
-OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "segment_tokens": 150}
-Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
+from segments import DOCUMENTS, OPTIONS, Model, load_one_at_a_time, model, whole  # noqa: F401
 
 
 class TaskError(Exception):
@@ -86,27 +83,17 @@ def _raised(work: Any, *args: Any) -> None:
         raise TaskError(error) from error
 
 
-@pytest.fixture
-def model(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Transformers loads one model at a time."""
-    lock = threading.Lock()
-
-    def load(*args: Any) -> Any:
-        with lock:
-            return load_model_and_tokenizer(*args)
-
-    monkeypatch.setattr(loading, "load_model_and_tokenizer", load)
-    return load_model_and_tokenizer(model_folder)
+@pytest.fixture(autouse=True)
+def loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_one_at_a_time(monkeypatch)
 
 
 def test_workers_on_a_cluster_make_the_same_bytes(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documents = random_documents()
-    whole = Memory.build(*model, documents, tmp_path / "whole", tune=False, **OPTIONS)
     monkeypatch.setitem(sys.modules, "ray", ray := Ray())
-    memory = Memory.build(*model, documents, tmp_path / "m", tune=False, ray="auto", **OPTIONS)
-    assert snapshot(memory.path) == snapshot(whole.path)
+    memory = Memory.build(*model, DOCUMENTS, tmp_path / "m", tune=False, ray="auto", **OPTIONS)
+    assert snapshot(memory.path) == snapshot(whole)
     threads = torch.get_num_threads()
     asked = dict(ray.calls)
     assert asked["init"]["address"] == "auto"
@@ -118,8 +105,8 @@ def test_workers_on_a_cluster_make_the_same_bytes(
     before = len(ray.calls)
     ray.init(address="mine")  # somebody uses it already
     path = tmp_path / "n"
-    Memory.build(*model, documents, path, tune=False, ray="local", workers=1, **OPTIONS)
-    assert snapshot(path) == snapshot(whole.path)
+    Memory.build(*model, DOCUMENTS, path, tune=False, ray="local", workers=1, **OPTIONS)
+    assert snapshot(path) == snapshot(whole)
     assert [name for name, _ in ray.calls[before:]] == ["init", "remote", "cancel"]
     assert ray.is_initialized()
 
@@ -127,8 +114,12 @@ def test_workers_on_a_cluster_make_the_same_bytes(
 def test_what_is_said_where_there_is_none(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unread() -> Iterator[Document]:
+        raise AssertionError("the cluster is tried before a document is read")
+        yield
+
     def build(address: str = "auto") -> None:
-        Memory.build(*model, random_documents(), tmp_path / "m", ray=address, **OPTIONS)
+        Memory.build(*model, unread(), tmp_path / "m", ray=address, **OPTIONS)
 
     monkeypatch.setitem(sys.modules, "ray", Ray(answers=False))
     with pytest.raises(SettingError, match=r"at 'auto' \(nobody is there\): start one"):
@@ -160,6 +151,6 @@ def test_errors_of_workers_are_told(
 
         monkeypatch.setattr(loading, "load_model_and_tokenizer", fails)
         with pytest.raises(told, match=message):
-            Memory.build(*model, random_documents(), tmp_path / "m", ray="auto", **OPTIONS)
+            Memory.build(*model, DOCUMENTS, tmp_path / "m", ray="auto", **OPTIONS)
         assert not (tmp_path / "m" / "manifest.json").exists()
         shutil.rmtree(tmp_path / "m", ignore_errors=True)

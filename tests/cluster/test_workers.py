@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures of another file
 """Workers that are killed, stopped or out of room, and drivers that end: the same bytes, or a word.
 
 `make test-cluster` runs every case.
@@ -17,35 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import random_documents, snapshot
+from conftest import snapshot
 from forked import Forks, kill, later
 from nearest import Document, Memory
-from nearest.build import build as build_module
+from nearest.build import workers
+from nearest.build.build import BuildOptions
 from nearest.build.join import join
 from nearest.encode import encoder
-from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import FolderError, NearestError
 from nearest.store import journal as unfinished
 from nearest.store.claims import held_by
 from nearest.store.verify import verify
-
-DOCUMENTS = random_documents()
-OPTIONS: dict[str, Any] = {"index": "IVF4,SQ8", "batch_size": 1, "segment_tokens": 150}
-Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
-
-
-@pytest.fixture(scope="module")
-def model(model_folder: str) -> Model:
-    return load_model_and_tokenizer(model_folder)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "m"
-    Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
-    return path
+from segments import DOCUMENTS, OPTIONS, Model, model, parts_of, whole  # noqa: F401 - fixtures
 
 
 def slow(seconds: float) -> Callable[[], None]:
@@ -72,7 +57,7 @@ def wait_for(met: Callable[[], Any]) -> None:
 def build(
     model: Model, path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> Memory:
-    monkeypatch.setattr(build_module, "local_workers", forks)
+    monkeypatch.setattr(workers, "local_workers", forks)
     fields = {"workers": 2, "tune": False, **OPTIONS, **options}
     return Memory.build(*model, fields.pop("documents", DOCUMENTS), path, **fields)
 
@@ -203,10 +188,8 @@ def test_a_worker_without_room(
 
 
 def test_a_part_is_cut_short(model: Model, whole: Path, tmp_path: Path) -> None:
-    options = build_module.BuildOptions(**OPTIONS)
-    paths = [tmp_path / "1", tmp_path / "2"]
-    for number, path in enumerate(paths, 1):
-        build_module.build_memory(path, DOCUMENTS, *model, options, (number, 2))
+    options = BuildOptions(**OPTIONS)
+    paths = parts_of(tmp_path, model, 2)
     for file in sorted(paths[1].rglob("*.npy")):
         cut = Path(shutil.copytree(paths[1], tmp_path / "cut"))
         place = cut / file.relative_to(paths[1])

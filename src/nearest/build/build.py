@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-import torch
 
 from nearest.build.corpus_segments import write_corpora
+from nearest.build.following import Followed
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
 from nearest.build.tasks import Unfinished, first_manifest, publish, work
-from nearest.build.workers import WorkerSpec, drive, local_workers
+from nearest.build.worker import WorkerSpec
+from nearest.build.workers import crew_of, drive, reached, threads_of
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.tokens import tokenise
@@ -121,49 +122,43 @@ def build_memory(
     stage = _stage(manifest, model, encoder, options, part)
     rules = rules_of(manifest, model)
     incoming = incoming_documents(documents, rules, path)
-    with new_folder(path):
+    spec = worker_spec(None if encoder is None else model, options)
+    with reached(spec, options.ray), new_folder(path):
         journal = Journal.of(path, stage)
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
         write_corpora(journal, rest, options.progress)
         build = Unfinished(journal, encoder, options.allow_mixed, options.progress)
-        finish(build, options, None if encoder is None else model)
+        finish(build, options, spec)
         if part[1] == 1:
             publish(build)
         else:
             journal.save()
 
 
-def finish(build: Unfinished, options: BuildOptions, model: LanguageModel | None) -> None:
+def worker_spec(model: LanguageModel | None, options: BuildOptions) -> WorkerSpec:
+    """What workers are told: to load the model as it is here."""
+    return WorkerSpec(
+        model=None if model is None else model_name(model),
+        dtype="auto" if model is None else str(model.dtype).removeprefix("torch."),
+        device=options.device or ("cpu" if model is None else str(model.device)),
+        threads=threads_of(options.workers, options.ray),
+        gpus=int(model is not None and model.device.type == "cuda"),
+        allow_mixed=options.allow_mixed,
+    )
+
+
+def finish(build: Unfinished, options: BuildOptions, spec: WorkerSpec) -> None:
     """Do what is left of a build: in this process, with so many workers, or on a cluster.
 
     Raises:
         NearestError: keys or index cannot be made, workers end, or there is no such cluster.
     """
-    threads = torch.get_num_threads()
-    if options.ray is not None:
-        from nearest.build.ray_workers import ray_workers
-
-        spec = _told(model, options, threads)
-        gpus = int(model is not None and model.device.type == "cuda")
-        with ray_workers(build.folder, spec, options.ray, gpus) as (start, room):
-            drive(build, start, options.workers or room)
-    elif options.workers is not None:
-        spec = _told(model, options, max(1, threads // options.workers))
-        with local_workers(build.folder, spec, options.workers) as start:
-            drive(build, start, options.workers)
-    else:
-        work(build, Watch(owner_here()))
-
-
-def _told(model: LanguageModel | None, options: BuildOptions, threads: int) -> WorkerSpec:
-    """What workers are told: to load the model as it is here."""
-    return WorkerSpec(
-        None if model is None else model_name(model),
-        "auto" if model is None else str(model.dtype).removeprefix("torch."),
-        options.device or ("cpu" if model is None else str(model.device)),
-        threads,
-        options.allow_mixed,
-    )
+    with crew_of(build.folder, spec, options.workers, options.ray) as crew:
+        if crew is None:
+            work(build, Watch(owner_here()))
+        else:
+            build.journal.save()  # workers read it
+            drive(Followed(build), crew)
 
 
 def new_manifest(

@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from nearest.build.build import BuildOptions, finish
+from nearest.build.build import BuildOptions, finish, worker_spec
 from nearest.build.machine import check_alike
 from nearest.build.tasks import Unfinished, first_manifest, publish
+from nearest.build.workers import reached
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import disk_errors_explained, sha256_of
 from nearest.store.change import new_folder
@@ -76,7 +77,8 @@ def _join_parts(paths: Sequence[Path], out: Path, options: BuildOptions) -> None
         journals[owner].stage.corpora[n] for n, owner in enumerate(owners)
     ]  # with their files
     whole = msgspec.structs.replace(stage, part=(1, 1), corpora=corpora, whole=True)
-    with new_folder(out):
+    spec = worker_spec(None, options)
+    with reached(spec, options.ray), new_folder(out):
         _check_begun(out, whole)
         # Files first: a journal whose files are missing would refuse to be gone on with.
         with disk_errors_explained(out):
@@ -91,7 +93,7 @@ def _join_parts(paths: Sequence[Path], out: Path, options: BuildOptions) -> None
             if record is not None and journal.done(task) is None:
                 journal.finish(task, record)
         _check_machines(build, owners, options)
-        finish(build, options, None)
+        finish(build, options, spec)
         publish(build)
 
 

@@ -15,29 +15,63 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nearest.build.worker import work_at
-from nearest.build.workers import Start, WorkerEndedError, WorkerSpec
+from nearest.build.workers import Spec, Start, WorkerEndedError
 from nearest.errors import NearestError, SettingError, require
 
-LOCAL = "local"  # a cluster of this machine alone, which ends with the build
+LOCAL = "local"  # a cluster of this machine alone, which ends with the work
 _STORE = 80_000_000  # bytes, about the least that Ray takes
 _ANSWER = 10.0  # seconds in which a cluster answers; Ray itself would try for minutes
 
 
 @contextmanager
-def ray_workers(
-    folder: Path, spec: WorkerSpec, address: str, gpus: int = 0
-) -> Iterator[tuple[Start, int]]:
+def ray_workers(folder: Path, spec: Spec, address: str) -> Iterator[tuple[Start, int]]:
     """How workers are started on a cluster, and how many it has room for.
 
     What runs when the context ends, is ended; the cluster stays.
 
     Args:
-        folder: where the build is; every node must see it under this path.
+        folder: where they work; every node must see it under this path.
         spec: what workers are told; each takes as many CPUs as it has threads.
+        address: as for `connected`.
+
+    Raises:
+        SettingError: there is no such cluster, or none of its nodes has room for a worker.
+    """
+    with connected(address, spec):
+        ray: Any = importlib.import_module("ray")
+        options: dict[str, Any] = {
+            "num_cpus": spec.threads,
+            "num_gpus": spec.gpus,
+            "max_retries": 0,
+        }
+        task, started, place = ray.remote(**options)(_work), [], folder.resolve()
+
+        def start(token: str) -> "Future[None]":
+            done: Future[None] = Future()
+
+            def ended(future: "Future[None]") -> None:
+                error = future.exception()
+                done.set_result(None) if error is None else done.set_exception(_meant(error))
+
+            started.append(task.remote(spec, place, token))
+            started[-1].future().add_done_callback(ended)
+            return done
+
+        try:
+            yield start, _room(ray.nodes(), spec)
+        finally:
+            for worker in started:
+                ray.cancel(worker, force=True)
+
+
+@contextmanager
+def connected(address: str, spec: Spec) -> Iterator[None]:
+    """Belong to a cluster with room for a worker, unless this process belongs to one already.
+
+    Args:
         address: "auto" for the cluster that this machine belongs to, or its address; "local" for a
             cluster of this machine alone.
-        gpus: of each worker.
+        spec: what a worker is told.
 
     Raises:
         SettingError: there is no such cluster, or none of its nodes has room for a worker.
@@ -48,30 +82,17 @@ def ray_workers(
     if address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray: Any = importlib.import_module("ray")
-    options: dict[str, Any] = {"num_cpus": spec.threads, "num_gpus": gpus, "max_retries": 0}
-    task, started, place = ray.remote(**options)(work_at), [], folder.resolve()
+    with _initialised(ray, address):
+        _room(ray.nodes(), spec)
+        yield
 
-    def start(token: str) -> "Future[None]":
-        done: Future[None] = Future()
 
-        def ended(future: "Future[None]") -> None:
-            error = future.exception()
-            done.set_result(None) if error is None else done.set_exception(_meant(error))
-
-        started.append(task.remote(place, token, spec))
-        started[-1].future().add_done_callback(ended)
-        return done
-
-    with _connected(ray, address):
-        try:
-            yield start, _room(ray.nodes(), spec.threads, gpus)
-        finally:
-            for worker in started:
-                ray.cancel(worker, force=True)
+def _work(spec: Spec, folder: Path, token: str) -> None:
+    spec.work(folder, token)
 
 
 @contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
+def _initialised(ray: Any, address: str) -> Iterator[None]:
     """Belong to a cluster, unless this process does already."""
     if ray.is_initialized():
         yield
@@ -104,9 +125,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             ray.shutdown()
 
 
-def _room(nodes: list[dict[str, Any]], threads: int, gpus: int) -> int:
+def _room(nodes: list[dict[str, Any]], spec: Spec) -> int:
     """How many workers so large the nodes that are alive have room for."""
-    needs = {"CPU": threads, **({"GPU": gpus} if gpus else {})}
+    needs = {"CPU": spec.threads, **({"GPU": spec.gpus} if spec.gpus else {})}
     room = sum(
         min(int(node["Resources"].get(kind, 0)) // count for kind, count in needs.items())
         for node in nodes

@@ -1,6 +1,7 @@
-"""Several processes at one build: kept alive until all is done, whoever starts them.
+"""Several processes at one piece of work: kept alive until all is done, whoever starts them.
 
-A worker takes tasks by itself (`build/tasks.py`); what starts one is a function.
+A worker takes tasks by itself (`store/claims.py`); what starts one is a function. What is worked at
+is a `Work`: the tasks of a build, or files that are to be made (`build/files.py`).
 """
 
 import itertools
@@ -10,42 +11,55 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
+import torch
 
-from nearest.build.tasks import Unfinished
 from nearest.errors import CorpusError, FolderError, ModelError, NearestError, SettingError
-from nearest.folder import open_array
-from nearest.store.claims import STALE, Position, held_by, position, suspected
-from nearest.store.documents import FRAME_DTYPE, DocumentReader
-from nearest.store.journal import Task
+from nearest.store.claims import (
+    HEARTBEAT,
+    STALE,
+    Watch,
+    held_by,
+    owner_here,
+    position,
+    suspected,
+)
 
 _TRIES = 2
 _WAIT = 0.2  # seconds between looks at what is done
 _LEAVE = 5.0  # seconds in which workers see that all is done; one that hangs does not matter then
-_COMMAND = (sys.executable, "-m", "nearest.build.worker")
+_COMMAND = (sys.executable, "-m", "nearest.build.process")
 _KINDS = {kind.__name__: kind for kind in (CorpusError, FolderError, ModelError, SettingError)}
 
 
-class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker is told, beside the folder.
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told: plain values, and what it does with them.
 
     Attributes:
-        model: folder or name on the hub; None where no keys are made.
-        dtype, device: as in `load_model_and_tokenizer`.
-        threads: of each operation.
-        allow_mixed: whether keys of unlike machines are accepted.
+        threads: of each operation, and CPUs that it takes on a cluster.
+        gpus: that it takes on a cluster.
         stale: seconds after which a claim that nobody touches is taken over.
     """
 
-    model: str | None
-    dtype: str = "auto"
-    device: str = "auto"
     threads: int = 1
-    allow_mixed: bool = False
+    gpus: int = 0
     stale: float = STALE
+
+    def work(self, folder: Path, token: str) -> None:
+        """Do what is left in a folder, beside other workers.
+
+        Raises:
+            NearestError: something cannot be read, made or written.
+        """
+        raise NotImplementedError
+
+    def watch(self, token: str) -> Watch:
+        """What takes claims for a worker."""
+        return Watch(owner_here(token), self.stale, min(HEARTBEAT, self.stale / 4))
 
 
 class WorkerEndedError(Exception):
@@ -55,96 +69,141 @@ class WorkerEndedError(Exception):
 Start = Callable[[str], "Future[None]"]  # a worker of this token
 
 
-def drive(build: Unfinished, start: Start, workers: int) -> None:
-    """Keep so many workers at a build until its tasks are done.
+class Crew(NamedTuple):
+    """How workers are started, and how many there are to be."""
 
-    A worker that ends unasked is replaced. What it worked on is tried again, once: where another
-    ends at the same place, the build ends with the document that stands there.
+    start: Start
+    size: int
+
+
+class Work(Protocol):
+    """What workers share."""
+
+    def left(self) -> Sequence[Any]:
+        """Tasks that are not finished."""
+        ...
+
+    def path(self, task: Any) -> Path:
+        """What a task is claimed by."""
+        ...
+
+    def hopeless(self, task: Any, error: BaseException) -> NearestError:
+        """What to say of a task at which a process ends each time."""
+        ...
+
+    def report(self) -> None:
+        """Say how far all workers are."""
+        ...
+
+
+def threads_of(workers: int | None, ray: str | None) -> int:
+    """Threads of each worker: this process's, shared by those of this machine."""
+    threads = torch.get_num_threads()
+    return threads if ray is not None or workers is None else max(1, threads // workers)
+
+
+def reached(spec: Spec, ray: str | None) -> AbstractContextManager[None]:
+    """Belong to a Ray cluster that has room for such workers, where one is named.
+
+    It is entered before anything is written, so that a wrong address costs nothing.
+
+    Args:
+        spec: what each worker is told.
+        ray: "auto" for the cluster that this machine belongs to, its address, or "local" for one of
+            this machine alone; None: none.
 
     Raises:
-        NearestError: a worker's, or of a document that ends its process.
+        SettingError: there is no such cluster, or none of its nodes has room for a worker.
+    """
+    if ray is None:
+        return nullcontext()
+    from nearest.build.ray_workers import connected
+
+    return connected(ray, spec)
+
+
+@contextmanager
+def crew_of(
+    folder: Path, spec: Spec, workers: int | None, ray: str | None
+) -> Iterator[Crew | None]:
+    """So many workers, on a Ray cluster where one is named; None where neither is asked for.
+
+    None is started yet. When the context ends, so do they.
+
+    Args:
+        folder: where they work.
+        spec: what each is told.
+        workers: how many; as many as the cluster has room for when not given.
+        ray: as for `reached`, and it raises as that does.
+    """
+    if ray is not None:
+        from nearest.build.ray_workers import ray_workers
+
+        with ray_workers(folder, spec, ray) as (start, room):
+            yield Crew(start, workers or room)
+    elif workers is not None:
+        with local_workers(folder, spec, workers) as start:
+            yield Crew(start, workers)
+    else:
+        yield None
+
+
+def drive(work: Work, crew: Crew) -> None:
+    """Keep workers at something until its tasks are done.
+
+    A worker that ends unasked is replaced. What it worked on is tried again, once: where another
+    ends at the same place, that is an error that names the place.
+
+    Raises:
+        NearestError: a worker's, or of a task that ends its process.
     """
     tokens, deaths = (f"w{n}x{os.urandom(4).hex()}" for n in itertools.count()), Counter[object]()
     running: dict[Future[None], str] = {}
-    build.journal.save()  # workers read it
-    while build.left():
-        while len(running) < workers:
+    while work.left():
+        while len(running) < crew.size:
             token = next(tokens)
-            running[start(token)] = token
+            running[crew.start(token)] = token
         ended, _ = wait(running, timeout=_WAIT, return_when=FIRST_COMPLETED)
         for future in ended:
-            _bury(build, running.pop(future), future.exception(), deaths)
-        _report(build)
+            _bury(work, running.pop(future), future.exception(), deaths)
+        work.report()
     wait(running, timeout=_LEAVE)
 
 
-def _bury(
-    build: Unfinished, token: str, error: BaseException | None, deaths: Counter[object]
-) -> None:
+def _bury(work: Work, token: str, error: BaseException | None, deaths: Counter[object]) -> None:
     """Free what a worker held that has ended, and say where it did, the second time."""
     if error is None:
         return
     if isinstance(error, NearestError):
         raise error
-    for task in build.left():
-        path = build.journal.path(task)
+    for task in work.left():
+        path = work.path(task)
         if not (held_by(path) or "").endswith(f"-{token}"):
             continue
-        found = position(path) if task.path == "keys" else None
+        found = position(path)  # of tasks that say where they are
         suspected(path)
         deaths[task, found and found[0]] += 1
         if deaths[task, found and found[0]] == _TRIES:
-            raise NearestError(
-                f"the process that reads {_named(build, task, found)} ends each time ({error}): "
-                "leave that out, or give it more memory; what else is done is kept, and the same "
-                "build goes on from there"
-            ) from error
+            raise work.hopeless(task, error) from error
         return
     deaths[None] += 1
     if deaths[None] > _TRIES:
         raise NearestError(f"workers end before they have begun: {error}") from error
 
 
-def _named(build: Unfinished, task: Task, found: Position | None) -> str:
-    """What a worker was at, as a message names it."""
-    corpus = build.corpora[task.segment].record
-    if found is None or corpus is None:
-        return f"segment {task.segment} ({task.path})"
-    frames = open_array(build.folder / corpus.files["frames"].path, FRAME_DTYPE, (corpus.frames, 2))
-    _, first, last = found
-    with (build.folder / corpus.files["documents"].path).open("rb") as file:
-        documents = DocumentReader(file, frames, corpus.documents)
-        ids = [repr(documents[number].id) for number in sorted({first, last})]
-    return f"document {ids[0]}" if first == last else f"documents {ids[0]} to {ids[1]}"
-
-
-def _report(build: Unfinished) -> None:
-    """Say how far all workers are."""
-    done = build.journal.done
-    for path, stage in (("keys", "keys"), ("suffix", "suffix array"), ("index", "index")):
-        tasks = [task for task in build.tasks if task.path == path]
-        sizes = [build.corpora[task.segment].entries for task in tasks]
-        if not all(map(done, tasks)):
-            made = sum(
-                size if done(task) else (position(build.journal.path(task)) or (0,))[0]
-                for task, size in zip(tasks, sizes, strict=True)
-            )
-            build.progress(stage, made, sum(sizes))
-            return
-
-
 @contextmanager
 def local_workers(
-    folder: Path, spec: WorkerSpec, workers: int, command: Sequence[str] = _COMMAND
+    folder: Path, spec: Spec, workers: int, command: Sequence[str] = _COMMAND
 ) -> Iterator[Start]:
     """Start workers as processes of this machine, which end with this one, or with the context."""
+    name = f"{type(spec).__module__}:{type(spec).__name__}"
     alive: set[subprocess.Popen[bytes]] = set()
     environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads)}
 
     def run(token: str) -> None:
         # Its standard input ends when this process does, however that happens.
         with subprocess.Popen(
-            [*command, str(folder), token, msgspec.json.encode(spec).decode()],
+            [*command, name, str(folder), token, msgspec.json.encode(spec).decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
