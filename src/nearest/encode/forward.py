@@ -1,6 +1,7 @@
 """Forward passes over batches of windows: keys alone, or keys with what the model predicts."""
 
 import inspect
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from nearest.encode.hooks import captured_input, inputs_shown
 from nearest.encode.identity import input_device
 from nearest.encode.layers import KeyLayer
 from nearest.encode.view import LmView, lm_view
+
+_AT_ONCE = 2**20  # logits
 
 
 class _KeysReachedError(Exception):
@@ -70,11 +73,23 @@ def encode_and_score(
         logits = model(**_arguments(model, inputs, encoder_inputs), **keep).logits
     if not slices:
         logits = logits[mask.to(logits.device)]
-    logits = logits.float()  # sums over the vocabulary in half precision lose digits
+    log_probs, views = [], []
     target = torch.from_numpy(targets).to(logits.device)
-    log_probs = logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
-    view = lm_view(logits.log_softmax(-1)) if with_view else None
-    return Scored(_rows(seen[0], inputs.shape, mask), log_probs.cpu(), view)
+    for some, came in _in_cache(logits, target):
+        some = some.float()  # sums over the vocabulary in half precision lose digits
+        log_probs.append(some.gather(-1, came[:, None])[:, 0] - some.logsumexp(-1))
+        if with_view:
+            views.append(lm_view(some.log_softmax(-1)))
+    view = LmView(*map(np.concatenate, zip(*views, strict=True))) if views else None
+    return Scored(_rows(seen[0], inputs.shape, mask), torch.cat(log_probs).cpu(), view)
+
+
+def _in_cache(
+    logits: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]
+) -> Iterator[tuple[Float[Tensor, "some vocab"], Int[Tensor, " some"]]]:
+    """Few rows at a time on a CPU, so that what is made of them stays in its caches; else all."""
+    rows = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(logits.split(max(1, rows)), targets.split(max(1, rows)), strict=True)
 
 
 def _arguments(

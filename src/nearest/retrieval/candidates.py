@@ -26,6 +26,35 @@ class Candidates(NamedTuple):
     # float32: of how many entries each stands for; None where each stands for itself
     log_counts: Float[np.ndarray, "q c"] | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        """The candidates of several calls as those of one."""
+        if len(parts) == 1:
+            return parts[0]
+        widths = np.array([part.columns for part in parts])
+        columns = widths.max(axis=0)
+        places = [_spread(own, columns) for own in widths]
+        count = sum(len(part.ids) for part in parts)
+
+        def wide(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
+            whole = np.full((count, columns.sum()), fill, dtype=arrays[0].dtype)
+            row = 0
+            for array, own in zip(arrays, places, strict=True):
+                whole[row : row + len(array), own] = array
+                row += len(array)
+            return whole
+
+        log_counts = [part.log_counts for part in parts if part.log_counts is not None]
+        return cls(
+            wide([part.ids for part in parts], NO_ENTRY),
+            wide([part.values for part in parts], NO_ENTRY),
+            wide([part.distances for part in parts], np.inf),
+            wide([part.lengths for part in parts], 0),
+            (int(columns[0]), int(columns[1]), int(columns[2])),
+            np.concatenate([part.searched for part in parts]),
+            wide(log_counts, 0) if log_counts else None,
+        )
+
     def rows(self, rows: slice | Int[np.ndarray, " r"] | Bool[np.ndarray, " q"]) -> "Candidates":
         """The candidates of some queries."""
         return Candidates(
@@ -54,12 +83,24 @@ def columns_of(columns: tuple[int, int, int], *kinds: str) -> slice:
     return slice(sum(columns[:first]), sum(columns[: last + 1]))
 
 
+def _spread(
+    own: Int[np.ndarray, " kinds"], columns: Int[np.ndarray, " kinds"]
+) -> Int[np.ndarray, " c"]:
+    """Where columns, so many `own` of each kind, stand among `columns` of each."""
+    begun = np.cumsum(columns) - columns
+    return np.concatenate([first + np.arange(count) for first, count in zip(begun, own, strict=True)])
+
+
 class Part(NamedTuple):
     """The candidates of one kind; see Candidates."""
 
     ids: Int[np.ndarray, "q c"]
     distances: Float[np.ndarray, "q c"]
     lengths: Int[np.ndarray, "q c"]
+
+    def rows(self, rows: slice) -> "Part":
+        """The candidates of some queries."""
+        return Part(self.ids[rows], self.distances[rows], self.lengths[rows])
 
 
 def no_part(queries: int) -> Part:

@@ -6,6 +6,7 @@ Each method has its own kinds of candidates and settings; nothing is kept betwee
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -34,6 +35,20 @@ from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.search_cache import Search
 from nearest.retrieval.settings import Settings, method_named
+
+
+class Ahead(NamedTuple):
+    """Candidates that depend on a query alone, looked up before its pointers are known.
+
+    A kind is None where the method has none of it, or may not need it.
+    """
+
+    dense: Part | None
+    matched: Part | None
+
+    def rows(self, rows: slice) -> "Ahead":
+        """Those of some queries."""
+        return Ahead(*(None if part is None else part.rows(rows) for part in self))
 
 
 class Lookup:
@@ -96,6 +111,13 @@ class Lookup:
         return "pointers" in self.kinds
 
     @property
+    def _searches_all(self) -> bool:
+        """Whether every query gets a dense search, whatever else is found."""
+        if self._asks and isinstance(self.gate, SearchGate):
+            return self.settings.skip <= 0
+        return "dense" in self.kinds and "pointers" not in self.kinds
+
+    @property
     def needs_lm(self) -> bool:
         """Whether queries must say what the language model predicts."""
         return self.gate.needs_lm
@@ -112,14 +134,26 @@ class Lookup:
         )
         return not only_keys or self.settings.guard
 
+    def ahead(self, queries: Queries) -> Ahead:
+        """What `candidates` needs no pointers for; many queries at once cost less each."""
+        return Ahead(
+            self._dense(queries) if self._searches_all else None,
+            self._matched(queries) if "suffix" in self.kinds else None,
+        )
+
     def candidates(
-        self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
+        self,
+        queries: Queries,
+        pointers: Int[np.ndarray, "q p"] | None = None,
+        ahead: Ahead | None = None,
     ) -> Candidates:
         """The candidates of every kind that the method has.
 
-        `pointers` are what `follow` gave for the queries' sequences, None at their beginnings.
+        `pointers` are what `follow` gave for the queries' sequences, None at their beginnings;
+        `ahead` is what `ahead` gave for the queries, if it was asked.
         """
         count = len(queries.keys)
+        known = ahead or Ahead(None, None)
         none = no_part(count)
         if self.kinds == ("dense",) and not self._asks:
             return self._joined(self._dense(queries), none, none, np.ones(count, dtype=bool))
@@ -129,10 +163,10 @@ class Lookup:
             pointed = self._pointed(queries, pointers)
             left = (pointers >= 0).sum(axis=1)
         if "suffix" in self.kinds:
-            matched = self._matched(queries)
+            matched = self._matched(queries) if known.matched is None else known.matched
         searched = self._to_search(queries, left, pointed, matched)
         if searched.all():
-            dense = self._dense(queries)
+            dense = self._dense(queries) if known.dense is None else known.dense
         elif searched.any():
             dense = scattered(self._dense(queries.rows(searched)), searched)
         if self.settings.dedup:
@@ -188,15 +222,15 @@ class Lookup:
         count = len(queries.keys)
         if "dense" not in self.kinds:
             return np.zeros(count, dtype=bool)
+        if self._searches_all:
+            return np.ones(count, dtype=bool)
         if self._asks and isinstance(self.gate, SearchGate):
-            if not 0 < self.settings.skip < 1:  # then nothing need be looked at
-                return np.full(count, self.settings.skip <= 0)
+            if self.settings.skip >= 1:  # then nothing need be looked at
+                return np.zeros(count, dtype=bool)
             nothing = no_part(count), np.zeros(count, dtype=bool)
             found = self._joined(nothing[0], pointed, matched, nothing[1])
             before = View(queries, found, self.memory)
             return self.gate.worth_searching(before, self.settings.skip)
-        if "pointers" not in self.kinds:
-            return np.ones(count, dtype=bool)
         fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
 

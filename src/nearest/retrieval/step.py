@@ -32,7 +32,7 @@ from nearest.retrieval.distribution import (
     vocabulary_log_probs,
 )
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
-from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.lookup import Ahead, Lookup
 from nearest.retrieval.queries import Queries
 
 UNKNOWN = -1  # the target of a query whose next token has not come yet
@@ -173,15 +173,19 @@ class Step:
         return State(prediction.lookup.follow(prediction.candidates, self.targets), total)
 
 
-def step(lookup: Lookup, queries: Queries, state: State) -> Prediction:
+def step(
+    lookup: Lookup, queries: Queries, state: State, ahead: Ahead | None = None
+) -> Prediction:
     """Predict the next token of each of q sequences.
 
     Args:
         lookup: the method, in one memory.
         queries: q of them, one of each sequence.
         state: of the q sequences; `State.start` where they begin.
+        ahead: what `Lookup.ahead` gave for the queries, if it was asked.
     """
-    return Prediction(lookup, queries, lookup.candidates(queries, state.pointers), state.gained)
+    candidates = lookup.candidates(queries, state.pointers, ahead)
+    return Prediction(lookup, queries, candidates, state.gained)
 
 
 def advance(
@@ -201,8 +205,9 @@ def steps(
 ) -> Iterator[Step]:
     """Every query of known text exactly once, in an order that lets state follow the text.
 
-    Sequences with pointers advance side by side, so that their searches are made together; a
-    prediction depends on its own sequence alone. Without pointers many positions are taken at once.
+    Sequences with pointers advance side by side, so that their searches are made together, and
+    what needs no pointers is looked up for many positions at once; a prediction depends on its own
+    sequence alone. Without pointers many positions are taken at once.
 
     Args:
         lookup: the method, in one memory.
@@ -222,7 +227,7 @@ def steps(
         yield predicted(np.arange(len(targets)), slice(None), State.joined(begun))
         return
     if lookup.keeps_state:
-        yield from _side_by_side(sequences, states, predicted)
+        yield from _side_by_side(lookup, queries, sequences, states, predicted)
     else:
         yield from _in_blocks(lookup, sequences, states, predicted)
     for number in set(states) - {int(sequences[-1])}:
@@ -237,14 +242,19 @@ def _predicted(
     rows: Int[np.ndarray, " r"],
     part: slice | Int[np.ndarray, " r"],
     state: State,
+    ahead: Ahead | None = None,
 ) -> Step:
     """Some of the queries: `part` selects those that `rows` number."""
-    prediction = step(lookup, queries.rows(part), state)
+    prediction = step(lookup, queries.rows(part), state, ahead)
     return Step(rows, prediction, targets[part], lm_log_probs[part])
 
 
 def _side_by_side(
-    sequences: Int[np.ndarray, " q"], states: dict[int, State], predicted: Callable[..., Step]
+    lookup: Lookup,
+    queries: Queries,
+    sequences: Int[np.ndarray, " q"],
+    states: dict[int, State],
+    predicted: Callable[..., Step],
 ) -> Iterator[Step]:
     numbers, first, lengths = np.unique(sequences, return_index=True, return_counts=True)
     longest = np.argsort(-lengths, kind="stable")
@@ -253,16 +263,36 @@ def _side_by_side(
         lanes = slice(start, start + _AT_ONCE)
         begun = [states.pop(number, State.start(1)) for number in numbers[lanes].tolist()]
         state, left = State.joined(begun), lengths[lanes]
-        for time in range(int(left[0])):
-            going = int(np.searchsorted(-left, -time))  # lanes longer than `time`
-            rows = first[lanes][:going] + time
-            one = predicted(rows, rows, state.rows(slice(going)))
+        for time, rows, ahead in _ahead(lookup, queries, first[lanes], left):
+            one = predicted(rows, rows, state.rows(slice(len(rows))), ahead)
             yield one
             if (one.targets == UNKNOWN).all():
                 break
             state = one.after()
-            for lane in np.flatnonzero(left[:going] == time + 1):
+            for lane in np.flatnonzero(left[: len(rows)] == time + 1):
                 states[int(numbers[start + lane])] = state.rows(slice(lane, lane + 1))
+
+
+def _ahead(
+    lookup: Lookup,
+    queries: Queries,
+    first: Int[np.ndarray, " lanes"],
+    lengths: Int[np.ndarray, " lanes"],
+) -> Iterator[tuple[int, Int[np.ndarray, " r"], Ahead]]:
+    """Each time with its queries, one of each lane that is so long, and what is known of them.
+
+    Lanes stand longest first.
+    """
+    time = 0
+    while time < lengths[0]:
+        going = int(np.searchsorted(-lengths, -time))  # lanes longer than `time`
+        times = range(time, min(time + max(1, _AT_ONCE // going), int(lengths[0])))
+        each = [first[: np.searchsorted(-lengths, -one)] + one for one in times]
+        found, done = lookup.ahead(queries.rows(np.concatenate(each))), 0
+        for one, rows in zip(times, each, strict=True):
+            yield one, rows, found.rows(slice(done, done + len(rows)))
+            done += len(rows)
+        time = times.stop
 
 
 def _in_blocks(

@@ -11,15 +11,17 @@ from jaxtyping import Float
 from nearest.memory import Memory
 from nearest.models.scoring import ScoredBlock
 from nearest.progress import Progress
+from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
 from nearest.retrieval.gates.fitting import KS, TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings, as_stored, method_named
-from nearest.retrieval.step import State, steps
+from nearest.retrieval.step import State, Step, steps
 
 LAMS = tuple(i / 50 for i in range(50))  # 0, .02, … .98: finer ones differ by less than text does
 LENGTH_POWERS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+_AT_ONCE = 512  # predictions
 
 
 @dataclass(frozen=True)
@@ -148,22 +150,38 @@ def looked_up(
     states: dict[int, State] = {}
     first = done = 0
     for block in blocks:
-        for one in steps(
+        every = steps(
             lookup,
             block.queries,
             block.sequences,
             block.targets,
             block.lm_log_probs,
             states,
-        ):
-            found = one.prediction
+        )
+        for some in _gathered(every):
+            rows = np.concatenate([one.rows for one in some])
+            candidates = Candidates.joined([one.prediction.candidates for one in some])
             yield Examples(
-                first + one.rows,
-                View(found.queries, found.candidates, lookup.memory),
-                one.targets,
-                one.lm_log_probs.numpy(),
-                block.documents[one.rows],
+                first + rows,
+                View(block.queries.rows(rows), candidates, lookup.memory),
+                block.targets[rows],
+                block.lm_log_probs.numpy()[rows],
+                block.documents[rows],
             )
-            done += len(one.rows)
+            done += len(rows)
             progress(stage, done, total)
         first += len(block.targets)
+
+
+def _gathered(every: Iterable[Step]) -> Iterator[list[Step]]:
+    """Steps of few predictions together, which then cost less each."""
+    some: list[Step] = []
+    count = 0
+    for one in every:
+        some.append(one)
+        count += len(one.rows)
+        if count >= _AT_ONCE:
+            yield some
+            some, count = [], 0
+    if some:
+        yield some

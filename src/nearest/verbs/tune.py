@@ -1,5 +1,6 @@
 """Find a method's settings on held-out text, or train its gate, and store them in the memory."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -29,7 +30,7 @@ from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.meta_k import fit_meta_k
 from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.stored import load_gate, to_store
-from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.lookup import Ahead, Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import (
     BASE,
@@ -43,6 +44,8 @@ from nearest.retrieval.settings import (
 )
 from nearest.store.tuned import found_on
 from nearest.verbs.settings_search import Sweep, Tuned, best_settings, looked_up
+
+_FOR_UNIT = 4  # batches of which the distances' unit is taken
 
 
 @dataclass(frozen=True)
@@ -256,15 +259,15 @@ def _train_mixture(
     chosen = method_named(method)
     total = sum(len(block.targets) for block in blocks)
 
-    def examples(unit: float, progress: Progress) -> Iterator[Examples]:
-        gate = SearchEverywhere(MixtureConfig.over(chosen.kinds, unit))
-        lookup = (_EitherWay if chosen.asks else Lookup)(
-            memory, method, replace(settings, guard=False), gate
-        )
-        return looked_up(lookup, blocks, progress, f"tune {method}", total)
-
-    unit = distance_unit(examples(1.0, no_progress))
-    found = examples(unit, progress)
+    # What is found does not depend on the unit; what the gate makes of it does.
+    everywhere = SearchEverywhere(MixtureConfig.over(chosen.kinds, 1.0))
+    lookup = (_EitherWay if chosen.asks else Lookup)(
+        memory, method, replace(settings, guard=False), everywhere
+    )
+    found = looked_up(lookup, blocks, progress, f"tune {method}", total)
+    some = list(itertools.islice(found, _FOR_UNIT))
+    unit = distance_unit(some)
+    found = itertools.chain(some, found)
     ways: Iterator[tuple[Examples, ...]]
     ways = (_ways(one, settings) for one in found) if chosen.asks else ((one,) for one in found)
     skip = settings.skip if chosen.asks else None
@@ -288,9 +291,12 @@ class _EitherWay(Lookup):
         super().__init__(memory, method, replace(settings, dedup=False, skip=0.0), gate)
 
     def candidates(
-        self, queries: Queries, pointers: Int[np.ndarray, "q p"] | None = None
+        self,
+        queries: Queries,
+        pointers: Int[np.ndarray, "q p"] | None = None,
+        ahead: Ahead | None = None,
     ) -> Candidates:
-        found = super().candidates(queries, pointers)
+        found = super().candidates(queries, pointers, ahead)
         often = np.round(_uniform(queries.ends // 256) * 4) / 4
         return found._replace(searched=_uniform(queries.ends) < often)
 

@@ -17,7 +17,6 @@ from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, availabl
 from nearest.retrieval.gates.network import check_enough, folds_of, train_network
 
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
-_UNIT_BATCHES = 20
 _ROUNDS = 20  # of expectation maximisation, for the shares that training begins with
 _LEAST_SHARE = 1e-3  # of these
 
@@ -137,10 +136,10 @@ def _mixed(
 def distance_unit(examples: Iterable[Examples]) -> float:
     """How much farther the candidate in the middle is than the nearest: median over queries.
 
-    Of the first batches only; 1 where no query has two candidates, or all are equally near.
+    1 where no query has two candidates, or all are equally near.
     """
     gaps = []
-    for one, _ in zip(examples, range(_UNIT_BATCHES), strict=False):
+    for one in examples:
         distances = np.sort(one.view.candidates.distances, axis=1)
         count = np.isfinite(distances).sum(axis=1)
         some = count > 1
