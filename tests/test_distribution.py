@@ -132,6 +132,35 @@ def test_sources_stand_side_by_side() -> None:
     assert found.of("pointers", "suffix") == slice(4, 12)
 
 
+def test_candidates_of_several_calls_weigh_as_before() -> None:
+    """However many columns of each kind each call found."""
+    whole = random_candidates(3)
+    tokens, shares = np.arange(len(whole.ids)) % 3, np.full((len(whole.ids), len(COMPONENTS)), 0.2)
+    narrow = whole._replace(  # one dense column less, and no suffix match
+        ids=whole.ids[:, 1:7],
+        values=whole.values[:, 1:7],
+        distances=whole.distances[:, 1:7],
+        lengths=whole.lengths[:, 1:7],
+        columns=(3, 3, 0),
+    )
+    parts = [whole, narrow, whole.rows(slice(2))]
+    joined = Candidates.joined(parts)
+    assert joined.columns == whole.columns
+    rows = [tokens, tokens, tokens[:2]]
+    each = [component_probs(one, COMPONENTS, t) for one, t in zip(parts, rows, strict=True)]
+    found = component_probs(joined, COMPONENTS, np.concatenate(rows))
+    np.testing.assert_array_equal(found, np.concatenate(each))
+    weighed = [
+        candidate_weights(one, COMPONENTS, shares[: len(one.ids)]).candidates.sum(1)
+        for one in parts
+    ]
+    of_joined = candidate_weights(
+        joined, COMPONENTS, np.full((len(joined.ids), len(COMPONENTS)), 0.2)
+    )
+    np.testing.assert_allclose(of_joined.candidates.sum(1), np.concatenate(weighed), atol=1e-6)
+    assert Candidates.joined([whole]) is whole
+
+
 @pytest.mark.parametrize("mix", [vocabulary_log_probs, vocabulary_log_probs_in_torch])
 def test_votes_add_up_by_value_and_ignore_missing_ones(mix: Callable[..., torch.Tensor]) -> None:
     weights = np.array([[0.25, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)

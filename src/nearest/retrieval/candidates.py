@@ -88,7 +88,9 @@ def _spread(
 ) -> Int[np.ndarray, " c"]:
     """Where columns, so many `own` of each kind, stand among `columns` of each."""
     begun = np.cumsum(columns) - columns
-    return np.concatenate([first + np.arange(count) for first, count in zip(begun, own, strict=True)])
+    return np.concatenate(
+        [first + np.arange(count) for first, count in zip(begun, own, strict=True)]
+    )
 
 
 class Part(NamedTuple):

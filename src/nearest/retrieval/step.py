@@ -173,9 +173,7 @@ class Step:
         return State(prediction.lookup.follow(prediction.candidates, self.targets), total)
 
 
-def step(
-    lookup: Lookup, queries: Queries, state: State, ahead: Ahead | None = None
-) -> Prediction:
+def step(lookup: Lookup, queries: Queries, state: State, ahead: Ahead | None = None) -> Prediction:
     """Predict the next token of each of q sequences.
 
     Args:
