@@ -11,6 +11,7 @@ from jaxtyping import Float, Real
 
 _RESAMPLES = 2_000
 _SEED = 0
+_DRAWN_AT_ONCE = 2**18
 
 
 class Interval(NamedTuple):
@@ -36,9 +37,11 @@ def bootstrap_interval(
         return Interval(None, None)
     rng = np.random.default_rng(_SEED)
     ratios = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        drawn = np.bincount(rng.integers(documents, size=documents), minlength=documents)
-        ratios[i] = drawn @ totals / (drawn @ counts)
+    at_once = max(1, _DRAWN_AT_ONCE // documents)
+    for i in range(0, _RESAMPLES, at_once):
+        some = ratios[i : i + at_once]
+        drawn = rng.integers(documents, size=(len(some), documents))
+        some[:] = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     return Interval(*np.quantile(ratios, [0.025, 0.975]).tolist())
 
 
