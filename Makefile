@@ -36,16 +36,17 @@ lint: setup
 	$(BIN)/lint-imports
 
 # With CHECK_ALL=1, as in CI, every call is checked against its annotations, shapes included, and every
-# case of every test is run; without, four cases of each test with more.
+# case of every test is run; without, two cases of each test with more. Tests of more than about two
+# seconds are slow ones.
 # A comma would end the argument of $(if ...), so the option stands in a variable.
 CHECK_OPTION := --jaxtyping-packages=nearest,typechecker.check
-CHECKED := $(if $(CHECK_ALL),$(CHECK_OPTION),--few-cases 4)
+CHECKED := $(if $(CHECK_ALL),$(CHECK_OPTION),--few-cases 2)
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal $(CHECKED)
 
 test-slow: setup
-	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal $(if $(CHECK_ALL),$(CHECK_OPTION))
 
 # Ray is large, and nothing else needs it; what needs root is skipped without.
 test-cluster: setup

@@ -35,6 +35,7 @@ from nearest.retrieval.gates import network
 
 # A busy machine must not decide a test.
 settings.register_profile("patient", deadline=None)
+settings.register_profile("few", deadline=None, max_examples=20)
 settings.load_profile("patient")
 
 
@@ -44,8 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--few-cases",
         type=int,
         metavar="N",
-        help="Run at most N cases of each test, evenly spread.",
+        help="Run at most N cases of each test, evenly spread, and 20 examples of Hypothesis's.",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--few-cases") is not None:
+        settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -101,6 +101,7 @@ def check(scores: list[Tensor], row: int, expected: np.ndarray) -> None:
     assert clear > len(scores) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_equals_the_oracle(name: str, build_memory: Callable[..., Memory]) -> None:
     """A left-padded batch with a cache; Mamba, which ignores padding, in rows of one length."""
@@ -238,6 +239,7 @@ def test_adapters_before_the_model_are_refused(build_memory: Callable[..., Memor
             refused()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["before", "after", "generate"])
 def test_compiled_models(how: str, build_memory: Callable[..., Memory]) -> None:
     """Compiled before or after it is attached, or by generate(); used again afterwards."""
@@ -371,6 +373,7 @@ BATCHING = {
 }
 
 
+@pytest.mark.slow
 def test_continuous_batching_mixes_hidden_states(build_memory: Callable[..., Memory]) -> None:
     model, copy = make_model("llama"), make_model("llama")
     memory = build_memory(model, random_documents())

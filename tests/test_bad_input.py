@@ -821,6 +821,7 @@ def test_a_limit_on_the_size_of_files(world: SimpleNamespace, out: Path, limit: 
     )
 
 
+@pytest.mark.slow
 def test_an_interruption_from_the_keyboard(
     tmp_path: Path, world: SimpleNamespace, out: Path
 ) -> None:

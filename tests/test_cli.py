@@ -271,6 +271,7 @@ def test_cluster_explains_what_cannot_be(memory: Path, options: list[Any], messa
     assert message in result.err
 
 
+@pytest.mark.slow
 def test_compress_gives_another_generation(memory: Path, world: SimpleNamespace) -> None:
     options = ["--keys", "pq8", "--pca", 16, "--merge", "--neighbours", 5]
     (record,) = json_lines("compress", memory, *options, "--spec", "Flat", "--recall", 0.5)
@@ -537,6 +538,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded_by("build", "--help") == "[]"
 
 
+@pytest.mark.slow
 def test_info_loads_neither_torch_nor_transformers(world: SimpleNamespace) -> None:
     loaded = loaded_by("info", str(world.memory))
     assert "torch" not in loaded
@@ -582,6 +584,7 @@ def test_wrong_usage_is_explained(arguments: list[str], expected: int) -> None:
         assert "Usage: " in result.err + result.out
 
 
+@pytest.mark.slow
 def test_the_real_command_keeps_reports_and_notes_apart(
     world: SimpleNamespace, tmp_path: Path
 ) -> None:

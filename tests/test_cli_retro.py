@@ -176,6 +176,7 @@ def test_verify_finds_what_was_changed(prepared: Path, tmp_path: Path) -> None:
     assert "1 chunks, as [0]" in told["problems"][0]
 
 
+@pytest.mark.slow
 def test_mistakes(prepared: Path, bert: str, tmp_path: Path) -> None:
     source = prepared.parent / "train.jsonl"
     corpus(prepared.parent / "more.jsonl", 13)

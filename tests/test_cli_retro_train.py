@@ -145,6 +145,7 @@ def test_the_public_figure_is_of_first_tokens(trained: Path, prepared: Path) -> 
     assert told["tokens"] == np.minimum(lengths, 16).sum() - len(lengths)
 
 
+@pytest.mark.slow
 def test_an_analysis_is_a_folder(trained: Path, prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     told = run("analyse", trained, prepared, "--out", out, "--window", 16, "--json")

@@ -73,6 +73,7 @@ def started(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], htt
             process.kill()
 
 
+@pytest.mark.slow
 def test_it_ends_what_is_under_way_and_logs_no_text(memory: Memory) -> None:
     options = ("--served-name", "tiny", "--method", "suffix", "--knn-temperature", "7")
     with started(memory.path, *options) as (process, client):
@@ -92,6 +93,7 @@ def test_it_ends_what_is_under_way_and_logs_no_text(memory: Memory) -> None:
     assert "secret" not in told
 
 
+@pytest.mark.slow
 def test_a_retrofit_is_served_with_neighbours_by_words(memory: Memory, fitted: Path) -> None:
     with started(memory.path, "--retro", fitted, "--retro-method", "bm25") as (_, client):
         about = client.get("/v1/nearest").json()

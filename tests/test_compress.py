@@ -604,6 +604,7 @@ def test_a_failed_compression_leaves_everything_as_it_was(
     assert snapshot(path) == before
 
 
+@pytest.mark.slow
 def test_a_killed_compression_leaves_a_whole_generation(indexed: Memory, tmp_path: Path) -> None:
     moments = [
         *(("compress", "fsync", count) for count in (1, 3, 6, 7, 8, 9)),

@@ -670,6 +670,7 @@ def test_tokens_are_the_start_token_and_the_tokenizers_ids(
         assert tiny_tokenizer.decode(item.tokens[1:]) == item.document.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeat", [1, 90_000])
 def test_special_tokens_that_a_document_mentions_are_text_unless_asked_for(
     tiny_tokenizer: PreTrainedTokenizerFast, repeat: int

@@ -90,6 +90,7 @@ def test_a_folder_that_changes_is_synced_by_the_command(tmp_path: Path, model_fo
     assert ids(memory) == ["a.py", "docs/linked.md", "fee.md", "new.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "options", "texts"),
     [

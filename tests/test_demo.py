@@ -257,6 +257,7 @@ def told_by_demo(folder: Path) -> tuple[str, str]:
     return out.export_text(), Page(html).text
 
 
+@pytest.mark.slow
 def test_demo_of_short_topics_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "topics", {k: v for k, v in topics.items() if len(v) < 1_000})
     monkeypatch.setattr(run, "NEW_TOKENS", 4)
@@ -276,6 +277,7 @@ def test_demo_of_short_topics_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list((tmp_path / "demo").rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_another_model_stands_beside_the_one_that_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str
 ) -> None:

@@ -50,6 +50,7 @@ def written(
         return model.generate(ids, **options), widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["suffix", "knn", "retomaton"])
 def test_greedy_search_gives_the_same_text_in_fewer_passes(
     tiny_model: PreTrainedModel, tiny_memory: Memory, method: str
@@ -108,6 +109,7 @@ def test_a_batch_is_written_without_drafts(
     assert len(seen) == 8
 
 
+@pytest.mark.slow
 def test_sampling_keeps_the_distribution(
     tiny_model: PreTrainedModel, tiny_memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

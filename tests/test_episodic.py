@@ -475,6 +475,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
     assert [item.name for item in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     memory_of([[0.0, 1.0]], [3.0]).save(path)

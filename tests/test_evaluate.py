@@ -187,6 +187,7 @@ def test_the_sweep_equals_one_evaluation_each(model: PreTrainedModel, memory: Me
     assert Memory.open(memory.path).manifest.version == 1
 
 
+@pytest.mark.slow
 def test_a_coarse_index_is_tuned_as_it_is_evaluated(
     model: PreTrainedModel, build_memory: Callable[..., Memory]
 ) -> None:

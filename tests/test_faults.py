@@ -77,6 +77,7 @@ def live_bytes(path: Path) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in live_files(path)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_disk_that_fails_leaves_a_whole_generation(
     change: str, started: Path, model: Model, tmp_path: Path

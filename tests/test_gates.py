@@ -147,6 +147,7 @@ def brought_back(kind: type, config: dict[str, Any], arrays: dict[str, np.ndarra
 probabilities = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1.0])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(probabilities, probabilities), min_size=1, max_size=30))
 def test_the_best_lam_is_that_of_a_fine_grid(pairs: list[tuple[float, float]]) -> None:
     lm, memory = np.array(pairs).T
@@ -355,6 +356,7 @@ def test_the_same_predictions_in_other_batches_give_the_same_gate(
         np.testing.assert_array_equal(array, expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_without_a_neighbour_are_the_models_and_teach_nothing(
     kind: type, gates: dict[type, StoredGate], text: Text, tiny_memory: Memory
@@ -563,6 +565,7 @@ def tuned_memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) ->
     return Memory.open(memory.path)
 
 
+@pytest.mark.slow
 def test_gates_help_on_another_text(model: PreTrainedModel, tuned_memory: Memory) -> None:
     text = make_documents(6, 40, seed=2)
     base, buckets, meta_k = evaluate(

@@ -87,6 +87,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_batches_write_what_single_prompts_do(pairs: Any) -> None:
     others = [replace(document, id=f"other-{document.id}") for document in pair_documents(3, 5)]
     asked = [*pairs.documents[:3], *others]
@@ -181,6 +182,7 @@ def test_a_causal_model_needs_prompts_and_room() -> None:
         evaluate_generated(model, None, asked, "base", tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_tuning_by_text_finds_what_writes_best(pairs: Any, tmp_path: Path) -> None:
     """No setting that it tried, nor a step from the best, writes better; evaluation agrees."""
     memory = Memory.open(shutil.copytree(pairs.memory.path, tmp_path / "m"))
@@ -207,6 +209,7 @@ def test_tuning_by_text_finds_what_writes_best(pairs: Any, tmp_path: Path) -> No
         tune_generated(pairs.model, memory, asked, metric="rouge", **options)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
     folder = pairs.folder
     pairs.model.save_pretrained(folder / "t5")

@@ -91,6 +91,7 @@ def test_sampling_out_of_range_is_refused(world: SimpleNamespace, flag: str, val
     assert f"--{flag}" in refused(world, "--prompt", "a", f"--{flag}", value)
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_from_a_pipe_or_a_file(world: SimpleNamespace, tmp_path: Path) -> None:
     expected = answered(world, "--prompt", "é the court")
     (file := tmp_path / "p.txt").write_text("é the court\n", encoding="utf-8")
@@ -118,6 +119,7 @@ def test_special_tokens_of_a_prompt_are_text_unless_asked_for(world: SimpleNames
         ids("a\udcff")
 
 
+@pytest.mark.slow
 def test_spaces_at_the_end_are_left_to_the_first_token(tmp_path: Path) -> None:
     model, tokenizer = load_model_and_tokenizer(str(DEMO))
     healed = prompt_tokens(model, tokenizer, "The Mayor ", heal=True)

@@ -571,6 +571,7 @@ raise SystemExit(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_can_search() -> None:
     """As data loaders and pre-forking servers do, after a search with threads in the parent."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -625,6 +626,7 @@ assert found.lengths[1].tolist() == [2, 2], found.lengths[1]
 """
 
 
+@pytest.mark.slow
 def test_suffixes_need_no_faiss() -> None:
     """Nor do its threads: a memory without keys is used where it is not installed."""
     assert subprocess.run([sys.executable, "-c", WITHOUT_FAISS], timeout=120).returncode == 0

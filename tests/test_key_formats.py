@@ -137,6 +137,7 @@ def take(path: Path, count: int) -> list[Document]:
     return [document for document, _ in zip(read_documents([path]), range(count), strict=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CORPORA.is_dir(), reason=f"{CORPORA} is not there")
 def test_int8_keys_cost_less_than_half_a_percent_of_perplexity(tmp_path: Path) -> None:
     """Law of one city in either format, and the demo's model."""

@@ -138,6 +138,7 @@ def test_segments_with_indexes_of_their_own_are_found_in(
 ALIKE = ["fp16", "int8, inner product", "flat index", "no keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALIKE, indirect=True)
 @pytest.mark.parametrize("compacted", [False, True])
 def test_candidates_and_perplexity_are_those_of_one_memory(
@@ -390,6 +391,7 @@ def test_documents_are_removed_by_metadata_and_by_id(folder: Path) -> None:
         memory.remove(["doc-4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp16"], indirect=True)
 def test_readers_keep_their_generation_until_they_refresh(folder: Path, add: Any) -> None:
     reader = Memory.open(folder)

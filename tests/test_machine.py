@@ -147,6 +147,7 @@ def test_code_is_compiled_anew_where_nothing_can_be_kept(monkeypatch: pytest.Mon
         machine.code_can_be_cached.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs another user")
 def test_another_user_without_a_home_runs_commands(tiny_model: PreTrainedModel) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

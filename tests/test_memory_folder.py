@@ -384,6 +384,7 @@ def plain_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in io.TextIOWrapper(reader, "utf-8", newline="\n")]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     texts=st.lists(st.text(max_size=60), min_size=1, max_size=12),

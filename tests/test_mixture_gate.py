@@ -97,6 +97,7 @@ def test_figures_of_kinds_equal_numpy(seed: int, none: tuple[str, ...]) -> None:
         np.testing.assert_array_equal(figures[:, number], expected)
 
 
+@pytest.mark.slow
 def test_the_network_computes_what_was_trained() -> None:
     rng = np.random.default_rng(0)
     inputs = rng.normal(3, 2, (500, 4)).astype(np.float32)
@@ -223,6 +224,7 @@ def examples_of(seed: int, rows: int) -> Iterator[tuple[Examples, ...]]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_gate_that_starts_from_another_needs_less_text() -> None:
     config = MixtureConfig.over(("suffix",), 1.0)
     with gates_trained_at_once(150):

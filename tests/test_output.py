@@ -27,12 +27,14 @@ def info(memory: Path, **options: object) -> "subprocess.CompletedProcess[bytes]
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_that_lacks_characters_gets_escapes(memory: Path, encoding: str) -> None:
     done = info(memory, env=os.environ | {"PYTHONIOENCODING": encoding}, stdout=subprocess.PIPE)
     assert (done.returncode, b"documents" in done.stdout) == (0, True), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_a_message(memory: Path) -> None:
     with Path("/dev/full").open("wb") as full:
@@ -42,6 +44,7 @@ def test_a_full_disk_is_a_message(memory: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(memory: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)

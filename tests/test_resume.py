@@ -97,6 +97,7 @@ def test_a_corpus_of_several_segments(
     np.testing.assert_allclose(np.concatenate(rows), expected, atol=0.05)
 
 
+@pytest.mark.slow
 def test_killed_builds_go_on(
     whole: tuple[Path, list[str]],
     model: Model,

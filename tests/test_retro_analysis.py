@@ -154,6 +154,7 @@ def test_a_text_of_first_chunks_alone_is_refused(tmp_path: Path) -> None:
         analyse(fresh_model(), short, table, words)
 
 
+@pytest.mark.slow
 def test_the_report_is_a_folder_that_needs_nothing_else(
     data: RetroDataset, table: NeighbourTable, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_common_runs(a: list[int], b: list[int], cut: int, length: int) -> None:
     assert found.tolist() == [longest_run(a, b) >= length, cut >= length]
 
 
+@pytest.mark.slow
 @given(a=ROW, b=ROW, cut=st.integers(1, 12), n=st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_jaccard_of_ngrams(a: list[int], b: list[int], cut: int, n: int) -> None:

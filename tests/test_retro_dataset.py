@@ -81,6 +81,7 @@ def undropped() -> RetroForCausalLM:
     return tiny_model("norlund", **dict.fromkeys(kinds, 0.0))
 
 
+@pytest.mark.slow
 def test_transformers_trainer_reads_it(tmp_path: Path) -> None:
     """What is trained is the loss of a plain loop over the same steps, from workers."""
     own = database(tmp_path / "d", TEXTS)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from nearest.retro import NeighbourTable, RetroDataset, RetroForCausalLM
@@ -31,6 +32,7 @@ def copied(documents: int, seed: int) -> tuple[RetroDataset, NeighbourTable]:
     return RetroDataset(chunks, chunks, table, neighbours=1), table
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_found_to_copy_and_where(tmp_path: Path) -> None:
     data, _ = copied(400, seed=0)
     with torch.random.fork_rng():

@@ -62,6 +62,7 @@ def model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_two_files_to_a_table_and_a_page(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def _collate() -> Any:
     return Collate(0, CHUNK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_is_the_unbroken_one(read: Passages, tmp_path: Path, workers: int) -> None:
     settings = replace(SHORT, neighbour_dropout=0.3, shuffle_neighbours=True, workers=workers)
@@ -149,6 +150,7 @@ def test_a_resumed_run_is_the_unbroken_one(read: Passages, tmp_path: Path, worke
         assert torch.equal(weights(again)[weight], value)
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_and_a_constant_one_can_go_on(
     read: Passages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +245,7 @@ def killed_at_random(read: Passages, run: Path, times: int, processes: int) -> N
         assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "processes"), [(3, 1)])
 def test_killed_at_any_moment_it_resumes_to_the_same_loss(
     read: Passages, tmp_path: Path, times: int, processes: int
@@ -276,6 +279,7 @@ def test_one_of_two_processes_killed_twenty_times(read: Passages, tmp_path: Path
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(read: Passages, tmp_path: Path) -> None:
     one = replace(SHORT, batch_size=2, accumulate=2, max_steps=4, validate_every=2)
     train(fresh_model(), read, tmp_path / "one", one, validation=read)

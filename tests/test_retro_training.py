@@ -107,6 +107,7 @@ def test_training_and_reading_attend_alike():
     torch.testing.assert_close(plain[1, 3:], fused[1, 3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norlund", "retro-pytorch", "paper"])
 def test_a_model_learns_to_copy_its_neighbours(name):
     """The next chunk stands in the neighbours of this one and nowhere else."""

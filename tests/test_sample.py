@@ -28,6 +28,7 @@ def drawn(arrays: list[SuffixArray], runs: np.ndarray, wanted: int) -> np.ndarra
     return ids[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [1, 5, 300, 4_000, 30_000])
 def test_a_sample_is_what_comes_first(wanted: int) -> None:
     """Found by lists of early entries or without, in two runs of each of three arrays."""
@@ -81,6 +82,7 @@ def test_every_entry_is_as_likely_as_another() -> None:
         assert abs(np.corrcoef(places, ids)[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_matches_of_a_large_corpus_are_sampled_as_a_scan_would() -> None:
     """With lists of early entries in use, in one part and in three."""
     rng = np.random.default_rng(0)

@@ -83,6 +83,7 @@ def test_copies_are_told_from_texts_that_share_words(
     assert np.flatnonzero(copied).tolist() == [2, 6]
 
 
+@pytest.mark.slow
 def test_self_tuned_settings_are_near_those_of_held_out_text(
     memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -113,6 +114,7 @@ def test_too_little_text_is_left_untuned(
     assert memory.settings_from("knn") == "defaults"
 
 
+@pytest.mark.slow
 def test_building_ends_with_it_unless_told_not_to(
     monkeypatch: pytest.MonkeyPatch, build_memory: Callable[..., Memory], tiny_model: Any
 ) -> None:
@@ -139,6 +141,7 @@ def test_untuned_settings_are_told_unless_they_are_given(
         evaluate(tiny_model, memory, HELD_OUT, tokenizer=tiny_tokenizer, lam=0.2, temperature=9.0)
 
 
+@pytest.mark.slow
 def test_where_settings_come_from_is_told(
     memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -166,6 +169,7 @@ def test_where_settings_come_from_is_told(
         assert told([memory, untuned]) == "defaults"
 
 
+@pytest.mark.slow
 def test_what_changed_since_tuning_is_told(
     memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -76,6 +76,7 @@ def assert_same(alone: dict[str, Any], together: dict[str, Any]) -> None:
             )
 
 
+@pytest.mark.slow
 def test_what_else_runs_changes_nothing(server: Running) -> None:
     count = 24
     alone = [asked(server, number) for number in range(count)]
@@ -112,6 +113,7 @@ def test_prompts_take_turns(
     assert ended[:12] == [*range(1, 11), 0, 11]
 
 
+@pytest.mark.slow
 def test_gates_and_guards_are_each_requests_own(
     model: PreTrainedModel,
     build_memory: Callable[..., Memory],

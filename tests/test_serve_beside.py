@@ -202,6 +202,7 @@ def test_streams_chats_and_continuations(
         np.testing.assert_allclose(given, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_else_runs_changes_nothing(server: Running) -> None:
     methods = ("retro", "base", "retro+suffix", "knn", "in-context")
 
@@ -268,6 +269,7 @@ def test_a_memory_of_states_with_neighbours(
     np.testing.assert_allclose(given, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_documents_that_go_are_no_neighbours(
     fitted: PreTrainedModel,
     base: PreTrainedModel,

@@ -90,6 +90,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", BROKEN)
 def test_broken_connections_harm_nobody(server: Running, sent: bytes) -> None:
     port = int(server.url.rsplit(":", 1)[1])
@@ -104,6 +105,7 @@ def test_broken_connections_harm_nobody(server: Running, sent: bytes) -> None:
     server.complete("x", max_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_is_disconnected(
     build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -111,6 +111,7 @@ def test_every_look_up_is_the_memorys(memory: Memory, remote: RemoteMemory) -> N
     assert remote.number_of("none") is None
 
 
+@pytest.mark.slow
 def test_a_whole_text_is_scored_as_with_the_folder(
     model: PreTrainedModel,
     memory: Memory,
@@ -184,6 +185,7 @@ def two_servers(
         yield ports, running, start
 
 
+@pytest.mark.slow
 def test_servers_that_go_and_come(
     model: PreTrainedModel, memory: Memory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -269,6 +271,7 @@ def flaky(*script: int | None) -> Iterator[Any]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_request_is_sent_again_and_a_failing_server_rests() -> None:
     patience = Patience(tries=3, pause=0.001, failures=3, rest=0.1)
     with flaky(503, None, 200) as one:

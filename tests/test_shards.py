@@ -177,6 +177,7 @@ def test_every_look_up_is_the_memorys(memory: Memory, sharded: ShardedMemory) ->
         sharded.ask("search", {"queries": queries}, {})
 
 
+@pytest.mark.slow
 def test_texts_are_scored_and_written_as_with_one(
     model: PreTrainedModel,
     memory: Memory,
@@ -208,6 +209,7 @@ def two(build_memory: Build, model: PreTrainedModel, tiny_tokenizer: Any) -> Mem
     return memory.add(model, tiny_tokenizer, TEXTS[6:])
 
 
+@pytest.mark.slow
 def test_a_lost_shard_is_named_and_comes_back(two: Memory) -> None:
     queries = two.keys.rows(np.arange(9))
     expected = two.search(queries, 5)

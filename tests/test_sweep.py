@@ -93,6 +93,7 @@ def test_rows_are_every_setting_in_order(swept: Sweep) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_rows_equal_evaluate(swept: Sweep, tiny_model: PreTrainedModel, memory: Memory) -> None:
     foss = []
     for (method, setting, value), point in named(swept).items():
@@ -156,6 +157,7 @@ def test_random_skipping_mixes_knn_and_base(swept: Sweep) -> None:
         assert result.added_ms == pytest.approx((1 - share) * knn.added_ms)
 
 
+@pytest.mark.slow
 def test_time_is_the_own_and_that_of_the_searches_asked_for(
     tiny_model: PreTrainedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +375,7 @@ def test_published_curves_that_are_not_known() -> None:
         published_named(["enwik8"])
 
 
+@pytest.mark.slow
 def test_an_earlier_report_is_replaced_and_nothing_else_touched(
     swept: Sweep, memory: Memory, tmp_path: Path
 ) -> None:
@@ -439,6 +442,7 @@ def world(
     return SimpleNamespace(text=text, run=[memory.path, "--model", model_folder, "--text", text])
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_writes(world: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "report"
     options = ["--methods", "retomaton, suffix", "--min-knns", "2,inf", "--published", "law-mt"]

@@ -26,6 +26,7 @@ def test_a_pipeline_generates_with_the_memory(tmp_path: Path) -> None:
     assert found == expected != alone
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_trainer_measures_the_model_with_a_memory(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()

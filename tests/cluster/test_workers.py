@@ -108,6 +108,7 @@ def test_a_worker_is_stopped_and_goes_on(
     assert snapshot(memory.path) == snapshot(whole)
 
 
+@pytest.mark.slow
 def test_a_node_is_gone_for_good(
     model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
