@@ -30,6 +30,7 @@ from nearest.errors import FolderError, SettingError
 from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.distribution import (
     Component,
+    are_found,
     component_probs,
     component_votes,
     component_weights_reference,
@@ -38,7 +39,7 @@ from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
 from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
-from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, available
+from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.network import train_network
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
@@ -156,7 +157,7 @@ def test_shares_are_of_what_there_is_and_leave_some_to_the_model(rng: np.random.
     gate = fitted()
     view = view_of(60, rng, ("pointers",))
     shares = gate.shares(view)
-    has = available(view, gate.components)
+    has = are_found(view.candidates, gate.components)
     for number, component in enumerate(gate.components):
         own = view.candidates.distances[:, view.candidates.of(*component.kinds)]
         assert has[:, number].tolist() == np.isfinite(own).any(axis=1).tolist()

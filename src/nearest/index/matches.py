@@ -81,12 +81,11 @@ def longest_matches(
             _find(array.tokens, array.skipping, start_token, context, ends[some], least, *levels)
         ids, owners = found.ids[some], np.full((queries, most), NO_ENTRY, dtype=np.int16)
         begins, stops = (np.zeros((len(arrays), 2, queries), np.int64) for _ in range(2))
-        whole = np.zeros(queries, np.int64)
+        whole, wanted = np.zeros((2, queries), np.int64)
         chosen = owners, ids, found.lengths[some], found.longest[some]
-        _choose(counts, lengths, lows, highs, *chosen, whole, begins, stops)
+        _choose(counts, lengths, lows, highs, *chosen, whole, wanted, begins, stops)
         for number, array in enumerate(arrays):
             _read(array.skipping, array.first, number, owners, ids)
-        wanted = np.where((stops > begins).any((0, 1)), most - whole, 0)
         sample(arrays, begins, stops, wanted, whole, ids)
 
     in_threads(work, len(ends))
@@ -227,13 +226,13 @@ def _find(
 @numba.njit(nogil=True, cache=code_can_be_cached())
 def _choose(
     counts: Any, lengths: Any, lows: Any, highs: Any, owners: Any, places: Any, shared: Any,
-    longest: Any, whole: Any, begins: Any, stops: Any,
+    longest: Any, whole: Any, wanted: Any, begins: Any, stops: Any,
 ) -> None:
     """Choose each query's entries from the levels found in all arrays, longest first.
 
-    The first `whole` entries are those of levels that fit. The level that does not fit is to be
-    sampled: in each array its entries have the places from begins to stops, in two runs around the
-    longer matches.
+    The first `whole` entries are those of levels that fit. Of the level that does not fit `wanted`
+    are to be sampled: in each array its entries have the places from begins to stops, in two runs
+    around the longer matches.
     """
     most = owners.shape[1]
     levels = np.zeros(len(counts), np.int64)  # the next of each array
@@ -258,6 +257,7 @@ def _choose(
             want = most - taken
             if total > want:
                 shared[i, taken:] = length
+                wanted[i] = want
             for a in range(len(counts)):
                 level = levels[a]
                 if level < counts[a, i] and lengths[a, level, i] == length:

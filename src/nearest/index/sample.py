@@ -34,20 +34,32 @@ def sample(
         columns: where each sample begins in `ids`.
         ids: int64, changed in place.
     """
-    # A first limit, by which one sample in ten thousand gets too few entries and is redrawn.
-    part = (wanted + 4 * np.sqrt(wanted) + 8) / np.maximum(1, (ends - begins).sum((0, 1)))
-    limits = (np.minimum(part, 1 - 2.0**-53) * 2.0**64).astype(np.uint64)
+    limits = np.empty(len(wanted), np.uint64)
+    _first_limits(begins, ends, wanted, limits)
     while wanted.any():
         found = np.zeros_like(wanted)
         for array, *runs in zip(arrays, begins, ends, strict=True):
             own = array.skipping, array.first, *array.early
             _sample(*own, *runs, wanted, columns, limits, found, ids)
         wanted = np.where(found < wanted, wanted, 0)
-        limits = np.full_like(limits, _LAST)
+        limits[:] = _LAST
 
 
 # fmt: off
 @no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, cache=code_can_be_cached())
+def _first_limits(begins: Any, ends: Any, wanted: Any, limits: Any) -> None:
+    """Limits by which one sample in ten thousand gets too few entries and is redrawn."""
+    for i in range(len(wanted)):
+        size = 0
+        for array in range(len(begins)):
+            for run in range(begins.shape[1]):
+                size += ends[array, run, i] - begins[array, run, i]
+        part = (wanted[i] + 4 * np.sqrt(wanted[i]) + 8) / max(1, size)
+        limits[i] = np.uint64(min(part, 1 - 2.0**-53) * 2.0**64)
+
+
+@no_type_check
 @numba.njit(nogil=True, cache=code_can_be_cached())
 def _sample(
     array: Any, first: Any, places: Any, bounds: Any, begins: Any, ends: Any,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from nearest.encode.view import lm_view
-from nearest.models.prefixes import LookupSpans, Prefixes
+from nearest.models.prefixes import LookupSpans, Prefixes, rows_of
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.step import State, step
@@ -56,15 +56,13 @@ def mix_rows(
     shown = these.returned[these.returned >= 0]
     if not len(shown):
         return log_probs.reshape(kept.shape)
-    everywhere = np.array_equal(shown, np.arange(len(log_probs)))
-    at = torch.from_numpy(shown).to(log_probs.device)
-    base = log_probs if everywhere else log_probs[at]
+    base = rows_of(log_probs, shown)
     followed = prefixes or [Prefixes(lookup) for lookup, _ in ensemble.used]
     predicted = [one.mix(these, base, follow=prefixes is not None) for one in followed]
     mixed = ensemble.mixed(predicted, base)
-    if not everywhere:
+    if base is not log_probs:
         whole = log_probs.clone()  # what gradients need stays as it is
-        whole[at] = mixed
+        whole[torch.from_numpy(shown).to(whole.device)] = mixed
         mixed = whole[torch.from_numpy(spans.filled).to(whole.device)]
     return mixed.reshape(kept.shape)
 

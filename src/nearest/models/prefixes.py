@@ -8,8 +8,9 @@ predictions of the last pass are kept, since the next pass goes on from one of t
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -19,13 +20,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 from nearest.corpus.tokens import Tokens
 from nearest.encode.view import LmView, lm_view
 from nearest.errors import ModelError
+from nearest.machine import code_can_be_cached
 from nearest.models.arguments import TextArguments
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.step import UNKNOWN, Prediction, State, advance, step, steps
 
 _BLOCK = 1 << 20  # log-probabilities that are made at once for positions whose rows nobody gets
-_BETWEEN = np.array([UNKNOWN])  # no token: a context ends where the next row's begins
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,14 @@ class LookupSpans:
         cells = np.arange(rows * width).reshape(rows, width)
         if isinstance(keep, int):
             kept = cells[:, -keep:].ravel()
+            begin, end = int(kept[0]), width
         else:
             of_torch = torch.from_numpy(cells)[..., None].to(keep.device)
             kept = slice_logits_to_keep(of_torch, keep).reshape(-1).cpu().numpy()
+            begin, end = int((kept % width).min()), int((kept % width).max()) + 1
         self._where = np.full(rows * width, -1, dtype=np.int64)
         self._where[kept] = np.arange(len(kept))
         self.filled = self._where[kept]  # a cell that is asked for twice is filled once
-        begin, end = int((kept % width).min()), int((kept % width).max()) + 1
         if sequences.first is not None:
             first = max(0, sequences.first - self._offset)
             begin = first if keeps_state else max(begin, first)
@@ -168,20 +170,15 @@ class LookupSpans:
             with_view: what gates see of the model's predictions is asked for.
             with_lm: the model's log-probabilities of the targets are.
         """
-        counts = self._ends - self._begins
-        rows = np.repeat(np.arange(len(counts)), counts)
-        spans = zip(self._begins.tolist(), self._ends.tolist(), strict=True)
-        columns = np.concatenate([np.arange(*span) for span in spans])
         starts = self._sequences.starts
         tokens = [
             row[start : self._offset + end]
             for row, start, end in zip(self._sequences.ids, starts, self._ends, strict=True)
         ]
-        ends = columns + self._offset - starts[rows]
-        offsets = np.cumsum([0, *(len(row) + 1 for row in tokens)])[:-1]
-        context = np.concatenate([part for row in tokens for part in (row, _BETWEEN)])
-        at = offsets[rows] + ends
-        targets = context[at + 1]  # _BETWEEN, which is UNKNOWN, at the end of a row
+        rows, columns, ends, context, at = _laid_out(
+            self._sequences.ids, starts, self._offset, self._begins, self._ends
+        )
+        targets = context[at + 1]
         returned = self._where[rows * self._width + columns]
         keys = _cells(hidden, rows, columns, self._width).float().cpu().numpy()
         lm_log_probs, view = torch.zeros(len(rows)), None
@@ -230,16 +227,55 @@ class LookupSpans:
         return targeted, view
 
 
+# fmt: off
+@no_type_check  # numba compiles the bare function
+@numba.njit(nogil=True, cache=code_can_be_cached())
+def _laid_out(ids: Any, starts: Any, offset: Any, begins: Any, stops: Any) -> Any:
+    """Row after row the cells of a pass that are looked up, and the context that they are of.
+
+    Of each its row, its column, its position in the row's tokens and that in the context, in which
+    UNKNOWN comes after each row's tokens.
+    """
+    size = (stops - begins).sum()
+    rows, columns, ends, at = np.empty((4, size), np.int64)
+    lasts = np.minimum(offset + stops, ids.shape[1])
+    context = np.empty((lasts - starts + 1).sum(), np.int64)
+    n = place = 0
+    for row in range(len(ids)):
+        for column in range(begins[row], stops[row]):
+            rows[n], columns[n], ends[n] = row, column, offset + column - starts[row]
+            at[n] = place + ends[n]
+            n += 1
+        for column in range(starts[row], lasts[row]):
+            context[place] = ids[row, column]
+            place += 1
+        context[place] = UNKNOWN
+        place += 1
+    return rows, columns, ends, context, at
+# fmt: on
+
+
 def _cells(
     of_pass: Float[Tensor, "rows columns size"],
     rows: Int[np.ndarray, " n"],
     columns: Int[np.ndarray, " n"],
     width: int,
 ) -> Float[Tensor, "n size"]:
-    """Some cells of what holds the last columns of a pass."""
+    """Some cells of what holds the last columns of a pass, in their order."""
     device, missing = of_pass.device, width - of_pass.shape[1]
+    if len(rows) == of_pass.shape[0] * of_pass.shape[1]:
+        return of_pass.flatten(0, 1)  # all of them
     at = torch.from_numpy(columns - missing).to(device)
     return of_pass[torch.from_numpy(rows).to(device), at]
+
+
+def rows_of(
+    log_probs: Float[Tensor, "n vocab"], rows: Int[np.ndarray, " m"]
+) -> Float[Tensor, "m vocab"]:
+    """Some rows; the same tensor, not a copy, where these are all of them in their order."""
+    if np.array_equal(rows, np.arange(len(log_probs))):
+        return log_probs
+    return log_probs[torch.from_numpy(rows).to(log_probs.device)]
 
 
 class Prefixes:
@@ -284,7 +320,7 @@ class Prefixes:
                 continue
             prediction = one.prediction if len(at) == len(one.rows) else one.prediction.rows(at)
             places = rank[one.rows[at]]
-            mixed.append(prediction.log_probs(base[torch.from_numpy(places).to(base.device)]))
+            mixed.append(prediction.log_probs(rows_of(base, places)))
             ranks.append(places)
             if follow:
                 for i, row in enumerate(one.rows[at].tolist()):
@@ -300,15 +336,17 @@ class Prefixes:
 
     def _begun(self, these: LookedUp) -> dict[int, State]:
         """The state of each row whose first position goes on from a prefix of the last pass."""
-        states = {}
-        for row, first in zip(*np.unique(these.rows, return_index=True), strict=True):
-            end = int(these.ends[first])
-            found = self._parent(int(row), these.tokens[row][:end], these.encoded[row])
-            if found is not None and self._base is not None:
+        states: dict[int, State] = {}
+        if self._base is None:
+            return states
+        for first in np.flatnonzero(np.diff(these.rows, prepend=-1)).tolist():
+            row, end = int(these.rows[first]), int(these.ends[first])
+            found = self._parent(row, these.tokens[row][:end], these.encoded[row])
+            if found is not None:
                 prediction, i, place = found
                 token = these.tokens[row][end : end + 1]
                 lm = self._base[place, int(token[0])].reshape(1).cpu()
-                states[int(row)] = advance(prediction.rows(slice(i, i + 1)), token, lm)
+                states[row] = advance(prediction.rows(slice(i, i + 1)), token, lm)
         return states
 
     def _parent(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, no_type_check
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.errors import ModelError
@@ -93,6 +93,16 @@ def component_votes(
         _count_votes(*_rows(candidates, part), candidates.values[part], *ways, found[part])
 
     in_threads(work, len(found))
+    return found
+
+
+def are_found(
+    candidates: Candidates, components: Sequence[Component]
+) -> Bool[np.ndarray, "q components"]:
+    """Whether each component has a candidate."""
+    found = np.zeros((len(candidates.ids), len(components)), dtype=bool)
+    ways = _ways(tuple(components), candidates.columns)
+    _find(candidates.ids, ways.begins, ways.stops, found)
     return found
 
 
@@ -272,6 +282,17 @@ def _weigh(
         weights[j] = weight
         total += weight
     return total
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=code_can_be_cached())
+def _find(ids: Any, begins: Any, stops: Any, found: Any) -> None:
+    for i in range(len(ids)):
+        for n in range(len(begins)):
+            for j in range(begins[n], stops[n]):
+                if ids[i, j] >= 0:
+                    found[i, n] = True
+                    break
 
 
 @no_type_check

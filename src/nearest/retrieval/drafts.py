@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from nearest.corpus.tokens import Tokens
 from nearest.index.matches import match_lengths
 from nearest.index.neighbours import NO_ENTRY
+from nearest.machine import code_can_be_cached
 from nearest.memory import Memory
 
 LONGEST = 16  # tokens of a draft
@@ -82,7 +83,7 @@ def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
 
 # fmt: off
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=code_can_be_cached())
 def _vote(continuations: Any, lengths: Any, start_token: Any, power: Any) -> Any:
     """The tokens that most weight is for, one after another, among those that agreed so far.
 

@@ -83,6 +83,11 @@ class Lookup:
         self.gate = gate or FixedGate(
             Component(self.kinds, settings.temperature, settings.length_power), settings.lam
         )
+        # Slow to ask at every token: what decides on dense searches, if anything does.
+        self._chooser: SearchGate | None = None
+        if self._asks and isinstance(self.gate, SearchGate):
+            self._chooser = self.gate
+        self._measures_matches = any(component.length_power for component in self.gate.components)
 
     @classmethod
     def of(cls, memory: Memory, method: str, settings: Settings) -> "Lookup":
@@ -113,7 +118,7 @@ class Lookup:
     @property
     def _searches_all(self) -> bool:
         """Whether every query gets a dense search, whatever else is found."""
-        if self._asks and isinstance(self.gate, SearchGate):
+        if self._chooser is not None:
             return self.settings.skip <= 0
         return "dense" in self.kinds and "pointers" not in self.kinds
 
@@ -121,10 +126,6 @@ class Lookup:
     def needs_lm(self) -> bool:
         """Whether queries must say what the language model predicts."""
         return self.gate.needs_lm
-
-    @property
-    def _measures_matches(self) -> bool:
-        return any(component.length_power for component in self.gate.components)
 
     @property
     def needs_context(self) -> bool:
@@ -224,13 +225,13 @@ class Lookup:
             return np.zeros(count, dtype=bool)
         if self._searches_all:
             return np.ones(count, dtype=bool)
-        if self._asks and isinstance(self.gate, SearchGate):
+        if self._chooser is not None:
             if self.settings.skip >= 1:  # then nothing need be looked at
                 return np.zeros(count, dtype=bool)
             nothing = no_part(count), np.zeros(count, dtype=bool)
             found = self._joined(nothing[0], pointed, matched, nothing[1])
             before = View(queries, found, self.memory)
-            return self.gate.worth_searching(before, self.settings.skip)
+            return self._chooser.worth_searching(before, self.settings.skip)
         fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
 

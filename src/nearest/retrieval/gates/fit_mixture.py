@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.distribution import Component, component_probs
+from nearest.retrieval.distribution import Component, are_found, component_probs
 from nearest.retrieval.gates.fitting import FLOOR, best_shares
 from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, View, quantiles_of, reaching
-from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate, available
+from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.network import check_enough, folds_of, train_network
 
 _LARGEST_GAIN = 3.0  # nats; a rare enormous gain says little about the next
@@ -156,7 +156,7 @@ def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
         lm = np.maximum(np.exp(one.lm_log_probs), FLOOR)[:, None]
         probs = (1 - LEFT_TO_LM) * probs + LEFT_TO_LM * lm
         log_probs = np.log(np.concatenate([lm, probs], axis=1))
-        log_probs[:, 1:][~available(one.view, config.weighed)] = -np.inf
+        log_probs[:, 1:][~are_found(one.view.candidates, config.weighed)] = -np.inf
         collected.append(
             _Data(
                 one.rows,

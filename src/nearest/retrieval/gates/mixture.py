@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearest.retrieval.candidates import KINDS
-from nearest.retrieval.distribution import Component, component_votes
+from nearest.retrieval.distribution import Component, are_found, component_votes
 from nearest.retrieval.gates.fitting import Temperature
 from nearest.retrieval.gates.gate import (
     LEFT_TO_LM,
@@ -100,7 +100,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the mixing network."""
-        return _features(view, self.kinds, [self.weighed[i] for i in self.voted], self.unit)
+        return _features(view, self.kinds, self._voted, self.unit)
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the search network: nothing that depends on earlier searches."""
@@ -119,8 +119,12 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         return [kind for kind in self.kinds if kind == "suffix"]
 
     @property
+    def _voted(self) -> list[Component]:
+        return [Component(*self.components[number]) for number in self.voted]
+
+    @property
     def _free_voted(self) -> list[Component]:
-        return [c for c in (self.weighed[i] for i in self.voted) if c.kinds == ("suffix",)]
+        return [component for component in self._voted if component.kinds == ("suffix",)]
 
 
 class MixtureGate(StoredGate):
@@ -152,7 +156,7 @@ class MixtureGate(StoredGate):
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates, a rest for the model."""
         logits = self.mix(self.config.features(view)).astype(np.float64)
-        logits[:, 1:][~available(view, self.components)] = -np.inf
+        logits[:, 1:][~are_found(view.candidates, self.components)] = -np.inf
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         shares: Float[np.ndarray, "q components"] = (1 - LEFT_TO_LM) * weights[:, 1:]
@@ -169,17 +173,6 @@ class MixtureGate(StoredGate):
             self.quantiles,
             skip,
         )
-
-
-def available(view: View, components: Sequence[Component]) -> Bool[np.ndarray, "q components"]:
-    """Whether each component has a candidate."""
-    has = {kind: view.candidates.has(kind) for kind in KINDS}
-    groups = {one.kinds for one in components}
-    found = {kinds: np.logical_or.reduce([has[kind] for kind in kinds]) for kinds in groups}
-    stacked: Bool[np.ndarray, "q components"] = np.stack(
-        [found[one.kinds] for one in components], axis=1
-    )
-    return stacked
 
 
 def _features(
