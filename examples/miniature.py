@@ -20,12 +20,12 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER.parent / "src/nearest/demo/general-gpt2-7m"
-SPLITS = {"train": 16, "validation": 5, "test": 5}
+SPLITS = {"train": 16, "validation": 3, "test": 3}
 
 
 def texts() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Name and text of the topics of each split: of middling length, in a fixed order."""
-    chosen = sorted(name for name, text in topics.items() if 800 < len(text) < 6000)
+    """Name and text of the topics of each split: short ones, in a fixed order."""
+    chosen = sorted(name for name, text in topics.items() if 800 < len(text) < 2500)
     for split, count in SPLITS.items():
         yield split, [(name, topics[name]) for name in chosen[:count]]
         chosen = chosen[count:]
