@@ -21,7 +21,9 @@ from hosts import Host, hosts, needs_hosts, within  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'nearest[ray]'"),
+    pytest.mark.skipif(
+        find_spec("ray") is None, reason="Ray is missing: pip install 'nearest[ray]'"
+    ),
 ]
 COMMAND = (sys.executable, "-m", "nearest", "build")
 OPTIONS = ("--index", "IVF4,SQ8", "--batch-size", "1", "--segment-tokens", "600", "--no-tune")
