@@ -12,6 +12,9 @@ from nearest.retro.data import database as database_module
 from nearest.retro.data.database import ChunkDatabase
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.stages import Ends, chunk_memory, make_table
+from nearest.store.parts.chunks import vectors_of
+from nearest.store.records import ChunksRecord
+from nearest.store.segment import Segment
 from retro_data import M, database, documents, embedder, stored, tokenizer, words
 
 TEXTS = documents(24, longest=30)
@@ -167,6 +170,22 @@ def test_verify_finds_what_is_wrong(tmp_path: Path) -> None:
         (problem,) = Memory.open(own.path).verify()
         assert message in problem
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("spec", ["exact", "IVF4,Flat"])
+def test_verify_finds_a_search_that_ignores_what_was_removed(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database(tmp_path / "m", TEXTS[:12], indexed=False)
+    memory = completed(tmp_path / "m", spec).memory.remove(["doc-5"])
+    assert memory.verify() == []
+
+    def all_rows(segment: Segment, chunks: ChunksRecord) -> np.ndarray:
+        return np.arange(len(vectors_of(segment, chunks)))
+
+    monkeypatch.setattr("nearest.store.chunks.left_rows", all_rows)
+    (problem,) = Memory.open(memory.path).verify()
+    assert "the chunks leads to a document that was removed" in problem
 
 
 def test_a_memory_with_keys_has_chunks_as_well(

@@ -20,17 +20,29 @@ from nearest.errors import SettingError
 HALVES = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("saved", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "device", "cpu_has", "expected"),
+    [
+        (torch.float32, "cpu", [], torch.float32),
+        (torch.float32, "cuda", [], torch.float32),
+        (torch.bfloat16, "cpu", [], torch.float32),
+        (torch.bfloat16, "cpu", ["avx512_bf16"], torch.bfloat16),
+        (torch.bfloat16, "cpu", ["amx_bf16"], torch.bfloat16),
+        (torch.bfloat16, "cuda", [], torch.bfloat16),
+        (torch.float16, "cpu", ["avx512_bf16", "amx_bf16"], torch.float32),
+        (torch.float16, "cuda", [], torch.float16),
+    ],
+    ids=str,
+)
 def test_auto_is_as_saved_where_that_is_fast(
-    saved: torch.dtype, device: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+    saved: torch.dtype,
+    device: str,
+    cpu_has: list[str],
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast, "amx_bf16": False}
-    )
-    slow = device == "cpu" and (saved == torch.float16 or (saved == torch.bfloat16 and not fast))
-    assert chosen_dtype("auto", saved, device) == (torch.float32 if slow else saved)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu_has, True))
+    assert chosen_dtype("auto", saved, device) == expected
     for name in ("float32", "bfloat16", "float16"):
         assert chosen_dtype(name, saved, device) == getattr(torch, name)
 

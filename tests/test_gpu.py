@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import make_documents, random_documents
+from conftest import random_documents
 from folders import Build
 from nearest import Memory
 from nearest.errors import SettingError
@@ -106,17 +106,6 @@ def test_what_has_no_form_there_is_scanned(
         by_index = memory.index_distances(QUERIES, found.ids)
         np.testing.assert_allclose(by_index, found.distances, rtol=1e-5)
     assert not copied
-
-
-@pytest.mark.parametrize("index", ["IVF4,Flat", "PCA16,IVF4,Flat"])
-def test_lists_with_a_form_there_are_copied(
-    build_memory: Build, tiny_model: PreTrainedModel, copied: list[Any], index: str
-) -> None:
-    documents = make_documents(40, 30)
-    path = build_memory(tiny_model, documents, index=index, nprobe=3).path
-    memory, reference = Memory.open(path, search_on="gpu"), Memory.open(path)
-    assert memory.search(QUERIES, 9).ids.tolist() == reference.search(QUERIES, 9).ids.tolist()
-    assert len(copied) == 1
 
 
 def test_in_lists_there_are_at_most_so_many_neighbours(

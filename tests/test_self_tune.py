@@ -1,16 +1,21 @@
 """Self-tuning: a memory's own text, predicted as if it were not in the memory."""
 
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from conftest import make_documents
 from nearest import Memory, attach, evaluate, tune
+from nearest.build.build import store_settings
 from nearest.build.compress import Compression, compress_memory
+from nearest.cli import app
 from nearest.corpus.documents import Document
 from nearest.errors import FolderError, NotStoredError, SettingError, SettingsWarning
 from nearest.folder import writer_lock
@@ -227,3 +232,31 @@ def test_what_cannot_be_stored_is_not_lost(
     store_tuned(memory, raised.value.tuned)
     assert memory.settings("knn")["lam"] == raised.value.tuned.settings.lam
     assert Memory.open(memory.path).settings("knn") == memory.settings("knn")
+
+
+def test_the_command_tries_again_to_store_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, memory: Memory, model_folder: str, tmp_path: Path
+) -> None:
+    """A gate took minutes to train, and another process may hold the memory for one."""
+    text = tmp_path / "held-out.txt"
+    text.write_text("the court shall be the court of the people\n" * 40)
+    tried: list[int] = []
+
+    def full(*arguments: Any, **options: Any) -> None:
+        tried.append(1)
+        if len(tried) < 3:
+            raise FolderError("the disk is full")
+        store_settings(*arguments, **options)
+
+    monkeypatch.setattr("nearest.verbs.tune.store_settings", full)
+    monkeypatch.setattr(sys.modules["nearest.cli.app"], "_STORE_EVERY", 0)
+    command = ["tune", str(memory.path), "--text", str(text), "--model", model_folder, "--gate"]
+    done = CliRunner().invoke(app, [*command, "buckets", "--force"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("the disk is full") == 2
+    assert Memory.open(memory.path).gate("knn+buckets") is not None
+    monkeypatch.setattr(sys.modules["nearest.cli.app"], "_STORE_TRIES", 1)
+    tried.clear()
+    given_up = CliRunner().invoke(app, [*command, "buckets", "--force"])
+    assert given_up.exit_code == 2
+    assert "could not be stored (the disk is full)" in given_up.output

@@ -84,7 +84,7 @@ def plan_table(plan: "BuildPlan", shared: "SharedPlan") -> RenderableType:
         "entries, about": f"{plan.entries:,}",
         "segments": f"{plan.segments:,}",
         "disk, MB": f"{plan.bytes_needed / 1e6:,.0f} of {plan.bytes_free / 1e6:,.0f} free",
-        "memory beside the model, MB": f"{plan.memory_bytes / 1e6:,.0f}",
+        "RAM beside the model, MB": f"{plan.memory_bytes / 1e6:,.0f}",
         "seconds, about": f"{plan.seconds:,.0f}",
         **{f"  {name}": f"{seconds:,.0f}" for name, seconds in plan.stages.items()},
     }

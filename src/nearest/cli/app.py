@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -27,7 +28,7 @@ from nearest.cli.options import (
 )
 from nearest.cli.output import is_closed, is_of_output, write_in_any_encoding
 from nearest.corpus.report import CorpusWarning
-from nearest.errors import ModelError, NearestError
+from nearest.errors import ModelError, NearestError, NotStoredError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 _ADDRESS = re.compile(r"(https?):/+([^/]+)(?:/+(.+))?")  # as a path, with one slash
+_STORE_EVERY, _STORE_TRIES = 10, 60  # seconds, and how often
 
 app = typer.Typer(
     help="A memory for language models: look a corpus up while predicting, with sources.",
@@ -125,6 +127,30 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
         )
         for field in fields(group)
     ]
+
+
+def tuned_and_stored(memory: "Memory", tune: Callable[[], Any]) -> Any:
+    """What tuning finds; where it cannot be stored, that is tried again, for it took minutes."""
+    try:
+        return tune()
+    except NotStoredError as error:
+        from nearest.verbs.tune import store_tuned
+
+        failed = error
+    for _ in range(_STORE_TRIES):
+        err.print(
+            f"[bold]not stored yet:[/] {escape(str(failed.__cause__))}. Mend that: it is tried "
+            f"again every {_STORE_EVERY} s, {_STORE_TRIES} times",
+            soft_wrap=True,
+        )
+        time.sleep(_STORE_EVERY)
+        try:
+            store_tuned(memory, failed.tuned)
+        except NotStoredError as again:
+            failed = again
+        else:
+            return failed.tuned
+    raise failed
 
 
 def open_memory(path: Path, search_on: str = "cpu") -> "Memory":

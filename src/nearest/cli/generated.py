@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from nearest import reports
-from nearest.cli.app import err, out
+from nearest.cli.app import err, out, tuned_and_stored
 from nearest.cli.options import with_commas
 from nearest.errors import FolderError, SettingError
 
@@ -88,7 +89,8 @@ def tune_by(
     from nearest.verbs.tune_generated import tune_generated
 
     with reports.live_progress(err) as progress:
-        tuned = tune_generated(
+        tuning_run = partial(
+            tune_generated,
             model,
             memory,
             texts,
@@ -100,6 +102,7 @@ def tune_by(
             progress=progress,
             **options,
         )
+        tuned = tuned_and_stored(memory, tuning_run)
     if as_json:
         typer.echo(json.dumps({"method": method, **tuned.as_json()}))
         return

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from nearest.cli.app import (
     quiet_libraries,
     say_settings,
     say_what_was_read,
+    tuned_and_stored,
 )
 from nearest.cli.generated import (
     Generating,
@@ -128,7 +130,8 @@ def tune(
         say_what_was_read(texts)
         return
     with reports.live_progress(err) as progress:
-        tuned = tune_memory(
+        tuning_run = partial(
+            tune_memory,
             loaded,
             opened,
             texts,
@@ -140,6 +143,7 @@ def tune(
             **vars(reading),
             **vars(settings),
         )
+        tuned = tuned_and_stored(opened, tuning_run)
     if as_json:
         typer.echo(json.dumps({"method": name, **tuned.as_json()}))
     else:

@@ -19,30 +19,36 @@ CorpusPaths = Annotated[
     ),
 ]
 TextPaths = Annotated[
-    list[str], typer.Option("--text", help="Text to score: files, folders, pipes, or hf://….")
+    list[str],
+    typer.Option("--text", help="Text to score: files, folders, pipes, or hf://owner/name."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Window = Annotated[
     int | None,
-    typer.Option(help="Tokens a window; the memory's own, or at building the model's, up to 512."),
+    typer.Option(
+        help="Tokens per window [default: the memory's; for build the model's context, up to 512]."
+    ),
 ]
 Stride = Annotated[
-    int | None, typer.Option(help="New tokens a window; the memory's own, or half the window.")
+    int | None,
+    typer.Option(help="Tokens scored per window [default: the memory's; for build half a window]."),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="The model, where it is not where it was at building.")
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="What the model computes in; auto: as saved, on CPUs only where it is fast."),
+    typer.Option(
+        help="Compute dtype. auto: the checkpoint's; float32 on CPUs without fast bfloat16."
+    ),
 ]
 Device = Annotated[
-    str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1 …; auto: CUDA, if any.")
+    str, typer.Option(help="Compute device: cpu, cuda, cuda:1 …; auto: CUDA, if any.")
 ]
 ScoreEos = Annotated[bool, typer.Option(help="Predict each document's end too.")]
 Force = Annotated[
-    bool, typer.Option(help="Accept another model than built it: neighbours may then mean nothing.")
+    bool, typer.Option(help="Skip the model fingerprint check. Neighbours may be meaningless.")
 ]
 LeaveOneOut = Annotated[
     bool,

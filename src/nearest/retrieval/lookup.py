@@ -4,13 +4,10 @@ Each method has its own kinds of candidates and settings; nothing is kept betwee
 """
 
 from collections.abc import Callable
-from copy import copy
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.index.neighbours import Neighbours, sort_nearest_first
@@ -28,7 +25,6 @@ from nearest.retrieval.distribution import (
     Component,
     Weights,
     candidate_weights,
-    vocabulary_log_probs,
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
 from nearest.retrieval.gates.stored import load_gate
@@ -101,14 +97,6 @@ class Lookup:
         gate = load_gate(memory, method)
         ordered = gate is not None or "pointers" in method_named(method).kinds
         return cls(memory, method, settings, gate, ordered=ordered)
-
-    def unguarded(self) -> "Lookup":
-        """A copy without the guard."""
-        if not self.settings.guard:
-            return self
-        other = copy(self)
-        other.settings = replace(self.settings, guard=False)
-        return other
 
     @property
     def keeps_state(self) -> bool:
@@ -205,13 +193,6 @@ class Lookup:
         """What each candidate adds to the probability of its value, and what the model does."""
         shares = self.gate.shares(View(queries, candidates, self.memory))
         return candidate_weights(candidates, self.gate.components, shares)
-
-    def log_probs(
-        self, queries: Queries, candidates: Candidates, lm_log_probs: Float[Tensor, "q vocab"]
-    ) -> Float[Tensor, "q vocab"]:
-        """Log-probabilities of every token, on the device of `lm_log_probs`."""
-        weights = self.weights(queries, candidates)
-        return vocabulary_log_probs(lm_log_probs, weights, candidates.values)
 
     def _to_search(
         self, queries: Queries, left: Int[np.ndarray, " q"], pointed: Part, matched: Part

@@ -77,9 +77,17 @@ class ChunkVectors:
 
         Squared L2 distances by the stored vectors; ties in the random order of rows.
         """
-        found = self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
+        found = self._found(queries, k)
         ids = np.searchsorted(self.rows, found.ids)
         return Neighbours(np.where(found.ids < 0, NO_ENTRY, ids), found.distances)
+
+    def rows_found(self, queries: Float[np.ndarray, "q dim"], k: int) -> Int[np.ndarray, " found"]:
+        """The stored rows that a search finds, as the index gives them: what `verify` looks at."""
+        ids = self._found(queries, k).ids
+        return ids[ids != NO_ENTRY] if len(self.rows) else np.empty(0, np.int64)
+
+    def _found(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
+        return self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
     @cached_property
     def _searcher(self) -> Searcher:

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Int, Integer
 from msgspec import structs
 
 from nearest.corpus.tokens import Tokens
-from nearest.corpus.unique import id_hash
 from nearest.errors import FolderError, SettingError
 from nearest.folder import open_array
 from nearest.index.approximate import read_index
@@ -239,13 +238,6 @@ class Segment:
         """Number of entries, without counting them one by one."""
         lengths = self.offsets[self.removed + 1] - self.offsets[self.removed]
         return self.record.entries - int(lengths.sum()) + len(lengths)
-
-    def find(self, document_id: str) -> int | None:
-        """The stored number of the document with this id; None where there is none (any more)."""
-        for number in np.flatnonzero(self.id_hashes == id_hash(document_id)).tolist():
-            if number not in self.removed and self.documents.has_id(number, document_id):
-                return int(number)
-        return None
 
     def _left(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
         """Drop entries of removed documents."""

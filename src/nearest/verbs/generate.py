@@ -23,6 +23,7 @@ from nearest.verbs.prompt import FirstToken, Messages, Streamer, prompt_tokens
 
 _CONTEXT_TOKENS = 12
 _SOURCES_A_TOKEN = 5
+_CONTEXT = 16  # tokens that decide how the next one is spelled
 _DOCUMENTS_SHOWN = 5  # in a notebook
 _NEW_TOKENS = 20  # transformers' own default
 
@@ -211,15 +212,18 @@ class _Growing:
     def __init__(
         self, tokenizer: Any, before: list[int], spaces: str, stream: Callable[[str], None]
     ) -> None:
-        self._tokenizer, self._before, self._spaces = tokenizer, before, spaces
-        self._stream, self._shown = stream, 0
+        self._tokenizer, self._stream = tokenizer, stream
+        self._context, self._spaces = before[-_CONTEXT:], spaces
+        self._shown = 0  # tokens
 
     def __call__(self, written: list[int]) -> None:
-        text = _text_after(self._tokenizer, self._before, written).removeprefix(self._spaces)
-        whole = text.rstrip("\ufffd")
-        if len(whole) > self._shown:
-            self._stream(whole[self._shown :])
-            self._shown = len(whole)
+        new = written[self._shown :]
+        text = _text_after(self._tokenizer, self._context, new)
+        if text.endswith("\ufffd") or self._spaces.startswith(text):
+            return
+        self._stream(text.removeprefix(self._spaces))
+        self._context, self._spaces = [*self._context, *new][-_CONTEXT:], ""
+        self._shown = len(written)
 
 
 def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:

@@ -189,7 +189,7 @@ class _Run:
 
     @property
     def method(self) -> str:
-        """Its name."""
+        """The method's name, as in the command."""
         return self.variation.method
 
     @property

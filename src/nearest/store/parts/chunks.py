@@ -128,13 +128,11 @@ def served(segment: "Segment") -> Int[np.ndarray, " _"]:
         return np.empty(0, np.int64)
     from nearest.store.chunks import ChunkVectors
 
-    first, found = first_rows(segment, chunks), ChunkVectors([segment], chunks)
-    gone = np.setdiff1d(np.arange(first[-1]), found.rows)
-    if not len(gone) or not len(found.rows):
-        return np.empty(0, np.int64)
+    first = first_rows(segment, chunks)
+    # From the removed documents themselves, not by the mask that a search applies.
+    gone = np.concatenate([np.arange(first[n], first[n + 1]) for n in segment.removed.tolist()])
     queries = np.asarray(vectors_of(segment, chunks)[gone[:64]], np.float32)
-    ids = found.search(queries, 16).ids
-    rows = found.rows[np.unique(ids[ids >= 0])]
+    rows = np.unique(ChunkVectors([segment], chunks).rows_found(queries, 16))
     documents = np.searchsorted(first, rows, side="right") - 1
     entries: np.ndarray = segment.offsets[documents]
     return entries
