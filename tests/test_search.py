@@ -22,6 +22,8 @@ from nearest.index.ids import random_order
 from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Metric
 from nearest.index.search import Searched, Searcher
+from nearest.index.suffix import SuffixArray
+from nearest.store.segment import Segment
 
 ENTRIES, EQUAL = 3_000, 1_400  # far more than k and any margin
 K = 60

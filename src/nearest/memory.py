@@ -131,14 +131,8 @@ class Memory(SearchedSnapshot):
     ) -> "Memory":
         """Make a memory of a datastore of knn-transformers or RetoMaton, and open it.
 
-        Args:
-            store: its folder, or its file of keys.
-            model, tokenizer: those that made it.
-            path: the memory's folder, which must not exist or be empty.
-            **options: of `build.importing.ImportOptions`, such as split, trust, keys.
-
-        Raises:
-            NearestError: something cannot be used; nothing is left behind.
+        `store` is its folder or its file of keys, made by `model` and `tokenizer`; the memory's
+        folder must not exist or be empty. Options are those of `build.importing.ImportOptions`.
         """
         from nearest.build.importing import ImportOptions, import_store
 
@@ -150,12 +144,9 @@ class Memory(SearchedSnapshot):
     def from_pretrained(
         cls, repo_or_path: str | Path, *, search_on: str = "cpu", **options: Any
     ) -> "Memory":
-        """Open a memory folder, or one on the Hugging Face hub, which is downloaded once.
+        """Open a memory folder, or "owner/name" on the Hugging Face hub, downloaded once.
 
-        Args:
-            repo_or_path: the folder, or "owner/name" on the hub.
-            search_on: as in `open`.
-            **options: of `huggingface_hub.snapshot_download`, such as revision, token, repo_type.
+        Options are those of `huggingface_hub.snapshot_download`: revision, token, repo_type …
         """
         from nearest.build.hub import downloaded
 
@@ -173,14 +164,8 @@ class Memory(SearchedSnapshot):
     ) -> str:
         """Upload the memory, documents in full, to the Hugging Face hub; return its address.
 
-        Args:
-            repo: "owner/name"; made where it does not exist.
-            license: of the documents, for the card, such as "cc-by-4.0".
-            base_model: name of the model on the hub, where the memory was built with a folder.
-            private, token, repo_type: of the hub; as the account has it when None.
-
-        Raises:
-            FolderError: it cannot be uploaded, or removed documents are in its files still.
+        `license` is that of the documents, `base_model` the model's name on the hub where the
+        memory was built with a folder; see `build.hub.push`.
         """
         from nearest.build.hub import push
 
@@ -193,16 +178,9 @@ class Memory(SearchedSnapshot):
     def search_text(
         self, model: Any, tokenizer: Any, text: str, k: int = 10, *, force: bool = False
     ) -> "list[Passage]":
-        """The k places of the corpus that a model is in the most similar state at, nearest first.
+        """The k places where the model's state is the most like that at the end of `text`.
 
-        Args:
-            model, tokenizer: those that built the memory.
-            text: what the model reads; the state at its last token is looked up.
-            k: number of places.
-            force: accept another model than the one that built the memory.
-
-        Raises:
-            NearestError: the model does not fit, or the memory has no keys.
+        Nearest first. `force` skips the check that the model is the one that built the memory.
         """
         from nearest.build.search_text import search_text
 
@@ -211,8 +189,7 @@ class Memory(SearchedSnapshot):
     def refresh(self) -> "Memory":
         """The present snapshot: this memory itself, unless a writer has published another.
 
-        This one stays what it was; entry ids of one mean nothing in the other. What both hold, both
-        share.
+        This one stays what it was; they share what both hold, but not entry ids.
         """
         if read_manifest(self.path, self.shard).version == self.manifest.version:
             return self

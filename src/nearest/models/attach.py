@@ -1,8 +1,7 @@
 """Lend a model a memory: every forward pass then predicts with both, until it is given back.
 
-The mixture is made of the model's final logits, after soft caps, scalings and biases. It is made in
-`forward`, not in a logits processor: those run after the ones that ban tokens, and see only the
-last position, while assisted decoding scores several.
+The mixture is made of the model's final logits (after soft caps, scaling, bias) in `forward`, not
+in a logits processor: those run after the ones that ban tokens, and see the last position only.
 """
 
 import copy
@@ -26,7 +25,7 @@ from nearest.encode.identity import AnyModel, bare_model
 from nearest.errors import ModelError, NearestError, SettingError, warn_caller
 from nearest.models.arguments import TextArguments
 from nearest.models.drafting import Drafter, Experience, can_draft
-from nearest.models.generated import Generated, Prompt, begins_twice
+from nearest.models.generated import TWO_STARTS, Generated, Prompt, begins_twice
 from nearest.models.mixing import logits_needed, mix_rows, mix_states
 from nearest.models.prefixes import LookupSpans, Prefixes, Sequences
 from nearest.models.sources import TokenSources, token_sources
@@ -36,11 +35,6 @@ from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.settings import MEMORY_METHODS, Settings, check_method
 from nearest.store.tuned import SettingsFrom
 
-_TWO_STARTS = (
-    "the prompt begins with two start tokens (BOS), where a memory's documents begin with one, so "
-    "that hardly any stored state is near: leave the tokenizer's or your own out "
-    "(add_special_tokens=False)"
-)
 _DRAFTING = "_get_candidate_generator"  # what assisted decoding asks for drafts
 _BATCHING = "init_continuous_batching"  # what generate_batch and its kin begin with
 
@@ -72,9 +66,8 @@ def attach(
         model: the model that built the memory, in evaluation mode.
         memory: what to look up.
         method: "knn" (kNN-LM), "retomaton", "suffix", "hybrid" or one with another gate.
-        weights: of several memories, summing to at most 1: the prediction is Σ w_m·p_m, p_m what
-            the model predicts with memory m alone, and the rest the model's own. Equal ones when
-            not given.
+        weights: of several memories, summing to at most 1: the prediction is Σ w_m·p_m, with p_m
+            that of memory m alone, and the rest the model's own; equal when not given.
         tokenizer: checked against the memory's where given.
         force: skip the checks that this model and tokenizer built the memory.
         replay: how many of a prompt's positions are looked up before the last, for a method that
@@ -82,8 +75,7 @@ def attach(
         draft: let memory and text draft several tokens for the model to verify in one pass, where
             that is quicker, as a running estimate says. Greedy search gives the same text, and
             sampling the same distribution, but another text for the same seed. Only `generate`
-            calls that write one text token by token are drafted for: no batches, no beams, no
-            stop strings.
+            calls that write one text token by token are drafted for: no batches, beams, stops.
         settings: of the method, all of them, in place of those stored in the memory.
         **given: single settings, by the names of `Settings`, before all others. What neither gives
             comes from `tune`'s result in the memory, else from the paper's defaults.
@@ -360,7 +352,7 @@ class Session:
                 named |= named.pop("kwargs", {})
                 prompt = Prompt.of(self._text, named)
                 if begins_twice(prompt, named, self._start_token):
-                    warn_caller(_TWO_STARTS)
+                    warn_caller(TWO_STARTS)
                 ensemble = None if here.base_only or not self.ensemble.used else self.ensemble
                 if self._drafts and ensemble and can_draft(self.model, prompt, named):
                     here.drafting = ensemble

@@ -14,6 +14,12 @@ from nearest.encode.identity import reads_sources
 from nearest.models.arguments import TextArguments
 from nearest.retrieval.ensemble import Ensemble
 
+TWO_STARTS = (
+    "the prompt begins with two start tokens (BOS), where a memory's documents begin with one, so "
+    "that hardly any stored state is near: leave the tokenizer's or your own out "
+    "(add_special_tokens=False)"
+)
+
 
 @dataclass(frozen=True)
 class Prompt:
