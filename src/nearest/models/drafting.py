@@ -21,12 +21,15 @@ from nearest.memory import Memory
 from nearest.models.generated import Prompt, generation_option
 from nearest.retrieval.drafts import NO_DRAFT, Acceptance, Draft, draft, worth
 
-_RATHER = 0.1  # of a pass, that a further token is taken to cost before any was measured
+_STEP = 0.5  # of a pass, that a draft is taken to cost before any was measured
+_RATHER = 0.05  # and each of its tokens
+_HELD = 0.1  # tokens²: how firmly `_RATHER` is held on to where drafts are of about one length
 _FORGET = 0.95  # what a measured pass keeps of its weight with each later one
 _OUTLIER = 4.0  # times what was expected: the machine was at something else
-_PATIENCE = (8, 128)  # passes without a draft before one is tried anyway; doubled by failures
-_TRIAL = 4  # tokens of such a draft
-_LOOK_EVERY = 4  # passes, for what may be drafted, while nothing pays
+# Passes that drafts may cost: at first, more with each pass, when one is tried that seems not to
+# pay, and at most.
+_BEGUN_WITH, _ALLOWED, _ENOUGH, _AT_MOST = 1.0, 0.01, 1.5, 4.0
+_TRIAL = 4  # tokens of a draft that is tried
 # Options of generate() under which a text is written otherwise than token by token, or ends by
 # what a pass over several tokens would see too late.
 _OTHER_WAYS = (
@@ -46,64 +49,87 @@ _OTHER_WAYS = (
 
 @dataclass
 class PassTimes:
-    """Seconds of a pass by the number of tokens it verifies: a line through what was measured."""
+    """Seconds of a pass by the number of tokens it verifies, as measured; old passes fade.
 
-    _moments: np.ndarray = field(default_factory=lambda: np.zeros(5))  # 1, n, n², s, n·s; decayed
+    Of passes without a draft a mean, of others a line: the first token of a draft may cost several
+    times what a further one does, where a product with one row is read quicker than with a few.
+    """
+
+    _alone: np.ndarray = field(default_factory=lambda: np.zeros(2))  # 1, s
+    _wide: np.ndarray = field(default_factory=lambda: np.zeros(5))  # 1, n, n², s, n·s
+
+    @property
+    def known(self) -> bool:
+        """Whether a pass without a draft was measured."""
+        return bool(self._alone[0] > 0)
 
     def saw(self, tokens: int, seconds: float) -> None:
         """Take a measured pass into account."""
-        if self._moments[0] > 3:
-            alone, a_token = self.line
-            seconds = min(seconds, _OUTLIER * (alone + a_token * tokens))
-        of_this = np.array([1.0, tokens, tokens**2, seconds, tokens * seconds])
-        self._moments = _FORGET * self._moments + of_this
+        if (self._wide if tokens else self._alone)[0] > 2:
+            seconds = min(seconds, _OUTLIER * float(self.seconds(tokens)[-1]))
+        if tokens:
+            of_this = np.array([1.0, tokens, tokens**2, seconds, tokens * seconds])
+            self._wide = _FORGET * self._wide + of_this
+        else:
+            self._alone = _FORGET * self._alone + np.array([1.0, seconds])
 
-    @property
-    def line(self) -> tuple[float, float]:
-        """Seconds of a pass without drafted tokens, and of each such token."""
-        count, n, squares, seconds, products = self._moments
-        if count == 0:
-            return 1.0, _RATHER
-        spread = count * squares - n**2
-        mean = seconds / count
-        if spread <= 1e-9 * count**2:  # all were equally wide
-            alone = mean / (1 + _RATHER * n / count)
-            return alone, _RATHER * alone
-        a_token = max(0.0, (count * products - n * seconds) / spread)
-        return max(mean - a_token * n / count, mean / 10), a_token
+    def seconds(self, most: int) -> Float[np.ndarray, " most_plus_1"]:
+        """Of passes that verify 0 … `most` drafted tokens."""
+        alone = self._alone[1] / self._alone[0] if self.known else 1.0
+        count, total, squares, seconds, products = self._wide
+        tokens, a_token = np.arange(most + 1), _RATHER * alone
+        wide = alone * (1 + _STEP) + a_token * tokens
+        if count:
+            spread, held = count * squares - total**2, _HELD * count**2
+            a_token = (count * products - total * seconds + held * a_token) / (spread + held)
+            wide = seconds / count + max(0.0, a_token) * (tokens - total / count)
+        times: Float[np.ndarray, " most_plus_1"] = np.maximum(wide, alone)
+        times[0] = alone
+        return times
 
 
 @dataclass
 class Experience:
-    """What generating has taught so far; one a thread."""
+    """What generating has taught so far; one a thread.
+
+    Whatever the text, drafts cost little: an account says how many passes they may cost yet. It
+    begins with one, each pass adds a little, and what drafts bring and cost is entered.
+    """
 
     acceptance: Acceptance = field(default_factory=Acceptance.start)
     times: PassTimes = field(default_factory=PassTimes)
-    waited: int = 0  # passes since the last draft
-    patience: int = _PATIENCE[0]
-
-    @property
-    def resting(self) -> bool:
-        """Whether not even to look for a draft: none paid for a while."""
-        return self.waited > _PATIENCE[0] and self.waited % _LOOK_EVERY > 0
+    account: float = _BEGUN_WITH
+    resting: bool = False  # not even looking for a draft
 
     def length(self, rates: Float[np.ndarray, " n"]) -> int:
         """How many tokens of a draft are to be verified, whose rates of acceptance are these."""
-        count = worth(rates, *self.times.line)
-        if not count and self.waited >= self.patience:
-            count = min(_TRIAL, len(rates))
+        if not self.times.known:
+            return 0
+        seconds = self.times.seconds(len(rates))
+        lost = seconds[1:] / seconds[0] - 1  # passes, where nothing is accepted
+        affordable = int(np.searchsorted(lost, self.account, side="right"))
+        count = worth(rates[:affordable], seconds[: affordable + 1])
+        if not count and self.account >= _ENOUGH:  # what seems not to pay is tried now and then
+            count = min(_TRIAL, affordable)
         return count
 
-    def saw(self, found: Draft, accepted: int, seconds: float) -> None:
-        """A pass verified a draft, which may be empty."""
-        self.times.saw(len(found.tokens), seconds)
-        if not len(found.tokens):
-            self.waited += 1
-            return
-        self.acceptance = self.acceptance.after(found.classes, accepted)
-        least, most = _PATIENCE
-        self.patience = least if accepted else min(most, 2 * self.patience)
-        self.waited = 0
+    def saw(self, found: Draft, accepted: int, seconds: float, looking: float = 0.0) -> None:
+        """A pass verified a draft, which may be empty.
+
+        Args:
+            found: what was verified.
+            accepted: how many of its tokens.
+            seconds: that the pass took.
+            looking: seconds that it took to find a draft.
+        """
+        tokens = len(found.tokens)
+        self.times.saw(tokens, seconds)
+        expected = self.times.seconds(tokens)
+        cost = (expected[-1] - expected[0] + looking) / expected[0]
+        self.account = min(_AT_MOST, self.account + _ALLOWED + accepted - float(cost))
+        self.resting = self.account < (_ENOUGH if self.resting else 0.0)
+        if tokens:
+            self.acceptance = self.acceptance.after(found.classes, accepted)
 
 
 class Drafter:
@@ -121,17 +147,19 @@ class Drafter:
         self._draft = NO_DRAFT
         self._passes = 0
         self._began = 0.0  # the pass that is being made
+        self._looking = 0.0  # seconds that its draft took to find
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, None]:
         """The text and what is drafted after it; without probabilities, since nothing is drawn."""
         context = input_ids[0].cpu().numpy()
         room = self._max_length - len(context) - 1
-        self._draft = NO_DRAFT
+        self._draft, began = NO_DRAFT, time.perf_counter()
         if room > 0 and self._passes and not self._experience.resting:
             found = draft(self._memories, context, room)
             rates = self._experience.acceptance.rates(found.classes)
             self._draft = found.first(self._experience.length(rates))
         self._began = time.perf_counter()
+        self._looking = self._began - began
         drafted = input_ids.new_tensor(self._draft.tokens)
         return torch.cat([input_ids, drafted[None]], dim=1), None
 
@@ -141,7 +169,7 @@ class Drafter:
         """Learn from how much was accepted."""
         seconds = time.perf_counter() - self._began
         if self._passes:  # the first reads the prompt, and tells nothing of those that follow
-            self._experience.saw(self._draft, int(num_matches), seconds)
+            self._experience.saw(self._draft, int(num_matches), seconds, self._looking)
         self._passes += 1
 
 

@@ -28,7 +28,9 @@ _SHARES = (0.5, 0.8, 0.95)  # where classes of agreement begin
 CLASSES = (len(_LENGTHS) + 1) * (len(_SHARES) + 1)
 _FORGET = 0.98  # what an observation keeps of its weight with each later one of its class
 _MARGIN = 0.03  # by which a draft must be better than none
-_PRIOR = 4.0  # observations that the rate over all classes counts for in each
+_PRIOR = 4.0  # observations that the expected rate of a class counts for
+# Rates expected of each class before any is tried: of long matches that agree high ones.
+_EXPECTED = np.outer((0.25, 0.4, 0.6, 0.75, 0.85), (0.4, 0.65, 0.85, 1.0)).ravel()
 
 
 class Draft(NamedTuple):
@@ -125,7 +127,8 @@ class Acceptance:
     """How often drafted tokens were accepted, by class of evidence; old observations fade.
 
     Attributes:
-        accepted, tried: decayed counts of each class; the last of each is of all classes together.
+        accepted, tried: decayed counts of each class; the last of each is of all classes together,
+            how many were accepted and how many were expected to be.
     """
 
     accepted: Float[np.ndarray, " classes"]
@@ -133,15 +136,16 @@ class Acceptance:
 
     @classmethod
     def start(cls) -> "Acceptance":
-        """Before any draft: even odds, which a few drafts outweigh."""
+        """Before any draft: as expected, which a few drafts outweigh."""
         tried = np.zeros(CLASSES + 1)
-        tried[-1] = 2.0
-        return cls(tried / 2, tried)
+        tried[-1] = 1.0
+        return cls(tried.copy(), tried)
 
     def rates(self, classes: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The probability that a token of each class is accepted where those before it were."""
         overall = self.accepted[-1] / self.tried[-1]
-        rates: Float[np.ndarray, " n"] = (self.accepted[classes] + _PRIOR * overall) / (
+        expected = np.minimum(_EXPECTED[classes] * overall, 1.0)
+        rates: Float[np.ndarray, " n"] = (self.accepted[classes] + _PRIOR * expected) / (
             self.tried[classes] + _PRIOR
         )
         return rates
@@ -150,23 +154,22 @@ class Acceptance:
         """After a draft whose first `accepted` tokens were; of the rest only the first was seen."""
         hits, tried = self.accepted.copy(), self.tried.copy()
         for place, one in enumerate(classes[: accepted + 1].tolist()):
-            for counted in (one, CLASSES):
+            for counted, weight in ((one, 1.0), (CLASSES, _EXPECTED[one])):
                 hits[counted] = _FORGET * hits[counted] + (place < accepted)
-                tried[counted] = _FORGET * tried[counted] + 1
+                tried[counted] = _FORGET * tried[counted] + weight
         return Acceptance(hits, tried)
 
 
-def worth(rates: Float[np.ndarray, " n"], alone: float, a_token: float) -> int:
+def worth(rates: Float[np.ndarray, " n"], seconds: Float[np.ndarray, " n_plus_1"]) -> int:
     """How many drafted tokens bring the most tokens a second; 0 where none pays.
 
     Args:
         rates: of each token, that it is accepted where those before it were.
-        alone: seconds of a pass that verifies nothing.
-        a_token: seconds that each further token adds to a pass.
+        seconds: of passes that verify none of them, one, two … all.
     """
     if not len(rates):
         return 0
     expected = 1 + np.cumsum(np.cumprod(rates))
-    speed = expected / (alone + a_token * np.arange(1, len(rates) + 1))
+    speed = expected / seconds[1:]
     best = int(speed.argmax())
-    return best + 1 if speed[best] > (1 + _MARGIN) / alone else 0
+    return best + 1 if speed[best] > (1 + _MARGIN) / seconds[0] else 0
