@@ -1,6 +1,9 @@
 """What tests of builds in segments share: documents, options, the build that is to be equalled."""
 
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import random_documents
 from nearest import Memory
+from nearest.build import workers
 from nearest.build.build import BuildOptions, build_memory
+from nearest.build.workers import Spec, Start
 from nearest.encode import loading
 from nearest.encode.loading import load_model_and_tokenizer
 
@@ -48,3 +53,16 @@ def load_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             return load_model_and_tokenizer(*args)
 
     monkeypatch.setattr(loading, "load_model_and_tokenizer", load)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are threads, which start at once."""
+    load_one_at_a_time(monkeypatch)
+
+    @contextmanager
+    def in_threads(folder: Path, spec: Spec, workers: int) -> Iterator[Start]:
+        with ThreadPoolExecutor(workers) as pool:
+            yield lambda token: pool.submit(spec.work, folder, token)
+
+    monkeypatch.setattr(workers, "local_workers", in_threads)

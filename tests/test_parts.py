@@ -5,9 +5,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from typer.testing import CliRunner
 from conftest import edit_manifest, snapshot
 from nearest import Document, Memory
 from nearest.build import tasks
-from nearest.build import workers as sharing
 from nearest.build.build import BuildOptions, build_memory
 from nearest.build.corpus_segments import in_segments
 from nearest.build.join import join, part_of
-from nearest.build.workers import Spec, Start, told
+from nearest.build.workers import told
 from nearest.cli import app
 from nearest.corpus.tokens import TokenisedDocument
 from nearest.encode.loading import load_model_and_tokenizer
@@ -34,9 +31,9 @@ from segments import (
     DOCUMENTS,
     OPTIONS,
     Model,
-    load_one_at_a_time,
     model,  # noqa: F401 - a fixture
     parts_of,
+    threads,  # noqa: F401 - a fixture
     whole,  # noqa: F401 - a fixture
 )
 
@@ -44,19 +41,6 @@ from segments import (
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, model: Model) -> list[Path]:
     return parts_of(tmp_path_factory.mktemp("parts"), model, 3)
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are threads, which start at once."""
-    load_one_at_a_time(monkeypatch)
-
-    @contextmanager
-    def in_threads(folder: Path, spec: Spec, workers: int) -> Iterator[Start]:
-        with ThreadPoolExecutor(workers) as pool:
-            yield lambda token: pool.submit(spec.work, folder, token)
-
-    monkeypatch.setattr(sharing, "local_workers", in_threads)
 
 
 # --- equal bytes ----------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def drive(work: Work, crew: Crew) -> None:
         for future in ended:
             _bury(work, running.pop(future), future.exception(), deaths)
         work.report()
+    work.report()
     wait(running, timeout=_LEAVE)
 
 

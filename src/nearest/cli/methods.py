@@ -43,6 +43,7 @@ from nearest.cli.options import (
     ScoreEos,
     Stream,
     TextPaths,
+    Workers,
     given,
     numbers,
     with_commas,
@@ -203,6 +204,7 @@ def evaluate(
     records: Annotated[
         Path | None, typer.Option(help="Parquet file for what each token was predicted with.")
     ] = None,
+    sharing: Workers,
     generating: Generating,
     as_json: AsJson = False,
 ) -> None:
@@ -224,6 +226,7 @@ def evaluate(
             records=records,
             window=reading.window,
             stride=reading.stride,
+            **vars(sharing),
         )
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
@@ -254,6 +257,7 @@ def evaluate(
             stream=stream,
             records=records,
             progress=progress,
+            **vars(sharing),
             **vars(reading),
             **settings.named(),
         )

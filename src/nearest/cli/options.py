@@ -131,8 +131,8 @@ class Keying:
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """Who does the work of a build."""
+class Workers:
+    """Who does the work."""
 
     workers: Annotated[
         int | None,
@@ -146,6 +146,12 @@ class Sharing:
             "--workers says), each with the threads of this process; local: on a new one here.",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class Sharing(Workers):
+    """Who does the work of a build."""
+
     allow_mixed: Annotated[
         bool,
         typer.Option(

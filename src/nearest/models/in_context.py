@@ -25,8 +25,6 @@ from nearest.progress import Progress, no_progress
 from nearest.retrieval.passages import NO_DOCUMENT, Passages
 from nearest.retrieval.settings import Settings, passage_settings
 
-_DOCUMENTS_TOGETHER = 64  # rows of so many are sorted by length, so that little is padding
-
 
 @dataclass(frozen=True, eq=False)
 class PassageChooser:
@@ -139,10 +137,9 @@ class PassageScorer:
         """Every prediction of the text exactly once, in its order."""
         sequences, total, done = self.scorer.text.sequences, self.scorer.text.predictions, 0
         progress(stage, 0, total)
-        for begun in range(0, len(sequences), _DOCUMENTS_TOGETHER):
+        for run in self.scorer.runs:
             started = time.perf_counter()
-            numbers = range(begun, min(begun + _DOCUMENTS_TOGETHER, len(sequences)))
-            rows = [row for n in numbers for row in self._rows(n, sequences[n])]
+            rows = [row for n in run for row in self._rows(n, sequences[n])]
             choosing, scored = time.perf_counter() - started, []
             for batch in _batches(rows, sequences, self._budget):
                 scored.append(self.scorer.encoder.score(batch, with_view))
@@ -195,9 +192,14 @@ Reader = Scorer | ReadText | PassageScorer
 
 
 def reader_of(
-    scorer: Scorer | ReadText, memories: Sequence[Memory], passages: Settings | None
+    scorer: Scorer | ReadText,
+    memories: Sequence[Memory],
+    passages: Settings | None,
+    cut: Callable[[Memory, int], Passages] = Passages,
 ) -> Reader:
     """What reads the text with passages as settings say, or without any.
+
+    `cut` is as for a `PassageChooser`.
 
     Raises:
         SettingError: the text was read already, in another way; or as for a `PassageChooser`.
@@ -214,7 +216,7 @@ def reader_of(
         return scorer
     if passages is None:
         return scorer
-    chooser = PassageChooser.of(memories, scorer.encoder.model, passages)
+    chooser = PassageChooser.of(memories, scorer.encoder.model, passages, cut)
     return PassageScorer(scorer, chooser, memories[0])
 
 

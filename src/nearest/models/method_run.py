@@ -110,10 +110,14 @@ class EnsembleRun:
         return sum(run.seconds for run in self._runs)
 
     @property
-    def saved(self) -> float | None:
-        """Fraction of saved searches, of one a token and memory; None where none is used."""
-        tokens = sum(run.tokens for run in self._runs)
-        return 1 - sum(run.searches for run in self._runs) / tokens if tokens else None
+    def tokens(self) -> int:
+        """Predictions, one a token and memory that is used."""
+        return sum(run.tokens for run in self._runs)
+
+    @property
+    def searches(self) -> int:
+        """Dense searches that were made for them."""
+        return sum(run.searches for run in self._runs)
 
     @property
     def judged(self) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
 """Prepare a text for scoring: its tokens, its windows, and the memory's key layer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from nearest.encode.layers import find_key_layer
 from nearest.encode.view import LmView
 from nearest.errors import CorpusError, ModelError, SettingError
 from nearest.index.neighbours import NO_ENTRY
+from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Memories, memories_of
 from nearest.retrieval.queries import Queries, Sources
 from nearest.retrieval.settings import Settings
+
+_RUN = 8  # batches' worth of text that is read apart from the rest, at least
 
 
 @dataclass(frozen=True)
@@ -132,13 +136,15 @@ class Scorer:
                 ),
                 tokenizer.eos_token_id if score_eos else None,
             )
-        if not memories:
-            layer = find_key_layer(model, "last_hidden")
-        else:
-            layer = common_key_layer(memories, model, tokenizer, force=force)
-            keyed = [one.manifest.keys for one in memories if one.manifest.keys is not None]
-            if keyed and window is None and stride is None:
-                window, stride = keyed[0].window, keyed[0].stride
+        encoder = encoder_for(
+            model,
+            memories,
+            tokenizer,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            force=force,
+        )
         if leave_one_out and memories:
             if len(memories) > 1:
                 raise SettingError(
@@ -148,7 +154,37 @@ class Scorer:
             own = memories[0].first_entries(text.own_tokens, text.encoder_tokens)
         if stream:
             text = text.as_stream()
-        return cls(text, Encoder.of(model, layer, window, stride, batch_size), own)
+        return cls(text, encoder, own)
+
+    @cached_property
+    def runs(self) -> list[range]:
+        """Runs of sequences of which nothing is read together with others.
+
+        Each has whole sequences, enough of them for batches with little padding. They depend on the
+        text and the batches alone, so that whoever reads a run makes the same of it.
+        """
+        least = _RUN * self.encoder.batch_size * self.encoder.window
+        runs, begun, tokens = [], 0, 0
+        for number, sequence in enumerate(self.text.sequences, 1):
+            tokens += len(sequence)
+            if tokens >= least:
+                runs.append(range(begun, number))
+                begun, tokens = number, 0
+        if begun < len(self.text.sequences):
+            runs.append(range(begun, len(self.text.sequences)))
+        return runs
+
+    def only(self, run: range) -> "Scorer":
+        """A scorer of some documents of a text that is no stream."""
+        rows = slice(run.start, run.stop)
+        beside = self.text.encoder_tokens
+        text = replace(
+            self.text,
+            documents=self.text.documents[rows],
+            ids=self.text.ids[rows],
+            encoder_tokens=None if beside is None else beside[rows],
+        )
+        return Scorer(text, self.encoder, None if self.own is None else self.own[rows])
 
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
@@ -159,35 +195,45 @@ class Scorer:
         """
         done, total = 0, self.text.predictions
         progress(stage, 0, total)
-        sequences = self.text.sequences
-        for group in self.encoder.scores(sequences, with_view, self.text.encoder_tokens):
-            scored = []
-            for batch in group:
-                scored.append(batch)
-                done += len(batch.lm_log_probs)
-                progress(stage, done, total)
-            yield self.block(scored, sequences)
+        sequences, beside = self.text.sequences, self.text.encoder_tokens
+        for run in self.runs:
+            rows = slice(run.start, run.stop)
+            own = None if beside is None else beside[rows]
+            for group in self.encoder.scores(sequences[rows], with_view, own):
+                scored = []
+                for batch in group:
+                    scored.append(batch)
+                    done += len(batch.lm_log_probs)
+                    progress(stage, done, total)
+                yield self.block(scored, sequences, first=run.start)
 
     def block(
-        self, scored: list[ScoredBatch], read: Sequence[Tokens], seconds: float = 0.0
+        self,
+        scored: list[ScoredBatch],
+        read: Sequence[Tokens],
+        seconds: float = 0.0,
+        first: int = 0,
     ) -> ScoredBlock:
-        """What was scored, in the order of the text; `seconds` are added to the passes' own."""
-        sequences = np.concatenate([one.batch.documents for one in scored])
+        """What was scored, in the order of the text.
+
+        `seconds` are added to the passes' own, `first` to the numbers of sequences.
+        """
+        sequences = np.concatenate([one.batch.documents for one in scored]) + first
         ends = np.concatenate([one.batch.positions for one in scored])
         order = np.lexsort((ends, sequences))
-        first, last = int(sequences.min()), int(sequences.max())
-        texts = read[first : last + 1]
+        begun, last = int(sequences.min()), int(sequences.max())
+        texts = read[begun : last + 1]
         starts = np.cumsum([0, *map(len, texts)])[:-1]
         sequences, ends = sequences[order], ends[order]
         documents, positions = self.text.places(sequences, ends + 1)
         rows = torch.from_numpy(order)
         own = None
         if self.own is not None:
-            begun = self.own[documents]
-            own = np.where(begun < 0, NO_ENTRY, begun + positions - 1)
+            at = self.own[documents]
+            own = np.where(at < 0, NO_ENTRY, at + positions - 1)
         sources = None
         if self.text.encoder_tokens is not None:  # then a document is a sequence
-            sources = Sources(self.text.encoder_tokens[first : last + 1], sequences - first)
+            sources = Sources(self.text.encoder_tokens[begun : last + 1], sequences - begun)
         return ScoredBlock(
             sequences,
             documents,
@@ -195,7 +241,7 @@ class Scorer:
             Queries(
                 torch.cat([one.keys for one in scored])[rows].numpy(),
                 texts[0] if len(texts) == 1 else np.concatenate(texts),
-                starts[sequences - first] + ends,
+                starts[sequences - begun] + ends,
                 _joined_views([one.view for one in scored], order),
                 own,
                 sources,
@@ -204,6 +250,31 @@ class Scorer:
             torch.cat([one.lm_log_probs for one in scored])[rows],
             seconds + sum(one.seconds for one in scored),
         )
+
+
+def encoder_for(
+    model: PreTrainedModel,
+    memories: Sequence[Memory],
+    tokenizer: Any = None,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    force: bool = False,
+) -> Encoder:
+    """What makes queries for memories; windows not given are theirs.
+
+    Raises:
+        NearestError: the model does not fit one of them, or windows or batches are none.
+    """
+    if not memories:
+        layer = find_key_layer(model, "last_hidden")
+    else:
+        layer = common_key_layer(memories, model, tokenizer, force=force)
+        keyed = [one.manifest.keys for one in memories if one.manifest.keys is not None]
+        if keyed and window is None and stride is None:
+            window, stride = keyed[0].window, keyed[0].stride
+    return Encoder.of(model, layer, window, stride, batch_size)
 
 
 def _joined_views(views: Sequence[LmView | None], order: Int[np.ndarray, " n"]) -> LmView | None:

@@ -106,6 +106,18 @@ class Ensemble:
             min(found, key=_LEAST_FIRST.index) if settings is None else "given",
         )
 
+    @classmethod
+    def with_settings(
+        cls,
+        memories: Sequence[Memory],
+        method: str,
+        weights: Sequence[float],
+        settings: Sequence[Settings],
+    ) -> "Ensemble":
+        """One method in each memory, with settings of its own that are known already."""
+        pairs = zip(memories, settings, strict=True)
+        return cls(tuple(Lookup.of(one, method, chosen) for one, chosen in pairs), tuple(weights))
+
     @cached_property
     def used(self) -> list[tuple[Lookup, float]]:
         """The lookups whose weight is above 0, with their weights."""

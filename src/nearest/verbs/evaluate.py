@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from nearest.corpus.text import Text
-from nearest.encode.identity import AnyModel
+from nearest.encode.identity import AnyModel, bare_model
+from nearest.errors import SettingError
 from nearest.memory import Memory
-from nearest.models.in_context import reader_of
-from nearest.models.method_run import Details, EnsembleRun
-from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
+from nearest.models.scoring import ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble, Memories, memories_of
 from nearest.retrieval.settings import (
@@ -21,14 +20,14 @@ from nearest.retrieval.settings import (
     Settings,
     check_methods,
     method_named,
-    passage_settings,
-    resolve_settings,
     settings_of,
 )
 from nearest.verbs.checks import NeighbourCheck, harm_of
+from nearest.verbs.evaluate_workers import shared_by_workers
 from nearest.verbs.leak import Leak, find_leak
-from nearest.verbs.records import Records, check_records_path, record_file, records_of
+from nearest.verbs.records import Records, check_records_path, record_file
 from nearest.verbs.results import Checks, Cost, Result, result_of
+from nearest.verbs.tally import Tally, passages_of, read
 
 
 @overload
@@ -67,6 +66,8 @@ def evaluate(
     leave_one_out: bool = False,
     stream: bool = False,
     records: str | Path | Records | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: Progress = no_progress,
     settings: Settings | None = None,
     **given: Any,
@@ -99,6 +100,12 @@ def evaluate(
         records: a Parquet file to write, one row a token and method, or what is called with columns
             of such rows as the text is read (`verbs.records.records_of` says which), such as a
             `verbs.records.RecordTable`, which makes a pandas.DataFrame of them.
+        workers: processes that share the documents, each with its share of the threads; the figures
+            are those of this process with as many threads as one of them, to rounding, and seconds
+            are those of all together. They load the model by its name.
+        ray: the Ray cluster on which they run: "auto", an address, or "local", as in
+            `Memory.build`; model and memory are seen by all nodes under the same paths, and what
+            nodes found lies beside the memory meanwhile.
         progress: told (stage, done, total).
         settings: of the methods, all of them, in place of those stored in the memory.
         **given: single settings, by the names of `Settings`, before all others. What neither gives
@@ -111,6 +118,10 @@ def evaluate(
         NearestError: model, memory, text or settings cannot be used.
     """
     methods = [method] if isinstance(method, str) else list(method)
+    if workers is not None and workers < 1:
+        raise SettingError(f"workers must be at least 1, got {workers}")
+    if records is not None and (workers or ray):
+        raise SettingError("workers keep no records of each token: leave records, or them, out")
     memories = memories_of(memory)
     ensembles = _ensembles(memories, methods, weights, settings, given)
     if isinstance(records, str | Path):
@@ -128,36 +139,38 @@ def evaluate(
         leave_one_out=leave_one_out,
         stream=stream,
     )
-    scored = [_Scored(name, ensembles.get(name), memories, scorer.text) for name in methods]
-    readings: dict[Settings | None, list[_Scored]] = {}
-    for name, one in zip(methods, scored, strict=True):
-        readings.setdefault(_passages(name, memories, settings, given), []).append(one)
-    seconds: dict[Settings | None, float] = {}
-    with _sink(records) as sink:
-        for passages, several in readings.items():
-            reader = reader_of(scorer, memories, passages)
-            with_view = records is not None or any(one.needs_lm for one in several)
-            seconds[passages] = 0.0
-            for block in reader.blocks(progress, "evaluate", with_view):
-                seconds[passages] += block.seconds
-                for one in several:
-                    one.score(block, sink)
+    lookups = {name: ensembles.get(name) for name in methods}
+    passages = {name: passages_of(name, memories, settings, given) for name in methods}
+    if workers is None and ray is None:
+        with _sink(records) as sink:
+            tallies = read(scorer, memories, lookups, passages, sink, progress)
+    else:
+        tallies = shared_by_workers(
+            bare_model(model),
+            memories,
+            scorer,
+            lookups,
+            passages,
+            workers,
+            ray,
+            force=force,
+            progress=progress,
+        )
     leak = find_leak(memories, scorer.text, scorer.own) if memories else None
-    for passages, several in readings.items():
-        for one in several:
-            one.read_in(seconds.get(None, seconds[passages]), seconds[passages])
-    results = [one.result(scored[0].nll if n else None, leak) for n, one in enumerate(scored)]
+    alone = [one.read for one, name in zip(tallies, methods, strict=True) if passages[name] is None]
+    results = [
+        _result(
+            name,
+            tally,
+            ensembles.get(name),
+            scorer.text,
+            alone[0] if alone else tally.read,
+            tallies[0].nll if n else None,
+            leak,
+        )
+        for n, (name, tally) in enumerate(zip(methods, tallies, strict=True))
+    ]
     return results[0] if isinstance(method, str) else results
-
-
-def _passages(
-    method: str, memories: Sequence[Memory], settings: Settings | None, given: dict[str, Any]
-) -> Settings | None:
-    """What a method's passages depend on, nothing else; None where the text is read alone."""
-    if method == BASE or not method_named(method).in_context or not memories:
-        return None
-    resolved = resolve_settings(method, memories[0], settings, **settings_of(method, given))
-    return Settings(**passage_settings(resolved))
 
 
 def _sink(records: str | Path | Records | None) -> AbstractContextManager[Records | None]:
@@ -167,65 +180,29 @@ def _sink(records: str | Path | Records | None) -> AbstractContextManager[Record
     return nullcontext(records)
 
 
-class _Scored:
-    """One method, or the base model, and what it made of the text so far."""
-
-    def __init__(
-        self, method: str, ensemble: Ensemble | None, memories: Sequence[Memory], text: Text
-    ) -> None:
-        self.nll = np.zeros(len(text.documents))
-        self._method, self._memories, self._text = method, memories, text
-        self._run = None if ensemble is None else EnsembleRun(ensemble)
-        self._losses: list[Float[np.ndarray, " n"]] = []
-        self._documents: list[Int[np.ndarray, " n"]] = []
-        self._base_seconds = self._longer = 0.0
-
-    @property
-    def needs_lm(self) -> bool:
-        """Whether its queries must say what the model predicts."""
-        return self._run is not None and self._run.ensemble.needs_lm
-
-    def read_in(self, base: float, seconds: float) -> None:
-        """Seconds of the model alone, and of reading the text as this method does."""
-        self._base_seconds, self._longer = base, seconds - base
-
-    def score(self, block: ScoredBlock, sink: Records | None) -> None:
-        """Predict a block."""
-        details = None if sink is None else Details.empty(len(block.targets))
-        log_probs = block.lm_log_probs
-        if self._run is not None:
-            log_probs = self._run.log_probs(block, details)
-            self._losses.append((block.lm_log_probs - log_probs).numpy())
-            self._documents.append(block.documents)
-        np.add.at(self.nll, block.documents, -log_probs.double().numpy())
-        if sink is not None and details is not None:
-            sink(records_of(self._text, self._memories, self._method, block, log_probs, details))
-
-    def result(
-        self, compared_to: Float[np.ndarray, " documents"] | None, leak: Leak | None
-    ) -> Result:
-        """Its figures, once the whole text is predicted."""
-        run, text, method = self._run, self._text, self._method
-        if run is None:
-            cost, checks = Cost(self._base_seconds, self._longer), Checks(leak=leak)
-            return result_of(text, method, self.nll, cost, {}, compared_to, checks)
-        cost = Cost(self._base_seconds, self._longer + run.seconds, run.saved)
-        harm = harm_of(np.concatenate(self._losses), np.concatenate(self._documents), text.ids)
-        given, right, elsewhere = run.judged
-        neighbours = None
-        if given > 0:
-            neighbours = NeighbourCheck(right / given, elsewhere / given, int(text.predictions))
-        checks = Checks(neighbours, harm, leak)
-        return result_of(
-            text,
-            method,
-            self.nll,
-            cost,
-            _common_settings(run.ensemble, method),
-            compared_to,
-            checks,
-            run.ensemble.settings_from,
-        )
+def _result(
+    method: str,
+    tally: Tally,
+    ensemble: Ensemble | None,
+    text: Text,
+    base: float,
+    compared_to: Float[np.ndarray, " documents"] | None,
+    leak: Leak | None,
+) -> Result:
+    """A method's figures; `base` seconds are the model's alone."""
+    longer = tally.read - base
+    if ensemble is None:
+        cost, checks = Cost(base, longer), Checks(leak=leak)
+        return result_of(text, method, tally.nll, cost, {}, compared_to, checks)
+    cost = Cost(base, longer + tally.spent, tally.saved)
+    harm, given = harm_of(tally.losses, tally.documents, text.ids), tally.given
+    neighbours = None
+    if given > 0:
+        right, elsewhere = tally.right / given, tally.elsewhere / given
+        neighbours = NeighbourCheck(right, elsewhere, int(text.predictions))
+    checks, from_where = Checks(neighbours, harm, leak), ensemble.settings_from
+    common = _common_settings(ensemble, method)
+    return result_of(text, method, tally.nll, cost, common, compared_to, checks, from_where)
 
 
 def _common_settings(ensemble: Ensemble, method: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ snapshot.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.build.chunks import index_chunks, store_vectors
+from nearest.build.files import Files, Maker, here
 from nearest.corpus.documents import Document
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
@@ -162,6 +163,7 @@ class ChunkDatabase:
         *,
         dtype: str = "float16",
         part: Part = Part(),
+        maker: Maker = here,
         progress: Progress = no_progress,
     ) -> bool:
         """Make vectors, those that are missing; returns whether all are there now.
@@ -171,6 +173,7 @@ class ChunkDatabase:
             decode: the tokenizer's.
             dtype: float16 or float32, of what is stored.
             part: this process's share; the one that finds all blocks there stores them.
+            maker: makes the blocks of the share: this process, or workers that it starts.
             progress: called after each block.
 
         Raises:
@@ -202,12 +205,15 @@ class ChunkDatabase:
             _begin(blocks / _BEGUN, asked, embedder.identity)
             paths = block_paths(blocks, len(missing))
             mine = part.blocks(len(missing))
-            for done, number in enumerate(mine):
-                if not paths[number].exists():
-                    ids = missing[number * BLOCK : (number + 1) * BLOCK]
-                    texts = [decode(row[row >= 0].tolist()) for row in self.chunks.rows(ids)]
-                    save_array(paths[number], embedder(texts).astype(dtype))
-                progress("embed", done + 1, len(mine))
+
+            def make(number: int, place: Path) -> None:
+                ids = missing[block_rows(mine[number], len(missing))]
+                texts = [decode(row[row >= 0].tolist()) for row in self.chunks.rows(ids)]
+                save_array(place, embedder(texts).astype(dtype))
+
+            files = blocks_of(paths, mine, len(missing), "embed", progress)
+            if not maker(files, make):
+                return False
             if not all(path.exists() for path in paths):
                 return False
             arrays = [np.empty((0, embedder.identity.dim), dtype), *map(read_array, paths)]
@@ -259,6 +265,23 @@ class ChunkDatabase:
 def block_paths(folder: Path, rows: int) -> list[Path]:
     """The file of each block of BLOCK rows."""
     return [folder / f"{number:06d}.npy" for number in range(-(-rows // BLOCK))]
+
+
+def block_rows(number: int, rows: int) -> slice:
+    """The rows of a block, of so many."""
+    return slice(number * BLOCK, min((number + 1) * BLOCK, rows))
+
+
+def blocks_of(
+    paths: Sequence[Path], numbers: range, rows: int, stage: str, progress: Progress
+) -> Files:
+    """Some blocks of so many rows, as files that are to be made."""
+
+    def named(number: int) -> str:
+        own = block_rows(numbers[number], rows)
+        return f"chunks {own.start:,} to {own.stop - 1:,} ({stage})"
+
+    return Files([paths[number] for number in numbers], named, stage, progress)
 
 
 def date_of(document: Document) -> str:

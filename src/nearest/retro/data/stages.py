@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.build.chunks import cut_chunks
+from nearest.build.files import Maker, here
 from nearest.build.match import check_tokenizer
 from nearest.build.sync import compare_documents
 from nearest.corpus.incoming import Documents
@@ -22,7 +24,14 @@ from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.retro.data.chunks import Chunks, joined
-from nearest.retro.data.database import BLOCK, ChunkDatabase, Part, block_paths
+from nearest.retro.data.database import (
+    BLOCK,
+    ChunkDatabase,
+    Part,
+    block_paths,
+    block_rows,
+    blocks_of,
+)
 from nearest.retro.data.embedders import EmbedderIdentity
 from nearest.retro.data.filters import REASONS, Filters, Judge
 from nearest.retro.data.folders import read_array, read_record, save_array
@@ -195,6 +204,7 @@ def make_table(
     options: TableOptions | None = None,
     *,
     part: Part = Part(),  # noqa: B008 - frozen
+    maker: Maker = here,
     progress: Progress = no_progress,
 ) -> NeighbourTable | None:
     """Find the neighbours of every chunk, those that are missing, and write the table.
@@ -205,6 +215,7 @@ def make_table(
         path: the table's folder; None: next to the queries.
         options: how.
         part: this process's share; the one that finds all blocks there joins them.
+        maker: makes the blocks of the share: this process, or workers that it starts.
         progress: called after each block.
 
     Returns:
@@ -217,7 +228,7 @@ def make_table(
     options = options or TableOptions()
     searched = Databases.open(databases)
     own = searched.databases[0] if queries is None else ChunkDatabase.open(queries)
-    folder = Path(path) if path is not None else own.path / "neighbours"
+    folder = table_folder(searched.databases, own, path)
     record = _table_record(searched, own, options)
     if (folder / "table.json").exists():
         there = NeighbourTable.open(folder)
@@ -238,15 +249,27 @@ def make_table(
         else:
             write_atomically(blocks / "table.json", json.dumps(record, sort_keys=True).encode())
         paths = block_paths(blocks, len(own.chunks))
-        mine = [number for number in part.blocks(len(own.chunks)) if not paths[number].exists()]
-        if mine:
-            judge = Judge(own.chunks, searched.chunks, options.filters)
-        for done, number in enumerate(mine):
-            ids = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(own.chunks)))
-            found = find_neighbours(searched, own, ids, judge, options)
-            save_array(paths[number], _as_rows(found))
-            progress("neighbours", done + 1, len(mine))
+        mine = part.blocks(len(own.chunks))
+        judge = cache(lambda: Judge(own.chunks, searched.chunks, options.filters))
+
+        def make(number: int, place: Path) -> None:
+            rows = block_rows(mine[number], len(own.chunks))
+            ids = np.arange(rows.start, rows.stop)
+            found = find_neighbours(searched, own, ids, judge(), options)
+            save_array(place, _as_rows(found))
+
+        files = blocks_of(paths, mine, len(own.chunks), "neighbours", progress)
+        if not maker(files, make):
+            return None
         return _joined_table(folder, paths, record, options)
+
+
+def table_folder(
+    databases: Sequence[ChunkDatabase], queries: ChunkDatabase | None, path: Path | str | None
+) -> Path:
+    """Where a table is; next to the queries where no folder is named."""
+    own = databases[0] if queries is None else queries
+    return own.path / "neighbours" if path is None else Path(path)
 
 
 def find_neighbours(

@@ -1,0 +1,83 @@
+# ruff: noqa: F811 - fixtures of another file
+"""Workers that embed chunks and find their neighbours: the bytes of one process."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nearest.errors import FolderError
+from nearest.retro.data import database as database_module
+from nearest.retro.data import stages, workers
+from nearest.retro.data.embedders import embedder_named
+from segments import threads  # noqa: F401 - a fixture
+from test_cli_retro import bert, prepared, run  # noqa: F401 - fixtures
+
+MADE = ("neighbours/ids.npy", "neighbours/distances.npy", "neighbours/table.json")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "BLOCK", 5)
+    monkeypatch.setattr(stages, "BLOCK", 5)
+
+
+@pytest.fixture(autouse=True)
+def loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are threads here, and transformers loads one model at a time."""
+    lock = threading.Lock()
+
+    def load(*words: Any, **options: Any) -> Any:
+        with lock:
+            return embedder_named(*words, **options)
+
+    monkeypatch.setattr(workers, "embedder_named", load)
+
+
+def vectors(folder: Path) -> bytes:
+    (path,) = folder.glob("segments/*/*vectors.npy")
+    return path.read_bytes()
+
+
+@pytest.mark.usefixtures("threads")
+def test_stages_by_workers(prepared: Path, bert: str, tmp_path: Path) -> None:
+    db, source = tmp_path / "db", prepared.parent / "train.jsonl"
+    whole = tmp_path / "whole"
+    options = ("--embedder", f"bert:{bert}")
+    run("chunks", source, "--out", db, "--tokenizer", bert, "--chunk-size", 8)
+    cut = ("--out", whole, "--tokenizer", bert, "--chunk-size", 8)
+    run("prepare", source, *cut, *options, "--workers", 2)  # all stages at once
+    (told,) = run("embed", db, *options, "--part", "2/2", "--workers", 1, "--json")
+    assert not told["embedded"]
+    (told,) = run("embed", db, *options, "--part", "1/2", "--workers", 3, "--json")
+    assert told["embedded"]
+    run("index", db)
+    (told,) = run("neighbours", db, "--part", "1/2", "--workers", 2, "--json")
+    assert not told["complete"]
+    (told,) = run("neighbours", db, "--part", "2/2", "--workers", 2, "--json")
+    assert told["complete"]
+    for found in (db, whole):
+        assert vectors(found) == vectors(prepared)
+        for name in MADE:
+            assert (found / name).read_bytes() == (prepared / name).read_bytes()
+        assert not (found / "chunks.blocks").exists()
+        assert not (found / "neighbours/blocks").exists()
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_a_worker_says_is_told(
+    prepared: Path, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is done stays: the stage goes on without workers."""
+    db, source = tmp_path / "db", prepared.parent / "train.jsonl"
+    run("chunks", source, "--out", db, "--tokenizer", bert, "--chunk-size", 8)
+
+    def full(*_: Any) -> None:
+        raise FolderError("no room on that node")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "tokenizer_of", full)
+        run("embed", db, "--embedder", f"bert:{bert}", "--workers", 2, code=2)
+    run("embed", db, "--embedder", f"bert:{bert}")
+    assert vectors(db) == vectors(prepared)
