@@ -118,8 +118,8 @@ def _made(path: Path, number: int, make: Make, watch: Watch) -> bool:
                 place.replace(path)
     except FileNotFoundError:
         if claim.held:
-            raise
-        return True  # another has taken it over, and what was written
-    shutil.rmtree(claim.scratch, ignore_errors=True)
+            raise  # else another has taken it over, and what was written
+    else:
+        shutil.rmtree(claim.scratch, ignore_errors=True)
     watch.give_up()
     return True

@@ -158,10 +158,10 @@ def prepare(
     named = embedder_named(
         embedder, prefix=embedding.prefix, device=device, batch_size=embedding.batch_size
     )
-    made = cutting.cut(sources, out_path)
-    decode = decoder(tokenizer_of(made, cutting.tokenizer))
     spec = _embed_spec(embedder, cutting.tokenizer, embedding, Part(), device, sharing)
     with reached(spec, sharing.ray), reports.live_progress(err) as progress:
+        made = cutting.cut(sources, out_path)
+        decode = decoder(tokenizer_of(made, cutting.tokenizer))
         maker = by_workers(made.path, spec, **vars(sharing))
         made.embed(named, decode, dtype=embedding.dtype, maker=maker, progress=progress)
         if not made.indexed:
