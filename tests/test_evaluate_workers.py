@@ -177,7 +177,7 @@ def test_what_cannot_be_shared_is_said(model: Model, memory: Memory, tmp_path: P
 def test_the_command(model_folder: str, memory: Memory, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"id": d.id, "text": d.text}) for d in TEXT))
-    call = ["eval", str(memory.path), str(text), "--json", "--batch-size", "1"]
+    call = ["eval", str(memory.path), "--text", str(text), "--json", "--batch-size", "1"]
     call += ["--method", "base,retomaton"]
     told = []
     for more in ((), ("--workers", "2")):
