@@ -25,6 +25,7 @@ from nearest.retrieval.settings import Settings
 from nearest.verbs import self_tune as module
 from nearest.verbs.self_tune import self_tune
 from nearest.verbs.settings_search import looked_up
+from nearest.verbs.sweep import sweep
 from nearest.verbs.tune import store_tuned
 
 DOCUMENTS = make_documents(30, 40)
@@ -188,6 +189,8 @@ def test_what_changed_since_tuning_is_told(
     compress_memory(memory.path, Compression(pca=16))
     with pytest.warns(SettingsWarning, match="32 dims.*16 dims"):
         evaluate(tiny_model, Memory.open(memory.path), HELD_OUT, tokenizer=tiny_tokenizer)
+    with pytest.warns(SettingsWarning, match="32 dims.*16 dims"):
+        sweep(tiny_model, Memory.open(memory.path), HELD_OUT[:2], ["knn"], tokenizer=tiny_tokenizer)
 
 
 def test_a_gate_trained_with_other_keys_is_refused(

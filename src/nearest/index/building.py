@@ -12,6 +12,7 @@ from nearest.index.choice import AUTO, EXACT, resolve_spec
 from nearest.index.faiss_module import load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import Metric
+from nearest.progress import Progress, no_progress
 
 _ADD_ROWS = 65_536
 _ADD_BYTES = 1 << 24  # of float32 rows; FAISS allocates as much again
@@ -99,15 +100,24 @@ def train_index(keys: Keys, ids: Int[np.ndarray, " m"], spec: str, rng: np.rando
     return index
 
 
-def fill_index(index: Any, keys: Keys, ids: Int[np.ndarray, " m"], spec: str) -> None:
+def fill_index(
+    index: Any,
+    keys: Keys,
+    ids: Int[np.ndarray, " m"],
+    spec: str,
+    progress: Progress = no_progress,
+) -> None:
     """Add the keys of `ids` to a trained FAISS index, with those ids.
 
     Raises:
         SettingError: this kind of index cannot take them.
     """
+    done = 0
     try:
         for block in _blocks(keys, ids):
             index.add_with_ids(keys.rows(block), block)
+            done += len(block)
+            progress(f"index {spec}", done, len(ids))
     except RuntimeError as error:
         raise _refused(spec, keys.dim, error) from error
 

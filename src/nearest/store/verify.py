@@ -40,15 +40,22 @@ def _problems(path: Path, manifest: Manifest, progress: Progress) -> list[str]:
     if projection is not None and not np.isfinite(projection.matrix).all():
         problems.append("the projection is not finite")
     segments = [Segment(path, manifest, record) for record in manifest.segments]
-    for segment in segments:
+    checks = (1 + len(PARTS)) * len(segments)
+    for number, segment in enumerate(segments):
+        done = (1 + len(PARTS)) * number
+        progress("parts", done, checks)
         try:
             found = corpus.check(segment, manifest)
             if not found:
-                found = [text for part in PARTS for text in part.check(segment)]
+                for part in PARTS:
+                    done += 1
+                    progress("parts", done, checks)
+                    found += part.check(segment)
             found = found or _served_removed(segment)
         except FolderError as error:
             found = [str(error)]
         problems += [f"segment {segment.record.name}: {text}" for text in found]
+    progress("parts", checks, checks)
     return problems or _repeated_ids(segments)
 
 

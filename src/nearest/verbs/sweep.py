@@ -21,6 +21,7 @@ from nearest.models.scoring import ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.search_cache import SearchCache
 from nearest.retrieval.settings import BASE, Settings, method_named
+from nearest.retrieval.tuned import warn_of_settings
 from nearest.verbs.results import Cost, Result, data_frame, result_of
 from nearest.verbs.variations import (
     KNN,
@@ -137,6 +138,9 @@ def sweep(
         batch_size=batch_size,
         force=force,
     )
+    for name in names:
+        if method_named(name).kinds and memory.settings(name):  # untuned ones are told apart
+            warn_of_settings(memory, name, ())
     text = prepared.text
     runs = [_Run(variation, len(text.documents)) for variation in varied]
     readings: dict[Settings | None, list[_Run]] = {None: []}

@@ -106,11 +106,12 @@ def write_index(
     progress(f"index {spec}", 0, len(entries))
     index = train_index(keys, entries, spec, rng)
     trained = _file(files, TRAINED, index, keys) if can_be_joined(index) else None
-    fill_index(index, keys, entries, spec)
+    fill_index(index, keys, entries, spec, progress)
     exact = ExactIndex(keys, entries)
+    progress("tune the index", 0, 1)
     parameters = tune_search(index, keys, entries, exact, choice.recall, rng, choice.nprobe)
+    progress("tune the index", 1, 1)
     file = _file(files, INDEX, index, keys)
-    progress(f"index {spec}", len(entries), len(entries))
     source = None if trained is None else trained.sha256
     return _record(spec, len(entries), parameters, choice.recall, file, trained, source)
 
@@ -134,14 +135,15 @@ def fill_like(
     with (files.root / like.trained.path).open("rb") as file:
         index = read_index(file, like.trained.sha256)
     trained = _file(files, TRAINED, index, keys) if keep else None
-    fill_index(index, keys, entries, like.spec)
+    fill_index(index, keys, entries, like.spec, progress)
     backend = ApproximateIndex(index, keys.metric, like.nprobe)
     searcher = Searcher([Searched(backend, len(entries), like.margin)], keys)
     exact = ExactIndex(keys, entries)
+    progress("tune the index", 0, 1)
     found = measured_recall(searcher, keys, entries, exact, np.random.default_rng(_SEED))
+    progress("tune the index", 1, 1)
     parameters = SearchParameters(like.nprobe, like.margin, found)
     written = _file(files, INDEX, index, keys)
-    progress(f"index {like.spec}", len(entries), len(entries))
     source, target = like.filled_from, like.recall_target
     return _record(like.spec, len(entries), parameters, target, written, trained, source)
 
