@@ -1,8 +1,8 @@
 """`/search/chunks`: the neighbours of chunks, for RETRO models elsewhere (`RemoteNeighbours`)."""
 
+import asyncio
 import base64
 import binascii
-import threading
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nearest.errors import CorpusError, NearestError
+from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.remote.wire import SNAPSHOT_HEADER, npy, packed, read_npy
 from nearest.retro.data.live import MemoryNeighbours
+from nearest.serve.beside import SearchedChunks
 from nearest.serve.errors import ApiError
 from nearest.serve.schema import Strict
 from nearest.serve.service import in_thread
+from nearest.serve.shelf import stamp_of
 
 _MOST_CHUNKS = 4096
 _MOST_NEIGHBOURS = 64
@@ -37,21 +39,62 @@ class ChunkSearch(Strict):
     continuation: int = Field(1, ge=0, le=_MOST_CONTINUATION)
 
 
+class NewestChunks:
+    """The chunks of the newest snapshots of some memories; for one thread at a time.
+
+    Documents that were removed are gone; those that were added, and whose chunks are not indexed
+    yet, are not found.
+    """
+
+    def __init__(self, chunks: MemoryNeighbours) -> None:
+        self._memories = [database.memory for database in chunks.databases]
+        self._stamps = [stamp_of(memory) for memory in self._memories]
+        self._use(chunks)
+
+    def get(self) -> tuple[MemoryNeighbours, str]:
+        """What finds them, and the name of their snapshot.
+
+        Raises:
+            FolderError: a memory cannot be read, or has no chunks any more.
+        """
+        stamps = [stamp_of(memory) for memory in self._memories]
+        if stamps != self._stamps:
+            memories = [memory.refresh() for memory in self._memories]
+            by_words = self._chunks.by_words
+            found = [
+                SearchedChunks.of(memory, number, by_words=by_words)
+                for number, memory in enumerate(memories)
+            ]
+            databases = [one.database for one in found if one is not None]
+            if len(databases) < len(memories):
+                raise FolderError("a memory has no chunks any more: run `nearest retro prepare`")
+            self._use(self._chunks.among(databases))
+            self._memories, self._stamps = memories, stamps
+        return self._chunks, self._snapshot
+
+    def _use(self, chunks: MemoryNeighbours) -> None:
+        self._chunks, self._snapshot = chunks, chunks.digest
+
+
 def router(chunks: MemoryNeighbours) -> APIRouter:
     """The routes; `chunks` finds the neighbours."""
     routes = APIRouter()
-    one_at_a_time = threading.Lock()  # an embedder is no place for several threads
-    snapshot = chunks.digest
+    newest = NewestChunks(chunks)
+    one_at_a_time = asyncio.Lock()  # an embedder is no place for several threads
 
-    def found(content: bytes, k: int, continuation: int) -> dict[str, np.ndarray]:
+    async def found(content: bytes, k: int, continuation: int) -> tuple[str, dict[str, np.ndarray]]:
+        async with one_at_a_time:
+            return await in_thread(looked_up, content, k, continuation)
+
+    def looked_up(content: bytes, k: int, continuation: int) -> tuple[str, dict[str, np.ndarray]]:
+        chunks, snapshot = newest.get()
         tokens, vectors = _queries(content, chunks.chunk_size)
         try:
-            with one_at_a_time:
-                passages = chunks.look_up(tokens, vectors, k, continuation)
-        except NearestError as error:
+            passages = chunks.look_up(tokens, vectors, k, continuation)
+        except SettingError as error:
             raise ApiError(400, str(error), param="queries") from error
         sources = passages.sources
-        return {
+        return snapshot, {
             "ids": passages.ids,
             "distances": passages.distances,
             "tokens": passages.tokens,
@@ -63,7 +106,7 @@ def router(chunks: MemoryNeighbours) -> APIRouter:
     async def binary(
         request: Request, k: Neighbours = 2, continuation: Continuation = 1
     ) -> Response:
-        arrays = await in_thread(found, await request.body(), k, continuation)
+        snapshot, arrays = await found(await request.body(), k, continuation)
         headers = {SNAPSHOT_HEADER: snapshot}
         return Response(packed(arrays), media_type="application/zip", headers=headers)
 
@@ -73,7 +116,7 @@ def router(chunks: MemoryNeighbours) -> APIRouter:
             content = base64.b64decode(body.queries, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ApiError(400, "queries is no base64", param="queries") from error
-        arrays = await in_thread(found, content, body.k, body.continuation)
+        snapshot, arrays = await found(content, body.k, body.continuation)
         encoded = {name: base64.b64encode(npy(array)).decode() for name, array in arrays.items()}
         return {"version": snapshot, **encoded, "documents": arrays["documents"].tolist()}
 

@@ -41,7 +41,7 @@ class Shelf:
                 "two of the memories have the same name, by which requests tell them apart: "
                 "rename a folder"
             )
-        self._stamps = {name: _stamp(memory) for name, memory in self._memories.items()}
+        self._stamps = {name: stamp_of(memory) for name, memory in self._memories.items()}
         self._in_use = WeakSet(self._memories.values())
         self._documents: WeakKeyDictionary[Memory, dict[int, Document]] = WeakKeyDictionary()
         self._ids: WeakKeyDictionary[Memory, StoredIds] = WeakKeyDictionary()
@@ -67,7 +67,7 @@ class Shelf:
                     f"there is no memory {name!r} here: choose among {', '.join(self._memories)}",
                     param=param,
                 )
-            stamp = _stamp(memory)
+            stamp = stamp_of(memory)
             if stamp == self._stamps[name]:
                 return memory
         # One at a time, and nobody waits for a server elsewhere but the one who asks it.
@@ -98,7 +98,7 @@ class Shelf:
         """Use a version that was made here from now on, with its index read before anyone waits."""
         if memory.manifest.keys is not None:
             _ = memory.searcher
-        stamp = _stamp(memory)
+        stamp = stamp_of(memory)
         if memory.refresh() is memory:  # else another writer has published since
             with self._lock:
                 self._use(name, memory, stamp)
@@ -159,7 +159,7 @@ class Shelf:
         return ids
 
 
-def _stamp(memory: Memory) -> tuple[int, ...]:
+def stamp_of(memory: Memory) -> tuple[int, ...]:
     """Changes whenever a writer publishes; costs one system call.
 
     A server elsewhere is asked every other second.

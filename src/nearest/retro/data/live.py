@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.retro.data.chunks import PADDING
-from nearest.retro.data.database import Decode
+from nearest.retro.data.database import ChunkDatabase, Decode
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.opening import decoder, embedder_of, tokenizer_of
 from nearest.retro.data.stages import METHODS, AnyDatabase, Databases, Method
@@ -100,6 +100,27 @@ class MemoryNeighbours:
         self.neighbours = neighbours
         self.continuation = continuation
         self.sources: list[list[PassageSource]] = []
+
+    @property
+    def databases(self) -> Sequence[ChunkDatabase]:
+        """What is searched."""
+        return self._searched.databases
+
+    @property
+    def by_words(self) -> bool:
+        """Whether no vectors are needed."""
+        return self._embedder is None
+
+    def among(self, databases: Sequence[ChunkDatabase]) -> "MemoryNeighbours":
+        """The same search among other chunks, such as a later snapshot's (errors as above)."""
+        return MemoryNeighbours(
+            databases,
+            self._embedder,
+            self._decode,
+            neighbours=self.neighbours,
+            continuation=self.continuation,
+            method=self._method,
+        )
 
     @property
     def chunk_size(self) -> int:
