@@ -4,18 +4,22 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from conftest import make_documents
@@ -24,7 +28,7 @@ from nearest.cli.app import app
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.retro import retrofit
 from nearest.retro.data.stages import chunk_memory
-from nearest.serve.run import log_to
+from nearest.serve.run import Server, log_to
 from retro_models import stir
 from serving import free_port
 
@@ -49,15 +53,15 @@ def fitted(model_folder: str, memory: Memory, tmp_path_factory: pytest.TempPathF
 
 
 @contextmanager
-def started(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def started(
+    *arguments: str | Path, port: int | None = None, told: int = subprocess.PIPE
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """The command, once it is ready."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "nearest", "serve", *map(str, arguments), "--port", str(port)]
     environment = {name: v for name, v in os.environ.items() if not name.startswith("NEAREST_")}
     with (
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process,
+        subprocess.Popen(command, stdout=told, stderr=told, text=True, env=environment) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         try:
@@ -93,6 +97,108 @@ def test_it_ends_what_is_under_way_and_logs_no_text(memory: Memory) -> None:
     assert "secret" not in told
 
 
+def ended(client: httpx.Client, method: str) -> str:
+    """How a streamed answer ended: whole, with an error that says why, refused, or cut."""
+    body = {"model": f"tiny@{method}", "prompt": "the court", "max_tokens": 20, "temperature": 0}
+    try:
+        with client.stream(
+            "POST", "/v1/completions", json={**body, "stream": True, "nearest": {}}
+        ) as response:
+            if response.status_code == 503:
+                assert "no server answers" in json.loads(response.read())["error"]["message"]
+                return "refused"
+            assert response.status_code == 200
+            lines = [line for line in response.iter_lines() if line]
+    except httpx.TransportError:
+        return "cut"
+    assert lines[-1] == "data: [DONE]"
+    last = json.loads(lines[-2].removeprefix("data: "))
+    if "error" in last:
+        assert "no server answers" in last["error"]["message"]
+        return "said"
+    return "whole"
+
+
+@contextmanager
+def asking(client: httpx.Client) -> Iterator[list[str]]:
+    """How answers end that three clients ask for, one after another, meanwhile."""
+    endings: list[str] = []
+    done = threading.Event()
+
+    def ask(method: str) -> None:
+        while not done.is_set():
+            endings.append(ended(client, method))
+
+    with ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(ask, method) for method in ("knn", "suffix", "retomaton")]
+        try:
+            yield endings
+        finally:
+            done.set()
+        for one in asked:
+            one.result()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_servers_that_are_killed_with_streams_under_way(memory: Memory, model_folder: str) -> None:
+    """Of two that look up, then both, then the one that answers; and each comes back."""
+    ports = [free_port(), free_port(), free_port()]
+    backs = f"http://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/law"
+    quiet = subprocess.DEVNULL
+    front = ("--model", model_folder, "--served-name", "tiny")
+    with ExitStack() as running:
+        first, second = (
+            running.enter_context(started(memory.path, port=port, told=quiet))[0]
+            for port in ports[:2]
+        )
+        answering, client = running.enter_context(started(backs, *front, port=ports[2], told=quiet))
+        assert ended(client, "knn") == "whole"
+        with asking(client) as endings:
+            wait_for(lambda: len(endings) > 5)
+            first.kill()
+            count = len(endings)
+            wait_for(lambda: len(endings) > count + 10)
+            assert set(endings) == {"whole"}  # the other one answers
+            second.kill()
+            wait_for(lambda: endings[-1] == "refused")
+            assert client.get("/health").text == "ok"
+            again = running.enter_context(started(memory.path, port=ports[1], told=quiet))[0]
+            count = len(endings)
+            wait_for(lambda: "whole" in endings[count:])  # by itself
+            wait_for(lambda: endings[-3:] == ["whole"] * 3)
+        assert again.poll() is None
+        assert set(endings) <= {"whole", "said", "refused"}
+        with asking(client) as endings:
+            wait_for(lambda: len(endings) > 5)
+            answering.kill()
+            wait_for(lambda: endings[-1] == "cut")  # and nothing that seems whole
+            running.enter_context(started(backs, *front, port=ports[2], told=quiet))
+            count = len(endings)
+            wait_for(lambda: "whole" in endings[count:])
+        assert set(endings) == {"whole", "cut"}
+
+
+def test_a_server_that_failed_says_so_by_its_status(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that systemd's Restart=on-failure starts it again."""
+    for name in ("nearest", "uvicorn"):
+        for what in ("handlers", "propagate", "level"):  # to be put back
+            monkeypatch.setattr(
+                logging.getLogger(name), what, getattr(logging.getLogger(name), what)
+            )
+    monkeypatch.setattr(Server, "run", lambda _: None)
+    with warnings.catch_warnings():
+        assert CliRunner().invoke(app, ["serve", str(memory.path)]).exit_code == 1
+
+
 @pytest.mark.slow
 def test_a_retrofit_is_served_with_neighbours_by_words(memory: Memory, fitted: Path) -> None:
     with started(memory.path, "--retro", fitted, "--retro-method", "bm25") as (_, client):
@@ -124,6 +230,7 @@ def test_a_warning_is_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None
     assert [(line["level"], line["event"]) for line in lines] == [("warning", "tune it again")]
 
 
+KEYS = ("--write-key", "the-same-key", "--api-key", "the-same-key")
 HADOLINT = Path(sys.executable).with_name("hadolint")
 
 
@@ -132,11 +239,43 @@ def test_the_dockerfile_has_no_fault() -> None:
     subprocess.run([HADOLINT, "examples/serve/Dockerfile"], check=True)
 
 
+ANALYSE = shutil.which("systemd-analyze")
+
+
+@pytest.mark.skipif(ANALYSE is None, reason="systemd is not installed")
+def test_the_unit_has_no_fault(tmp_path: Path) -> None:
+    text = Path("examples/serve/nearest.service").read_text("utf-8")
+    (command,) = (line for line in text.splitlines() if line.startswith("ExecStart="))
+    unit = tmp_path / "nearest.service"
+    unit.write_text(text.replace("/opt/nearest/bin/nearest", sys.executable), "utf-8")
+    told = subprocess.run(
+        [str(ANALYSE), "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (told.returncode, told.stderr) == (0, "")
+    options = {word for word in command.split() if word.startswith("--")}
+    known = {name for one in get_command(app).commands["serve"].params for name in one.opts}  # type: ignore[attr-defined]
+    assert options <= known
+
+
+def test_the_images_context_holds_what_is_copied() -> None:
+    """And nothing else: no memory, model or key that lies in the folder."""
+    copied = [
+        name
+        for line in Path("examples/serve/Dockerfile").read_text("utf-8").splitlines()
+        if line.startswith("COPY ")
+        for name in line.split()[1:-1]
+    ]
+    lines = Path(".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in lines
+    assert sorted(line[1:] for line in lines if line.startswith("!")) == sorted(copied)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--host", "0.0.0.0"], "without an API key"),
         (["--api-key", "short"], "shorter than 8"),
+        (["--writable", *KEYS], "the write key is the API key"),
         (["--writable"], "both --writable and a key of their own"),
         (["--retro", "nowhere", "--retro-method", "bm25"], "holds no RETRO model"),
         (["--method", "magic"], "cannot be served with these memories: choose among base, knn"),

@@ -1,6 +1,7 @@
 """What clients see: the API's fields, errors, streams, keys, and agreement with the library."""
 
 import base64
+import hashlib
 import json
 import re
 import time
@@ -270,11 +271,12 @@ UNSUPPORTED = {
     "tools": [{}],
     "best_of": 2,
     "presence_penalty": 0.5,
-    "frequency_penalty": -1,
+    "frequency_penalty": False,  # a truth value is no number
     "logit_bias": {"5": 1},
     "user": "someone",
     "suffix": "end",
     "unheard_of": 1,
+    "store": 0,
 }
 
 
@@ -326,6 +328,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "extension": ({"nearest": {"colour": "red"}}, "nearest.colour"),
     "version": ({"nearest": {"version": 2}}, "nearest.version"),
+    "no number": ({"nearest": {"version": True}}, "nearest.version"),
+    "temperature that is none": ({"temperature": True}, "temperature"),
+    "two methods": ({"model": "tiny@knn", "nearest": {"method": "suffix"}}, "nearest.method"),
+    "alternatives of nothing": ({"nearest": {"sources": False, "alternatives": 3}}, "nearest"),
+    "replay without state": ({"nearest": {"method": "knn", "replay": 3}}, "nearest.replay"),
+    "replay alone": ({"nearest": {"method": "base", "replay": "full"}}, "nearest.replay"),
 }
 
 
@@ -374,7 +382,38 @@ def test_bodies_without_a_length_are_limited_too(server: Running, path: str) -> 
     assert "limit of 8,388,608 bytes" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models?limit=3"),
+        ("GET", "/v1/nearest/documents/test?ids=doc-1"),
+        ("GET", "/search/memory?name=test"),
+        ("GET", "/health?x=1"),
+        ("POST", "/v1/completions?model=tiny"),
+        ("POST", "/search/memory/values?q=1"),
+    ],
+)
+def test_unknown_parameters_are_refused(server: Running, method: str, path: str) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1} if method == "POST" else None
+    response = server.client.request(method, path, json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == path.partition("?")[2].partition("=")[0]
+    assert server.client.get("/?from=a-link").status_code == 200
+
+
+def test_sources_that_are_not_wanted_are_not_cited(server: Running) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "the law"}], "max_tokens": 24}
+    answer = server.post(
+        "/v1/chat/completions", {**body, "temperature": 0, "nearest": {"sources": False}}
+    ).json()
+    assert answer["choices"][0]["message"]["annotations"] == []
+
+
 def test_unknown_models_and_paths(server: Running) -> None:
+    for path, told in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+        assert server.post(path, {**told, "model": "tiny@knn"}).status_code == 200
+        unknown = server.post(path, {**told, "model": "gpt-9"})
+        assert unknown.json()["error"]["code"] == "model_not_found"
     response = server.post("/v1/completions", {"model": "gpt-9", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     assert "error" in server.client.get("/v2/nothing").json()
@@ -421,6 +460,15 @@ def test_answers_are_as_the_published_schema_says(server: Running) -> None:
     assert not request.is_valid({"sorces": True})
     broken = {**told["choices"][0]["nearest"], "spans": None}
     assert not answer.is_valid(broken)
+
+
+def test_the_page_has_its_style_inside(server: Running) -> None:
+    page = server.client.get("/")
+    inside = re.search(r"<style>(.*)</style>", page.text, re.DOTALL)
+    assert inside is not None
+    assert inside[1] == server.client.get("/page/viewer.css").text
+    digest = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}';" in page.headers["Content-Security-Policy"]
 
 
 def test_health_and_metrics(server: Running) -> None:
@@ -471,21 +519,6 @@ def test_the_key_guards_everything_but_health(
         browser = stranger.get("/v1/models", headers={"Authorization": f"Basic {basic}"})
         assert browser.status_code == 200
         assert running.client.get("/v1/models").status_code == 200
-
-
-def test_a_full_queue_gives_429(
-    model: PreTrainedModel, memory: Memory, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    from nearest.serve.engine import Limits
-
-    limits = Limits(running=1, waiting=2)
-    with serving(model, tiny_tokenizer, [memory], limits=limits) as running:
-        response = running.post(
-            "/v1/completions", {"model": "tiny", "prompt": ["a", "b", "c"], "max_tokens": 1}
-        )
-        assert response.status_code == 429
-        assert int(response.headers["Retry-After"]) >= 1
-        running.complete(["a", "b"], max_tokens=2)
 
 
 def test_a_request_that_takes_too_long_gives_504(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from nearest.corpus.reading import Corpus
     from nearest.memory import Memory
+    from nearest.remote.servers import Patience
 
 Command = Callable[..., None]
 _ADDRESS = re.compile(r"(https?):/+([^/]+)(?:/+(.+))?")  # as a path, with one slash
@@ -153,12 +154,12 @@ def tuned_and_stored(memory: "Memory", tune: Callable[[], Any]) -> Any:
     raise failed
 
 
-def open_memory(path: Path, search_on: str = "cpu") -> "Memory":
+def open_memory(path: Path, search_on: str = "cpu", patience: "Patience | None" = None) -> "Memory":
     """Open a memory's folder, or one that `nearest serve` holds at http://HOST:PORT[/NAME].
 
     A memory in object storage (s3://BUCKET/NAME) is fetched into a cache. Several servers, be they
     of all shards or of the same memory, stand with commas between them: http://HOST:PORT,HOST:PORT.
-    The key of servers is read from NEAREST_API_KEY.
+    The key of servers is read from NEAREST_API_KEY; `patience` is how long they are waited for.
     """
     from nearest.memory import Memory
 
@@ -169,11 +170,13 @@ def open_memory(path: Path, search_on: str = "cpu") -> "Memory":
 
     scheme, host, name = address.groups()
     urls, key = [f"{scheme}://{one}" for one in host.split(",")], os.environ.get("NEAREST_API_KEY")
-    if len(urls) > 1 and RemoteMemory(urls, name, api_key=key, one_shard=True).shard is not None:
+    asked: dict[str, Any] = {"api_key": key, "patience": patience}
+    if len(urls) > 1 and RemoteMemory(urls, name, **asked, one_shard=True).shard is not None:
         from nearest.remote.sharded import ShardedMemory
 
-        return ShardedMemory(urls, name, api_key=key)
-    return RemoteMemory(urls, name, api_key=key)
+        wait = 30.0 if patience is None else patience.answer
+        return ShardedMemory(urls, name, **asked, wait=wait)
+    return RemoteMemory(urls, name, **asked)
 
 
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":

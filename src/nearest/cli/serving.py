@@ -1,6 +1,7 @@
 """The command that serves memories over HTTP."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -80,6 +81,24 @@ def serve(
         int, typer.Option(min=1, help="Prompts that may wait; more get 429.")
     ] = 256,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600,
+    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request's body, at most.")] = 8,
+    slow_client: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Seconds for a request's body to come, and for each piece to be taken."
+        ),
+    ] = 60,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running answers have when it is stopped.")
+    ] = 20,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which it may be called without a key, beside the loopback's; may be "
+            "given several times.",
+        ),
+    ] = None,
     *,
     opening: Opening,
     settings: MethodSettings,
@@ -90,8 +109,10 @@ def serve(
     require("uvicorn", "serve")
     require("prometheus_client", "serve")
     quiet_libraries()
+    from nearest.remote.servers import Patience
     from nearest.serve.app import ServeOptions, make_service
     from nearest.serve.engine import Limits
+    from nearest.serve.guards import LOOPBACK
     from nearest.serve.run import Server, check_exposure, log_to
 
     if writable != (write_key is not None):
@@ -100,8 +121,15 @@ def serve(
             "NEAREST_WRITE_KEY) with --writable"
         )
     check_exposure(host, api_key, write_key)
+    options = ServeOptions(
+        api_key=api_key,
+        hosts=(*LOOPBACK, *(allow_host or ())),
+        slow_client=slow_client,
+        max_body=max_body << 20,
+        grace=grace,
+    )
     if shard is not None:
-        _serve_shard(memories, shard, opening.search_on, ServeOptions(api_key=api_key), host, port)
+        _serve_shard(memories, shard, opening.search_on, options, host, port)
         return
     template = None
     if chat_template is not None:
@@ -109,17 +137,19 @@ def serve(
             template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise NearestError(f"{chat_template} cannot be read: {error}") from error
-    opened = [open_memory(path, opening.search_on) for path in memories]
+    # While a server elsewhere is waited for, everybody waits.
+    patience = Patience(answer=10.0, tries=3, failures=2)
+    opened = [open_memory(path, opening.search_on, patience) for path in memories]
     search = None
     if retro is None:
         model, tokenizer = model_of(opened[0], opening)
     else:
         model, tokenizer, search = _retro(retro, opened, retro_method, opening, force=force)
-    options = ServeOptions(
+    options = replace(
+        options,
         model_name=name,
         method=method,
         settings=given(**settings.named()),
-        api_key=api_key,
         write_key=write_key,
         chat_template=template,
         limits=Limits(max_running, max_waiting),
@@ -130,8 +160,10 @@ def serve(
     )
     service = make_service(model, tokenizer, opened, options)
     log_to(sys.stderr)
-    err.print(f"serving {service.model_name} on {_address(host, port)}", soft_wrap=True)
-    Server(service, options, host, port).run()
+    server = Server(service, options, host, port, lambda: _announce(service.model_name, host, port))
+    server.run()
+    if server.failed:  # so that what watches over it starts it again
+        raise typer.Exit(1)
 
 
 def _serve_shard(
@@ -153,13 +185,13 @@ def _serve_shard(
     shelf = Shelf(opened)
     log_to(sys.stderr)
     told = ", ".join(f"shard {shard} of {name}" for name in shelf.names)
-    err.print(f"serving {told} on {_address(host, port)}", soft_wrap=True)
-    shard_server(shelf, options, host, port).run()
+    shard_server(shelf, options, host, port, lambda: _announce(told, host, port)).run()
 
 
-def _address(host: str, port: int) -> str:
+def _announce(what: str, host: str, port: int) -> None:
+    """Print the address, which answers from now on."""
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}/"
+    err.print(f"serving {what} on http://{shown}:{port}/", soft_wrap=True)
 
 
 def _retro(

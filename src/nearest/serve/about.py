@@ -1,5 +1,7 @@
 """Routes that tell about the server: models, tokens, documents, health, metrics and the viewer."""
 
+import base64
+import hashlib
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,7 +27,7 @@ _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = resources.files("nearest.serve").joinpath("page")
 # The page loads nothing from elsewhere, runs no script but its own, and can be in no frame.
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    "default-src 'none'; script-src 'self'; style-src {styles}; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DOCUMENTS_A_PAGE = 100
@@ -85,11 +87,15 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            service.method(body.model)
         tokens = await in_thread(vocabulary.encode, body.prompt, body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.positions}
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            service.method(body.model)
         vocabulary.check(body.tokens, "tokens")
         tokens = body.tokens
         return {"prompt": await in_thread(lambda: vocabulary.decode(tokens, special=True))}
@@ -140,13 +146,27 @@ def _page_file(name: str) -> Response:
     content = None if kind is None else _content(name)
     if content is None:
         raise ApiError(404, f"the viewer has no file {name!r}")
+    styles = "'self'"
+    if name == "index.html":
+        content, styles = _with_styles()
     headers = {
-        "Content-Security-Policy": _PAGE_POLICY,
+        "Content-Security-Policy": _PAGE_POLICY.format(styles=styles),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
     return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+@lru_cache(1)
+def _with_styles() -> tuple[bytes, str]:
+    """The page with its style sheet inside, so that it is painted at once; the sheet's hash."""
+    page, sheet = _content("index.html"), _content("viewer.css")
+    assert page is not None
+    assert sheet is not None
+    link = b'<link rel="stylesheet" href="/page/viewer.css">'
+    digest = base64.b64encode(hashlib.sha256(sheet).digest()).decode()
+    return page.replace(link, b"<style>%b</style>" % sheet), f"'sha256-{digest}'"
 
 
 @lru_cache(64)  # more names than there are files: a stranger may ask for any

@@ -62,8 +62,8 @@ def text_log_probs(
 ) -> dict[str, Any]:
     """`logprobs` of a completion: parallel lists; `offset` is where the first token's text begins.
 
-    Where tokens of one text differ in probability the larger is given, but the chosen token's own
-    always is, so that a client can tell by equality whether it was the likeliest.
+    The `count` likeliest stand by their text, with the larger probability where several have the
+    same; the chosen token's text is added where it is not among them.
     """
     tokens, log_probs, offsets = [], [], []
     tops: list[dict[str, float] | None] = []

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,15 +21,22 @@ from nearest.encode.identity import (
     vocabulary_size,
 )
 from nearest.encode.layers import KeyLayer, LanguageModel
-from nearest.errors import ModelError, SettingError
+from nearest.errors import ModelError, NearestError, SettingError
 from nearest.memory import Memory
 from nearest.retro.data.live import MemoryNeighbours
 from nearest.retro.lookup import looking_up
 from nearest.retro.retrofit import RetrofitForCausalLM
 from nearest.serve import about, chunks, completions, living, remote_memory, retrieval
 from nearest.serve.engine import Engine, Limits
-from nearest.serve.errors import ApiError, of_http, of_validation
-from nearest.serve.guards import LOOPBACK, AccessLog, BodyLimit, KeyGuard, SlowClients
+from nearest.serve.errors import ApiError, of_error, of_http, of_validation
+from nearest.serve.guards import (
+    LOOPBACK,
+    AccessLog,
+    BodyLimit,
+    KeyGuard,
+    SlowClients,
+    known_parameters,
+)
 from nearest.serve.library import Library
 from nearest.serve.metrics import Metrics
 from nearest.serve.passes import Passes
@@ -53,7 +60,8 @@ class ServeOptions:
         chat_template: in place of the tokenizer's own.
         limits: how much runs and waits.
         timeout: seconds that a request may take.
-        slow_client: seconds within which a client must take a piece of its answer.
+        slow_client: seconds within which a client must send its request's body, and take each piece
+            of its answer.
         max_body: bytes of a request's body.
         grace: seconds for what is under way when the server is told to stop.
         force: accept another model than the one that built the memories.
@@ -168,6 +176,7 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
+        dependencies=[Depends(known_parameters)],
         telemetry={"auto_configure": False},
     )
     app.include_router(completions.router(service))
@@ -195,6 +204,7 @@ def create_shard_app(shelf: Shelf, options: ServeOptions) -> FastAPI:
         version="1",
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(known_parameters)],
         telemetry={"auto_configure": False},
     )
     app.include_router(remote_memory.router(shelf))
@@ -204,10 +214,11 @@ def create_shard_app(shelf: Shelf, options: ServeOptions) -> FastAPI:
 
 def _guarded(app: FastAPI, options: ServeOptions, metrics: Metrics) -> FastAPI:
     """With errors as clients read them, and what stands before every route."""
-    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(ApiError, _error)
+    app.add_exception_handler(NearestError, _error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_middleware(BodyLimit, most=options.max_body)
+    app.add_middleware(BodyLimit, most=options.max_body, seconds=options.slow_client)
     app.add_middleware(
         KeyGuard, key=options.api_key, write_key=options.write_key, hosts=options.hosts
     )
@@ -216,9 +227,8 @@ def _guarded(app: FastAPI, options: ServeOptions, metrics: Metrics) -> FastAPI:
     return app
 
 
-async def _api_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
+async def _error(_request: Request, error: Exception) -> Response:
+    return of_error(error).response()
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:

@@ -5,12 +5,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from nearest.errors import NearestError
 from nearest.serve.answers import (
     Choice,
     chat_log_probs,
@@ -19,11 +20,13 @@ from nearest.serve.answers import (
     text_log_probs,
     usage,
 )
-from nearest.serve.errors import ApiError
+from nearest.serve.errors import ApiError, of_error
 from nearest.serve.library import Retrieval
 from nearest.serve.schema import ChatRequest, CompletionRequest, Sampling
 from nearest.serve.service import Service, in_thread, new_seed, unless_gone
 from nearest.serve.work import News, Told, Wanted
+
+T = TypeVar("T")
 
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 _ONE_ANSWER = 1 << 22  # tokens of all continuations, at most
@@ -122,7 +125,7 @@ def _chat(service: Service, body: ChatRequest, request: Request) -> _Asked:
     prompt = vocabulary.conversation(messages)
     top = body.top_logprobs or 0
     asked = body.max_completion_tokens or body.max_tokens
-    cited = bool(retrieval.memories)
+    cited = bool(retrieval.memories) and (body.nearest is None or body.nearest.sources)
     wanted = service.wanted(
         body,
         service.max_tokens(prompt, asked, None, retrieval.reading.room),
@@ -249,13 +252,16 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[str, None]:
             async for number, news in stream:
                 choice = asked.choices[number]
                 if asked.first is not None and number not in begun:
+                    begun.add(number)
                     first = {"index": number, **asked.first, "finish_reason": None}
                     yield _event({**head, "choices": [first]})
-                begun.add(number)
                 tokens = await _take(choice, news)
+                begun.add(number)
+                # The last piece cites documents, which are read.
+                piece = in_thread if news.finished else _at_once
                 written = {
                     "index": number,
-                    **asked.piece(choice, news.told, news.finished),
+                    **await piece(asked.piece, choice, news.told, news.finished),
                     "finish_reason": news.finished,
                 }
                 if choice.with_tokens:
@@ -267,13 +273,17 @@ async def _events(service: Service, asked: _Asked) -> AsyncGenerator[str, None]:
         if with_usage:
             counted = usage(sum(map(len, asked.prompts)), asked.choices)
             yield _event({**head, "choices": [], "usage": counted})
-    except ApiError as error:
-        if not begun:
+    except (ApiError, NearestError) as error:
+        if not begun:  # nothing was sent, and the answer may have a status of its own
             raise
-        yield _event(error.body())
+        yield _event(of_error(error).body())
     finally:
         service.metrics.request_seconds.observe(time.perf_counter() - started)
     yield "data: [DONE]\n\n"
+
+
+async def _at_once(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
 
 
 def _news(service: Service, asked: _Asked) -> AsyncGenerator[tuple[int, News], None]:

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nearest.errors import FolderError, NearestError, RemoteError
-from nearest.serve.errors import ApiError
+from nearest.errors import NearestError
+from nearest.serve.errors import ApiError, of_error
 from nearest.serve.metrics import Metrics
 from nearest.serve.mixing import Mixture, row_queries
 from nearest.serve.passes import Batch, Passed, Passes, PlainBatch
@@ -55,6 +55,7 @@ class Engine:
         self._running: list[_Running] = []
         self._draining = False
         self._end = float("inf")  # of time.monotonic()
+        self.failed = False  # the thread has ended without being told to
         self._thread = threading.Thread(target=self._run, name="nearest-engine", daemon=True)
 
     def start(self) -> None:
@@ -93,8 +94,16 @@ class Engine:
         """Take on all of the prompts of a request, or none.
 
         Raises:
-            ApiError: 429 when too many wait, 503 when the server is going down.
+            ApiError: 429 when too many wait, 503 when the server is going down, 400 when there can
+                never be room for all of them.
         """
+        if len(works) > self._limits.waiting:
+            raise ApiError(
+                400,
+                f"the request has {len(works)} prompts, and here at most {self._limits.waiting} "
+                "can wait: send fewer at once",
+                param="prompt",
+            )
         with self._changed:
             if self._draining or not self._thread.is_alive():
                 raise ApiError(503, "the server is shutting down", headers={"Retry-After": "5"})
@@ -119,6 +128,9 @@ class Engine:
                     if self._draining and (not self.busy or time.monotonic() > self._end):
                         break
                 self._round()
+        except Exception as error:
+            self.failed = True
+            log.critical("the engine has ended, and so does the server", exc_info=error)
         finally:
             with self._changed:
                 self._draining = True
@@ -145,16 +157,24 @@ class Engine:
         self._metrics.running.set(self._rows + len(self._prompts))
 
     def _admit(self) -> None:
-        with self._changed:
-            while self._waiting:
-                work = self._waiting[0]
-                taken = self._rows + sum(prompt.work.wanted.n for prompt in self._prompts)
-                if taken and taken + work.wanted.n > self._limits.running:
-                    break
-                self._waiting.popleft()
-                self._metrics.queue_seconds.observe(time.monotonic() - work.submitted)
+        while (work := self._next()) is not None:
+            self._metrics.queue_seconds.observe(time.monotonic() - work.submitted)
+            try:
                 self._prompts.append(Prompt(work, self._passes, self._vocabulary))
+            except Exception as error:
+                _fail([work], error)
+
+    def _next(self) -> Work | None:
+        """The first that waits, where there is room for it."""
+        taken = self._rows + sum(prompt.work.wanted.n for prompt in self._prompts)
+        with self._changed:
+            if not self._waiting:
+                return None
+            if taken and taken + self._waiting[0].wanted.n > self._limits.running:
+                return None
+            work = self._waiting.popleft()
             self._metrics.waiting.set(len(self._waiting))
+            return work
 
     def _drop_ended(self) -> None:
         """Forget work that was cancelled or has taken too long."""
@@ -169,7 +189,7 @@ class Engine:
         for running in self._running:
             ended = [row for row in running.rows if _ended(row.work, now)]
             if ended:
-                running.keep([r for r in running.rows if not _ended(r.work, now)])
+                _keep(running, [r for r in running.rows if not _ended(r.work, now)])
                 for work in _works_of(ended):
                     _give_up(work)
         self._running = [one for one in self._running if one.rows]
@@ -239,7 +259,7 @@ class Engine:
                 _fail(_works_of(rows), error)
                 for row in rows:
                     row.finished = "error"
-        running.keep([row for row in running.rows if row.finished is None])
+        _keep(running, [row for row in running.rows if row.finished is None])
 
     def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
         ensemble = rows[0].work.ensemble
@@ -259,15 +279,34 @@ class Engine:
     def _tell(self, rows: Sequence[Row], prediction: Mixture, numbers: Sequence[int]) -> None:
         """Choose each row's next token, tell its listener, and carry its state on.
 
-        `numbers` are the rows' places in the prediction.
+        `numbers` are the rows' places in the prediction. A row whose own part fails is given up
+        without the others.
         """
-        wanted = [row.work.wanted for row in rows]
-        tokens = choose_each(prediction.log_probs, numbers, wanted, [row.rng for row in rows])
-        told = tell(wanted, prediction, numbers, tokens)
-        states = prediction.after(numbers, tokens)
-        self._metrics.generated_tokens.inc(len(rows))
-        for row, one, state in zip(rows, told, states, strict=True):
-            final = row.add(one)
+        chosen = choose_each(
+            prediction.log_probs,
+            numbers,
+            [row.work.wanted for row in rows],
+            [row.rng for row in rows],
+        )
+        going, at, tokens = [], [], []
+        for row, number, token in zip(rows, numbers, chosen, strict=True):
+            if isinstance(token, Exception):
+                _fail_row(row, token)
+            else:
+                going.append(row)
+                at.append(number)
+                tokens.append(token)
+        if not going:
+            return
+        told = tell([row.work.wanted for row in going], prediction, at, tokens)
+        states = prediction.after(at, tokens)
+        self._metrics.generated_tokens.inc(len(going))
+        for row, one, state in zip(going, told, states, strict=True):
+            try:
+                final = row.add(one)
+            except Exception as error:
+                _fail_row(row, error)
+                continue
             row.state = state
             if final or row.finished:
                 row.work.listener(News(row.choice, final, row.finished, row.new))
@@ -289,6 +328,15 @@ class _Running:
         self.rows = rows
 
 
+def _keep(running: _Running, rows: list[Row]) -> None:
+    """Go on with some rows, or with none where that fails."""
+    try:
+        running.keep(rows)
+    except Exception as error:
+        _fail(_works_of(rows), error)
+        running.rows = []
+
+
 def _ended(work: Work, now: float) -> bool:
     return work.cancelled or now > work.deadline
 
@@ -302,19 +350,14 @@ def _works_of(rows: Sequence[Row]) -> list[Work]:
     return list({id(row.work): row.work for row in rows}.values())
 
 
+def _fail_row(row: Row, error: Exception) -> None:
+    row.finished = "error"
+    _fail([row.work], error)
+
+
 def _fail(works: Sequence[Work], error: Exception) -> None:
     """Give up work; what the user cannot mend goes to the log."""
     if not isinstance(error, NearestError | ApiError):
         log.error("a step of the engine failed", exc_info=error)
     for work in works:
-        work.listener(Failure(_as_api_error(error)))
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RemoteError | FolderError):  # of a memory elsewhere, or of a disk
-        return ApiError(503, str(error), headers={"Retry-After": "1"})
-    if isinstance(error, NearestError):
-        return ApiError(400, str(error))
-    return ApiError(500, "the server failed at this request; its log says why")
+        work.listener(Failure(of_error(error)))

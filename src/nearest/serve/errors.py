@@ -6,6 +6,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from nearest.errors import FolderError, NearestError, RemoteError
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -62,6 +64,17 @@ class ApiError(Exception):
 def _encodable(text: str) -> str:
     """Without lone surrogates, which a client may have sent and no encoding has."""
     return text.encode("utf-8", "replace").decode()
+
+
+def of_error(error: Exception) -> ApiError:
+    """Of any exception: what the user can mend is said, the rest is left to the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RemoteError | FolderError):  # of a memory elsewhere, or of a disk
+        return ApiError(503, str(error), headers={"Retry-After": "1"})
+    if isinstance(error, NearestError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the server failed at this request; its log says why")
 
 
 def of_http(error: HTTPException) -> ApiError:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nearest.serve.errors import ApiError
@@ -23,6 +24,7 @@ errors = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OPEN = ("/health",)
+_PAGE = ("/", "/page/{name}")  # whose address people pass on, with whatever others add to it
 
 
 class KeyGuard:
@@ -103,12 +105,28 @@ def _not_from_page(headers: Headers) -> ApiError | None:
     return None
 
 
-class BodyLimit:
-    """Refuse bodies that are too large with 413, at their announced length or on the way."""
+async def known_parameters(request: Request) -> None:
+    """Refuse a parameter in the address that its route does not have (ApiError)."""
+    route = request.scope["route"]
+    if route.path in _PAGE:
+        return
+    known = {one.alias for one in route.dependant.query_params}
+    if unknown := [name for name in request.query_params if name not in known]:
+        raise ApiError(
+            400,
+            f"the parameter {unknown[0]!r} in the address is not supported: leave it out",
+            param=unknown[0],
+            code="unsupported_parameter",
+        )
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+
+class BodyLimit:
+    """Refuse bodies that are too large with 413, and those that come too slowly with 408."""
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
         self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what fits."""
@@ -121,9 +139,20 @@ class BodyLimit:
             await ApiError(413, message).response()(scope, receive, send)
             return
 
+        until, whole = asyncio.get_running_loop().time() + self._seconds, False
+
         async def receive_within() -> Message:
-            nonlocal read
-            part = await receive()
+            nonlocal read, whole
+            try:
+                async with asyncio.timeout_at(None if whole else until):
+                    part = await receive()
+            except TimeoutError as error:
+                raise HTTPException(
+                    408,
+                    f"the body did not come within {self._seconds:g} s: send it again",
+                    {"Connection": "close"},
+                ) from error
+            whole = not part.get("more_body", False)
             read += len(part.get("body", b""))
             if read > self._most:
                 raise HTTPException(413, message)

@@ -109,6 +109,13 @@ class Library(Shelf):
             ApiError: a memory, method, document or setting is unknown or out of range.
         """
         options = options or NearestOptions.model_validate({})
+        if None not in (method, options.method) and method != options.method:
+            raise ApiError(
+                400,
+                f"model asks for the method {method}, and nearest.method for {options.method}: "
+                "name one of them",
+                param="nearest.method",
+            )
         method = options.method or method or self.method
         if method not in self.methods:
             raise ApiError(
@@ -130,15 +137,23 @@ class Library(Shelf):
             without,
         )
         with self._lock:
-            if (known := self._ensembles.get(key)) is not None:
+            made = self._ensembles.get(key)
+            if made is not None:
                 self._ensembles.move_to_end(key)
-                return known
-        made = self._made(method, given, names, memories, weights, without)
-        with self._lock:
-            self._ensembles[key] = made
-            if len(self._ensembles) > _KEPT_ENSEMBLES:
-                self._ensembles.popitem(last=False)
-            return made
+        if made is None:
+            made = self._made(method, given, names, memories, weights, without)
+            with self._lock:
+                self._ensembles[key] = made
+                if len(self._ensembles) > _KEPT_ENSEMBLES:
+                    self._ensembles.popitem(last=False)
+        if options.replay and not made.ensemble.keeps_state:
+            raise ApiError(
+                400,
+                f"{method} with these settings has no state that a prompt's replay could change: "
+                "leave this out",
+                param="nearest.replay",
+            )
+        return made
 
     def _without(self, memory: Memory, name: str, ids: Sequence[str]) -> Memory:
         """A memory as it would be without some documents; nothing is written."""
@@ -214,7 +229,7 @@ class Library(Shelf):
         return True
 
     def _base(self, options: NearestOptions) -> Retrieval:
-        for field in ("settings", "memories", "without"):
+        for field in ("settings", "memories", "without", "replay"):
             if getattr(options, field):
                 raise ApiError(
                     400,

@@ -1,7 +1,7 @@
 """Documents added, replaced and removed over HTTP, where the server was started as writable.
 
-Writes are made one after another, in threads of their own. A request under way keeps the version
-that it began with; the next one reads the new version.
+Writes to one memory are made one after another, in threads of their own. A request under way keeps
+the version that it began with; the next one reads the new version.
 """
 
 import asyncio
@@ -46,14 +46,16 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
     """The routes that change memories."""
     routes = APIRouter()
     tokenizer = service.vocabulary.tokenizer
-    one_writer = asyncio.Lock()
+    one_writer = {name: asyncio.Lock() for name in service.library.names}
 
     def known(memory: Memory, ids: Sequence[str]) -> list[str]:
         found = service.library.stored_ids(memory).find(ids)
         return [name for name, stored in zip(ids, found, strict=True) if stored is not None]
 
     async def changed(name: str, change: Callable[[Memory], Memory]) -> dict[str, Any]:
-        async with one_writer:
+        if name not in one_writer:
+            await in_thread(service.library.memory, name)  # says which there are
+        async with one_writer[name]:
             await _until_few_versions(service.library, name)
             memory = await in_thread(service.library.memory, name)
             try:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from nearest.errors import CorpusError, SettingError
 from nearest.memory import Memory
+from nearest.remote.memory import RemoteMemory
 from nearest.remote.wire import SNAPSHOT_HEADER, VERSION_HEADER, npy, packed, read_npy
 from nearest.serve.errors import ApiError
 from nearest.serve.provenance import title_of
@@ -90,7 +91,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/search/text")
     async def text(body: TextSearch) -> dict[str, Any]:
-        return await in_thread(_text, service, *service.library.chosen(body.memory), body)
+        return await in_thread(_text, service, body)
 
     @routes.post("/query", include_in_schema=False)
     async def query(request: Request, k: Neighbours = 4, memory: str | None = None) -> Response:
@@ -99,6 +100,13 @@ def router(service: Service) -> APIRouter:
         def work() -> Response:
             if len(queries) * k * queries.shape[1] > _MOST_NUMBERS:
                 raise ApiError(400, "this asks for too many neighbours at once", param="k")
+            if isinstance(service.library.chosen(memory)[1], RemoteMemory):
+                raise ApiError(
+                    400,
+                    "this memory is held by another server, and its keys are read there: ask that "
+                    "server, or /search/tokens here",
+                    param="memory",
+                )
             opened, arrays = searched(memory, queries, k, "keys")
             ids = _wide(arrays["ids"], k, -1)
             embeddings = np.zeros((*ids.shape, queries.shape[1]), np.float32)
@@ -118,7 +126,8 @@ def _wide(array: np.ndarray, k: int, fill: float) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=fill)
 
 
-def _text(service: Service, name: str, memory: Memory, body: TextSearch) -> dict[str, Any]:
+def _text(service: Service, body: TextSearch) -> dict[str, Any]:
+    name, memory = service.library.chosen(body.memory)
     tokens = np.array(
         service.vocabulary.prompt(body.text, memory.manifest.model.start_token), np.int64
     )

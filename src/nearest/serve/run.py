@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -33,13 +34,47 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class Server(uvicorn.Server):
+class _Announced(uvicorn.Server):
+    """Calls `opened` when its port is open."""
+
+    def __init__(self, config: uvicorn.Config, opened: Callable[[], None]) -> None:
+        self._opened = opened
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port."""
+        await super().startup(sockets)
+        if self.started:
+            self._opened()
+
+
+def _nothing() -> None:
+    pass
+
+
+class Server(_Announced):
     """Ends what is under way within the grace period before the connections are closed."""
 
-    def __init__(self, service: Service, options: ServeOptions, host: str, port: int) -> None:
+    def __init__(
+        self,
+        service: Service,
+        options: ServeOptions,
+        host: str,
+        port: int,
+        opened: Callable[[], None] = _nothing,
+    ) -> None:
         self._service = service
         self._grace = options.grace
-        super().__init__(_config(create_app(service, options), options, host, port))
+        super().__init__(_config(create_app(service, options), options, host, port), opened)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has not begun, or ended without being told to."""
+        return not self.started or self._service.engine.failed
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: when told to, and when nothing can be answered any more."""
+        return await super().on_tick(counter) or self._service.engine.failed
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop taking work, let running answers end, then close."""
@@ -47,9 +82,15 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def shard_server(shelf: Shelf, options: ServeOptions, host: str, port: int) -> uvicorn.Server:
+def shard_server(
+    shelf: Shelf,
+    options: ServeOptions,
+    host: str,
+    port: int,
+    opened: Callable[[], None] = _nothing,
+) -> uvicorn.Server:
     """A server of look-ups alone, ready to run."""
-    return uvicorn.Server(_config(create_shard_app(shelf, options), options, host, port))
+    return _Announced(_config(create_shard_app(shelf, options), options, host, port), opened)
 
 
 def _config(app: FastAPI, options: ServeOptions, host: str, port: int) -> uvicorn.Config:
@@ -72,6 +113,10 @@ def check_exposure(host: str, api_key: str | None, write_key: str | None = None)
         raise SettingError(
             f"serving on {host} without an API key would let anyone on the network use the model "
             "and read the memories: give --api-key (or NEAREST_API_KEY), or serve on 127.0.0.1"
+        )
+    if write_key is not None and write_key == api_key:
+        raise SettingError(
+            "the write key is the API key, so that everybody who may read may write: give another"
         )
     for name, key in (("API key", api_key), ("write key", write_key)):
         if key is not None and len(key) < 8:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nearest.serve.work import Wanted
 
+_COLDEST = 1e-300  # a temperature below has no inverse
 _LIKELY = 1024  # tokens that hold top_p of the probability nearly always
 
 
@@ -26,7 +27,8 @@ def choose(
     """
     if temperature == 0:
         return int(log_probs.argmax())
-    probs = torch.softmax(log_probs.double() / temperature, dim=-1)
+    below = log_probs.double() - log_probs.max()  # 0 at the likeliest, which no temperature moves
+    probs = torch.softmax(below / max(temperature, _COLDEST), dim=-1)
     drawn = float(rng.random())
     if top_p >= 1:
         return _inverse(probs, drawn)
@@ -42,16 +44,21 @@ def choose_each(
     numbers: Sequence[int],
     wanted: Sequence[Wanted],
     rngs: Sequence[np.random.Generator],
-) -> list[int]:
-    """A token for each of some sequences, of which `numbers` are the rows."""
+) -> list[int | Exception]:
+    """A token for each of some sequences, of which `numbers` are the rows, or why there is none."""
     greedy = [one.temperature == 0 for one in wanted]
     likeliest_tokens = log_probs.argmax(-1).tolist() if any(greedy) else []
-    return [
-        likeliest_tokens[number]
-        if is_greedy
-        else choose(log_probs[number], one.temperature, one.top_p, rng)
-        for number, is_greedy, one, rng in zip(numbers, greedy, wanted, rngs, strict=True)
-    ]
+    chosen: list[int | Exception] = []
+    for number, is_greedy, one, rng in zip(numbers, greedy, wanted, rngs, strict=True):
+        try:
+            chosen.append(
+                likeliest_tokens[number]
+                if is_greedy
+                else choose(log_probs[number], one.temperature, one.top_p, rng)
+            )
+        except Exception as error:
+            chosen.append(error)
+    return chosen
 
 
 def _inverse(probs: Float[Tensor, " n"], drawn: float) -> int:

@@ -51,6 +51,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and not one a truth value and the other a number, which Python calls equal."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
 class StreamOptions(Strict):
     """Options of a streamed answer."""
 
@@ -96,6 +101,12 @@ class NearestOptions(Strict):
     sources: bool = True
     alternatives: int = Field(5, ge=0, le=MAX_TOP_LOGPROBS)
 
+    @model_validator(mode="after")
+    def _alternatives_need_sources(self) -> "NearestOptions":
+        if not self.sources and "alternatives" in self.model_fields_set:
+            raise ValueError("alternatives are told with sources: true")
+        return self
+
 
 class Sampling(Strict):
     """What completions and chat have in common."""
@@ -119,7 +130,7 @@ class Sampling(Strict):
             name: value
             for name, value in values.items()
             if name in cls.model_fields
-            or not (value is None or any(value == one for one in _NEUTRAL.get(name, ())))
+            or not (value is None or any(_same(value, one) for one in _NEUTRAL.get(name, ())))
         }
 
     @field_validator("stop")
