@@ -122,10 +122,12 @@ class Experience:
             seconds: that the pass took.
             looking: seconds that it took to find a draft.
         """
-        tokens = len(found.tokens)
+        tokens, first = len(found.tokens), not self.times.known
         self.times.saw(tokens, seconds)
+        if first:  # what opens files and compiles kernels is no measure of what follows
+            return
         expected = self.times.seconds(tokens)
-        cost = (expected[-1] - expected[0] + looking) / expected[0]
+        cost = (expected[-1] - expected[0] + min(looking, expected[0])) / expected[0]
         self.account = min(_AT_MOST, self.account + _ALLOWED + accepted - float(cost))
         self.resting = self.account < (_ENOUGH if self.resting else 0.0)
         if tokens:
