@@ -214,16 +214,22 @@ class _Growing:
     ) -> None:
         self._tokenizer, self._stream = tokenizer, stream
         self._context, self._spaces = before[-_CONTEXT:], spaces
-        self._shown = 0  # tokens
+        self._read = 0  # tokens that are shown whole, the last of which are the context
+        self._shown = 0  # characters of what follows them
 
     def __call__(self, written: list[int]) -> None:
-        new = written[self._shown :]
+        new = written[self._read :]
         text = _text_after(self._tokenizer, self._context, new)
-        if text.endswith("\ufffd") or self._spaces.startswith(text):
+        if self._spaces.startswith(text):
             return
-        self._stream(text.removeprefix(self._spaces))
-        self._context, self._spaces = [*self._context, *new][-_CONTEXT:], ""
-        self._shown = len(written)
+        text = text.removeprefix(self._spaces)
+        whole = text.rstrip("\ufffd")
+        if len(whole) > self._shown:
+            self._stream(whole[self._shown :])
+            self._shown = len(whole)
+        if whole == text:
+            self._context, self._spaces = [*self._context, *new][-_CONTEXT:], ""
+            self._read, self._shown = len(written), 0
 
 
 def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:
