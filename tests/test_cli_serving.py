@@ -128,6 +128,8 @@ def asking(client: httpx.Client) -> Iterator[list[str]]:
     def ask(method: str) -> None:
         while not done.is_set():
             endings.append(ended(client, method))
+            if endings[-1] != "whole":  # those who are starting need the processor
+                time.sleep(0.5)
 
     with ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(ask, method) for method in ("knn", "suffix", "retomaton")]

@@ -244,14 +244,127 @@ def test_export_and_link(page: Page, server: Running) -> None:
     expect(third.locator("#outdated")).to_contain_text("another version of test")
 
 
+def test_a_passages_number_outlines_it(page: Page) -> None:
+    """By a click and by Enter; those who cannot see it are told what it is."""
+    ran(page)
+    number = page.locator(".cite").first
+    number.click()
+    assert page.locator(".t.of").count() >= 3
+    number.click()
+    assert page.locator(".t.of").count() == 0
+    end = page.locator(".t:has(.cite)").first
+    assert "end of a passage of document" in (end.get_attribute("aria-label") or "")
+    expect(end).to_have_attribute("aria-selected", "true")
+    page.locator(".tokens").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".t.of").count() >= 3
+
+
+def test_a_link_restores_memories_and_comparison(
+    browser: Any,
+    build_memory: Callable[..., Memory],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    model = roomy_model()
+    first = build_memory(model, make_documents(12, 30))
+    many = make_documents(205, 8, seed=4)
+    second = Memory.build(model, tiny_tokenizer, many, tmp_path / "other.memory")
+    with serving(model, tiny_tokenizer, [first, second]) as server:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        page.click("#more summary")
+        page.locator("#memories input").nth(1).uncheck()
+        page.check("#compare")
+        ran(page)
+        link = page.evaluate("location.href")
+        assert page.locator(".answer").count() == 2
+        page.locator("#memories input").first.uncheck()  # the last one: it stays
+        assert page.locator("#memories input").first.is_checked()
+        other = browser.new_page()
+        other.goto(link)
+        complete(other)
+        expect(other.locator(".answer")).to_have_count(2)
+        boxes = other.locator("#memories input")
+        assert [box.is_checked() for box in boxes.all()] == [True, False]
+        # The list of documents: of each memory, and page by page.
+        page.click("#view-library")
+        expect(page.locator("#library-list > li")).to_have_count(12)
+        page.select_option("#library-memory", "other")
+        expect(page.locator("#library-count")).to_contain_text("1–100 of 205")
+        expect(page.locator("#earlier")).to_be_disabled()
+        page.click("#later")
+        expect(page.locator("#library-count")).to_contain_text("101–200 of 205")
+        page.click("#later")
+        expect(page.locator("#library-list > li")).to_have_count(5)
+        expect(page.locator("#later")).to_be_disabled()
+        page.click("#earlier")
+        expect(page.locator("#library-count")).to_contain_text("101–200 of 205")
+    page.click("#earlier")
+    expect(page.locator("#library-problem")).to_contain_text("cannot be reached")
+
+
+def test_stopping_keeps_what_came_and_a_chat_goes_on(page: Page) -> None:
+    page.click("#more summary")
+    page.locator("#tokens").fill("300")
+    page.click('[data-mode="chat"]')
+    page.fill("#input", "the mayor")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".answer .t").first).to_be_attached()
+    page.click("#stop")
+    expect(page.locator("#stop")).to_be_hidden()
+    assert page.locator(".answer .t").count() < 300
+    page.locator("#tokens").fill("10")
+    complete(page)
+    expect(page.locator(".answer .t")).to_have_count(10)
+    page.locator("#temperature").fill("1.5")
+    expect(page.locator("#temperature-shown")).to_have_text("1.5")
+    complete(page)
+    ran_turns = page.locator(".answer.said")
+    expect(ran_turns).to_have_count(1)
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.fill("#input", "and the law")
+    page.click("#run")
+    expect(page.locator("#problem")).to_contain_text("cannot be reached")
+    expect(page.locator("#input")).to_have_value("and the law")
+    page.unroute("**/v1/chat/completions")
+    page.click("#run")
+    complete(page)
+    expect(ran_turns).to_have_count(3)
+
+
+def test_keyboard_and_citation(page: Page) -> None:
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#output")).to_be_focused()
+    expect(page.locator("#problem")).to_be_hidden()  # it is no link to an answer
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#view-library")
+    page.locator("#library-list .name").first.click()
+    page.click("#document-cite")
+    assert page.evaluate("navigator.clipboard.readText()") == (
+        f"{page.locator('#document-title').inner_text()} (doc-0), test, version "
+        f"{page.locator('#document-about dd').first.inner_text().rpartition(' ')[2]}"
+    )
+
+
 def test_documents_are_added_and_removed(page: Page) -> None:
     page.click("#view-library")
     expect(page.locator("#library-list > li")).to_have_count(12)
     page.fill("#add-id", "new-one")
     page.fill("#add-text", "a person of the council")
+    page.fill("#add-title", "The council")
+    page.fill("#add-url", "https://example.org/council")
+    page.fill("#add-licence", "CC0")
     page.get_by_text("Add document").click()
     expect(page.locator("#library-list > li")).to_have_count(13, timeout=60_000)
     row = page.locator("#library-list > li").last
+    row.get_by_text("The council").click()
+    for told in ("https://example.org/council", "CC0"):
+        expect(page.locator("#document-about")).to_contain_text(told)
+    page.click("#document-close")
     row.get_by_text("Remove").click()
     row.get_by_text("Really remove?").click()
     expect(page.locator("#library-list > li")).to_have_count(12, timeout=60_000)
@@ -264,7 +377,9 @@ def test_a_refusal_is_shown(page: Page) -> None:
     expect(page.locator("#problem")).to_contain_text("at most 512 tokens")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (320, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (320, "light"), (320, "dark")]
+)
 def test_accessible_at_every_width(browser: Any, server: Running, width: int, scheme: str) -> None:
     context = browser.new_context(
         viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
@@ -273,10 +388,25 @@ def test_accessible_at_every_width(browser: Any, server: Running, width: int, sc
     page.set_default_timeout(60_000)
     page.goto(server.url)
     expect(page.locator("#serving")).to_contain_text("test")
+
+    def check(what: str) -> None:
+        found = Axe().run(page).response["violations"]
+        assert not found, (what, [(one["id"], one["nodes"][0]["html"]) for one in found])
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, what
+
+    page.check("#compare")
     ran(page)
     page.locator(".t").nth(3).click()
     page.click("#more summary")
-    found = Axe().run(page)
-    assert not found.response["violations"], found.generate_report()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    check("compare")
+    page.locator("#documents .list > li").first.get_by_text("Open").click()
+    check("dialog")
+    page.click("#document-close")
+    ran(page, "the mayor", mode="chat")
+    check("chat")
+    ran(page, "the court shall the law", mode="text")
+    check("text")
+    page.click("#view-library")
+    expect(page.locator("#library-list > li").first).to_be_visible()
+    check("documents")
     context.close()

@@ -34,6 +34,7 @@ export class Answer {
     this.summary = null;
     this.text = "";
     this.chosen = -1;
+    this.cited = new Map(); // what outlines the passage that ends with a token
     this.name = element("h2", {}, title);
     this.box = element("div", {
       className: "tokens busy",
@@ -44,6 +45,7 @@ export class Answer {
     this.node = element("article", { className: "answer" }, this.name, this.flow);
     this.box.addEventListener("click", (event) => {
       const node = event.target.closest(".t");
+      if (event.target.closest(".cite")) this.cited.get(node)();
       if (node) this.choose(Number(node.dataset.n));
     });
     this.box.addEventListener("keydown", (event) => this.#key(event));
@@ -92,7 +94,7 @@ export class Answer {
       const number = summary.documents.findIndex((one) => key(one) === key(span)) + 1;
       let last = span.first_token + span.tokens - 1;
       while (/^\p{L}/u.test(generated[last + 1]?.text ?? "")) last++; // to the end of the word
-      generated[last].node.dataset.cite = number;
+      this.#cite(generated[last], number, span, generated.slice(span.first_token, last + 1));
     }
     if (generated.length) {
       const mean = generated.reduce((sum, t) => sum + decided(t), 0) / generated.length;
@@ -101,6 +103,19 @@ export class Answer {
         this.name.append(element("span", { className: "tag strong" }, mean ? `memory ${percent(mean)}` : "the model alone: no memory was used"));
       }
     }
+  }
+
+  // The number of a passage's document, behind its last token: a click there, or Enter, outlines it.
+  #cite(token, number, span, tokens) {
+    const { node } = token;
+    node.append(element("span", { className: "cite", title: span.title, data: { number } }));
+    node.setAttribute("aria-label", `${word(token.text)}, end of a passage of document ${number}, ${span.title}; Enter outlines it`);
+    this.cited.set(node, () => {
+      const on = !node.classList.contains("cited");
+      this.mark(null);
+      node.classList.toggle("cited", on);
+      for (const one of tokens) one.node.classList.toggle("of", on);
+    });
   }
 
   choose(n, scroll = true) {
@@ -136,6 +151,7 @@ export class Answer {
   mark(document) {
     for (const token of this.tokens) {
       token.node.classList.toggle("of", Boolean(document) && this.documents(token).some((s) => key(s) === key(document)));
+      token.node.classList.remove("cited");
     }
   }
 
@@ -152,6 +168,8 @@ export class Answer {
     let to = null;
     if (event.key in steps) to = this.chosen < 0 ? 0 : this.chosen + steps[event.key];
     if (event.key === "Home") to = 0;
+    const outline = this.cited.get(this.tokens[this.chosen]?.node);
+    if (event.key === "Enter" && outline) { event.preventDefault(); outline(); }
     if (event.key === "End") to = this.tokens.length - 1;
     if (to === null) return;
     event.preventDefault();

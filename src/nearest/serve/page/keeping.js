@@ -4,7 +4,7 @@ import { element } from "./answer.js";
 
 export function encoded(kept) {
   const bytes = new TextEncoder().encode(JSON.stringify(kept));
-  return `#${btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+  return `#${btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
 }
 
 export function decoded(hash) {
@@ -19,11 +19,9 @@ export function save(name, type, content) {
 }
 
 // The page as it stands, in one file without scripts.
-export async function savePage() {
-  const css = await (await fetch("/page/viewer.css")).text();
+export function savePage() {
   const copy = document.documentElement.cloneNode(true);
   copy.querySelectorAll("button.name").forEach((node) => node.replaceWith(element("b", {}, node.textContent)));
   copy.querySelectorAll("script, link, form, nav, dialog, .skip, #library, #tools, #examples, button").forEach((node) => node.remove());
-  copy.querySelector("head").append(Object.assign(document.createElement("style"), { textContent: css }));
   save("answer.html", "text/html", `<!doctype html>\n${copy.outerHTML}`);
 }

@@ -18,7 +18,9 @@ export async function startLibrary(about, actions, refresh) {
     $("add").hidden = !about.writable;
     $("add").addEventListener("submit", async (event) => {
       event.preventDefault();
-      const body = { documents: [{ id: $("add-id").value, text: $("add-text").value }] };
+      const told = ["title", "url", "licence"].map((name) => [name, $(`add-${name}`).value.trim()]);
+      const metadata = Object.fromEntries(told.filter(([, value]) => value));
+      const body = { documents: [{ id: $("add-id").value, text: $("add-text").value, metadata }] };
       if (await changed("POST", `/v1/nearest/documents/${encodeURIComponent(select.value)}`, body)) {
         event.target.reset();
         await refresh();
@@ -29,10 +31,11 @@ export async function startLibrary(about, actions, refresh) {
   list(about, actions, refresh);
 }
 
-async function changed(method, path, body) {
+// Whether it went well; else the page says why not.
+async function tried(action) {
   $("library-problem").hidden = true;
   try {
-    await send(method, path, body);
+    await action();
     return true;
   } catch (error) {
     $("library-problem").textContent = error.message;
@@ -41,7 +44,11 @@ async function changed(method, path, body) {
   }
 }
 
-async function list(about, actions, refresh) {
+const changed = (method, path, body) => tried(() => send(method, path, body));
+
+const list = (...shown) => tried(() => show(...shown));
+
+async function show(about, actions, refresh) {
   const name = $("library-memory").value;
   const path = `/v1/nearest/documents/${encodeURIComponent(name)}`;
   const page = await get(`${path}?start=${start}`);

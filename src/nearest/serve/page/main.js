@@ -87,6 +87,7 @@ async function run(previous = null) {
     await Promise.all(answers.map((answer, n) => fill(answer, n ? "base" : method, control.signal)));
     finished(answers, previous);
   } catch (error) {
+    if (state.running === control) unfinished(answers[0]);
     if (error.name === "AbortError") return;
     if (!(error instanceof Failure)) throw error;
     $("problem").replaceChildren(error.message);
@@ -180,18 +181,36 @@ function choose(answer, token) {
 const actions = {
   open: (place) => openDocument(place).catch(report),
   mark: (one) => state.answers.forEach((answer) => answer.mark(one)),
-  text: (run) => state.answers[0].text.slice(run.start, run.end),
+  text: (run) => [...state.answers[0].text].slice(run.start, run.end).join(""), // by code points
   leaveOut(one) {
     state.without.push({ memory: one.memory, document: one.document, title: one.title });
     again();
   },
 };
 
+// Whether there is something to answer: of a chat, a message that was not answered, or was once.
+function awaitsAnswer() {
+  if (state.mode !== "chat") return true;
+  while (state.turns.at(-1)?.role === "assistant") state.turns.pop();
+  return state.turns.length > 0;
+}
+
+// After a stop what has come is the answer; a message without any can be sent again.
+function unfinished(answer) {
+  if (state.mode !== "chat") return;
+  if (answer.text) {
+    state.turns.push({ role: "assistant", content: answer.text });
+  } else {
+    state.turns.pop();
+    $("input").value ||= state.asked;
+  }
+}
+
 // Run what was asked once more, and compare with what came before.
 function again() {
   showWithout();
   if (state.asked === null) return;
-  if (state.mode === "chat") state.turns.pop();
+  if (!awaitsAnswer()) return;
   const before = state.answers[0];
   before.name.querySelector(".when")?.remove();
   before.name.prepend(element("span", { className: "tag when" }, "before"));
@@ -220,11 +239,12 @@ function report(error) {
 const permalink = () => encoded({
   mode: state.mode, asked: state.asked, turns: state.mode === "chat" ? state.turns.slice(0, -1) : undefined,
   options: options(), temperature: $("temperature").value, tokens: $("tokens").value, without: state.without,
+  compare: $("compare").checked,
   versions: Object.fromEntries(state.about.memories.map((memory) => [memory.name, memory.version])),
 });
 
 function fromLink() {
-  if (location.hash.length < 2) return false;
+  if (location.hash.length < 2 || document.getElementById(location.hash.slice(1))) return false; // a place on the page
   try {
     const kept = decoded(location.hash);
     setMode(kept.mode);
@@ -233,6 +253,9 @@ function fromLink() {
     for (const name of SLIDERS) if (kept.options.settings?.[name] !== undefined) $(name).value = kept.options.settings[name];
     $("temperature").value = kept.temperature;
     $("tokens").value = kept.tokens;
+    $("compare").checked = Boolean(kept.compare);
+    const names = kept.options.memories?.map((memory) => memory.name);
+    for (const box of document.querySelectorAll("#memories input")) box.checked = !names || names.includes(box.value);
     state.without = kept.without ?? [];
     state.turns = kept.turns ?? [];
     state.asked = kept.asked;
@@ -309,8 +332,7 @@ function soon(action, wait = 250) {
 
 const rerun = soon(() => {
   if (state.asked === null || !state.answers.length) return;
-  if (state.mode === "chat") while (state.turns.at(-1)?.role === "assistant") state.turns.pop();
-  run();
+  if (awaitsAnswer()) run();
 });
 
 function startControls() {

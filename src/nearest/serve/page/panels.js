@@ -52,6 +52,7 @@ export function showToken(token, actions) {
       snippet(source),
       element("div", { className: "row" },
         tag(`${percent(source.weight)} of the memory's say`, true), tag(KINDS[source.kind] ?? source.kind),
+        ...(source.kind === "dense" ? [tag(`distance ${source.distance.toFixed(2)}`)] : []),
         ...(source.match_length ? [tag(`${source.match_length} tokens alike`)] : []),
         ...(source.licence ? [tag(source.licence)] : []))));
   card.replaceChildren(
