@@ -318,7 +318,8 @@ def test_stopping_keeps_what_came_and_a_chat_goes_on(page: Page) -> None:
     page.locator("#tokens").fill("10")
     complete(page)
     expect(page.locator(".answer .t")).to_have_count(10)
-    page.locator("#temperature").fill("1.5")
+    with page.expect_request("**/v1/chat/completions"):  # what is asked anew comes a moment later
+        page.locator("#temperature").fill("1.5")
     expect(page.locator("#temperature-shown")).to_have_text("1.5")
     complete(page)
     ran_turns = page.locator(".answer.said")
