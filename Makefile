@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo demo-real serve-demo docs test test-slow test-cluster torture lint clean
+.PHONY: setup demo demo-real serve-demo docs test test-slow test-long test-cluster torture lint clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal $(if $(CHECK_ALL),$(CHECK_OPTION))
+
+# Minutes each: notebooks, recipes, the whole demo, a large corpus, trainings that are killed twenty times.
+test-long: setup
+	$(BIN)/pytest -m long --numprocesses 2 --dist worksteal
 
 # Ray is large, and nothing else needs it; what needs root is skipped without.
 test-cluster: setup

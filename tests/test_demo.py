@@ -298,7 +298,7 @@ def test_another_model_stands_beside_the_one_that_ships(
     assert Memory.open(tmp_path / "demo" / "python-small.memory").manifest.keys.dim == 256
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_demo(tmp_path: Path) -> None:
     """As a user runs it: about a minute of one core."""
     told, page = told_by_demo(tmp_path / "demo")

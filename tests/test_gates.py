@@ -594,7 +594,7 @@ def test_adaptret_is_given_the_context(tuned_memory: Memory) -> None:
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "corpora").is_dir(), reason="needs ../shared/corpora")
 def test_gates_beat_the_tuned_lam_on_real_text(tmp_path: Path) -> None:
     """Statutes as memory of a general model; fitted on valid's even documents, scored on odd."""

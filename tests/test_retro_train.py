@@ -257,12 +257,12 @@ def test_killed_at_any_moment_it_resumes_to_the_same_loss(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twenty_times(read: Passages, tmp_path: Path) -> None:
     test_killed_at_any_moment_it_resumes_to_the_same_loss(read, tmp_path, 20, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_of_two_processes_killed_twenty_times(read: Passages, tmp_path: Path) -> None:
     def work(_: int) -> None:
         train(

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["nearest"]):
     from nearest.corpus.text_files import parse_line
     from nearest.errors import NearestError
     from nearest.folder import open_array
-    from nearest.store.manifest import _decode
+    from nearest.store.manifest import decode_manifest
 
 
 def _read_array(data: bytes, folder: Path) -> None:
@@ -29,7 +29,7 @@ def _read_array(data: bytes, folder: Path) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes, Path], Any]] = {
-    "manifests": lambda data, folder: _decode(folder, data),
+    "manifests": lambda data, folder: decode_manifest(folder, data),
     "lines": lambda data, _: parse_line(data.decode(errors="replace"), "name", "origin"),
     "headers": _read_array,
 }
