@@ -101,6 +101,13 @@ class NearestOptions(Strict):
     sources: bool = True
     alternatives: int = Field(5, ge=0, le=MAX_TOP_LOGPROBS)
 
+    @field_validator("version", mode="before")
+    @classmethod
+    def _is_a_number(cls, version: Any) -> Any:
+        if isinstance(version, bool):  # True == 1, which a literal accepts
+            raise ValueError("give the number of a version")
+        return version
+
     @model_validator(mode="after")
     def _alternatives_need_sources(self) -> "NearestOptions":
         if not self.sources and "alternatives" in self.model_fields_set:
