@@ -49,14 +49,15 @@ test: lint
 test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal $(if $(CHECK_ALL),$(CHECK_OPTION))
 
-# Minutes each: notebooks, recipes, the whole demo, a large corpus, trainings that are killed twenty times.
+# Minutes each: notebooks, recipes, the whole demo, a large corpus, trainings that are killed twenty times,
+# several hosts.
 test-long: setup
 	$(BIN)/pytest -m long --numprocesses 2 --dist worksteal
 
 # Ray is large, and nothing else needs it; what needs root is skipped without.
 test-cluster: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/pytest -m "slow or not slow" tests/cluster tests/test_parts.py tests/test_claims.py
+	$(BIN)/pytest -m "long or not long" tests/cluster tests/test_parts.py tests/test_claims.py
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture

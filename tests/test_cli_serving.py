@@ -148,7 +148,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_servers_that_are_killed_with_streams_under_way(memory: Memory, model_folder: str) -> None:
     """Of two that look up, then both, then the one that answers; and each comes back."""
     ports = [free_port(), free_port(), free_port()]

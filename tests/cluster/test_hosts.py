@@ -21,7 +21,7 @@ from nearest import Memory, evaluate
 from nearest.errors import RemoteError
 from nearest.remote.servers import Patience
 
-pytestmark = [pytest.mark.slow, needs_hosts]
+pytestmark = [pytest.mark.long, needs_hosts]
 KEY = "a-key-of-tests"
 PORT = 8000
 HASTY = Patience(connect=1.0, answer=2.0, tries=2, pause=0.01, failures=2, rest=0.05)

@@ -20,7 +20,7 @@ from conftest import random_documents, snapshot
 from hosts import Host, hosts, needs_hosts, within  # noqa: F401 - a fixture
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         find_spec("ray") is None, reason="Ray is missing: pip install 'nearest[ray]'"
     ),

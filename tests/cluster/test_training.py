@@ -12,7 +12,7 @@ from retro_training import QUIET
 from test_cli_retro import bert, prepared  # noqa: F401 - fixtures
 from test_cli_retro_train import CHANGES
 
-pytestmark = [pytest.mark.slow, needs_hosts]
+pytestmark = [pytest.mark.long, needs_hosts]
 
 
 def test_training_on_two_hosts(prepared: Path, hosts: list[Host], tmp_path: Path) -> None:
