@@ -50,7 +50,7 @@ test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal $(if $(CHECK_ALL),$(CHECK_OPTION))
 
 # Minutes each: notebooks, recipes, the whole demo, a large corpus, trainings that are killed twenty times,
-# several hosts.
+# workers that are killed, several hosts.
 test-long: setup
 	$(BIN)/pytest -m long --numprocesses 2 --dist worksteal
 

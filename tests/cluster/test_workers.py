@@ -62,7 +62,7 @@ def build(
     return Memory.build(*model, fields.pop("documents", DOCUMENTS), path, **fields)
 
 
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 1 else []) for seed in range(20)]
+SEEDS = [pytest.param(seed, marks=[pytest.mark.long] if seed >= 1 else []) for seed in range(20)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -86,7 +86,7 @@ def test_a_worker_is_killed(
     assert verify(memory.path) == []
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in (1, 2))])
 def test_a_worker_is_stopped_and_goes_on(
     seed: int, model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_part_is_cut_short(model: Model, whole: Path, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "m") == snapshot(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", [0.0, 0.2, 1.0])
 def test_the_driver_is_killed(
     seconds: float, model: Model, model_folder: str, whole: Path, tmp_path: Path
