@@ -1,7 +1,9 @@
 """Drafts: the same text in fewer passes, for as long as they pay."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from conftest import BYTES_AND_SPECIALS
 from nearest import Memory, attach
+from nearest.models import drafting
 from nearest.models.drafting import Experience, PassTimes
 from nearest.retrieval.drafts import CLASSES, Acceptance, Draft, _vote, draft, worth
 
@@ -33,13 +36,26 @@ def passes(model: PreTrainedModel) -> Iterator[list[int]]:
         hook.remove()
 
 
+def passes_take_a_second(monkeypatch: pytest.MonkeyPatch, widths: list[int]) -> None:
+    """As drafting's clock shows, however busy the machine is; each further token a twentieth."""
+    clock = SimpleNamespace(perf_counter=lambda: sum(0.95 + 0.05 * width for width in widths))
+    monkeypatch.setattr(drafting, "time", clock)
+
+
 def prompt(memory: Memory, length: int = 6) -> Tensor:
     return torch.from_numpy(memory.document_tokens(0)[:length].astype(np.int64))[None]
 
 
 def written(
-    model: PreTrainedModel, memory: Memory, method: str, *, drafts: bool, **options: Any
+    model: PreTrainedModel,
+    memory: Memory,
+    method: str,
+    *,
+    drafts: bool,
+    clock: Callable[[list[int]], None] = lambda _: None,
+    **options: Any,
 ) -> tuple[Tensor, list[int]]:
+    """A text, and the widths of its passes, which `clock` is given before the first."""
     settings = {"suffix_k": 20} if method == "suffix" else {"k": 12}
     ids = prompt(memory)
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": -1}
@@ -47,16 +63,22 @@ def written(
         attach(model, memory, method, draft=drafts, guard=False, **LIKELY, **settings),
         passes(model) as widths,
     ):
+        clock(widths)
         return model.generate(ids, **options), widths
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["suffix", "knn", "retomaton"])
 def test_greedy_search_gives_the_same_text_in_fewer_passes(
-    tiny_model: PreTrainedModel, tiny_memory: Memory, method: str
+    tiny_model: PreTrainedModel,
+    tiny_memory: Memory,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, alone = written(tiny_model, tiny_memory, method, drafts=False, max_new_tokens=30)
-    drafted, widths = written(tiny_model, tiny_memory, method, drafts=True, max_new_tokens=30)
+    clock = partial(passes_take_a_second, monkeypatch)
+    options: dict[str, Any] = {"max_new_tokens": 30, "clock": clock}
+    plain, alone = written(tiny_model, tiny_memory, method, drafts=False, **options)
+    drafted, widths = written(tiny_model, tiny_memory, method, drafts=True, **options)
     assert drafted.tolist() == plain.tolist()
     assert len(alone) == 30
     if method == "suffix":
