@@ -135,7 +135,7 @@ def test_a_client_that_stops_reading_is_disconnected(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much is used")
 def test_memory_stays_flat_under_abuse(server: Running) -> None:
-    """Huge prompts, bodies cut short, wrong types: after the first rounds nothing piles up."""
+    """Huge prompts, bodies cut short, wrong types: a leak would grow with every four rounds."""
     port = int(server.url.rsplit(":", 1)[1])
     huge = json.dumps({"model": "tiny", "prompt": "x" * 1_000_000}).encode()
     many = json.dumps({"model": "tiny", "prompt": [[1] * 500] * 12, "max_tokens": 1}).encode()
@@ -155,10 +155,12 @@ def test_memory_stays_flat_under_abuse(server: Running) -> None:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    for _ in range(4):
-        round_of_abuse()
-    before = resident()
-    for _ in range(8):
-        round_of_abuse()
-    server.complete("x", max_tokens=1)
-    assert resident() - before < 64 << 20
+    # What an allocator keeps comes at once and never again, at a round that luck decides.
+    grown = []
+    while not grown or grown[-1] >= 4 << 20:
+        assert len(grown) < 8, f"bytes more after each four rounds: {grown}"
+        before = resident()
+        for _ in range(4):
+            round_of_abuse()
+        server.complete("x", max_tokens=1)
+        grown.append(resident() - before)
