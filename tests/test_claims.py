@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nearest.errors import FolderError
 from nearest.store import claims
 from nearest.store.claims import (
     Watch,
@@ -56,6 +58,36 @@ def test_who_has_ended_is_followed_at_once(path: Path) -> None:
     assert not first.held
     assert (second.scratch / "keys.npy").read_bytes() == b"half"  # it goes on from there
     assert not first.scratch.exists()
+
+
+def test_who_was_quicker_keeps_what_was_left(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two see that an owner is gone; the second claims it before the first has moved its files."""
+    first = Watch(ELSEWHERE).take(path)
+    assert first is not None
+    (first.scratch / "keys.npy").write_bytes(b"half")
+    slower, quicker = Watch(owner_here("b")), Watch(owner_here("c"))
+    for watch in (slower, quicker):
+        monkeypatch.setattr(watch, "_abandoned", lambda claim: True)  # both have seen it
+    made, won = claims.Claim, []
+
+    def claimed(*args: Any) -> claims.Claim:
+        claim = made(*args)
+        if not won:
+            won.append(claim)  # so that the call below is of the original
+            quicker.take(path)
+            won[0] = quicker._held
+        return claim
+
+    monkeypatch.setattr(claims, "Claim", claimed)
+    lost = slower.take(path)
+    assert lost is not None
+    assert not lost.held
+    assert won[0].held
+    assert (won[0].scratch / "keys.npy").read_bytes() == b"half"
+    with lost.unless_lost():
+        raise FolderError("what it wrote is gone")
+    with pytest.raises(FolderError, match="cannot be read"), won[0].unless_lost():
+        raise FolderError("it cannot be read")
 
 
 def test_a_node_that_is_gone_is_followed_when_its_claim_is_old(

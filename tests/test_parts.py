@@ -26,6 +26,7 @@ from nearest.cli import app
 from nearest.corpus.tokens import TokenisedDocument
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import CorpusError, FolderError, NearestError, SettingError
+from nearest.store.claims import Watch
 from nearest.store.verify import verify
 from segments import (
     DOCUMENTS,
@@ -189,6 +190,35 @@ def test_another_number_of_workers_goes_on(
     assert not (path / "manifest.json").exists()
     Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
     assert snapshot(path) == snapshot(whole)
+
+
+@pytest.mark.parametrize("left", ["nothing", "a log"])
+def test_a_claim_that_is_lost_is_no_error(
+    left: str, whole: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another takes it over, and what was written, before that is opened; then it does the work."""
+    written, other = tasks._written, Watch("another-host-1-w0", stale=0)
+    overtaken: list[Path] = []
+
+    def overtaking(build: Any, task: Any, claim: Any, made_on: Any) -> Any:
+        if task.path == "keys" and not overtaken:
+            overtaken.append(claim.path)
+            other.take(claim.path)  # sees how old the claim is
+            assert other.take(claim.path) is not None
+            if left == "a log":  # of keys that are elsewhere now
+                claim.scratch.mkdir()
+                (claim.scratch / "batches.json").write_bytes(b"1")
+            try:
+                return written(build, task, claim, made_on)
+            finally:
+                shutil.rmtree(claim.scratch, ignore_errors=True)
+                other.give_up()
+        return written(build, task, claim, made_on)
+
+    monkeypatch.setattr(tasks, "_written", overtaking)
+    memory = Memory.build(*model, DOCUMENTS, tmp_path / "m", workers=None, tune=False, **OPTIONS)
+    assert overtaken
+    assert snapshot(memory.path) == snapshot(whole)
 
 
 @pytest.mark.usefixtures("threads")

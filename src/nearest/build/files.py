@@ -110,16 +110,12 @@ def _made(path: Path, number: int, make: Make, watch: Watch) -> bool:
     claim = watch.take(path)
     if claim is None:
         return False
-    try:
+    with claim.unless_lost():
         if not path.exists():  # made by another, while it was being claimed
             place = claim.scratch / path.name
             make(number, place)
             if claim.held:
                 place.replace(path)
-    except FileNotFoundError:
-        if claim.held:
-            raise  # else another has taken it over, and what was written
-    else:
         shutil.rmtree(claim.scratch, ignore_errors=True)
     watch.give_up()
     return True

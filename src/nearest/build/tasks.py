@@ -195,16 +195,12 @@ def _do(build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | No
     """Do one task: write its files aside, move them to their place, and note it."""
     if build.journal.done(task) is not None:
         return  # by another, while it was being claimed
-    try:
+    with claim.unless_lost():
         files, record = _written(build, task, claim, made_on)
         if claim.held:
             files.settle(_names(record) - _names(build.before(task)))
             build.journal.finish(task, record)
-    except FileNotFoundError:
-        if claim.held:
-            raise
-        return  # another has taken it over, and what was written
-    shutil.rmtree(claim.scratch, ignore_errors=True)
+        shutil.rmtree(claim.scratch, ignore_errors=True)
 
 
 def _names(record: SegmentRecord) -> set[str]:

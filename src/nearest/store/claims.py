@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nearest.errors import NearestError
+
 HEARTBEAT = 10.0  # seconds
 STALE = 120.0  # seconds without one; network file systems show times that are a minute old
 Position = tuple[int, int, int]  # entries done; the first and the last document that come next
@@ -63,6 +65,15 @@ class Claim:
         """Touch the file that was created, whatever stands in its place now."""
         with suppress(OSError):
             os.utime(self._fd)
+
+    @contextmanager
+    def unless_lost(self) -> Iterator[None]:
+        """Pass over an error where another has taken the claim over, and what was written."""
+        try:
+            yield
+        except (OSError, NearestError):
+            if self.held:
+                raise
 
     def give_up(self) -> None:
         """Let others claim it, unless one has."""
@@ -153,9 +164,11 @@ class Watch:
             os.write(fd, self._owner.encode())
             own.replace(place)
         claim = Claim(path, self._owner, fd)
-        for left in path.parent.glob(f"{path.name}.files.*"):
-            with suppress(OSError):  # another was quicker
-                left.rename(claim.scratch)
+        lefts = list(path.parent.glob(f"{path.name}.files.*"))
+        if claim.held:  # else one of them may be of who has taken it over meanwhile
+            for left in lefts:
+                with suppress(OSError):  # another was quicker
+                    left.rename(claim.scratch)
         claim.scratch.mkdir(exist_ok=True)
         self._held = claim
         return claim
