@@ -60,7 +60,8 @@ def differs(alone: dict[str, Any], other: dict[str, Any]) -> str | None:
         if one != two:
             return None if alone["leads"][n] <= 1e-4 else f"token {n} is {two!r}, not {one!r}"
         if abs(alone["log_probs"][n] - other["log_probs"][n]) > 1e-4:
-            return f"the log-probability of token {n} differs"
+            gap = other["log_probs"][n] - alone["log_probs"][n]
+            return f"the log-probability of token {n} differs by {gap:g}"
     return None
 
 
@@ -77,10 +78,11 @@ async def prompts_of(client: httpx.AsyncClient, count: int) -> list[str]:
     return prompts
 
 
-def generated(memory_path: str, method: str, prompts: list[str], tokens: int) -> list[float]:
+def generated(
+    memory: Memory, loaded: Any, method: str, prompts: list[str], tokens: int
+) -> list[float]:
     """Milliseconds a token that `generate` takes with the memory attached, of each prompt."""
-    memory = Memory.open(memory_path)
-    model, tokenizer = load_model_and_tokenizer(memory.manifest.model.name)
+    model, tokenizer = loaded
     torch.set_num_threads(1)
     taken = []
     with nullcontext() if method == "base" else attach(model, memory, method):
@@ -128,6 +130,9 @@ async def writing(client: httpx.AsyncClient, number: int, key: str, until: float
 
 async def load(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, as one record."""
+    if options.memory:  # first: what is wrong with it is told before the load
+        memory = Memory.open(options.memory)
+        loaded = load_model_and_tokenizer(memory.manifest.model.name)
     limits = httpx.Limits(max_connections=options.clients + options.leaving + 8)
     async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=limits) as client:
         model = options.model or (await client.get("/v1/models")).json()["data"][0]["id"]
@@ -188,7 +193,7 @@ async def load(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.memory:
         method = model.partition("@")[2] or "knn"
-        taken = generated(options.memory, method, prompts, options.tokens)
+        taken = generated(memory, loaded, method, prompts, options.tokens)
         record["ms_a_token_generate"] = round(statistics.median(taken), 2)
     return record
 

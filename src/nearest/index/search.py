@@ -13,6 +13,7 @@ neither the order in which a backend finds ties, nor on how its entries are divi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -143,10 +144,7 @@ class Searcher:
         Raises:
             SettingError: a backend cannot find k at once.
         """
-
-        def fetch(some: Float[np.ndarray, "q dim"], wanted: Sequence[int]) -> Sequence[Fetched]:
-            return self.fetch(some, wanted, by)
-
+        fetch = partial(self.fetch, by=by)
         return found_nearest(self.groups, fetch, queries, k, by, rerank, ordered=ordered)
 
     def fetch(
@@ -245,7 +243,7 @@ def found_nearest(
         taken = found.ids >= 0
         if not one.exact and asked < min(one.entries, one.most, MOST_TIED):
             full = np.asarray(taken.sum(axis=1) >= asked)
-            last = found.codes.max(axis=1, initial=-np.inf, where=taken)
+            last = np.where(taken, found.codes, np.float32(-np.inf)).max(axis=1, initial=-np.inf)
             taken &= (found.codes < last[:, None]) | ~full[:, None]
             # Half of the margin may be lost to ties.
             unsure |= full & (taken.sum(axis=1) < min(k + (many - k) // 2, one.entries))
@@ -255,7 +253,9 @@ def found_nearest(
                 np.where(taken, found.distances, np.float32(np.inf)),
             )
         )
-    every = Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+    every = parts[0]
+    if len(parts) > 1:
+        every = Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
     nearest = (sort_nearest_first if ordered else take_nearest)(every, k)
     if unsure.any():
         rows, wider_by = np.flatnonzero(unsure), _MORE * times
