@@ -125,6 +125,13 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
         page.uncheck("#compare")
         page.wait_for_timeout(400)
         complete(page)
+        asked(
+            page,
+            "text",
+            "The continue statement begins the next iteration of the nearest enclosing loop.",
+        )
+        take(page, "text")
+        asked(page)
         page.click("#more summary")
         page.select_option("#method", "in-context")
         page.click("#more summary")
@@ -133,12 +140,6 @@ def test_pictures(server: Running, tmp_path: Path) -> None:
         page.evaluate("document.querySelector('#reads details').open = true")
         page.evaluate("document.getElementById('reads').scrollIntoView()")
         take(page, "read")
-        asked(
-            page,
-            "text",
-            "The continue statement begins the next iteration of the nearest enclosing loop.",
-        )
-        take(page, "text")
         page.click("#view-library")
         expect(page.locator("#library-list > li").first).to_be_visible()
         take(page, "documents")
