@@ -1,5 +1,6 @@
 """A memory whose segments four servers hold: what one process finds, and servers that are lost."""
 
+import random
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from nearest import Document, Memory, attach, evaluate
 from nearest.build.cluster import KMeans, cluster_memory
 from nearest.cli.app import open_memory
 from nearest.errors import FolderError, RemoteError, SettingError
+from nearest.remote import servers, shards
 from nearest.remote.servers import Patience
 from nearest.remote.sharded import ShardedMemory
 from nearest.serve.app import ServeOptions
@@ -227,6 +230,11 @@ def test_a_lost_shard_is_named_and_comes_back(two: Memory) -> None:
         half = Memory(open_snapshot(two.path, None, Shard(1, 2)))
         np.testing.assert_array_equal(found.ids, half.search(queries, 5).ids)
         assert len(partly.lost) == 1
+        partly.places(found.ids[found.ids >= 0])  # which the other shard alone is asked for
+        assert len(partly.lost) == 1
+        lost = two.bounds[1] + np.arange(9)
+        assert (partly.values(lost) == -1).all()
+        partly.key_distances(queries[:1], lost[None])
         starting = threading.Timer(
             0.5, lambda: stack.enter_context(shard_serving(two.path, Shard(2, 2), port))
         )
@@ -240,6 +248,49 @@ def test_a_lost_shard_is_named_and_comes_back(two: Memory) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert partly.lost == ()
+        np.testing.assert_array_equal(partly.values(lost), two.values(lost))
+
+
+class _Clock:
+    """A clock that sleeping moves, and nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("back", [10.0, 20.0, 29.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shard_that_is_waited_for_is_asked_soon_after_it_is_back(
+    back: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its server would rest after so many failures."""
+    clock = _Clock()
+    for module in (servers, shards):
+        monkeypatch.setattr(module, "time", clock)
+    one = servers.Servers("http://there:1", rng=random.Random(seed))
+    up = clock.now + back
+
+    def request(*_: Any, **__: Any) -> httpx.Response:
+        if clock.now < up:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+        return httpx.Response(200)
+
+    monkeypatch.setattr(one._client, "request", request)
+    shards._waited("shard 1/1", lambda: one.get("/", {}), one.wake, clock.now + 30)
+    assert up <= clock.now < up + 1.5
+    up = clock.now + 10_000
+    for _ in range(30):  # an outage after which its server would rest for a minute
+        with pytest.raises(RemoteError, match=r"does not answer.*Connection refused"):
+            shards._waited("shard 1/1", lambda: one.get("/", {}), one.wake, clock.now + 30)
+    up = clock.now + 5
+    shards._waited("shard 1/1", lambda: one.get("/", {}), one.wake, clock.now + 30)
+    assert clock.now < up + 1.5
 
 
 def test_servers_that_make_no_whole_are_refused(two: Memory) -> None:

@@ -81,6 +81,7 @@ class Servers:
         self._rng = rng or random.Random()
         self._lock = threading.Lock()
         self._current = 0
+        self._problem = ""  # what was the matter last
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(
             headers=headers,
@@ -101,6 +102,13 @@ class Servers:
         """Close the connections; otherwise they are closed when nobody uses this any more."""
         self._closing()
 
+    def wake(self, within: float = 1.0) -> None:
+        """Let servers rest no longer than so many seconds from now: somebody waits for them."""
+        soon = time.monotonic() + within
+        with self._lock:
+            for server in self._servers:
+                server.rests_until = min(server.rests_until, soon)
+
     def get(self, path: str, params: Mapping[str, Any]) -> httpx.Response:
         """A page; see `post`."""
         return self._send("GET", path, params, None)
@@ -118,7 +126,6 @@ class Servers:
     def _send(
         self, method: str, path: str, params: Mapping[str, Any], content: bytes | None
     ) -> httpx.Response:
-        problem = "every one of them failed a moment ago"
         for number in range(self._patience.tries):
             server, wait = self._next()
             if server is None:
@@ -130,23 +137,23 @@ class Servers:
                     method, server.url + path, params=dict(params), content=content
                 )
             except httpx.HTTPError as error:
-                problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
-                self._failed(server)
+                self._failed(server, f"{type(error).__name__} {error}")
                 continue
             if response.status_code not in _TRY_ELSEWHERE:
                 self._answered(server)
                 if response.is_success:
                     return response
                 raise _refusal(server.url, response)
-            problem = f"{server.url}: {response.status_code} {_message(response)}"
+            said = f"{response.status_code} {_message(response)}"
             if response.status_code == 429:  # it is well, and busy
+                self._problem = f"{server.url}: {said}"
                 time.sleep(min(_LONGEST_WAIT, _retry_after(response)))
                 self._turn()
             else:
-                self._failed(server)
+                self._failed(server, said)
         raise RemoteError(
-            f"no server answers ({problem}): start one with `nearest serve`, or try again in a "
-            "moment"
+            f"no server answers ({self._problem}): start one with `nearest serve`, or try again in "
+            "a moment"
         )
 
     def _next(self) -> tuple[_Server | None, bool]:
@@ -168,8 +175,9 @@ class Servers:
         with self._lock:
             self._current = (self._current + 1) % len(self._servers)
 
-    def _failed(self, server: _Server) -> None:
+    def _failed(self, server: _Server, problem: str) -> None:
         with self._lock:
+            self._problem = f"{server.url}: {problem}".rstrip()
             server.failed += 1
             beyond = server.failed - self._patience.failures
             if beyond >= 0:

@@ -179,7 +179,8 @@ class ShardedMemory(RemoteMemory):
 
         width = max(*ids.shape[1:], queries.shape[1])
         self._shards.rows("distances", ids, given, {"distances": by}, told, width)
-        self._remember(ids, told["values"])
+        known = told["values"] >= 0  # not of a shard that is lost
+        self._remember(ids[known], told["values"][known])
         return told["distances"]
 
     def _of_entries(self, call: str, ids: Int[np.ndarray, " n"]) -> np.ndarray:

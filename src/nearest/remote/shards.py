@@ -37,7 +37,8 @@ class Shards:
 
     Attributes:
         held: each once.
-        lost: the names of those that did not answer last, where answers may be partial.
+        lost: the names of those that did not answer when they were asked last, where answers may be
+            partial.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Shards:
         """A client of each shard, all at one snapshot."""
         until = time.monotonic() + self._wait
         while True:
-            opened = list(self._pool.map(lambda one: _waited("a shard", one, until), clients))
+            opened = list(
+                self._pool.map(lambda one: _waited("a shard", one, _awake, until), clients)
+            )
             snapshots = {one.manifest.checksum for one in opened}
             if len(snapshots) == 1:
                 return opened
@@ -107,7 +110,7 @@ class Shards:
 
         def ask(shard: Held) -> T | RemoteError:
             try:
-                return _waited(shard.name, lambda: work(shard), until)
+                return _waited(shard.name, lambda: work(shard), shard.memory._servers.wake, until)
             except RemoteError as error:
                 if not self._partial:
                     raise
@@ -118,14 +121,15 @@ class Shards:
         lost = tuple(shard.name for shard, answer in answers if isinstance(answer, RemoteError))
         if set(lost) - set(self.lost):
             warn_caller(f"answers are partial, for this does not answer: {', '.join(lost)}")
-        self.lost = lost
+        others = {shard.name for shard in self.held} - {shard.name for shard in asked}
+        self.lost = (*(name for name in self.lost if name in others), *lost)
         return [(s, answer) for s, answer in answers if not isinstance(answer, RemoteError)]
 
     def one(self, of: Callable[[Held], bool], work: Callable[[RemoteMemory], T]) -> T:
         """What the shard answers that is asked for, which is waited for in any case."""
         shard = next(shard for shard in self.held if of(shard))
         until = time.monotonic() + self._wait
-        return _waited(shard.name, lambda: work(shard.memory), until)
+        return _waited(shard.name, lambda: work(shard.memory), shard.memory._servers.wake, until)
 
     def owners(self, call: str, ids: Int[np.ndarray, " n"], into: Mapping[str, np.ndarray]) -> None:
         """Ask of each entry the shard that has it; the answers go into arrays of the ids' shape."""
@@ -168,8 +172,11 @@ class Shards:
                 array[own] = answer[name][own[rows]]
 
 
-def _waited(name: str, work: Callable[[], T], until: float) -> T:
-    """What `work` gives, tried again until then where no server answers."""
+def _waited(name: str, work: Callable[[], T], wake: Callable[[], None], until: float) -> T:
+    """What `work` gives, tried again until then where no server answers.
+
+    `wake` is called before each pause, so that servers that have failed do not rest for longer.
+    """
     while True:
         try:
             return work()
@@ -179,7 +186,12 @@ def _waited(name: str, work: Callable[[], T], until: float) -> T:
                     f"{name} does not answer ({error}); or look up what the other shards hold "
                     "(partial=True)"
                 ) from error
+            wake()
             time.sleep(_PAUSE)
+
+
+def _awake() -> None:
+    """Nothing rests that has just been opened."""
 
 
 def _arranged(opened: Sequence[RemoteMemory]) -> list[Held]:
