@@ -1,5 +1,6 @@
 """Claims: one owner at a time, taken over from those that have ended or are silent for long."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_one_owner_at_a_time(path: Path) -> None:
 
 def test_who_has_ended_is_followed_at_once(path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
-    owner = owner_here("gone").replace(str(os.getpid()), ended.stdout.decode().strip())
+    owner = owner_here("gone").replace(f"-{os.getpid()}-", f"-{ended.stdout.decode().strip()}-")
     first = Watch(owner).take(path)
     assert first is not None
     (first.scratch / "keys.npy").write_bytes(b"half")
@@ -135,13 +136,56 @@ def test_where_an_owner_ended_is_noted(path: Path) -> None:
     claim = watch.take(path)
     assert claim is not None
     assert suspect(path) is None
-    suspected(path)
+    suspected(path, owner_here("a"))
     assert suspect(path) is None  # it said nothing
     again = watch.take(path)
     assert again is not None
     again.at((7, 3, 4))
-    suspected(path)
+    suspected(path, owner_here("b"))
+    assert suspect(path) is None
+    assert again.held  # that was another's
+    suspected(path, owner_here("a"))
     assert suspect(path) == (7, 3, 4)
     assert held_by(path) is None
     beside(path, "suspect").write_bytes(b"cut")
     assert suspect(path) is None
+
+
+def test_who_was_only_stopped_writes_into_files_of_its_own(path: Path) -> None:
+    first = Watch(ELSEWHERE).take(path)
+    assert first is not None
+    for name in ("keys.npy", "batches.json"):
+        (first.scratch / name).write_bytes(b"old")
+    with (first.scratch / "keys.npy").open("r+b") as file:
+        after = Watch(owner_here("b"), stale=0)
+        assert after.take(path) is None  # it sees how old the claim is
+        second = after.take(path)
+        assert second is not None
+        file.write(b"new")
+    assert {one.name: one.read_bytes() for one in second.scratch.iterdir()} == {
+        "keys.npy": b"old",
+        "batches.json": b"old",
+    }
+    assert not first.scratch.exists()
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "pwrite"])
+def test_a_full_disk_leaves_no_claim(
+    operation: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path if operation == "mkdir" else os, operation, full)
+        with pytest.raises(OSError, match="No space"):
+            Watch(owner_here("a")).take(path)
+    assert Watch(owner_here("b")).take(path) is not None
+
+
+def test_a_process_of_another_container_is_not_taken_for_one_that_has_ended(path: Path) -> None:
+    """The host's name may be the same, and the number of a process says nothing then."""
+    host, _, rest = owner_here("a").partition("-")
+    assert host == owner_here("b").partition("-")[0]
+    assert Watch(f"{host}1-{2**22 + 1}-{rest}").take(path) is not None
+    assert Watch(owner_here("b")).take(path) is None

@@ -18,9 +18,9 @@ from forked import Forks
 from nearest import Document, Memory, evaluate, read_text
 from nearest.build import workers as sharing
 from nearest.cli import app
-from nearest.errors import ModelError, NearestError, SettingError
+from nearest.errors import FolderError, ModelError, NearestError, SettingError
 from nearest.models.scoring import Scorer
-from nearest.verbs import tally
+from nearest.verbs import evaluate_workers, tally
 from nearest.verbs.results import Result
 from segments import DOCUMENTS, Model, model, threads  # noqa: F401 - fixtures
 
@@ -157,7 +157,9 @@ def test_a_document_that_ends_its_process_is_named(
 
 
 @pytest.mark.usefixtures("threads")
-def test_what_cannot_be_shared_is_said(model: Model, memory: Memory, tmp_path: Path) -> None:
+def test_what_cannot_be_shared_is_said(
+    model: Model, memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(message: str, of: Any = model[0], text: Any = TEXT, **options: Any) -> None:
         with pytest.raises((SettingError, ModelError), match=message):
             evaluate(of, memory, text, tokenizer=model[1], **{"workers": 2, **options})
@@ -169,8 +171,26 @@ def test_what_cannot_be_shared_is_said(model: Model, memory: Memory, tmp_path: P
     changed = type(model[0])(model[0].config).eval()
     changed.config._name_or_path = model[0].config._name_or_path
     refused("has other weights than the model that is to be", of=changed, force=True)
-    changed.config._name_or_path = ""
+    monkeypatch.setattr(changed.config, "_name_or_path", "")
     refused("in RAM alone: save it", of=changed, force=True)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_worker_that_finds_another_memory_is_told(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same path, and of the same number: as where disks are of each node alone."""
+    path, aside = tmp_path / "m", tmp_path / "aside"
+    Memory.build(*model, DOCUMENTS[:5], aside, tune=False, window=16)
+    memory = Memory.build(*model, DOCUMENTS[5:], path, tune=False, window=16)
+    opened = Memory.open
+
+    def another(place: Any, *args: Any) -> Memory:
+        return opened(aside if place == path else place, *args)
+
+    monkeypatch.setattr(evaluate_workers.Memory, "open", another)
+    with pytest.raises(FolderError, match="is not the snapshot that is evaluated"):
+        evaluate(model[0], memory, TEXT, tokenizer=model[1], workers=1, batch_size=1)
 
 
 @pytest.mark.slow  # to start processes takes seconds

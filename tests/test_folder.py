@@ -25,6 +25,7 @@ from nearest.folder import (
     open_array,
     sha256_of,
     write_atomically,
+    write_once,
     writer_lock,
 )
 
@@ -514,3 +515,29 @@ def test_checksums_are_sha256_of_the_whole_file(tmp_path: Path, size: int) -> No
     data = np.random.default_rng(size).bytes(size)
     (tmp_path / "a").write_bytes(data)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_that_several_write_at_once_is_the_first_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync, nested = tmp_path / "begun.json", os.fsync, list[bool]()
+
+    def between(fd: int) -> None:
+        if not nested:
+            nested.append(True)
+            write_once(path, b"second")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", between)
+    write_once(path, b"first")
+    assert path.read_bytes() == b"second"  # which was there before
+    write_once(path, b"third")
+    assert path.read_bytes() == b"second"
+
+    def no_links(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_once(tmp_path / "other.json", b"one")
+    assert (tmp_path / "other.json").read_bytes() == b"one"
+    assert {file.name for file in tmp_path.iterdir()} == {"begun.json", "other.json"}

@@ -1,5 +1,7 @@
 """Memories in object storage: fsspec's memory, files, and an S3 server where there is one."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -204,3 +206,38 @@ def test_on_s3(memory: Memory, s3: dict[str, Any], monkeypatch: pytest.MonkeyPat
         Memory.open(
             "s3://no-such-bucket/law.memory", **(s3 | {"endpoint_url": "http://127.0.0.1:9"})
         )
+
+
+def test_two_fetch_the_same_memory_at_once(
+    memory: Memory, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.upload(address)
+    link, nested = os.link, [False]
+
+    def between(*args: Any) -> None:
+        if not nested[0]:
+            nested[0] = True  # another process has the whole of it in the meantime
+            fetched(address)
+        link(*args)
+
+    monkeypatch.setattr(objects, "_AT_ONCE", 1)
+    monkeypatch.setattr(os, "link", between)
+    folder = fetched(address)
+    assert nested[0]
+    assert verify(folder) == []
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_full_cache_is_not_blamed_on_the_address(
+    memory: Memory, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.upload(address)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(FolderError, match=rf"{tmp_path}/cache: the disk is full"):
+            fetched(address)
+    assert verify(fetched(address)) == []

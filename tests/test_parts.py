@@ -17,16 +17,17 @@ from typer.testing import CliRunner
 
 from conftest import edit_manifest, snapshot
 from nearest import Document, Memory
-from nearest.build import tasks
-from nearest.build.build import BuildOptions, build_memory
+from nearest.build import tasks, worker
+from nearest.build.build import BuildOptions, build_memory, worker_spec
 from nearest.build.corpus_segments import in_segments
 from nearest.build.join import join, part_of
 from nearest.build.workers import told
 from nearest.cli import app
 from nearest.corpus.tokens import TokenisedDocument
 from nearest.encode.loading import load_model_and_tokenizer
-from nearest.errors import CorpusError, FolderError, NearestError, SettingError
+from nearest.errors import CorpusError, FolderError, ModelError, NearestError, SettingError
 from nearest.store.claims import Watch
+from nearest.store.journal import Journal
 from nearest.store.verify import verify
 from segments import (
     DOCUMENTS,
@@ -174,6 +175,14 @@ def test_what_was_recorded(whole: Path) -> None:
 def test_another_number_of_workers_goes_on(
     whole: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = tmp_path / "m"
+    _begun(path, model, monkeypatch, workers=2)
+    Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
+    assert snapshot(path) == snapshot(whole)
+
+
+def _begun(path: Path, model: Model, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A build that ends after five tasks."""
     do, left = tasks._do, iter(range(5))
 
     def mortal(*args: Any) -> None:
@@ -181,15 +190,69 @@ def test_another_number_of_workers_goes_on(
             raise NearestError("no more")
         do(*args)
 
-    path = tmp_path / "m"
     with monkeypatch.context() as patched:
         patched.setattr(tasks, "_do", mortal)
         with pytest.raises(NearestError, match="no more"):
-            Memory.build(*model, DOCUMENTS, path, workers=2, **OPTIONS)
+            Memory.build(*model, DOCUMENTS, path, **{**OPTIONS, **options})
     assert (path / "build.json").exists()
     assert not (path / "manifest.json").exists()
-    Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
+
+
+@pytest.mark.parametrize("workers", [2, None])
+@pytest.mark.usefixtures("threads")
+def test_a_build_goes_on_with_the_threads_that_it_was_begun_with(
+    workers: int | None, whole: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, path = torch.get_num_threads(), tmp_path / "m"
+    try:
+        torch.set_num_threads(4)
+        _begun(path, model, monkeypatch, workers=4)  # a thread for each
+        torch.set_num_threads(4)
+        with pytest.warns(UserWarning, match=r"goes on with 1 thread a process"):
+            Memory.build(*model, DOCUMENTS, path, workers=workers, tune=False, **OPTIONS)
+        if workers is None:
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
     assert snapshot(path) == snapshot(whole)
+
+
+@pytest.mark.parametrize("then", ["published", "begun anew"])
+@pytest.mark.usefixtures("threads")
+def test_a_worker_that_comes_late_leaves_the_folder_alone(
+    then: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it loads the model, others finish the build, or delete it and begin another one."""
+    path, loaded = tmp_path / "m", worker._encoder
+    _begun(path, model, monkeypatch, workers=2)
+    spec = worker_spec(model[0], BuildOptions(workers=1, **OPTIONS))
+
+    def late(*args: Any) -> Any:
+        encoder = loaded(*args)
+        monkeypatch.setattr(worker, "_encoder", loaded)
+        if then == "published":
+            Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
+        else:
+            shutil.rmtree(path)
+            _begun(path, model, monkeypatch, workers=2, keys="fp16")
+        return encoder
+
+    monkeypatch.setattr(worker, "_encoder", late)
+    files = []
+
+    def look(build: Any, watch: Any) -> None:
+        files.append(_times(path))
+        work(build, watch)
+
+    work = worker.work
+    monkeypatch.setattr(worker, "work", look)
+    spec.work(path, "w9")
+    assert _times(path) == files[-1]
+    assert (path / "manifest.json").exists() == (then == "published")
+
+
+def _times(path: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in path.rglob("*")}
 
 
 @pytest.mark.parametrize("left", ["nothing", "a log"])
@@ -228,6 +291,55 @@ def test_the_model_of_a_worker_must_be_the_same(model: Model, tmp_path: Path) ->
         changed.get_input_embeddings().weight.mul_(1.5)  # in RAM alone
     with pytest.raises(NearestError, match="is not the model that this build was begun with"):
         Memory.build(changed, model[1], DOCUMENTS, tmp_path / "m", workers=1, **OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"ray": "auto"}])
+def test_a_model_without_a_name_is_refused_before_anything_is_read(
+    options: dict[str, Any], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread() -> Any:
+        raise AssertionError("nothing is read")
+        yield
+
+    monkeypatch.setattr(model[0].config, "_name_or_path", "")
+    with pytest.raises(ModelError, match="this one is in RAM alone: save it"):
+        Memory.build(*model, unread(), tmp_path / "m", **OPTIONS, **options)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("left", [b"", b"{"])
+def test_what_says_the_first_machine_is_written_anew_where_it_is_damaged(
+    left: bytes, whole: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m"
+    _begun(path, model, monkeypatch, workers=1)
+    (path / "build/machine.json").write_bytes(left)
+    Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
+    assert snapshot(path) == snapshot(whole)
+
+
+def test_nothing_is_published_where_a_file_is_gone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, durable = tmp_path / "m", Journal.make_durable
+
+    def losing(journal: Journal, segments: Any) -> None:
+        durable(journal, segments)
+        (path / "segments/000002/suffix.npy").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Journal, "make_durable", losing)
+    with pytest.raises(FolderError, match=r"000002/suffix.npy is missing"):
+        Memory.build(*model, DOCUMENTS, path, tune=False, **OPTIONS)
+    assert not (path / "manifest.json").exists()
+
+
+def test_what_is_added_says_on_what_it_was_made(whole: Path, model: Model, tmp_path: Path) -> None:
+    memory = Memory.open(shutil.copytree(whole, tmp_path / "m"))
+    grown = memory.add(*model, [Document("new", "one more text, and a little longer")])
+    made_on = grown.segments[-1].record.made_on
+    assert made_on is not None
+    assert made_on.threads == torch.get_num_threads()
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -143,7 +143,11 @@ def test_errors_of_workers_are_told(
     monkeypatch.setitem(sys.modules, "ray", Ray())
     for error, told, message in (
         (FolderError("no room on that node"), FolderError, "no room on that node"),
-        (MemoryError("too large"), NearestError, "end before they have begun: too large"),
+        (
+            MemoryError("too large"),
+            NearestError,
+            "end before they have begun: MemoryError: too large",
+        ),
     ):
 
         def fails(*_: Any, error: Exception = error) -> None:

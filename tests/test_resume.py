@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from nearest.encode.layers import find_key_layer
 from nearest.errors import CorpusError, FolderError
 from nearest.store import journal as unfinished
 from nearest.store import new_segment
+from nearest.store.new_files import NewFiles
 from nearest.store.verify import verify
 
 DOCUMENTS = random_documents()
@@ -156,6 +157,32 @@ def test_an_interrupted_build_goes_on(
     interrupted(path, model, stage, at)
     assert (path / "build.json").exists()
     Memory.build(*model, iter(DOCUMENTS), path, **OPTIONS)
+    assert snapshot(path) == snapshot(whole[0])
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_keys_whose_files_were_being_moved_are_made_anew(
+    moved: int,
+    whole: tuple[Path, list[str]],
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ended after so many of the two files of keys, and before it was noted that they are done."""
+    settle, path = NewFiles.settle, tmp_path / "m"
+
+    def interrupt(files: NewFiles, names: Iterable[str]) -> None:
+        some = sorted(names)
+        settle(files, some[:moved])
+        if "keys.npy" in some:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NewFiles, "settle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Memory.build(*model, DOCUMENTS, path, **OPTIONS)
+    assert (path / "segments/000001/keys.npy").exists()
+    Memory.build(*model, DOCUMENTS, path, **OPTIONS)
     assert snapshot(path) == snapshot(whole[0])
 
 

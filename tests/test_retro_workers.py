@@ -2,6 +2,9 @@
 """Workers that embed chunks and find their neighbours: the bytes of one process."""
 
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import pytest
 from nearest.errors import FolderError
 from nearest.retro.data import database as database_module
 from nearest.retro.data import stages, workers
+from nearest.retro.data.database import ChunkDatabase, Part
 from nearest.retro.data.embedders import embedder_named
+from retro_data import database, documents, embedder, words
 from segments import threads  # noqa: F401 - a fixture
 from test_cli_retro import bert, prepared, run  # noqa: F401 - fixtures
 
@@ -81,3 +86,42 @@ def test_what_a_worker_says_is_told(
         run("embed", db, "--embedder", f"bert:{bert}", "--workers", 2, code=2)
     run("embed", db, "--embedder", f"bert:{bert}")
     assert vectors(db) == vectors(prepared)
+
+
+def test_parts_that_end_together_are_joined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one sees the last block while this one joins them: it waits, and ends well."""
+    others: list[Future[Any]] = []
+    path, pool = tmp_path / "d", ThreadPoolExecutor(1)
+
+    def meanwhile(module: Any, other: Callable[[], Any]) -> None:
+        read = module.read_array
+
+        def reading(place: Path) -> Any:
+            if not others:
+                others.append(pool.submit(other))
+                time.sleep(0.2)  # in which it would join them, too
+            return read(place)
+
+        monkeypatch.setattr(module, "read_array", reading)
+
+    def embed(number: int) -> bool:
+        return ChunkDatabase.open(path).embed(embedder(), words, part=Part(number, 2))
+
+    def table(number: int) -> Any:
+        return stages.make_table(path, None, tmp_path / "t", part=Part(number, 2))
+
+    database(path, documents(20, longest=20), indexed=False)
+    assert not embed(2)
+    meanwhile(database_module, lambda: embed(2))
+    assert embed(1)
+    assert others.pop().result()
+    ChunkDatabase.open(path).build_index()
+    assert not (path / "chunks.blocks").exists()
+
+    assert table(2) is None
+    meanwhile(stages, lambda: table(2))
+    made = table(1)
+    assert (others.pop().result().ids == made.ids).all()
+    assert not (tmp_path / "t/blocks").exists()

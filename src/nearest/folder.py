@@ -71,6 +71,30 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """Write a file, whole and durably, unless there is one: of several processes, the first does.
+
+    Where the file system has no hard links, the last of several that begin at once does.
+    """
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return
+        except OSError:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_file(path.parent)
+
+
 @contextmanager
 def disk_errors_explained(folder: Path) -> Iterator[None]:
     """Turn a full or failing disk into a FolderError that names the folder and the remedy."""

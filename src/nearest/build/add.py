@@ -10,6 +10,7 @@ import msgspec
 
 from nearest.build.corpus_segments import write_added
 from nearest.build.keys import EncodedKeys
+from nearest.build.machine import machine_of
 from nearest.build.match import check_tokenizer, matching_key_layer, refuse_attached, rules_of
 from nearest.build.remove import without
 from nearest.corpus.documents import Document
@@ -178,6 +179,7 @@ def plan_of_additions(change: Change, encoder: Encoder | None, options: AddOptio
         options.progress,
         None if encoder is None else EncodedKeys(encoder),
         among_others=True,
+        made_on=None if encoder is None else machine_of(encoder),
     )
 
 

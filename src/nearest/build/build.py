@@ -10,10 +10,11 @@ import msgspec
 
 from nearest.build.corpus_segments import write_corpora
 from nearest.build.following import Followed
+from nearest.build.machine import using_threads
 from nearest.build.match import rules_of
 from nearest.build.plan import BuildPlan, plan_build
-from nearest.build.tasks import Unfinished, first_manifest, publish, work
-from nearest.build.worker import WorkerSpec
+from nearest.build.tasks import Unfinished, first_manifest, machine_begun, publish, work
+from nearest.build.worker import WorkerSpec, device_of, loadable_name
 from nearest.build.workers import crew_of, drive, reached, threads_of
 from nearest.corpus.batches import check_batch_size
 from nearest.corpus.incoming import Documents, incoming_documents
@@ -27,7 +28,7 @@ from nearest.encode.fingerprint import (
 )
 from nearest.encode.identity import model_name, token_rules, tokenizer_name
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
-from nearest.errors import SettingError
+from nearest.errors import SettingError, warn_caller
 from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.keys import key_format
@@ -35,7 +36,7 @@ from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
 from nearest.store.change import changing, check_new, new_folder
 from nearest.store.claims import Watch, owner_here
-from nearest.store.journal import Journal, Stage, new_stage
+from nearest.store.journal import TASKS, Journal, Stage, new_stage
 from nearest.store.manifest import (
     MANIFEST,
     ComputedIn,
@@ -137,10 +138,11 @@ def build_memory(
 
 def worker_spec(model: LanguageModel | None, options: BuildOptions) -> WorkerSpec:
     """What workers are told: to load the model as it is here."""
+    alone = options.workers is None and options.ray is None
     return WorkerSpec(
-        model=None if model is None else model_name(model),
+        model=None if alone or model is None else loadable_name(model),
         dtype="auto" if model is None else str(model.dtype).removeprefix("torch."),
-        device=options.device or ("cpu" if model is None else str(model.device)),
+        device=options.device or ("cpu" if model is None else device_of(model, options.ray)),
         threads=threads_of(options.workers, options.ray),
         gpus=int(model is not None and model.device.type == "cuda"),
         allow_mixed=options.allow_mixed,
@@ -153,9 +155,19 @@ def finish(build: Unfinished, options: BuildOptions, spec: WorkerSpec) -> None:
     Raises:
         NearestError: keys or index cannot be made, workers end, or there is no such cluster.
     """
+    (build.folder / TASKS).mkdir(exist_ok=True)
+    begun = machine_begun(build)
+    threads = spec.threads if begun is None or begun.device != "cpu" else begun.threads
+    if threads != spec.threads:
+        warn_caller(
+            f"this build goes on with {threads} thread{'s' * (threads > 1)} a process, as it was "
+            "begun: keys made with others would differ by rounding (which --allow-mixed accepts)"
+        )
+        spec = msgspec.structs.replace(spec, threads=threads)
     with crew_of(build.folder, spec, options.workers, options.ray) as crew:
         if crew is None:
-            work(build, Watch(owner_here()))
+            with using_threads(threads):
+                work(build, Watch(owner_here()))
         else:
             build.journal.save()  # workers read it
             drive(Followed(build), crew)

@@ -5,17 +5,13 @@ that this one starts (`by_workers`).
 """
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nearest.build.workers import Spec, crew_of, drive
+from nearest.build.workers import Spec, crew_of, drive, ends_each_time
 from nearest.errors import NearestError
 from nearest.progress import Progress, no_progress
-from nearest.store.claims import Watch
-
-_POLL = 0.05  # seconds, growing to
-_LONGEST_POLL = 1.0
+from nearest.store.claims import Watch, owner_here, until_done
 
 Make = Callable[[int, Path], None]
 """Write the file of this number, to a place from which it is moved to its own."""
@@ -42,9 +38,15 @@ class Files:
         self._left = list(range(len(paths)))
 
     def left(self) -> list[int]:
-        """The numbers of those that are not made."""
+        """The numbers of those that are not made; none where the folder went with the work."""
+        if self._left and not self.paths[0].parent.exists():
+            self._left = []
         self._left = [number for number in self._left if not self.paths[number].exists()]
         return self._left
+
+    def made(self, number: int) -> None:
+        """Take note of one that is made, which is quicker than to look at all."""
+        self._left.remove(number)
 
     def path(self, number: int) -> Path:
         """What a file is claimed by."""
@@ -52,10 +54,7 @@ class Files:
 
     def hopeless(self, number: int, error: BaseException) -> NearestError:
         """What to say of a file at which a process ends each time."""
-        return NearestError(
-            f"the process that reads {self._named(number)} ends each time ({error}): leave that "
-            "out, or give it more memory"
-        )
+        return NearestError(ends_each_time(self._named(number), error))
 
     def report(self) -> None:
         """Say how many are made."""
@@ -68,9 +67,10 @@ Maker = Callable[[Files, Make], bool]
 
 def here(files: Files, make: Make) -> bool:
     """Make what is not there, in this process alone."""
-    for number in list(files.left()):
+    left = list(files.left())
+    for number in left:
         make(number, files.paths[number])
-        files.left()
+        files.made(number)
         files.report()
     return True
 
@@ -92,23 +92,45 @@ def beside_others(watch: Watch) -> Maker:
     """Make what nobody else makes, until all is there; others go on with it."""
 
     def shared(files: Files, make: Make) -> bool:
-        pause = _POLL
+        def some() -> bool:
+            left = list(files.left())
+            return sum(_made(files.paths[number], number, make, watch) for number in left) > 0
+
         with watch.beating():
-            while files.left():
-                if any(_made(files.paths[number], number, make, watch) for number in files.left()):
-                    pause = _POLL
-                else:  # the others are at work
-                    time.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_POLL)
+            try:
+                until_done(lambda: not files.left(), some)
+            except FileNotFoundError:
+                if files.left():  # else others have ended, and taken the folder away
+                    raise
         return False
 
     return shared
 
 
+def by_one(path: Path, work: Callable[[], None]) -> None:
+    """Let one of the processes that have made some files do what is next; the others wait for it.
+
+    Each does it, one after the other: `work` is to see what is done already. The claim lies beside
+    the files, in a folder that may go with the work.
+    """
+    watch = Watch(owner_here())
+
+    def done() -> bool:
+        try:
+            claim = watch.take(path)
+        except FileNotFoundError:
+            return True
+        if claim is not None:
+            work()
+        return claim is not None
+
+    with watch.beating():
+        until_done(done, lambda: False)
+
+
 def _made(path: Path, number: int, make: Make, watch: Watch) -> bool:
     """Make a file, unless another has claimed it."""
-    claim = watch.take(path)
-    if claim is None:
+    if path.exists() or (claim := watch.take(path)) is None:
         return False
     with claim.unless_lost():
         if not path.exists():  # made by another, while it was being claimed

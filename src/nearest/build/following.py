@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nearest.build.tasks import Unfinished
+from nearest.build.workers import ends_each_time
 from nearest.errors import NearestError
 from nearest.folder import open_array
 from nearest.store.claims import position
@@ -28,9 +29,8 @@ class Followed(NamedTuple):
     def hopeless(self, task: Task, error: BaseException) -> NearestError:
         """What to say of a task at which a process ends each time."""
         return NearestError(
-            f"the process that reads {self._named(task)} ends each time ({error}): leave that out, "
-            "or give it more memory; what else is done is kept, and the same build goes on from "
-            "there"
+            f"{ends_each_time(self._named(task), error)}; what else is done is kept, and the same "
+            "build goes on from there"
         )
 
     def _named(self, task: Task) -> str:

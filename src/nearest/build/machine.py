@@ -1,5 +1,8 @@
 """On what keys are computed: unlike machines give keys that differ by rounding."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from nearest.encode.encoder import Encoder
@@ -18,6 +21,17 @@ def machine_of(encoder: Encoder) -> MachineRecord:
         simd="" if gpu else torch.backends.cpu.get_cpu_capability(),
         batch_size=encoder.batch_size,
     )
+
+
+@contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads while the context is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_alike(one: MachineRecord, other: MachineRecord, where: str) -> None:

@@ -1,8 +1,9 @@
-"""A worker as a process: `python -m nearest.build.process MODULE:SPEC FOLDER TOKEN VALUES`."""
+"""A worker as a process, whose arguments are MODULE:SPEC FOLDER TOKEN VALUES."""
 
 import os
 import sys
 import threading
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -20,19 +21,17 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Work until nothing is left; an error that a user can mend goes to standard output."""
+    """Work until nothing is left; an error goes to standard output, its traceback beside it."""
     name, folder, token, values = sys.argv[1:]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, _, kind = name.partition(":")
     try:
         spec: Spec = msgspec.json.decode(values, type=getattr(import_module(module), kind))
         spec.work(Path(folder), token)
-    except NearestError as error:
+    except Exception as error:
+        if not isinstance(error, NearestError):
+            traceback.print_exc()
         sys.stdout.buffer.write(telling(error))
         sys.stdout.buffer.flush()
         os._exit(2)
     os._exit(0)  # the thread that waits for standard input holds it
-
-
-if __name__ == "__main__":
-    main()

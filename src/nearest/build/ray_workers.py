@@ -11,12 +11,12 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from nearest.build.workers import Spec, Start, WorkerEndedError
-from nearest.errors import NearestError, SettingError, require
+from nearest.build.workers import Spec, Start, WorkerEndedError, meant
+from nearest.errors import SettingError, require
 
 LOCAL = "local"  # a cluster of this machine alone, which ends with the work
 _STORE = 80_000_000  # bytes, about the least that Ray takes
@@ -61,7 +61,8 @@ def ray_workers(folder: Path, spec: Spec, address: str) -> Iterator[tuple[Start,
             yield start, _room(ray.nodes(), spec)
         finally:
             for worker in started:
-                ray.cancel(worker, force=True)
+                with suppress(Exception):  # of a cluster that is gone, whose error is to be told
+                    ray.cancel(worker, force=True)
 
 
 @contextmanager
@@ -145,6 +146,6 @@ def _room(nodes: list[dict[str, Any]], spec: Spec) -> int:
 def _meant(error: BaseException) -> BaseException:
     """The error that a worker ended with, or that it ended unasked."""
     cause = getattr(error, "cause", None)  # of an error that was raised in a task
-    if isinstance(cause, NearestError):
-        return cause
-    return WorkerEndedError(str(cause or error).strip().partition("\n")[0])
+    if cause is not None:
+        return meant(cause)
+    return WorkerEndedError(str(error).strip().partition("\n")[0])

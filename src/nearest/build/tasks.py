@@ -6,7 +6,6 @@ settings, so that it does not matter who does it, nor whether two do.
 """
 
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +17,18 @@ from nearest import __version__
 from nearest.build.keys import EncodedKeys
 from nearest.build.machine import check_alike, machine_of
 from nearest.encode.encoder import Encoder
-from nearest.folder import disk_errors_explained
+from nearest.errors import NearestError
+from nearest.folder import disk_errors_explained, write_atomically, write_once
 from nearest.progress import Progress, no_progress
-from nearest.store.claims import Claim, Watch
-from nearest.store.journal import MACHINE, TASKS, CorpusRecord, Journal, Task, TaskLog
+from nearest.store.claims import Claim, Watch, until_done
+from nearest.store.journal import BATCHES, MACHINE, TASKS, CorpusRecord, Journal, Task, TaskLog
 from nearest.store.manifest import (
     FORMAT,
     KeysRecord,
     Manifest,
     ModelRecord,
     SegmentRecord,
+    check_file,
     write_manifest,
 )
 from nearest.store.new_files import NewFiles
@@ -37,8 +38,6 @@ from nearest.store.parts.index import IndexChoice
 from nearest.store.records import MachineRecord
 
 _PARTS = {"suffix": PARTS[:1], "keys": PARTS[1:2], "index": PARTS[2:]}
-_POLL = 0.05  # seconds, growing to
-_LONGEST_POLL = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,26 +144,29 @@ def work(build: Unfinished, watch: Watch) -> None:
     Raises:
         NearestError: keys or index cannot be made, or the folder cannot be written.
     """
-    made_on, pause = None, _POLL
-    (build.folder / TASKS).mkdir(exist_ok=True)
+    try:
+        with disk_errors_explained(build.folder), watch.beating():
+            _work(build, watch)
+    except (OSError, NearestError):
+        if build.journal.stands:
+            raise  # else the build is over, or another's
+
+
+def _work(build: Unfinished, watch: Watch) -> None:
+    made_on = None
     if build.encoder is not None:
         made_on = machine_of(build.encoder)
         if not build.allow_mixed:
             _agree(build, made_on)
-    with disk_errors_explained(build.folder), watch.beating():
-        while left := build.left():
-            if _done_one(build, left, watch, made_on):
-                pause = _POLL
-            else:  # the others are at work
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_POLL)
+    until_done(
+        lambda: not (build.journal.stands and build.left()),
+        lambda: _done_one(build, watch, made_on),
+    )
 
 
-def _done_one(
-    build: Unfinished, left: Sequence[Task], watch: Watch, made_on: MachineRecord | None
-) -> bool:
+def _done_one(build: Unfinished, watch: Watch, made_on: MachineRecord | None) -> bool:
     """Do the first task that is ready and that nobody has claimed; whether there is one."""
-    for task in left:
+    for task in build.left():
         if all(map(build.journal.done, build.needs(task))):
             claim = watch.take(build.journal.path(task))
             if claim is not None:
@@ -174,21 +176,25 @@ def _done_one(
     return False
 
 
+def machine_begun(build: Unfinished) -> MachineRecord | None:
+    """What the first keys of a build are made on; None where none were begun, or any will do."""
+    if build.allow_mixed:
+        return None
+    try:
+        return msgspec.json.decode(
+            (build.folder / TASKS / MACHINE).read_bytes(), type=MachineRecord
+        )
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
 def _agree(build: Unfinished, made_on: MachineRecord) -> None:
     """Refuse to make keys beside those of another kind of machine; the first says which."""
-    path = build.folder / TASKS / MACHINE
-    try:
-        with path.open("xb") as file:
-            file.write(msgspec.json.encode(made_on))
-    except FileExistsError:
-        for _ in range(100):  # another process may be about to write it
-            try:
-                first = msgspec.json.decode(path.read_bytes(), type=MachineRecord)
-                return check_alike(first, made_on, str(build.folder))
-            except msgspec.DecodeError:
-                time.sleep(0.1)
-        path.unlink(missing_ok=True)  # its writer was killed
-        _agree(build, made_on)
+    path, data = build.folder / TASKS / MACHINE, msgspec.json.encode(made_on)
+    write_once(path, data)
+    if (first := machine_begun(build)) is None:  # it is damaged
+        return write_atomically(path, data)
+    check_alike(first, made_on, str(build.folder))
 
 
 def _do(build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | None) -> None:
@@ -197,7 +203,8 @@ def _do(build: Unfinished, task: Task, claim: Claim, made_on: MachineRecord | No
         return  # by another, while it was being claimed
     with claim.unless_lost():
         files, record = _written(build, task, claim, made_on)
-        if claim.held:
+        if claim.held and build.journal.stands:
+            (claim.scratch / BATCHES).unlink(missing_ok=True)  # it tells of files that go now
             files.settle(_names(record) - _names(build.before(task)))
             build.journal.finish(task, record)
         shutil.rmtree(claim.scratch, ignore_errors=True)
@@ -245,6 +252,9 @@ def publish(build: Unfinished) -> None:
         _check_machines(build.folder, segments)
     with disk_errors_explained(build.folder):
         build.journal.make_durable(build.corpora)
+        for segment in segments:
+            for file in segment.file_records():
+                check_file(build.folder, file)
         write_manifest(build.folder, msgspec.structs.replace(build.manifest, segments=segments))
         build.journal.close()
 

@@ -10,6 +10,8 @@ from nearest.build.tasks import Unfinished, first_manifest, work
 from nearest.build.workers import Spec
 from nearest.encode.dtype import DtypeName
 from nearest.encode.encoder import Encoder
+from nearest.encode.identity import model_name
+from nearest.encode.layers import LanguageModel
 from nearest.errors import ModelError
 from nearest.store.journal import Journal
 from nearest.store.manifest import Manifest
@@ -47,6 +49,21 @@ class WorkerSpec(Spec, frozen=True, kw_only=True):
         journal = Journal.opened(folder)
         build = Unfinished(journal, _encoder(folder, journal, self), self.allow_mixed)
         work(build, self.watch(token))
+
+
+def loadable_name(model: LanguageModel) -> str:
+    """The name by which workers load a model (ModelError where it has none)."""
+    if not (name := model_name(model)):
+        raise ModelError(
+            "workers load the model by its name, and this one is in RAM alone: save it "
+            "(save_pretrained) and load it from there"
+        )
+    return name
+
+
+def device_of(model: LanguageModel, ray: str | None) -> str:
+    """Where workers load a model; those of a cluster see the one GPU that they are given."""
+    return str(model.device) if ray is None else str(model.device.type)
 
 
 def _encoder(folder: Path, journal: Journal, spec: WorkerSpec) -> Encoder | None:

@@ -8,8 +8,10 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import torch
 
+import nearest
 from nearest.errors import CorpusError, FolderError, ModelError, NearestError, SettingError
 from nearest.store.claims import (
     HEARTBEAT,
@@ -32,8 +35,10 @@ from nearest.store.claims import (
 _TRIES = 2
 _WAIT = 0.2  # seconds between looks at what is done
 _LEAVE = 5.0  # seconds in which workers see that all is done; one that hangs does not matter then
-_COMMAND = (sys.executable, "-m", "nearest.build.process")
-_KINDS = {kind.__name__: kind for kind in (CorpusError, FolderError, ModelError, SettingError)}
+_PACKAGES = str(Path(nearest.__file__).parents[1])
+# Modules are looked for neither in the current folder nor before where they are looked for here.
+_RUN = f"import sys; sys.path.append({_PACKAGES!r}); from nearest.build.process import main; main()"
+_COMMAND = (sys.executable, "-P", "-c", _RUN)
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +68,43 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerEndedError(Exception):
-    """A worker that ended unasked: killed, or by an error that nobody can mend."""
+    """A worker that ended unasked: killed, or out of memory."""
+
+
+class WorkerFailedError(WorkerEndedError):
+    """A worker that ended by an error of the program, whose kind and first line it says."""
+
+
+_SAID: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        CorpusError,
+        FolderError,
+        ModelError,
+        SettingError,
+        WorkerEndedError,
+        WorkerFailedError,
+    )
+}
+
+
+def meant(error: BaseException) -> Exception:
+    """An error that a worker met, as it is told to who has started it."""
+    if isinstance(error, NearestError):
+        return error
+    kind = WorkerEndedError if isinstance(error, MemoryError) else WorkerFailedError
+    first = str(error).strip().partition("\n")[0]
+    return kind(f"{type(error).__name__}: {first}".removesuffix(": "))
+
+
+def ends_each_time(what: str, error: BaseException) -> str:
+    """What to say of something at which workers end."""
+    if isinstance(error, WorkerFailedError):
+        return f"the process that reads {what} fails each time ({error})"
+    return (
+        f"the process that reads {what} ends each time ({error}): leave that out, or give it more "
+        "memory"
+    )
 
 
 Start = Callable[[str], "Future[None]"]  # a worker of this token
@@ -159,36 +200,55 @@ def drive(work: Work, crew: Crew) -> None:
     """
     tokens, deaths = (f"w{n}x{os.urandom(4).hex()}" for n in itertools.count()), Counter[object]()
     running: dict[Future[None], str] = {}
-    while work.left():
+    count, idle, since = 0, 0, 0.0  # tasks left; workers that found nothing to do since then
+    while left := work.left():
+        if len(left) != count:
+            count, idle, since = len(left), 0, time.monotonic()
+            deaths[None] = 0
+        elif idle > 2 * crew.size and time.monotonic() - since > STALE:
+            raise NearestError(
+                f"workers end well, and yet {count} tasks are not done: they do not see the files "
+                "that this process sees; give all of them the same folder, and run again"
+            )
         while len(running) < crew.size:
             token = next(tokens)
             running[crew.start(token)] = token
         ended, _ = wait(running, timeout=_WAIT, return_when=FIRST_COMPLETED)
         for future in ended:
-            _bury(work, running.pop(future), future.exception(), deaths)
+            token, error = running.pop(future), future.exception()
+            if error is None:
+                idle += 1
+            else:
+                _bury(work, token, running.values(), error, deaths)
         work.report()
     work.report()
     wait(running, timeout=_LEAVE)
 
 
-def _bury(work: Work, token: str, error: BaseException | None, deaths: Counter[object]) -> None:
+def _bury(
+    work: Work,
+    token: str,
+    others: Iterable[str],
+    error: BaseException,
+    deaths: Counter[object],
+) -> None:
     """Free what a worker held that has ended, and say where it did, the second time."""
-    if error is None:
-        return
     if isinstance(error, NearestError):
         raise error
-    for task in work.left():
-        path = work.path(task)
-        if not (held_by(path) or "").endswith(f"-{token}"):
+    owners = {task: held_by(work.path(task)) or "" for task in work.left()}
+    for task, owner in owners.items():
+        if not owner.endswith(f"-{token}"):
             continue
+        path = work.path(task)
         found = position(path)  # of tasks that say where they are
-        suspected(path)
+        suspected(path, owner)
         deaths[task, found and found[0]] += 1
         if deaths[task, found and found[0]] == _TRIES:
             raise work.hopeless(task, error) from error
         return
     deaths[None] += 1
-    if deaths[None] > _TRIES:
+    working = {owner.rpartition("-")[2] for owner in owners.values()}
+    if deaths[None] > _TRIES and working.isdisjoint(others):
         raise NearestError(f"workers end before they have begun: {error}") from error
 
 
@@ -198,7 +258,7 @@ def local_workers(
 ) -> Iterator[Start]:
     """Start workers as processes of this machine, which end with this one, or with the context."""
     name = f"{type(spec).__module__}:{type(spec).__name__}"
-    alive: set[subprocess.Popen[bytes]] = set()
+    alive, over = set[subprocess.Popen[bytes]](), threading.Event()
     environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads)}
 
     def run(token: str) -> None:
@@ -210,6 +270,8 @@ def local_workers(
             env=environment,
         ) as process:
             alive.add(process)
+            if over.is_set():
+                process.kill()
             said = b"" if process.stdout is None else process.stdout.read()
             code = process.wait()
             alive.discard(process)
@@ -220,23 +282,25 @@ def local_workers(
     try:
         yield lambda token: pool.submit(run, token)
     finally:
+        over.set()
         for process in list(alive):
             process.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def telling(error: NearestError) -> bytes:
+def telling(error: BaseException) -> bytes:
     """An error as a worker says it, in the last line of its standard output."""
-    return b"\n" + msgspec.json.encode((type(error).__name__, str(error)))
+    said = meant(error)
+    return b"\n" + msgspec.json.encode((type(said).__name__, str(said)))
 
 
-def told(said: bytes) -> NearestError | None:
+def told(said: bytes) -> Exception | None:
     """The error that a worker has said; None where it said none."""
     try:
         kind, message = msgspec.json.decode(said.rpartition(b"\n")[2], type=tuple[str, str])
     except msgspec.DecodeError:
         return None
-    return _KINDS.get(kind, NearestError)(message)
+    return _SAID.get(kind, NearestError)(message)
 
 
 def _ending(code: int) -> str:

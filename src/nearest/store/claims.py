@@ -9,11 +9,12 @@ What is claimed is a path that need not exist; claims, and what their owners lea
 """
 
 import os
+import shutil
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from nearest.errors import NearestError
 
 HEARTBEAT = 10.0  # seconds
 STALE = 120.0  # seconds without one; network file systems show times that are a minute old
+_POLL = 0.05  # seconds, growing to
+_LONGEST_POLL = 1.0
 Position = tuple[int, int, int]  # entries done; the first and the last document that come next
 
 
@@ -29,9 +32,33 @@ def beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
 
+def until_done(done: Callable[[], bool], some: Callable[[], bool]) -> None:
+    """Do some of the work until all is done, with pauses while others are at it.
+
+    Args:
+        done: whether nothing is left.
+        some: does what nobody else does; returns whether there was anything.
+    """
+    pause = _POLL
+    while not done():
+        if some():
+            pause = _POLL
+        else:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL)
+
+
 def owner_here(token: str = "") -> str:
     """A name for a worker of this process, by which others can tell whether it has ended."""
-    return f"{socket.gethostname()}-{os.getpid()}-{token or os.urandom(4).hex()}"
+    return f"{_here()}-{os.getpid()}-{token or os.urandom(4).hex()}"
+
+
+def _here() -> str:
+    """The host, and among which of its processes ids are told apart: containers have their own."""
+    try:
+        return f"{socket.gethostname()}.{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 class Claim:
@@ -94,8 +121,10 @@ def suspect(path: Path) -> Position | None:
     return _read(beside(path, "suspect"))
 
 
-def suspected(path: Path) -> None:
-    """Take away a claim whose owner has ended unasked, and note where that was."""
+def suspected(path: Path, owner: str) -> None:
+    """Take away the claim of an owner that has ended unasked, and note where that was."""
+    if held_by(path) != owner:
+        return  # another has taken it over
     with suppress(OSError):
         beside(path, "suspect").write_bytes(beside(path, "at").read_bytes())
     beside(path, "claim").unlink(missing_ok=True)
@@ -152,26 +181,40 @@ class Watch:
 
     def take(self, path: Path) -> Claim | None:
         """Claim a path, with what an earlier owner has left; None where another works on it."""
-        place = beside(path, "claim")
+        place, silent = beside(path, "claim"), ""
         try:
             fd = os.open(place, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            os.write(fd, self._owner.encode())
         except FileExistsError:
             if not self._abandoned(place):
                 return None
-            own = beside(path, f"claim.{self._owner}")
-            fd = os.open(own, os.O_CREAT | os.O_RDWR, 0o666)
-            os.write(fd, self._owner.encode())
-            own.replace(place)
-        claim = Claim(path, self._owner, fd)
-        lefts = list(path.parent.glob(f"{path.name}.files.*"))
-        if claim.held:  # else one of them may be of who has taken it over meanwhile
-            for left in lefts:
-                with suppress(OSError):  # another was quicker
-                    left.rename(claim.scratch)
-        claim.scratch.mkdir(exist_ok=True)
-        self._held = claim
+            owner = held_by(path) or ""
+            silent = "" if _has_ended(owner) else owner
+            fd = self._overtaken(place)
+        claim = self._held = Claim(path, self._owner, fd)
+        try:
+            os.pwrite(fd, self._owner.encode(), 0)
+            lefts = list(path.parent.glob(f"{path.name}.files.*"))
+            if claim.held:  # else one of them may be of who has taken it over meanwhile
+                for left in lefts:
+                    _take_over(left, claim.scratch, copy=left.name.endswith(f".files.{silent}"))
+            claim.scratch.mkdir(exist_ok=True)
+        except BaseException:  # such as of a full disk
+            self.give_up()
+            raise
         return claim
+
+    def _overtaken(self, place: Path) -> int:
+        """Put a claim of our own in the place of one that was abandoned."""
+        own = place.with_name(f"{place.name}.{self._owner}")
+        fd = os.open(own, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            os.pwrite(fd, self._owner.encode(), 0)
+            own.replace(place)
+        except BaseException:
+            os.close(fd)
+            own.unlink(missing_ok=True)
+            raise
+        return fd
 
     def _abandoned(self, claim: Path) -> bool:
         try:
@@ -188,10 +231,25 @@ class Watch:
         return now - since >= self._stale
 
 
+def _take_over(left: Path, scratch: Path, *, copy: bool) -> None:
+    """Go on with the files of another owner: with a copy, where it may yet write into them."""
+    if not copy:
+        with suppress(OSError):  # another was quicker
+            left.rename(scratch)
+        return
+    try:
+        scratch.mkdir(exist_ok=True)
+        for file in sorted(left.iterdir()):  # what tells how far arrays are (batches.json) first
+            shutil.copyfile(file, scratch / file.name)
+    except OSError:  # what is half copied is of no use
+        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(left, ignore_errors=True)
+
+
 def _has_ended(owner: str) -> bool:
     """Whether a process of this host is gone; False if that cannot be told."""
     host, _, pid = owner.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not pid.isdigit():
+    if host != _here() or not pid.isdigit():
         return False
     try:
         os.kill(int(pid), 0)

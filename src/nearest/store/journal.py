@@ -29,10 +29,12 @@ from nearest.store.records import Digest, Positive
 JOURNAL = "build.json"
 TASKS = "build"
 MACHINE = "machine.json"  # below it: what computes the keys
-_DONE, _BATCHES = "done.json", "batches.json"
+BATCHES = "batches.json"  # in the scratch folder of a task
+_DONE = "done.json"
 _TASK = re.compile(r"(\d{6})\.(suffix|keys|index)(\..+)?")
 _FORMAT = 2
 _SECONDS = 30.0
+_Inode = tuple[int, int]  # of a file, and when that was written
 
 
 class Task(NamedTuple):
@@ -94,11 +96,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Journal:
     """Keeps the stage of a build, on the disk from time to time."""
 
-    def __init__(self, folder: Path, stage: Stage, *, shared: bool = False) -> None:
-        """With `shared`, the stage is another process's, and what is finished is noted at once."""
+    def __init__(self, folder: Path, stage: Stage, began: _Inode | None = None) -> None:
+        """Where it has `began`, it is another process's, and what is finished is noted at once."""
         self.folder = folder
         self.stage = stage
-        self._shared = shared
+        self._began = began
         self._saved = time.monotonic()
         self._done: dict[Task, SegmentRecord] = {}
         self._unsaved: list[Task] = []
@@ -131,7 +133,13 @@ class Journal:
     @classmethod
     def opened(cls, folder: Path) -> "Journal":
         """The journal of a build that another process has begun; raises as `read_stage`."""
-        return cls(folder, read_stage(folder), shared=True)
+        began = _inode(folder)
+        return cls(folder, read_stage(folder), began)
+
+    @property
+    def stands(self) -> bool:
+        """Whether who shares this build with us has neither finished it nor begun another one."""
+        return self._began is None or _inode(self.folder) == self._began
 
     def _forget_others(self) -> None:
         """Take away work on segments whose corpora are to be written anew; check what was done."""
@@ -156,7 +164,7 @@ class Journal:
 
     def save_if_due(self) -> None:
         """Write the stage, if that is due, and not another process's to write."""
-        if self.due and not self._shared:
+        if self.due and self._began is None:
             self.save()
 
     def save(self) -> None:
@@ -193,11 +201,11 @@ class Journal:
     def finish(self, task: Task, record: SegmentRecord) -> None:
         """Note that a task is finished; its files must be in their place."""
         self._done[task] = record
-        if self._shared:
-            self._write(task)
-        else:
+        if self._began is None:
             self._unsaved.append(task)
             self.save_if_due()
+        else:
+            self._write(task)
 
     def _write(self, task: Task) -> None:
         self.make_durable([task.segment])
@@ -251,7 +259,7 @@ class TaskLog:
     """How far the keys of a segment have come; kept with the files that it tells of."""
 
     def __init__(self, journal: Journal, claim: Claim) -> None:
-        self._journal, self._claim, self._file = journal, claim, claim.scratch / _BATCHES
+        self._journal, self._claim, self._file = journal, claim, claim.scratch / BATCHES
         self._saved = time.monotonic()
         try:
             self.batches = int(msgspec.json.decode(self._file.read_bytes(), type=int))
@@ -277,6 +285,15 @@ class TaskLog:
     def suspect(self) -> Position | None:
         """Before which batch another process has ended unasked."""
         return suspect(self._claim.path)
+
+
+def _inode(folder: Path) -> _Inode | None:
+    """What tells a journal from one that has taken its place; None where there is none."""
+    try:
+        status = (folder / JOURNAL).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def read_stage(folder: Path) -> Stage:

@@ -9,14 +9,14 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nearest.errors import FolderError, SettingError
-from nearest.folder import sha256_of, write_atomically
+from nearest.folder import disk_errors_explained, sha256_of, write_atomically
 from nearest.progress import Progress, no_progress
 from nearest.store.manifest import (
     FETCHED,
@@ -81,23 +81,35 @@ def fetched(
     for record in records:
         check_place(folder, record)  # before anything is written where a stranger says
     if not (folder / MANIFEST).exists():
-        blobs = cache / "files"
-        blobs.mkdir(parents=True, exist_ok=True)
-        done = 0
-
-        def fetch(record: FileRecord) -> None:
-            nonlocal done
-            with _errors_of(address):
-                _fetch(system, f"{root}/{record.path}", blobs, record)
-            _link(blobs / record.sha256, folder / record.path)
-            done += 1
-            progress("files", done, len(records))
-
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(fetch, records))
-        (folder / FETCHED).write_text(address + "\n", encoding="utf-8")
-        write_atomically(folder / MANIFEST, data)
+        with disk_errors_explained(cache):
+            _fill(system, root, cache / "files", folder, records, address, progress)
+            (folder / FETCHED).write_text(address + "\n", encoding="utf-8")
+            write_atomically(folder / MANIFEST, data)
     return folder
+
+
+def _fill(
+    system: Any,
+    root: str,
+    blobs: Path,
+    folder: Path,
+    records: Sequence[FileRecord],
+    address: str,
+    progress: Progress,
+) -> None:
+    """The files of a memory into its folder, by way of all that were fetched."""
+    blobs.mkdir(parents=True, exist_ok=True)
+    done = 0
+
+    def fetch(record: FileRecord) -> None:
+        nonlocal done
+        _fetch(system, f"{root}/{record.path}", blobs, record, address)
+        _link(blobs / record.sha256, folder / record.path)
+        done += 1
+        progress("files", done, len(records))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(fetch, records))
 
 
 def upload(folder: Path, address: str, progress: Progress = no_progress, **options: Any) -> str:
@@ -190,7 +202,7 @@ def _errors_of(address: str) -> Iterator[None]:
         ) from error
 
 
-def _fetch(system: Any, path: str, blobs: Path, record: FileRecord) -> None:
+def _fetch(system: Any, path: str, blobs: Path, record: FileRecord, address: str) -> None:
     """A file into the cache, under its checksum, unless it is there."""
     target = blobs / record.sha256
     if target.exists() and target.stat().st_size == record.size:
@@ -199,8 +211,8 @@ def _fetch(system: Any, path: str, blobs: Path, record: FileRecord) -> None:
     partial = Path(name)
     try:
         digest = hashlib.sha256()
-        with os.fdopen(handle, "wb") as file, system.open(path, "rb") as source:
-            while block := source.read(_BLOCK):
+        with os.fdopen(handle, "wb") as file:
+            for block in _blocks(system, path, address):
                 digest.update(block)
                 file.write(block)
             file.flush()
@@ -215,11 +227,28 @@ def _fetch(system: Any, path: str, blobs: Path, record: FileRecord) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _blocks(system: Any, path: str, address: str) -> Iterator[bytes]:
+    """A file elsewhere, piece by piece."""
+    with _errors_of(address):
+        source = system.open(path, "rb")
+    with source:
+        while True:
+            with _errors_of(address):
+                block = source.read(_BLOCK)
+            if not block:
+                return
+            yield block
+
+
 def _link(blob: Path, path: Path) -> None:
-    """The same file under another name; readers refuse symbolic links."""
+    """The same file under another name, whoever else does that; readers refuse symbolic links."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    os.link(blob, path)
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    try:
+        os.link(blob, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # which stays where both are one file already
 
 
 def _put(system: Any, file: Path, path: str, record: FileRecord) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from nearest.build.files import Files, beside_others, by_workers
+from nearest.build.worker import device_of, loadable_name
 from nearest.build.workers import Spec, reached, threads_of
 from nearest.corpus.text import Text
 from nearest.corpus.tokens import Tokens
 from nearest.encode.dtype import DtypeName
 from nearest.encode.fingerprint import weights_hash
-from nearest.encode.identity import model_name
 from nearest.encode.layers import LanguageModel
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained
@@ -44,8 +44,8 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     Attributes:
         model, dtype, device: as in `load_model_and_tokenizer`.
         weights_are: the fingerprint of the model's weights; None where they cannot be read.
-        memories: the folders of the memories, and their snapshots.
-        search_on: as in `Memory.open`.
+        memories: the folders of the memories, their snapshots' checksums, and `search_on` of each
+            as in `Memory.open`.
         settings: of each method in each memory, as they are used; none where the model only reads.
         weights: of the memories, by method.
         passages: what stands before the text, by method; None: nothing.
@@ -57,8 +57,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     dtype: str
     device: str
     weights_are: str | None
-    memories: list[tuple[str, int]]
-    search_on: str
+    memories: list[tuple[str, str, str]]
     settings: dict[str, list[dict[str, Any]]]
     weights: dict[str, list[float]]
     passages: dict[str, dict[str, Any] | None]
@@ -82,7 +81,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
                 f"{self.model} as a worker loads it has other weights than the model that is to be "
                 "evaluated: save that one (save_pretrained) where every worker finds it"
             )
-        memories = [self._memory(Path(path), version) for path, version in self.memories]
+        memories = [_memory(Path(path), *told) for path, *told in self.memories]
         windows = {name: getattr(self, name) for name in ("window", "stride", "batch_size")}
         encoder = encoder_for(model, memories, force=self.force, **windows)
         ensembles = {name: self._ensemble(name, memories) for name in self.passages}
@@ -103,17 +102,21 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
         with disk_errors_explained(folder):
             beside_others(self.watch(token))(_files(folder, count), make)
 
-    def _memory(self, path: Path, version: int) -> Memory:
-        memory = Memory.open(path, self.search_on)
-        if memory.manifest.version != version:
-            raise FolderError(f"{path} was changed while it was evaluated: evaluate it again")
-        return memory
-
     def _ensemble(self, method: str, memories: Sequence[Memory]) -> Ensemble | None:
         if not (each := self.settings[method]):
             return None
         settings = [_settings(values) for values in each]
         return Ensemble.with_settings(memories, method, self.weights[method], settings)
+
+
+def _memory(path: Path, checksum: str, search_on: str) -> Memory:
+    memory = Memory.open(path, search_on)
+    if memory.manifest.checksum != checksum:
+        raise FolderError(
+            f"{path} as a worker opens it is not the snapshot that is evaluated: it was changed "
+            "meanwhile, or that machine has another one there; evaluate it again"
+        )
+    return memory
 
 
 def shared_by_workers(
@@ -147,12 +150,13 @@ def shared_by_workers(
     encoder = scorer.encoder
     used = {name: () if one is None else one.lookups for name, one in ensembles.items()}
     spec = EvaluationSpec(
-        model=_named(model),
+        model=loadable_name(model),
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
+        device=device_of(model, ray),
         weights_are=weights_hash(model),
-        memories=[(str(one.path.resolve()), one.manifest.version) for one in memories],
-        search_on=memories[0].search_on if memories else "cpu",
+        memories=[
+            (str(one.path.resolve()), one.manifest.checksum, one.search_on) for one in memories
+        ],
         settings={name: [_plain(lookup.settings) for lookup in used[name]] for name in used},
         weights={name: [] if one is None else list(one.weights) for name, one in ensembles.items()},
         passages={name: None if one is None else _plain(one) for name, one in passages.items()},
@@ -173,15 +177,6 @@ def shared_by_workers(
         by_workers(folder, spec, workers, ray)(files, _nothing)
         made = [_read_tallies(path, len(ensembles)) for path in files.paths]
     return [Tally.joined(parts) for parts in zip(*made, strict=True)]
-
-
-def _named(model: LanguageModel) -> str:
-    if not (name := model_name(model)):
-        raise ModelError(
-            "workers load the model by its name, and this one is in RAM alone: save it "
-            "(save_pretrained) and load it from there"
-        )
-    return name
 
 
 def _scratch(memories: Sequence[Memory], ray: str | None) -> AbstractContextManager[str]:

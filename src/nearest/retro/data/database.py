@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.build.chunks import index_chunks, store_vectors
-from nearest.build.files import Files, Maker, here
+from nearest.build.files import Files, Maker, by_one, here
 from nearest.corpus.documents import Document
 from nearest.errors import FolderError, SettingError
-from nearest.folder import disk_errors_explained, write_atomically
+from nearest.folder import disk_errors_explained, write_once
 from nearest.index.neighbours import Neighbours
 from nearest.index.vectors import RECALL, VectorIndexRecord
 from nearest.memory import Memory
@@ -189,8 +189,8 @@ class ChunkDatabase:
                 raise SettingError(
                     f"{self.path} holds vectors in {self.cut.dtype}: go on with this --dtype"
                 )
-        missing = self.vectors.missing
-        if there is not None and not len(missing):
+        missing, version = self.vectors.missing, self.version
+        if self._embedded:
             shutil.rmtree(blocks, ignore_errors=True)  # a run may have been killed just before
             return True
         asked = {
@@ -214,14 +214,25 @@ class ChunkDatabase:
             files = blocks_of(paths, mine, len(missing), "embed", progress)
             if not maker(files, make):
                 return False
-            if not all(path.exists() for path in paths):
-                return False
-            arrays = [np.empty((0, embedder.identity.dim), dtype), *map(read_array, paths)]
-            record = EmbedderRecord(**asdict(embedder.identity))
-            store_vectors(self.path, self.version, record, np.concatenate(arrays), dtype)
-            shutil.rmtree(blocks)
+
+            def store() -> None:
+                self._reopen()
+                if not self._embedded:  # by another part
+                    empty = np.empty((0, embedder.identity.dim), dtype)
+                    vectors = np.concatenate([empty, *map(read_array, paths)])
+                    record = EmbedderRecord(**asdict(embedder.identity))
+                    store_vectors(self.path, version, record, vectors, dtype)
+                shutil.rmtree(blocks, ignore_errors=True)
+
+            if all(path.exists() for path in paths):
+                by_one(blocks / "whole", store)
         self._reopen()
-        return True
+        return self._embedded
+
+    @property
+    def _embedded(self) -> bool:
+        """Whether all chunks have vectors."""
+        return self.cut.embedder is not None and not len(self.vectors.missing)
 
     def build_index(self, spec: str = "auto", recall: float = RECALL) -> ChunkIndex:
         """Make the index of the vectors, and keep it with the recall that was measured."""
@@ -311,9 +322,7 @@ def _identity(record: EmbedderRecord) -> EmbedderIdentity:
 
 def _begin(path: Path, asked: Mapping[str, Any], identity: EmbedderIdentity) -> None:
     """Note what blocks are being made with, or refuse another way than they were begun with."""
-    if not path.exists():
-        write_atomically(path, json.dumps(asked, indent=1, sort_keys=True).encode())
-        return
+    write_once(path, json.dumps(asked, indent=1, sort_keys=True).encode())
     begun = read_record(path, FORMAT, "embeddings that were begun")
     identity.check_same(EmbedderIdentity(**begun["embedder"]), str(path.parent.parent))
     if begun != asked:

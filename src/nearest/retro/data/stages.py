@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Int
 
 from nearest.build.chunks import cut_chunks
-from nearest.build.files import Maker, here
+from nearest.build.files import Maker, by_one, here
 from nearest.build.match import check_tokenizer
 from nearest.build.sync import compare_documents
 from nearest.corpus.incoming import Documents
 from nearest.corpus.tokens import Tokenizer
 from nearest.errors import FolderError, SettingError
-from nearest.folder import disk_errors_explained, write_atomically
+from nearest.folder import disk_errors_explained, write_once
 from nearest.index.bm25 import Bm25
 from nearest.index.neighbours import Neighbours, sort_nearest_first
 from nearest.memory import Memory
@@ -241,13 +241,11 @@ def make_table(
     blocks = folder / "blocks"
     with disk_errors_explained(folder):
         blocks.mkdir(parents=True, exist_ok=True)
-        if (blocks / "table.json").exists():
-            if read_record(blocks / "table.json", FORMAT, "a table that was begun") != record:
-                raise FolderError(
-                    f"{folder} was begun with other settings: go on with them, or delete it"
-                )
-        else:
-            write_atomically(blocks / "table.json", json.dumps(record, sort_keys=True).encode())
+        write_once(blocks / "table.json", json.dumps(record, sort_keys=True).encode())
+        if read_record(blocks / "table.json", FORMAT, "a table that was begun") != record:
+            raise FolderError(
+                f"{folder} was begun with other settings: go on with them, or delete it"
+            )
         paths = block_paths(blocks, len(own.chunks))
         mine = part.blocks(len(own.chunks))
         judge = cache(lambda: Judge(own.chunks, searched.chunks, options.filters))
@@ -261,7 +259,9 @@ def make_table(
         files = blocks_of(paths, mine, len(own.chunks), "neighbours", progress)
         if not maker(files, make):
             return None
-        return _joined_table(folder, paths, record, options)
+        if all(path.exists() for path in paths):
+            by_one(blocks / "whole", lambda: _join_blocks(folder, paths, record, options))
+    return NeighbourTable.open(folder) if (folder / "table.json").exists() else None
 
 
 def table_folder(
@@ -323,12 +323,12 @@ def _as_rows(found: Found) -> np.ndarray:
     return rows
 
 
-def _joined_table(
+def _join_blocks(
     folder: Path, paths: list[Path], record: dict[str, Any], options: TableOptions
-) -> NeighbourTable | None:
-    """The table, once every block is there."""
-    if not all(path.exists() for path in paths):
-        return NeighbourTable.open(folder) if (folder / "table.json").exists() else None
+) -> None:
+    """Write the table of all blocks, unless another part has."""
+    if (folder / "table.json").exists():
+        return shutil.rmtree(folder / "blocks", ignore_errors=True)
     nothing = Found(Neighbours.none(0).padded(options.neighbours), np.zeros((0, len(REASONS)), int))
     rows = np.concatenate([_as_rows(nothing), *map(read_array, paths)])
     ids, distances = np.array(rows["ids"]), np.array(rows["distances"])
@@ -339,8 +339,7 @@ def _joined_table(
     }
     table = NeighbourTable(ids, distances, {**record, "counts": counts})
     table.save(folder)
-    shutil.rmtree(folder / "blocks")
-    return NeighbourTable.open(folder)
+    shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def check_table(table: NeighbourTable, searched: Databases, own: ChunkDatabase) -> None:
