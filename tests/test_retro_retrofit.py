@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from transformers.models.t5 import T5ForConditionalGeneration
 
 from nearest.errors import FolderError, ModelError, SettingError
-from nearest.retro import RetrofitForCausalLM, load_retrofit, retrofit
-from retro_models import CHUNK, VOCAB, found, rounding, stir, tokens
+from nearest.retro import RetrofitForCausalLM, RetroForCausalLM, load_retrofit, retrofit
+from retro_models import CHUNK, VOCAB, found, rounding, stir, tiny_config, tokens
 
 KINDS = ("gpt2", "llama")
 NEW = 2 * CHUNK + 1
@@ -269,3 +269,22 @@ def test_drafts_are_taken_back(fitted):
     options = {"max_new_tokens": 20, "eos_token_id": None, "neighbours": found}
     drafted = fitted.generate(prompt, prompt_lookup_num_tokens=CHUNK + 1, **options)
     assert torch.equal(drafted, fitted.generate(prompt, **options))
+
+
+def test_a_base_without_padding_reads_every_token_of_a_neighbour():
+    """GPT-2 has none: its token 0 is a word."""
+    base = make_base("gpt2")
+    base.config.pad_token_id = None
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = retrofit(base, (1, 4), chunk_size=CHUNK)
+    stir(model.adapter)
+    ids = tokens(1, CHUNK + 2)
+    given = tokens(2, 6).reshape(1, 1, 2, 6)
+    word, padding = given.clone(), given.clone()
+    word[..., 2], padding[..., 2] = 0, -1
+    with torch.no_grad():
+        read, hidden = (model(ids, neighbour_ids=n).logits for n in (word, padding))
+    assert not torch.allclose(read, hidden)
+    with pytest.raises(SettingError, match="rows are padded"):
+        RetroForCausalLM(tiny_config(pad_token_id=-1))

@@ -68,6 +68,8 @@ class RetroConfig(PreTrainedConfig):
         masked_score: added to the score of padding; None for half the least number of the dtype.
         chunk_count: neighbours are given for ceil or floor of length / m chunks; those of an
             unfinished chunk are never read.
+        pad_token_id: padding in neighbours, besides −1, which alone is padding where it is −1: of a
+            model that was made without such a token and is fitted.
         shift_labels: labels are shifted here, as in transformers; False: the data set did it.
         ignore_pad_labels: labels equal to pad_token_id do not count, besides −100.
         attention_dropout, residual_dropout, feed_forward_dropout: of attention weights, of what
@@ -217,7 +219,7 @@ class RetroConfig(PreTrainedConfig):
             raise SettingError("gated_norm gates RMS norms: take norm 'rms' or 'rms_clamped'")
         if self.chunk_size < 2:
             raise SettingError(f"chunk_size must be at least 2, got {self.chunk_size}")
-        if not 0 <= self.pad_token_id < self.vocab_size:
+        if not -1 <= self.pad_token_id < self.vocab_size:
             raise SettingError(
                 f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: "
                 "neighbours are padded with it"

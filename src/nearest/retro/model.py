@@ -64,6 +64,8 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: RetroConfig) -> None:
+        if config.pad_token_id < 0:
+            raise SettingError("pad_token_id must be a token of the vocabulary: rows are padded")
         super().__init__(config)
         self.retro_config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.input_dim)

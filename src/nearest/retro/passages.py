@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearest.errors import CorpusError, SettingError
-from nearest.retro.data.dataset import NOT_SCORED, Collate, OrderedDataset, RetroDataset
+from nearest.retro.data.dataset import NOT_SCORED, Collate, OrderedDataset, RetroDataset, digest_of
 
 
 class Passages(Dataset[dict[str, Tensor]]):
@@ -73,6 +73,11 @@ class Passages(Dataset[dict[str, Tensor]]):
         """Passages."""
         return len(self._items)
 
+    @property
+    def digest(self) -> str:
+        """Another one where other documents, or other parts of them, are read."""
+        return digest_of(self.documents, self._begins, self.sizes)
+
     def begin(self, passage: int) -> int:
         """Where a passage begins in its document, in tokens."""
         return int(self._begins[passage])
@@ -88,6 +93,26 @@ class Passages(Dataset[dict[str, Tensor]]):
         if begin:
             read["labels"][: self.window - self.stride] = NOT_SCORED
         return {**read, "document": torch.tensor(int(self.documents[passage]))}
+
+
+def overlapping(dataset: RetroDataset, window: int, stride: int | None = None) -> Passages:
+    """Passages in which every token but a document's first is predicted, as late as can be.
+
+    Args:
+        dataset, window: as of `Passages`.
+        stride: None: half the window.
+
+    Raises:
+        SettingError: the stride is not below the window, or neither are whole chunks.
+    """
+    m = dataset.chunks.size
+    stride = max(window // 2 // m, 1) * m if stride is None else stride
+    if stride >= window:
+        raise SettingError(
+            f"stride {stride} must be below the window, {window}, or the first tokens of passages "
+            f"would not be predicted: take a window of {2 * m} tokens or more, and a smaller stride"
+        )
+    return Passages(dataset, window, stride)
 
 
 @dataclass(frozen=True)

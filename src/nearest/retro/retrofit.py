@@ -1,6 +1,7 @@
 """RETROfit: neighbours for a language model that was trained without (arXiv:2112.04426, §4.2)."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ from typing import Any, cast
 import safetensors.torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
@@ -142,7 +144,8 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
             chunks_seen(mask, layout),
             past_key_values.chunk if isinstance(past_key_values, RetroCache) else None,
         )
-        with self._attending(read):
+        repeated = self.training and self.is_activation_checkpointing and past_key_values is None
+        with self._attending(read), _checkpointed(self._blocks if repeated else []):
             return self.base(input_ids, **inputs)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -227,7 +230,6 @@ def retrofit(
         layers = range(5, depth, 3)
     if not layers:
         raise SettingError(f"a model of {depth} layers has no sixth: name layers, such as [0]")
-    pad = text.pad_token_id
     half = max(dim // 2 // heads, 2) // 2 * 2 * heads
     config = RetroConfig.preset(
         "paper",
@@ -236,7 +238,7 @@ def retrofit(
             "encoder_heads": heads,
             "encoder_attention_dim": half,
             "encoder_ffn_dim": 4 * half,
-            "pad_token_id": 0 if pad is None else pad,
+            "pad_token_id": -1 if text.pad_token_id is None else text.pad_token_id,
             "vocab_size": vocabulary_size(model),
             "bos_token_id": text.bos_token_id,
             "eos_token_id": text.eos_token_id,
@@ -291,6 +293,21 @@ def load_retrofit(
             "model it was trained on, and its settings as they were written"
         ) from error
     return fitted
+
+
+@contextmanager
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Compute blocks a second time for their gradients; transformers does so in training alone."""
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:  # another had put its own there
+                block.forward = forward
 
 
 def _after(layer: nn.Module, read: NeighbourReader) -> Callable[..., Any]:

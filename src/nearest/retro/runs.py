@@ -31,23 +31,44 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
+def make_folder(run: Path) -> None:
+    """Make a run's folder where there is none (FolderError where that cannot be)."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"{run} cannot be made ({error.strerror}): give --out a folder that you may write to"
+        ) from error
+
+
 def begin(run: Path, record: Mapping[str, Any]) -> Path | None:
-    """Make a run's folder, or go on with it; returns the checkpoint to go on from.
+    """Begin a run in its folder, or go on with it; returns the checkpoint to go on from.
 
     Raises:
         FolderError: the folder holds something else, or the disk fails.
         SettingError: it was begun with other settings; all differences are named.
     """
     with disk_errors_explained(run):
-        started = [] if not run.exists() else [p for p in run.iterdir() if p.suffix != ".partial"]
-        if not started:  # but for what a kill at the very start has left
-            run.mkdir(parents=True, exist_ok=True)
+        if all(p.suffix == ".partial" for p in run.iterdir()):  # left by a kill at the very start
             write_atomically(run / _SETTINGS, json.dumps(record, indent=1, sort_keys=True).encode())
             return None
         check_record(run, record)
-        shutil.rmtree(run / PARTIAL, ignore_errors=True)
         whole = checkpoints(run)
         return whole[-1] if whole else None
+
+
+def clear(run: Path, steps: int) -> None:
+    """Remove what an ended process has left half-written, and the model of a run that goes on.
+
+    Args:
+        run: its folder, whose writer's lock is held.
+        steps: that its last checkpoint has, where it has more to make; 0: none, or no more.
+    """
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+    if steps and (run / MODEL).exists():  # the checkpoint holds the same weights
+        (run / PARTIAL).mkdir()
+        (run / MODEL).rename(run / PARTIAL / MODEL)
+        shutil.rmtree(run / PARTIAL, ignore_errors=True)
 
 
 def check_record(run: Path, record: Mapping[str, Any]) -> None:
@@ -106,7 +127,10 @@ class Curve:
     """The lines of `curve.jsonl`: what each step, and each validation, gave."""
 
     def __init__(self, run: Path, step: int) -> None:
-        """Lines after a step, which a kill left without a checkpoint, are taken back."""
+        """Lines after a step, which a kill left without a checkpoint, are taken back.
+
+        Those of step 0, the validation before the first step, too where the step is −1.
+        """
         self._path = run / _CURVE
         kept = [line for line in read_curve(run) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)

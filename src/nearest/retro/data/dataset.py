@@ -1,8 +1,9 @@
 """Documents with the neighbours of their chunks, as training and evaluation read them."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
             raise SettingError(f"continuation must be 0 chunks or more, got {continuation}")
         self.chunks = chunks
         self.database = database
+        self.table = table
         self._ids = table.first(neighbours)
         self.neighbours = neighbours
         self.continuation = continuation
@@ -91,6 +93,11 @@ class RetroDataset(Dataset[dict[str, Tensor]]):
             "labels": torch.from_numpy(tokens.copy()),
             "neighbour_ids": torch.from_numpy(neighbours),
         }
+
+    @property
+    def table_digest(self) -> str:
+        """Another one where chunks have other neighbours, among those that are read."""
+        return digest_of(self._ids)
 
     def ordered(self, seed: int, steps: int) -> "OrderedDataset":
         """Items in a shuffled order that a step's number alone decides: to be read in sequence."""
@@ -201,20 +208,18 @@ def read_subset(path: Path | str, documents: int) -> list[int]:
     return numbers
 
 
+def digest_of(*arrays: np.ndarray) -> str:
+    """The same for the same numbers in the same types; what lies on disk is read in pieces."""
+    found = hashlib.sha256()
+    for array in arrays:
+        for begin in range(0, len(array), 1 << 16):
+            found.update(np.ascontiguousarray(array[begin : begin + (1 << 16)]).data)
+    return found.hexdigest()[:16]
+
+
 def _check_subset(numbers: Int[np.ndarray, " n"], documents: int) -> None:
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < documents):
         raise SettingError(
             f"the subset names documents {numbers.min()} to {numbers.max()}, but there are "
             f"{documents}, numbered from 0: leave the others out"
         )
-
-
-def dataset_of(
-    queries: Any, databases: Sequence[Any], table: Path | str, **options: Any
-) -> RetroDataset:
-    """A data set from memories that `nearest retro` prepared; options as `RetroDataset`'s."""
-    from nearest.retro.data.database import ChunkDatabase
-    from nearest.retro.data.stages import Databases
-
-    own, searched = ChunkDatabase.open(queries), Databases.open(databases)
-    return RetroDataset(own.chunks, searched.chunks, NeighbourTable.open(table), **options)

@@ -37,7 +37,7 @@ class ScoredTokens:
 def collate_of(model: PreTrainedModel, chunk_size: int) -> Collate:
     """Makes batches as a model wants them."""
     config = retro_config(model)
-    return Collate(config.pad_token_id, chunk_size, config.chunk_count)
+    return Collate(max(config.pad_token_id, 0), chunk_size, config.chunk_count)
 
 
 def retro_config(model: PreTrainedModel) -> Any:
@@ -70,12 +70,13 @@ def scored_tokens(
     training = model.training
     model.eval()
     try:
-        done = 0
-        for number in range(share[0], len(batches), share[1]):
+        own = range(share[0], len(batches), share[1])
+        done, total = 0, sum(len(batches[number]) for number in own)
+        for number in own:
             rows = batches[number]
             yield from _scored(model, passages, rows, collate, reading)
             done += len(rows)
-            progress(f"evaluate {reading}", done, len(order) // share[1])
+            progress(f"evaluate {reading}", done, total)
     finally:
         model.train(training)
 
@@ -90,7 +91,7 @@ def _scored(
     batch = collate([passages[int(row)] for row in rows])
     given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     reader: Any = model
-    if reading == ON:
+    if reading == ON and retro_config(model).cca_layers:
         given["neighbour_ids"] = batch["neighbour_ids"].to(model.device)
     elif reading == BASE:
         assert isinstance(model, RetrofitForCausalLM)  # `readings_of` has seen to it
@@ -162,6 +163,10 @@ def check_fit(model: PreTrainedModel, passages: Passages) -> None:
     bounded = isinstance(model, RetrofitForCausalLM) or config.absolute_positions
     if bounded and positions is not None and passages.window > positions:
         raise SettingError(
-            f"passages of {passages.window} tokens exceed the model's {positions} positions: give "
-            f"--max-len {positions // config.chunk_size * config.chunk_size} or less"
+            f"passages of {passages.window} tokens exceed the model's {positions} positions: "
+            + (
+                f"read at most {most} at once (--max-len, --window)"
+                if (most := positions // config.chunk_size * config.chunk_size)
+                else f"it cannot read a chunk of {config.chunk_size}; prepare smaller ones"
+            )
         )

@@ -111,6 +111,7 @@ class Reports(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        state.save_steps = int(args.save_steps)  # a checkpoint has those of the run that wrote it
         self._first = state.global_step
         self._since = time.perf_counter()
 
@@ -152,12 +153,6 @@ class Reports(TrainerCallback):
             for tag, value in tags_of(self.last).items():
                 self._scalars.add_scalar(tag, value, step)
         self._report(self.last)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._scalars is not None:
-            self._scalars.close()
 
 
 def line_of(report: StepReport) -> Mapping[str, Any]:

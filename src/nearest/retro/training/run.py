@@ -1,18 +1,23 @@
 """A training run, from its folder to the model that is left in it."""
 
+import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nearest.encode.fingerprint import model_fingerprint
-from nearest.errors import SettingError, require
+from nearest.errors import FolderError, ModelError, SettingError, require
+from nearest.folder import disk_errors_explained, writer_lock
 from nearest.retro.evaluation.scoring import check_fit, collate_of, mean_loss, retro_config
 from nearest.retro.passages import Course, Passages
 from nearest.retro.retrofit import RetrofitForCausalLM
-from nearest.retro.runs import MODEL, Curve, begin, read_curve, step_of
+from nearest.retro.runs import MODEL, Curve, begin, clear, make_folder, read_curve, step_of
 from nearest.retro.training.reports import Report, Reports, open_tensorboard
 from nearest.retro.training.settings import TrainingSettings
 from nearest.retro.training.trainer import RetroTrainer, processes
@@ -65,9 +70,9 @@ def train(
 
     Raises:
         SettingError: chunks of another size, tokens outside the vocabulary, or a run that was begun
-            with other settings.
+            with other settings, or has made more steps already.
         ModelError: the loss or a gradient is no number any more; says in which documents.
-        FolderError: the folder is something else, or the disk fails.
+        FolderError: the folder is something else, another process writes it, or the disk fails.
     """
     require("accelerate", "train")
     settings = settings or TrainingSettings()
@@ -77,6 +82,7 @@ def train(
             check_fit(model, some)
     if settings.validate_every is not None and validation is None:
         raise SettingError("validate_every is given, but no validation text: give one, or neither")
+    make_folder(run)
     items = settings.max_steps * settings.batch_size * settings.accumulate
     trainer = RetroTrainer(
         model,
@@ -88,41 +94,76 @@ def train(
     )
     first = trainer.args.process_index == 0
     record = _record(model, passages, settings)
-    checkpoint = begin(run, record) if first else None
-    trainer.accelerator.wait_for_everyone()
-    if not first:
-        checkpoint = begin(run, record)
-    resumed = 0 if checkpoint is None else step_of(checkpoint)
-    if resumed >= settings.max_steps and (run / MODEL).exists():
-        load_weights(model, run / MODEL)
-        return _finished(run, model, settings, resumed)
+    with ExitStack() as held:
+        held.enter_context(disk_errors_explained(run))
+        if first:
+            held.enter_context(writer_lock(run))
+        checkpoint = begin(run, record) if first else None
+        trainer.accelerator.wait_for_everyone()
+        if not first:
+            checkpoint = begin(run, record)
+        resumed = 0 if checkpoint is None else step_of(checkpoint)
+        _check_resumed(trainer, resumed)
+        if resumed >= settings.max_steps and (run / MODEL).exists():
+            load_weights(model, run / MODEL)
+            return _finished(run, model, settings, resumed)
+        if first:
+            clear(run, resumed if resumed < settings.max_steps else 0)
 
-    def validate() -> float:
-        assert validation is not None  # for this it is asked
-        args = trainer.args
-        share = (args.process_index, args.world_size)
-        sums: Any = trainer.accelerator.reduce
-        return mean_loss(
-            model,
-            validation,
-            settings.batch_size,
-            share,
-            lambda tensor: sums(tensor.to(args.device), "sum") if share[1] > 1 else tensor,
+        def validate() -> float:
+            assert validation is not None  # for this it is asked
+            return _validation_loss(trainer, model, validation)
+
+        scalars = open_tensorboard(run, resumed) if tensorboard and first else None
+        if scalars is not None:
+            held.callback(scalars.close)
+        curve = Curve(run, -1 if checkpoint is None else resumed) if first else None
+        if validation is not None and checkpoint is None:
+            before = validate()
+            if curve is not None:
+                curve.add({"step": 0, "val_loss": before})
+        reports = Reports(trainer, None if validation is None else validate, report, scalars, curve)
+        trainer.add_callback(reports)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_whole(MODEL)
+    model.eval()
+    return _finished(run, model, settings, resumed)
+
+
+def _check_resumed(trainer: RetroTrainer, resumed: int) -> None:
+    """Refuse a run that is longer than wanted, or that not all processes see."""
+    run, most = trainer.run, trainer.settings.max_steps
+    mine = torch.tensor([resumed], device=trainer.args.device)
+    steps = cast(Tensor, cast(Any, trainer.accelerator).gather(mine))
+    if len(steps.unique()) > 1:
+        raise FolderError(
+            f"the processes find {run} after {steps.tolist()} steps: put --out where all hosts see "
+            "the same files"
+        )
+    if resumed > most:
+        raise SettingError(
+            f"{run} has made {resumed} steps already, more than max_steps {most}: give {resumed} "
+            "or more, or --out a new folder"
         )
 
-    scalars = open_tensorboard(run, resumed) if tensorboard and first else None
-    curve = Curve(run, resumed) if first else None
-    if validation is not None and checkpoint is None:
-        before = validate()
-        if curve is not None:
-            curve.add({"step": 0, "val_loss": before})
-    reports = Reports(trainer, None if validation is None else validate, report, scalars, curve)
-    trainer.add_callback(reports)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_whole(MODEL)
-    model.eval()
-    assert reports.last is not None or resumed == settings.max_steps
-    return _finished(run, model, settings, resumed)
+
+def _validation_loss(trainer: RetroTrainer, model: PreTrainedModel, validation: Passages) -> float:
+    args = trainer.args
+    share = (args.process_index, args.world_size)
+    sums: Any = trainer.accelerator.reduce
+    loss = mean_loss(
+        model,
+        validation,
+        trainer.settings.batch_size,
+        share,
+        lambda tensor: sums(tensor.to(args.device), "sum") if share[1] > 1 else tensor,
+    )
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"the validation loss became {loss} after step {trainer.state.global_step}: begin anew "
+            "in another folder with a lower learning rate"
+        )
+    return loss
 
 
 def _record(
@@ -132,6 +173,8 @@ def _record(
     data = passages.dataset
     step = settings.batch_size * settings.accumulate * processes()
     base = model_fingerprint(model.base) if isinstance(model, RetrofitForCausalLM) else None
+    config = retro_config(model).to_diff_dict()
+    config.pop("transformers_version", None)  # a newer one may go on
     return {
         "settings": {**settings.deciding(), "passages_a_step": step},
         "data": {
@@ -139,14 +182,16 @@ def _record(
             "database": data.database.digest,
             "neighbours": data.neighbours,
             "continuation": data.continuation,
+            "table": data.table_digest,
             "documents": len(data),
             "window": passages.window,
             "stride": passages.stride,
             "passages": len(passages),
+            "read": passages.digest,
         },
         "model": {
             "kind": type(model).__name__,
-            "config": retro_config(model).to_diff_dict(),
+            "config": config,
             "base": base,
         },
     }

@@ -2,21 +2,24 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from nearest.errors import ModelError
+from nearest.errors import FolderError, ModelError, SettingError
 from nearest.retro.data.dataset import NOT_SCORED, Collate
+from nearest.retro.evaluation.scoring import retro_config
 from nearest.retro.loss import next_token_loss
 from nearest.retro.passages import Course, PassageCollate, next_labels
-from nearest.retro.runs import PARTIAL, checkpoints, publish
+from nearest.retro.runs import PARTIAL, checkpoints, publish, step_of
 from nearest.retro.training.settings import Optimizing, TrainingSettings
 from nearest.retro.training.weights import load_weights
 
@@ -44,15 +47,26 @@ def optimizer_of(model: nn.Module, settings: Optimizing) -> AdamW:
 
 
 def arguments_of(settings: TrainingSettings, run: Path, device: torch.device) -> TrainingArguments:
-    """What transformers is told; reports are made elsewhere."""
-    return TrainingArguments(
+    """What transformers is told; reports are made elsewhere.
+
+    Raises:
+        SettingError: the device is not the one that transformers takes, the first it sees.
+    """
+    if device.type == "cuda" and device.index and processes() == 1:
+        raise SettingError(
+            f"a run trains on the first GPU that it sees, not on {device}: choose another by "
+            f"CUDA_VISIBLE_DEVICES={device.index}, or use all of them with torchrun"
+        )
+    made = TrainingArguments(
         output_dir=str(run),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.optimizing.rate,
         max_grad_norm=settings.optimizing.clip,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type="constant_with_warmup"  # its "constant" drops the warm-up
+        if settings.schedule == "constant"
+        else settings.schedule,
         warmup_steps=settings.warmup,
         bf16=settings.bf16,
         activation_checkpointing=settings.checkpointing,
@@ -72,6 +86,9 @@ def arguments_of(settings: TrainingSettings, run: Path, device: torch.device) ->
         ddp_find_unused_parameters=True,
         ddp_backend="gloo" if device.type == "cpu" and processes() > 1 else None,
     )
+    # more would be DataParallel, which has other batches and whose copies share RETROfit's hooks
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 class RetroTrainer(Trainer):
@@ -138,7 +155,10 @@ class RetroTrainer(Trainer):
         Raises:
             ModelError: it is no number.
         """
-        given = {n: v for n, v in inputs.items() if n not in ("labels", "documents")}
+        apart = {"labels", "documents"}
+        if not retro_config(cast(PreTrainedModel, self.model)).cca_layers:
+            apart.add("neighbour_ids")  # the same decoder without retrieval
+        given = {n: v for n, v in inputs.items() if n not in apart}
         self._step_documents += inputs["documents"].tolist()
         logits = model(**given).logits
         loss = next_token_loss(logits, next_labels(inputs["labels"]), num_items_in_batch)
@@ -167,12 +187,14 @@ class RetroTrainer(Trainer):
 
     def _stop(self, what: str, value: float) -> None:
         names = [self.course.passages.name(number) for number in self._step_documents]
-        whole = checkpoints(self.run)
-        last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        step = self.state.global_step
+        # weights that this step could not use are no good ones
+        good = [checkpoint for checkpoint in checkpoints(self.run) if step_of(checkpoint) < step]
+        last = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint is kept"
         raise ModelError(
-            f"{what} became {value} in step {self.state.global_step + 1}, which read the documents "
-            f"{', '.join(names)}; {last}: lower the learning rate, or leave what is wrong with "
-            "those documents out (--subset)"
+            f"{what} became {value} in step {step + 1}, which read the documents "
+            f"{', '.join(names)}; {last}: begin anew in another folder with a lower learning rate, "
+            "or without those documents (--subset)"
         )
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -182,14 +204,30 @@ class RetroTrainer(Trainer):
         """Written aside by all processes, and published by the first when all have."""
         self._writing = True
         try:
-            cast(Any, super())._save_checkpoint(model, trial)
+            with self._failures_explained():
+                cast(Any, super())._save_checkpoint(model, trial)
         finally:
             self._writing = False
         self._publish(f"checkpoint-{self.state.global_step}", self.settings.keep)
 
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """What torch and safetensors say where a disk is full."""
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            of_disk = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+            if isinstance(error, RuntimeError) and not of_disk:
+                raise
+            raise FolderError(
+                f"cannot write to {self.run} ({str(error).splitlines()[0]}): see that the disk has "
+                "room and works, then run again"
+            ) from error
+
     def save_whole(self, name: str) -> None:
         """Save the model and its tokenizer as a folder of the run."""
-        self._save(str(self.run / PARTIAL / name))
+        with self._failures_explained():
+            self._save(str(self.run / PARTIAL / name))
         self._publish(name)
 
     def _publish(self, name: str, keep: int | None = None) -> None:
