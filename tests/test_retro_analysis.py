@@ -14,7 +14,7 @@ from nearest.metrics import bootstrap_interval
 from nearest.pages import overlap as report
 from nearest.retro import NeighbourTable, RetroDataset
 from nearest.retro.analysis.analyse import Analysis, analyse
-from nearest.retro.analysis.overlap import longest_shared, match_lengths, shared_by_chunk
+from nearest.retro.analysis.overlap import longest_shared, match_lengths, matches_read
 from retro_data import M, documents, words
 from retro_training import dataset, fresh_model
 from test_retro_eval import _record
@@ -53,7 +53,7 @@ def test_shared_is_the_longest_common_substring(rng: np.random.Generator) -> Non
     before, own = rng.integers(0, 3, (2, 40, 5))
     own[::3, 3:] = -1  # a document's end
     neighbours = rng.integers(0, 3, (40, 2, 9))
-    lengths, shares = shared_by_chunk(own, before, neighbours)
+    lengths, longest = matches_read(own, before, neighbours), longest_shared(own, neighbours)
     for i in range(40):
         tokens = own[i][own[i] >= 0].tolist()
         best = max(
@@ -62,12 +62,11 @@ def test_shared_is_the_longest_common_substring(rng: np.random.Generator) -> Non
             for b in range(a, len(tokens) + 1)
             if a == b or stands_in(tokens[a:b], neighbours[i])
         )
-        assert shares[i] == pytest.approx(best / len(tokens))
+        assert longest[i] == best
         assert (
             lengths[i].tolist() == brute([*before[i].tolist(), *own[i].tolist()], neighbours[i])[5:]
         )
-    assert longest_shared(np.array([[9, 1, 2]])).tolist() == [2]
-    assert shared_by_chunk(own[:1], before[:1], np.full((1, 2, 9), -1))[1] == 0
+    assert longest_shared(own[:1], np.full((1, 2, 9), -1)) == 0
 
 
 def made() -> Analysis:
@@ -84,6 +83,7 @@ def made() -> Analysis:
         np.array([4, 6, 8, 10]),
         np.array([0, 0, 1, 1]),
         ["a", "b"],
+        10,
     )
 
 
@@ -119,12 +119,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> RetroDataset:
 
 @pytest.fixture(scope="module")
 def table(data: RetroDataset) -> NeighbourTable:
-    return NeighbourTable(data._ids, np.zeros(data._ids.shape, np.float32), _record(data))
+    ids = np.asarray(data.table.ids)
+    return NeighbourTable(ids, np.zeros(ids.shape, np.float32), _record(data))
 
 
 def test_a_text_is_analysed_token_by_token(data: RetroDataset, table: NeighbourTable) -> None:
     model = fresh_model()
     found = analyse(model, data, table, words, readings=("on", "off", "shuffled"), window=16)
+    assert found.compared == 4
     chunks = data.chunks
     after_first = sum(max(len(chunks.document_tokens(d)) - M, 0) for d in range(chunks.documents))
     assert len(found.matches) == len(found.gains) == after_first
@@ -133,9 +135,11 @@ def test_a_text_is_analysed_token_by_token(data: RetroDataset, table: NeighbourT
     for document in range(chunks.documents):
         for chunk in chunks.of_document(document)[1:]:
             own = chunks.rows(np.array([chunk]))
-            neighbours = data.database.rows(data._ids[[chunk - 1]], 1)
-            _, share = shared_by_chunk(own, chunks.rows(np.array([chunk - 1])), neighbours)
-            assert found.shares[row] == share[0]
+            nearest = data.database.rows(table.ids[[chunk]], 1)
+            assert found.shares[row] == longest_shared(own, nearest)[0] / M
+            acting = data.database.rows(table.ids[[chunk - 1], :2], 1)
+            lengths = matches_read(own, chunks.rows(np.array([chunk - 1])), acting)[0]
+            assert found.matches[found.chunks == row].tolist() == lengths[own[0] >= 0].tolist()
             assert found.chunk_bytes[row] == len(words(own[own >= 0].tolist()))
             assert found.chunk_documents[row] == document
             row += 1
@@ -144,6 +148,40 @@ def test_a_text_is_analysed_token_by_token(data: RetroDataset, table: NeighbourT
     assert not np.isnan(found.gains).any()
     with pytest.raises(SettingError, match="name two, such as on,off"):
         analyse(model, data, table, words, readings=("on",))
+
+
+def test_a_chunk_is_in_the_database_whatever_is_read(
+    data: RetroDataset, table: NeighbourTable
+) -> None:
+    """Its copy is its third neighbour; the model reads one. A short chunk is never whole there."""
+    ids = np.tile(np.arange(len(data.chunks))[:, None], 3)
+    ids[:, :2] = -1
+    copies = NeighbourTable(ids, np.zeros(ids.shape, np.float32), _record(data))
+    found = analyse(fresh_model(), data, copies, words, neighbours=1, window=16)
+    sizes = np.bincount(found.chunks)
+    assert sizes.min() < M == sizes.max()
+    np.testing.assert_array_equal(found.shares, sizes / M)
+    assert not found.matches.any()  # of what is read: nothing
+    assert found.leak().whole == (sizes == M).mean()
+
+
+def test_a_document_named_twice_counts_once(data: RetroDataset, table: NeighbourTable) -> None:
+    def of(*documents: int) -> Analysis:
+        some = RetroDataset(data.chunks, data.database, table, subset=documents)
+        return analyse(fresh_model(), some, table, words, window=16)
+
+    once, twice = of(4, 5), of(4, 4, 5)
+    assert twice.by_share() == once.by_share()
+    assert twice.leak() == once.leak()
+
+
+@pytest.mark.parametrize("window", [{"window": M}, {"window": 16, "stride": 16}])
+def test_every_token_is_read_with_what_acts_on_it(
+    data: RetroDataset, table: NeighbourTable, window: dict[str, int]
+) -> None:
+    """Else the first chunk of a passage would count as read with neighbours."""
+    with pytest.raises(SettingError, match="must be below the window"):
+        analyse(fresh_model(), data, table, words, **window)
 
 
 def test_a_text_of_first_chunks_alone_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from nearest.retro import NeighbourTable, RetroDataset, RetrofitForCausalLM, ret
 from nearest.retro.convert import from_norlund
 from nearest.retro.data.chunks import Chunks
 from nearest.retro.evaluation.evaluate import evaluate_retro
-from nearest.retro.evaluation.readings import readings_of
+from nearest.retro.evaluation.readings import others, readings_of
 from nearest.retro.evaluation.scoring import scored_tokens
 from nearest.retro.passages import Passages
 from retro_data import M, documents, words
@@ -81,7 +81,7 @@ def test_each_reading_is_the_brute_force(
         fitted, data, table, names, text="t", decode=words, window=16, stride=8, batch_size=3
     )
     assert [result.reading for result in found] == names
-    shuffled = table.ids[np.random.default_rng(0).permutation(len(table))]
+    shuffled = table.ids[others(data.chunks)]
 
     def rows(ids: np.ndarray, k: int, following: int) -> Any:
         return lambda numbers: torch.from_numpy(data.database.rows(ids[numbers, :k], following))
@@ -110,6 +110,18 @@ def test_each_reading_is_the_brute_force(
             assert (result.delta_low, result.delta_high) == pytest.approx((low, high))
     assert found[0].delta_nll is None
     assert len({result.nll for result in found}) == 5  # off is base, all others differ
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 30, 2], [40, 3], [12], [3], [2, 2]])
+def test_shuffled_neighbours_are_of_another_document(lengths: list[int]) -> None:
+    """Of another chunk where there is one document, and a chunk's own where there is one chunk."""
+    chunks = Chunks.of([[5] * length for length in lengths], 4)
+    ids, order = np.arange(len(chunks)), others(chunks)
+    if len(lengths) > 1:
+        assert (chunks.document_of(order) != chunks.document_of(ids)).all()
+    elif len(ids) > 1:
+        assert (order != ids).all()
+    assert set(order.tolist()) <= set(ids.tolist())
 
 
 def test_off_is_base_bit_for_bit(
@@ -154,7 +166,7 @@ def test_a_table_of_another_corpus_is_refused(
     other = NeighbourTable(table.ids, table.distances, {**table.record, "queries": "0"})
     with pytest.raises(SettingError, match="was made for other queries"):
         evaluate_retro(fitted, data, other, window=16)
-    with pytest.raises(SettingError, match="make the stride smaller"):
+    with pytest.raises(SettingError, match="must be below the window"):
         evaluate_retro(fitted, data, table, window=16, stride=16)
 
 

@@ -33,7 +33,8 @@ def render(analysis: Analysis, model: str, text: str) -> str:
         f"{whole.losses[first]:.3f}",
         lead=escape(_lead(analysis, shares)),
         share_note="Each point is over all chunks of which at most so much stands, in one piece, "
-        "in a neighbour of the chunk before. On the left nothing can have been copied.",
+        f"in one of its {analysis.compared} nearest neighbours. On the left are those that the "
+        "database hardly holds.",
         share_plot=share_plot(analysis),
         match_note=f"How much less {escape(first)} loses than {escape(second)} on a token, by how "
         "many tokens in a row up to it stand in a neighbour. Lines are 95 % intervals.",
@@ -103,7 +104,7 @@ def _leak(analysis: Analysis) -> str:
     leak = analysis.leak()
     return (
         f"Of {leak.chunks:,} chunks, {percent(leak.half, '.2g')} stand at least half, and "
-        f"{percent(leak.whole, '.2g')} whole, in a neighbour of the chunk before. "
+        f"{percent(leak.whole, '.2g')} whole, in one of their nearest neighbours. "
         f"{percent(leak.tokens, '.2g')} of tokens end a run of at least {LEAKED} that was "
         "retrieved word for word. Where these are many, a gain says what was copied; strike "
         "near-duplicates out (--longest-run, --ngram of nearest retro neighbours) and compare."
@@ -131,9 +132,10 @@ def _facts(analysis: Analysis, model: str, text: str) -> Iterator[str]:
         "on, so that none act on a document's first chunk."
     )
     yield (
-        "Shared: the longest run of tokens of a chunk that stands in one neighbour of its "
-        "predecessor or in what follows that neighbour, over the chunk's length "
-        "(arXiv:2112.04426, 2.6). A match that ends at a token may have begun in the chunk before."
+        "Shared: the longest run of tokens of a chunk that stands in one of its own "
+        f"{analysis.compared} nearest neighbours or in the chunk that follows it, over the size of "
+        "chunks (arXiv:2112.04426, 2.6: 10 neighbours). A match is with what the model read: the "
+        "neighbours of the chunk before; it may have begun in that chunk."
     )
     yield (
         "Bits a byte: the losses of all tokens of these chunks over their UTF-8 bytes. Intervals "

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from nearest.errors import SettingError
 from nearest.metrics import Interval, bits_per_byte, bootstrap_interval
 from nearest.progress import Progress, no_progress
-from nearest.retro.analysis.overlap import shared_by_chunk
+from nearest.retro.analysis.overlap import longest_shared, matches_read
 from nearest.retro.data.dataset import RetroDataset
 from nearest.retro.data.table import NeighbourTable
-from nearest.retro.evaluation.readings import dataset_for, readings_of
-from nearest.retro.evaluation.scoring import check_fit, scored_tokens
-from nearest.retro.passages import Passages
+from nearest.retro.evaluation.readings import Reading, dataset_for, readings_of
+from nearest.retro.evaluation.scoring import ON, check_fit, scored_tokens
+from nearest.retro.passages import overlapping
 
 SHARES = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of a chunk, up to which it is shared with a neighbour: where the curve has its points."""
@@ -23,12 +23,13 @@ MATCHES = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), 
 """Lengths of matches, grouped: from, up to."""
 UNSHARED = 0.125  # chunks that share so little can't have been copied (the paper's α = 12.5 %)
 LEAKED = 32  # tokens in a row
+COMPARED = 10  # nearest neighbours of a chunk, each with the chunk after it, as in the paper
 _BLOCK = 1024  # chunks compared at once
 
 
 @dataclass(frozen=True)
 class Point:
-    """Chunks that share at most a part of themselves with a neighbour, or tokens by their match.
+    """Chunks of which at most a part stands in a neighbour, or tokens by their match.
 
     Attributes:
         low, high: the group's bounds; high is None where it has none.
@@ -52,11 +53,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Leak:
-    """How much of a text stands in what was retrieved for it.
+    """How much of a text stands in what it is read with.
 
     Attributes:
         chunks: with a predecessor, whose neighbours could help.
-        half, whole: share of chunks of which at least half, or all, stands in a neighbour.
+        half, whole: share of chunks with r of at least 0.5, or 1.
         tokens: share of tokens that end a match of at least LEAKED tokens.
         documents: the ids with most such tokens, and how many.
     """
@@ -76,9 +77,12 @@ class Analysis:
         readings: names; the gain is the second's loss minus the first's.
         losses: nats of each token, by reading.
         documents, chunks: of each token: its document, and its chunk by the row of `shares`.
-        matches: tokens in a row, each token the last, that stand in a neighbour.
-        shares: r of each chunk; chunk_bytes, chunk_documents: its UTF-8 bytes, and document.
+        matches: tokens in a row, each token the last, that stand in a neighbour which was read.
+        shares: r of each chunk, s/m: its longest run of tokens, s, that stands in one of its own
+            nearest neighbours or the chunk after it, over the size of chunks (arXiv:2112.04426,
+            2.6); chunk_bytes, chunk_documents: its UTF-8 bytes, and document.
         names: of documents.
+        compared: neighbours for r: COMPARED, or as many as the table stores.
     """
 
     readings: tuple[str, ...]
@@ -90,6 +94,7 @@ class Analysis:
     chunk_bytes: Int[np.ndarray, " chunks"]
     chunk_documents: Int[np.ndarray, " chunks"]
     names: Sequence[str]
+    compared: int
 
     @property
     def gains(self) -> Float[np.ndarray, " tokens"]:
@@ -189,15 +194,17 @@ def analyse(
     batch_size: int = 8,
     progress: Progress = no_progress,
 ) -> Analysis:
-    """Read a text in several ways, and compare each chunk to what its predecessor retrieved.
+    """Read a text in several ways, and compare it to its neighbours.
 
-    Chunks are those with a predecessor: no neighbour acts on a document's first chunk. Bytes of a
-    chunk are those of its decoded tokens.
+    Of each chunk, r says how much of it the database holds, whatever the model read: it is of the
+    chunk's own neighbours. A token's match is with what the model read: the neighbours of the chunk
+    before. Chunks are those with a predecessor: no neighbour acts on a document's first chunk.
+    Bytes of a chunk are those of its decoded tokens.
 
     Args:
         model, data, table, decode: as in `evaluate_retro`.
         readings: two or more; the gain is of the first over the second.
-        neighbours, continuation: read by the model, and compared.
+        neighbours, continuation: of the readings whose names do not say.
         window, stride, batch_size, progress: as in `evaluate_retro`.
 
     Raises:
@@ -208,7 +215,12 @@ def analyse(
     if len(wanted) < 2:
         raise SettingError("the gain is of one reading over another: name two, such as on,off")
     chunks = data.chunks
-    shared = _shared(data, table.first(neighbours), continuation)
+    numbers = np.unique(data.documents)  # a subset may name one twice
+    data = RetroDataset(chunks, data.database, table, neighbours=1, subset=numbers.tolist())
+    widest = max(wanted, key=lambda reading: (reading.neighbours, reading.continuation))
+    if not widest.neighbours:
+        widest = Reading(ON, neighbours, continuation)
+    shared = _shared(data, table, widest.neighbours, widest.continuation)
     if not len(shared.ids):
         raise SettingError(
             "no document of the text has a second chunk, on which neighbours could act: give "
@@ -219,9 +231,7 @@ def analyse(
     losses = {}
     for reading in wanted:
         read = dataset_for(reading, data, table, None)
-        passages = Passages(
-            read, window, stride or max(window // 2 // chunks.size, 1) * chunks.size
-        )
+        passages = overlapping(read, window, stride)
         check_fit(model, passages)
         flat = np.full(int(offsets[-1]), np.nan)
         for some in scored_tokens(
@@ -247,6 +257,7 @@ def analyse(
         np.array(sizes, dtype=np.int64),
         chunks.document_of(shared.ids),
         [chunks.name(i) for i in range(chunks.documents)],
+        min(COMPARED, table.saved),
     )
 
 
@@ -257,8 +268,11 @@ class _Shared:
     shares: Float[np.ndarray, " chunks"]
 
 
-def _shared(data: RetroDataset, neighbours: Int[np.ndarray, "all k"], continuation: int) -> _Shared:
+def _shared(
+    data: RetroDataset, table: NeighbourTable, neighbours: int, continuation: int
+) -> _Shared:
     """Of all chunks with a predecessor in the documents that are read."""
+    read, nearest = table.first(neighbours), table.first(min(COMPARED, table.saved))
     chunks = data.chunks
     ids = np.concatenate(
         [np.arange(chunks.first[d] + 1, chunks.first[d + 1]) for d in data.documents]
@@ -268,8 +282,8 @@ def _shared(data: RetroDataset, neighbours: Int[np.ndarray, "all k"], continuati
     shares = np.zeros(len(ids))
     for begin in range(0, len(ids), _BLOCK):
         some = ids[begin : begin + _BLOCK]
-        found = data.database.rows(neighbours[some - 1], continuation)
-        matches[begin : begin + _BLOCK], shares[begin : begin + _BLOCK] = shared_by_chunk(
-            chunks.rows(some), chunks.rows(some - 1), found
-        )
+        own, block = chunks.rows(some), slice(begin, begin + _BLOCK)
+        acting = data.database.rows(read[some - 1], continuation)
+        matches[block] = matches_read(own, chunks.rows(some - 1), acting)
+        shares[block] = longest_shared(own, data.database.rows(nearest[some], 1)) / chunks.size
     return _Shared(ids, matches, shares)

@@ -1,7 +1,7 @@
 """What chunks share with their neighbours, token by token."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 _ELSE = -2  # equal to no token and to no padding
 
@@ -31,30 +31,23 @@ def match_lengths(
 
 
 def longest_shared(
-    lengths: Int[np.ndarray, "chunks n"],
+    tokens: Int[np.ndarray, "chunks m"], neighbours: Int[np.ndarray, "chunks k length"]
 ) -> Int[np.ndarray, " chunks"]:
-    """The longest common substring of each chunk and its neighbours, from `match_lengths`.
-
-    Matches that began before the chunk's first token count from there.
-    """
-    within = np.minimum(lengths, np.arange(1, lengths.shape[1] + 1))
-    longest: np.ndarray = within.max(1, initial=0)
+    """The longest common substring of each chunk and one of its neighbours, in tokens."""
+    longest: np.ndarray = match_lengths(tokens, neighbours).max(1, initial=0)
     return longest
 
 
-def shared_by_chunk(
+def matches_read(
     own: Int[np.ndarray, "chunks m"],
     before: Int[np.ndarray, "chunks m"],
     neighbours: Int[np.ndarray, "chunks k length"],
-) -> tuple[Int[np.ndarray, "chunks m"], Float[np.ndarray, " chunks"]]:
-    """Matches that end at each token, and the share r of each chunk that its longest one takes.
+) -> Int[np.ndarray, "chunks m"]:
+    """Matches that end at each token of a chunk, and may begin in the chunk before.
 
     Args:
         own: a chunk's tokens, negative past its document's end.
-        before: those of the chunk before it, in which a match may begin.
-        neighbours: retrieved for the chunk before, with their continuations.
+        before: those of the chunk before it.
+        neighbours: retrieved for the chunk before, with their continuations: these act on it.
     """
-    m = own.shape[1]
-    lengths = match_lengths(np.concatenate([before, own], axis=1), neighbours)[:, m:]
-    size = np.maximum((own >= 0).sum(1), 1)
-    return lengths, longest_shared(lengths) / size
+    return match_lengths(np.concatenate([before, own], axis=1), neighbours)[:, own.shape[1] :]

@@ -17,7 +17,7 @@ from nearest.retro.data.dataset import RetroDataset
 from nearest.retro.data.table import NeighbourTable
 from nearest.retro.evaluation.readings import Reading, dataset_for, readings_of
 from nearest.retro.evaluation.scoring import by_document, check_fit, scored_tokens
-from nearest.retro.passages import Passages
+from nearest.retro.passages import Passages, overlapping
 
 Decode = Callable[[list[int]], str]
 
@@ -135,11 +135,10 @@ def evaluate_retro(
         SettingError: a reading, the windows or the model do not fit.
     """
     wanted = readings_of(readings, model, table, neighbours, continuation)
-    stride = window if first_only else stride or _half(window, data.chunks.size)
-    if stride == window and not first_only:
+    if first_only and stride is not None:
         raise SettingError(
-            f"with stride {stride} = window, first tokens of passages would not be predicted: make "
-            "the stride smaller"
+            f"stride {stride} has no effect where the first {window} tokens of a document are read "
+            "alone: leave it out"
         )
     results: list[RetroResult] = []
     sizes = None
@@ -147,7 +146,7 @@ def evaluate_retro(
         read = dataset_for(reading, data, table, window if first_only else None)
         if decode is not None and sizes is None:
             sizes = Sizes.of(read, decode)
-        passages = Passages(read, window, stride)
+        passages = Passages(read, window) if first_only else overlapping(read, window, stride)
         check_fit(model, passages)
         began = time.perf_counter()
         scored = scored_tokens(
@@ -158,10 +157,6 @@ def evaluate_retro(
         first = results[0].document_nll if results else None
         results.append(_result(text, reading, nll, tokens, sizes, first, seconds))
     return results
-
-
-def _half(window: int, chunk: int) -> int:
-    return max(window // 2 // chunk, 1) * chunk
 
 
 def _result(

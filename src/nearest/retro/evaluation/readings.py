@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedModel
 
 from nearest.errors import SettingError
+from nearest.retro.data.chunks import Chunks
 from nearest.retro.data.dataset import RetroDataset
 from nearest.retro.data.table import NeighbourTable
 from nearest.retro.evaluation.scoring import BASE, OFF, ON
@@ -22,7 +24,8 @@ class Reading:
 
     Attributes:
         name: "on"; "off": the same weights without neighbours; "base": what a RETROfit was made
-            of; "shuffled": each chunk has the neighbours of another, drawn at random;
+            of; "shuffled": each chunk has the neighbours of another, drawn at random among those
+            of other documents;
             "no-continuation": neighbours without what follows them; "k=3": the 3 nearest.
         neighbours, continuation: read of each chunk; 0 where retrieval is off.
     """
@@ -36,12 +39,26 @@ class Reading:
         """ON, OFF or BASE."""
         return self.name if self.name in (OFF, BASE) else ON
 
-    def table(self, table: NeighbourTable) -> NeighbourTable:
-        """The neighbours that are read."""
+    def table(self, table: NeighbourTable, chunks: Chunks) -> NeighbourTable:
+        """The neighbours that are read of a text's chunks."""
         if self.name != SHUFFLED:
             return table
-        order = np.random.default_rng(_SEED).permutation(len(table))
+        order = others(chunks)
         return replace(table, ids=table.ids[order], distances=table.distances[order])
+
+
+def others(chunks: Chunks) -> Int[np.ndarray, " chunks"]:
+    """For each chunk one of another document; of a single document, another of its chunks."""
+    random, ids, first = np.random.default_rng(_SEED), np.arange(len(chunks)), chunks.first
+    if (np.diff(first) > 0).sum() < 2:  # every chunk counts as a document
+        first = np.arange(len(ids) + 1)
+    order, own = random.permutation(len(ids)), np.searchsorted(first, ids, side="right") - 1
+    same = np.flatnonzero(own[order] == own)
+    if len(ids) > 1 and len(same):
+        begins, ends = first[own[same]], first[own[same] + 1]
+        drawn = random.integers(len(ids) - (ends - begins))
+        order[same] = np.where(drawn < begins, drawn, drawn + ends - begins)
+    return order
 
 
 def readings_of(
@@ -98,7 +115,7 @@ def dataset_for(
     return RetroDataset(
         data.chunks,
         data.database,
-        reading.table(table),
+        reading.table(table, data.chunks),
         neighbours=max(reading.neighbours, 1),
         continuation=reading.continuation,
         max_len=max_len,
