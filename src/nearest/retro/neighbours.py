@@ -22,15 +22,15 @@ class NeighbourCache:
     Args:
         retrieve: (chunks, m) token ids → (chunks, neighbours, length) token ids.
         size: chunks remembered.
-        version: a number of what is searched; when it changes, everything is forgotten. By default
-            the callable's own `version`, where it has one.
+        version: of what is searched; when it changes, everything is forgotten. By default the
+            callable's own `version`, where it has one.
     """
 
     def __init__(
         self,
         retrieve: Retrieve,
         size: int = 4096,
-        version: Callable[[], int] | None = None,
+        version: Callable[[], Any] | None = None,
     ) -> None:
         if size < 1:
             raise SettingError(f"size must be at least 1, got {size}")
@@ -41,21 +41,23 @@ class NeighbourCache:
         self._known: OrderedDict[tuple[int, ...], tuple[Tensor, Any]] = OrderedDict()
         self._version = self.version()
 
+    def refresh(self) -> None:
+        """Let the callable follow changes of what it searches, where it can; see its `refresh`."""
+        refresh(self.retrieve)
+
     def __call__(self, chunks: Int[Tensor, "n m"]) -> Int[Tensor, "n neighbours length"]:
         """Neighbours of these chunks; only new chunks are asked for."""
-        if self._version != self.version():
-            self._known.clear()
-            self._version = self.version()
+        self._forget()
         keys = [tuple(chunk) for chunk in chunks.tolist()]
         found = {key: self._known[key] for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in found]
         if new:
-            answers = self.retrieve(chunks[new])
-            if len(answers) != len(new):
-                raise SettingError(f"{len(new)} chunks got neighbours for {len(answers)}: one each")
-            sources = getattr(self.retrieve, "sources", None) or [None] * len(new)
-            pairs = zip(answers, sources, strict=True)
-            found.update(zip((keys[i] for i in new), pairs, strict=True))
+            answers = self._ask(chunks[new])
+            if self._forget() and found:  # this answer tells of another version than the others
+                found, new = {}, list(range(len(keys)))
+                answers = self._ask(chunks)
+                self._forget()
+            found.update(zip((keys[i] for i in new), answers, strict=True))
         for key in keys:
             self._known[key] = found[key]
             self._known.move_to_end(key)
@@ -64,6 +66,22 @@ class NeighbourCache:
         told = [found[key][1] for key in keys]
         self.sources = None if None in told else told
         return torch.stack([found[key][0] for key in keys])
+
+    def _forget(self) -> bool:
+        """Drop what another version gave; whether there is another one."""
+        version = self.version()
+        if version == self._version:
+            return False
+        self._known.clear()
+        self._version = version
+        return True
+
+    def _ask(self, chunks: Int[Tensor, "n m"]) -> list[tuple[Tensor, Any]]:
+        answers = self.retrieve(chunks)
+        if len(answers) != len(chunks):
+            raise SettingError(f"{len(chunks)} chunks got neighbours for {len(answers)}: one each")
+        sources = getattr(self.retrieve, "sources", None) or [None] * len(chunks)
+        return list(zip(answers, sources, strict=True))
 
 
 class FixedNeighbours:
@@ -113,6 +131,13 @@ class AskedNeighbours:
                 typed = self.ask(f"{text}\nneighbour {number} of {self.count}: ")
                 answers.append(encode(typed, self.tokenizer, self.length))
         return torch.stack(answers).unflatten(0, (len(chunks), self.count))
+
+
+def refresh(retrieve: Retrieve | None) -> None:
+    """Before another text: what searches a memory that others write looks at it anew."""
+    follow = getattr(retrieve, "refresh", None)
+    if follow is not None:
+        follow()
 
 
 def encode(text: str, tokenizer: Any, length: int) -> Int[Tensor, " length"]:

@@ -102,6 +102,19 @@ def router(chunks: MemoryNeighbours) -> APIRouter:
             "positions": np.array([[one.position for one in row] for row in sources], np.int64),
         }
 
+    @routes.get("/search/chunks")
+    async def described() -> dict[str, Any]:
+        async with one_at_a_time:
+            chunks, snapshot = await in_thread(newest.get)
+        first = chunks.databases[0]
+        models = [database.memory.manifest.model for database in chunks.databases]
+        return {
+            "version": snapshot,
+            "chunk_size": chunks.chunk_size,
+            "start": first.cut.start,
+            "tokenizers": [[model.reads_sources, model.tokenizer_fingerprint] for model in models],
+        }
+
     @routes.post("/search/chunks/npy", include_in_schema=False)
     async def binary(
         request: Request, k: Neighbours = 2, continuation: Continuation = 1

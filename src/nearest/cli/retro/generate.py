@@ -45,6 +45,15 @@ class NeighbourOrigin:
     method: Annotated[
         Literal["dense", "bm25", "rerank", "fusion"], typer.Option(help="How they are found.")
     ] = "dense"
+    start_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--start-token/--no-start-token",
+            help="Begin prompts with BOS or CLS, as documents that were cut so.  [default: as the "
+            "database or the service has it]",
+            show_default=False,
+        ),
+    ] = None
     neighbours: Annotated[int, typer.Option(min=1, help="Neighbours of each chunk.")] = 2
     continuations: Annotated[int, typer.Option(min=0, help="Chunks after each neighbour.")] = 1
     cache_size: Annotated[int, typer.Option(min=1, help="Chunks whose neighbours are kept.")] = 4096
@@ -66,13 +75,17 @@ class NeighbourOrigin:
         if sum(named.values()) > 1:
             both = " and ".join(name for name, is_given in named.items() if is_given)
             raise NearestError(f"{both} are given: neighbours come from one of them")
+        if self.method != "dense" and self.database is None:
+            raise NearestError(
+                f"--method {self.method} is of a --database: a service has its own (nearest serve)"
+            )
         length = chunk_size * (1 + self.continuations)
         if self.neighbours_file is not None:
             return FixedNeighbours.from_file(self.neighbours_file, tokenizer, length)
         if self.ask:
             return AskedNeighbours(tokenizer, self.neighbours, length, _typed)
         if self.service:
-            return NeighbourCache(self._of_service(), self.cache_size)
+            return NeighbourCache(self._of_service(tokenizer), self.cache_size)
         if self.database is not None:
             return NeighbourCache(self._of_databases(tokenizer), self.cache_size)
         return None
@@ -94,13 +107,14 @@ class NeighbourOrigin:
             method=self.method,
         )
 
-    def _of_service(self) -> Any:
+    def _of_service(self, tokenizer: Any) -> Any:
         from nearest.remote.neighbours import RemoteNeighbours
 
         return RemoteNeighbours(
             [part for name in self.service or () for part in with_commas(name)],
             neighbours=self.neighbours,
             continuation=self.continuations,
+            tokenizer=tokenizer,
             api_key=os.environ.get("NEAREST_API_KEY"),
         )
 
@@ -110,10 +124,23 @@ class NeighbourOrigin:
         names = [part for name in self.database or () for part in with_commas(name)]
         return [ChunkDatabase.open(name) for name in names]
 
-    def start(self) -> int | None:
-        """The token that the databases' documents begin with, if any."""
-        tokens = [database.cut.start for database in self._opened()]
-        return tokens[0] if tokens else None
+    def start(self, tokenizer: Any, retrieve: Any) -> int | None:
+        """The token that documents begin with, if any, in what is searched or as it is said here.
+
+        Raises:
+            NearestError: the tokenizer has none, or the service does not answer.
+        """
+        from nearest.retro.data.opening import start_of
+
+        if self.start_token is None:
+            if self.service:
+                start: int | None = retrieve.retrieve.refresh()
+                return start
+            if self.database is not None:
+                return self._opened()[0].cut.start
+        elif self.start_token:
+            return start_of(tokenizer)
+        return None
 
 
 def generate(
@@ -158,7 +185,7 @@ def generate(
             "--ask",
             soft_wrap=True,
         )
-    start = origin.start()
+    start = origin.start(tokenizer, retrieve)
     tell = _shown if show and not as_json else _untold
 
     def answer(text: str) -> "Written":

@@ -44,11 +44,16 @@ class Passages(NamedTuple):
     sources: list[list[PassageSource]]
 
 
+def _versions(databases: Sequence[ChunkDatabase]) -> tuple[int, ...]:
+    return tuple(database.memory.manifest.version for database in databases)
+
+
 class MemoryNeighbours:
     """What `generate` takes as `neighbours`: (n, m) token ids → (n, neighbours, length).
 
     A neighbour is a chunk and the chunks that follow it in its document, never past its end; −1
-    pads. The last answer's places are in `sources`, a list for each chunk that was asked for.
+    pads. The last answer's places are in `sources`, a list for each chunk that was asked for. The
+    chunks are those of the snapshots that were opened, or looked at by `refresh`.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class MemoryNeighbours:
         if method not in METHODS:
             raise SettingError(f"method {method!r} is unknown: choose {', '.join(METHODS)}")
         self._searched = Databases.open(databases)
+        self.version = _versions(self.databases)
         first = self._searched.databases[0]
         if method == "bm25":
             embedder = None
@@ -121,6 +127,17 @@ class MemoryNeighbours:
             continuation=self.continuation,
             method=self._method,
         )
+
+    def refresh(self) -> None:
+        """Search the newest snapshots of the memories from now on; `version` tells of them.
+
+        Raises:
+            FolderError: a memory is gone, or has chunks without vectors or index.
+        """
+        memories = [database.memory.refresh() for database in self.databases]
+        if tuple(memory.manifest.version for memory in memories) != self.version:
+            newest = self.among([ChunkDatabase(memory) for memory in memories])
+            self._searched, self.version = newest._searched, newest.version
 
     @property
     def chunk_size(self) -> int:

@@ -120,9 +120,14 @@ def query_database(
     return made
 
 
-def _ends(tokenizer: Any, start: bool, end: bool) -> Ends:
+def start_of(tokenizer: Any) -> int:
+    """The token that documents begin with where they have one (SettingError without such)."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-    last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if start and first is None:
+    if first is None:
         raise SettingError("the tokenizer has no BOS or [CLS] token to begin documents with")
-    return Ends(first if start else None, last if end else None)
+    return int(first)
+
+
+def _ends(tokenizer: Any, start: bool, end: bool) -> Ends:
+    last = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return Ends(start_of(tokenizer) if start else None, last if end else None)
