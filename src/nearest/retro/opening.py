@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nearest.encode.dtype import DtypeName, chosen_device, chosen_dtype
@@ -54,7 +55,7 @@ def open_retro(
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FolderError(
             f"{path} holds no RETRO model ({error}): give a folder that `nearest retro train`, "
             "`fit` or `convert` made"
@@ -66,7 +67,7 @@ def open_retro(
         )
     try:
         loaded: Any = RetroForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FolderError(f"{folder} cannot be loaded ({reason}): copy it anew") from error
     opened, loading = loaded

@@ -20,9 +20,10 @@ from nearest.cli.retro.reading import (
     Windows,
     check_tokenizers,
     dataset_of_text,
+    decoder_of,
     opened_texts,
 )
-from nearest.errors import NearestError
+from nearest.errors import ModelError, NearestError
 
 if TYPE_CHECKING:
     from nearest.retro.evaluation.evaluate import RetroResult
@@ -50,7 +51,6 @@ def evaluate(
 ) -> None:
     """Perplexity of texts with their neighbours, without, and with fewer or wrong ones."""
     quiet_libraries()
-    from nearest.retro.data.opening import decoder
     from nearest.retro.evaluation.evaluate import evaluate_retro
 
     opened = opened_texts(database, more, texts, queries)
@@ -65,7 +65,7 @@ def evaluate(
                 text.table,
                 with_commas(readings),
                 text=text.name,
-                decode=None if tokenizer is None else decoder(tokenizer),
+                decode=decoder_of(tokenizer, text),
                 first_only=as_code == "norlund",
                 progress=progress,
                 **windows.options(),
@@ -95,7 +95,6 @@ def analyse(
     quiet_libraries()
     from nearest.pages.overlap import check_folder, chunk_row, token_row, write_report
     from nearest.retro.analysis.analyse import analyse as analyse_text
-    from nearest.retro.data.opening import decoder, tokenizer_of
 
     check_folder(out_path)
     opened = opened_texts(database, more, texts, queries)
@@ -104,12 +103,18 @@ def analyse(
     (text,) = opened
     loaded, tokenizer = opening.load(model)
     check_tokenizers(tokenizer, text)
+    decode = decoder_of(tokenizer, text)
+    if decode is None:
+        raise ModelError(
+            f"neither {model} nor {text.own.path} has its tokenizer, without which no bytes are "
+            "counted: save one into the model's folder"
+        )
     with reports.live_progress(err) as progress:
         found = analyse_text(
             loaded,
             dataset_of_text(text, subset),
             text.table,
-            decoder(tokenizer or tokenizer_of(text.own)),
+            decode,
             readings=with_commas(readings),
             progress=progress,
             **windows.options(),

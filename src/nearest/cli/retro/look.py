@@ -88,7 +88,7 @@ def verify(
     checked = [*searched.databases, *([] if own is None else [own])]
     problems = [f"{d.path}: {problem}" for d in checked for problem in d.problems()]
     folder = table or (own or searched.databases[0]).path / "neighbours"
-    if not problems and folder.exists():
+    if not problems and (table is not None or folder.exists()):
         stored, options = stored_table(own or searched.databases[0], table)
         wrong = differing_rows(stored, searched.databases, own, options, sample)
         if wrong:

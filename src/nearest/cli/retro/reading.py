@@ -83,13 +83,20 @@ def opened_texts(
     database: Path, more: More, tables: list[str] | None, queries: str | None = None
 ) -> "list[NeighbouredText]":
     """The texts of these tables, or of the database's own."""
+    named = [Path(part) for name in tables or () for part in with_commas(name)]
+    if not named:
+        return [opened_text(database, more, None, queries)]
+    return [opened_text(database, more, table, queries) for table in named]
+
+
+def opened_text(
+    database: Path, more: More, table: Path | None, queries: str | None = None
+) -> "NeighbouredText":
+    """The text of a table, or of the database's own."""
     from nearest.retro.opening import open_text
 
     databases = [str(database), *(part for name in more or () for part in with_commas(name))]
-    named = [part for name in tables or () for part in with_commas(name)]
-    if not named:
-        return [open_text(databases, None, queries)]
-    return [open_text(databases, table, queries) for table in named]
+    return open_text(databases, table, queries)
 
 
 def dataset_of_text(text: "NeighbouredText", subset: Path | None, **options: Any) -> Any:
@@ -101,11 +108,23 @@ def dataset_of_text(text: "NeighbouredText", subset: Path | None, **options: Any
 
 
 def check_tokenizers(tokenizer: Any, text: "NeighbouredText") -> None:
-    """Refuse a text of another vocabulary; say where that cannot be known."""
+    """Refuse a text of another vocabulary; say where that cannot be known.
+
+    Args:
+        tokenizer: the model's; None where it was saved without one.
+        text: to be read.
+    """
     from nearest.errors import ModelError, SettingError
     from nearest.retro.data.opening import tokenizer_of
     from nearest.retro.opening import check_vocabulary
 
+    if tokenizer is None:
+        err.print(
+            "[yellow]note:[/] the model was saved without its tokenizer: that the text was cut "
+            "with the same one cannot be checked",
+            soft_wrap=True,
+        )
+        return
     for database in {id(d): d for d in (text.own, *text.searched.databases)}.values():
         try:
             tokenizer_of(database)
@@ -117,3 +136,14 @@ def check_tokenizers(tokenizer: Any, text: "NeighbouredText") -> None:
             )
             continue
         check_vocabulary(tokenizer, database)
+
+
+def decoder_of(tokenizer: Any, text: "NeighbouredText") -> Any:
+    """Token ids → text, by the model's tokenizer or the text's own; None where neither is there."""
+    from nearest.errors import ModelError, SettingError
+    from nearest.retro.data.opening import decoder, tokenizer_of
+
+    try:
+        return decoder(tokenizer or tokenizer_of(text.own))
+    except (ModelError, SettingError):
+        return None

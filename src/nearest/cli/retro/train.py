@@ -16,7 +16,7 @@ from nearest.cli.retro.reading import (
     Subset,
     check_tokenizers,
     dataset_of_text,
-    opened_texts,
+    opened_text,
 )
 from nearest.errors import NearestError, SettingError
 
@@ -47,7 +47,7 @@ class Corpus:
     more: More = None
     queries: Queries = None
     validation: Annotated[
-        str | None, typer.Option(help="Table of a validation text's neighbours.")
+        Path | None, typer.Option(help="Table of a validation text's neighbours.")
     ] = None
     neighbours: Annotated[int, typer.Option(help="Neighbours read of each chunk.")] = 2
     continuations: Annotated[
@@ -65,11 +65,10 @@ class Corpus:
 
     def texts(self, database: Path) -> "tuple[NeighbouredText, NeighbouredText | None]":
         """The text to learn from, and the one to validate with."""
-        named = None if self.table is None else [str(self.table)]
-        (text,) = opened_texts(database, self.more, named, self.queries)
+        text = opened_text(database, self.more, self.table, self.queries)
         if self.validation is None:
             return text, None
-        return text, opened_texts(database, self.more, [self.validation])[0]
+        return text, opened_text(database, self.more, self.validation)
 
     def passages(
         self,
@@ -81,7 +80,9 @@ class Corpus:
         from nearest.retro.passages import Passages
 
         chunk = texts[0].own.chunks.size
-        window = self.max_len or max(min(1024, positions or 1024) // chunk, 1) * chunk
+        window = max(min(1024, positions or 1024) // chunk, 1) * chunk
+        if self.max_len is not None:
+            window = self.max_len
 
         def read(text: "NeighbouredText", subset: Path | None) -> Passages:
             data = dataset_of_text(
@@ -186,6 +187,7 @@ def train(
     settings = training.settings()
     texts = corpus.texts(database)
     own = tokenizer_of(texts[0].own, tokenizer)
+    _check_tokenizers(own, texts)
     of_data = {"chunk_size": texts[0].own.chunks.size, **vocabulary_of(own)}
     config = RetroConfig.preset(preset, **{**of_data, **settings_given(changes)})
     positions = config.max_position_embeddings if config.absolute_positions else None
@@ -224,9 +226,7 @@ def fit(
     settings = training.settings()
     texts = corpus.texts(database)
     base, tokenizer = load_model_and_tokenizer(model, "float32", device)
-    for some in texts:
-        if some is not None:
-            check_tokenizers(tokenizer, some)
+    _check_tokenizers(tokenizer, texts)
     given = {"chunk_size": texts[0].own.chunks.size, **settings_given(changes)}
     torch.manual_seed(settings.seed)
     fitted = retrofit(base, _layers(layers), **given)
@@ -234,6 +234,14 @@ def fit(
     # on a passage of no more than a chunk no neighbour could act
     passages = corpus.passages(texts, positions, least=given["chunk_size"] + 1)
     _run(fitted, tokenizer, passages, run, settings, watching, as_json)
+
+
+def _check_tokenizers(
+    tokenizer: Any, texts: "tuple[NeighbouredText, NeighbouredText | None]"
+) -> None:
+    for some in texts:
+        if some is not None:
+            check_tokenizers(tokenizer, some)
 
 
 def _run(
