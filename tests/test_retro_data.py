@@ -26,6 +26,7 @@ from nearest.retro.data.stages import (
     Databases,
     TableOptions,
     check_table,
+    chunk_documents,
     chunk_memory,
     differing_rows,
     make_table,
@@ -407,3 +408,25 @@ def test_damaged_folders(tmp_path: Path) -> None:
     for text in ("0/3", "4/3", "x", "1"):
         with pytest.raises(SettingError, match="none"):
             Part.named(text)
+
+
+def test_more_blocks_than_files_that_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is a file, and a mapped file an open one."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(database_module, "BLOCK", 1)
+    monkeypatch.setattr(stages, "BLOCK", 1)
+    texts = documents(40, longest=20)
+    made = chunk_documents(stored(texts), tokenizer(), tmp_path / "d", M)
+    assert len(made.chunks) > 60
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(file.name) for file in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
+    try:
+        assert made.embed(embedder(), words)
+        made.build_index()
+        table = make_table(made, options=TableOptions(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(table) == len(made.chunks)

@@ -30,7 +30,7 @@ from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.retro.data.chunks import Chunks, Told, joined
 from nearest.retro.data.embedders import Embedder, EmbedderIdentity
-from nearest.retro.data.folders import read_array, read_record, save_array
+from nearest.retro.data.folders import joined_arrays, read_record, save_array
 from nearest.store.chunks import ChunkVectors
 from nearest.store.records import ChunksRecord, EmbedderRecord
 from nearest.store.segment import Segment
@@ -218,8 +218,7 @@ class ChunkDatabase:
             def store() -> None:
                 self._reopen()
                 if not self._embedded:  # by another part
-                    empty = np.empty((0, embedder.identity.dim), dtype)
-                    vectors = np.concatenate([empty, *map(read_array, paths)])
+                    vectors = joined_arrays(paths, np.empty((0, embedder.identity.dim), dtype))
                     record = EmbedderRecord(**asdict(embedder.identity))
                     store_vectors(self.path, version, record, vectors, dtype)
                 shutil.rmtree(blocks, ignore_errors=True)

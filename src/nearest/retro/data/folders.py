@@ -1,6 +1,8 @@
 """Reading and writing the small folders of arrays that RETRO's data is made of."""
 
+import errno
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,29 @@ def read_array(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise FolderError(f"{path} is missing: make it anew, or restore it from a copy") from error
     except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise FolderError(
+                f"{path} cannot be opened: too many files are open; raise the limit (ulimit -n)"
+            ) from error
         raise FolderError(
             f"{path} is damaged ({str(error).strip().splitlines()[0]}): make it anew, or restore "
             "it from a copy"
         ) from error
     return array
+
+
+def joined_arrays(paths: Sequence[Path], like: np.ndarray) -> np.ndarray:
+    """The rows of `.npy` files, one after the other; two files are open at most.
+
+    Args:
+        paths: of arrays.
+        like: an array of their dtype and of as many columns.
+    """
+    rows = [len(read_array(path)) for path in paths]
+    whole = np.empty((sum(rows), *like.shape[1:]), like.dtype)
+    for path, first, count in zip(paths, np.cumsum([0, *rows]).tolist(), rows, strict=False):
+        whole[first : first + count] = read_array(path)
+    return whole
 
 
 def read_record(path: Path, newest: int, what: str) -> dict[str, Any]:

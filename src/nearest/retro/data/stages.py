@@ -34,7 +34,7 @@ from nearest.retro.data.database import (
 )
 from nearest.retro.data.embedders import EmbedderIdentity
 from nearest.retro.data.filters import REASONS, Filters, Judge
-from nearest.retro.data.folders import read_array, read_record, save_array
+from nearest.retro.data.folders import joined_arrays, read_record, save_array
 from nearest.retro.data.fusion import fused
 from nearest.retro.data.search import Found, Search, valid_neighbours
 from nearest.retro.data.table import FORMAT, NeighbourTable
@@ -330,7 +330,7 @@ def _join_blocks(
     if (folder / "table.json").exists():
         return shutil.rmtree(folder / "blocks", ignore_errors=True)
     nothing = Found(Neighbours.none(0).padded(options.neighbours), np.zeros((0, len(REASONS)), int))
-    rows = np.concatenate([_as_rows(nothing), *map(read_array, paths)])
+    rows = joined_arrays(paths, _as_rows(nothing))
     ids, distances = np.array(rows["ids"]), np.array(rows["distances"])
     counts = {
         "chunks": len(ids),
