@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from conftest import BYTES_AND_SPECIALS
 from nearest import Memory, attach, evaluate
 from nearest.corpus.documents import Document
 from nearest.errors import ModelError, NearestError
-from nearest.retro import RetrofitForCausalLM, retrofit
+from nearest.retro import RetrofitForCausalLM, RetroForCausalLM, retrofit
 from nearest.retro.lookup import looking_up
 from nearest.verbs.records import RecordTable
-from retro_models import CHUNK, stir, variant
+from retro_models import CHUNK, stir, tiny_config, variant
 from retro_models import neighbours as given_neighbours
 from retro_models import tokens as random_tokens
 
@@ -144,9 +145,20 @@ def test_a_model_is_given_back_after_an_error() -> None:
     assert not {"forward", "generate"} & set(vars(model))
 
 
+def from_scratch() -> RetroForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = RetroForCausalLM(tiny_config("paper", vocab_size=BYTES_AND_SPECIALS)).eval()
+    stir(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["fitted", "from scratch"])
 def test_lm_evaluation_harness_reads_with_live_neighbours(
-    fitted: RetrofitForCausalLM, tiny_tokenizer: Any
+    fitted: Any, tiny_tokenizer: Any, kind: str
 ) -> None:
+    if kind == "from scratch":
+        fitted = from_scratch()
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -166,7 +178,13 @@ def test_lm_evaluation_harness_reads_with_live_neighbours(
             log_probs = logits.log_softmax(-1)
             places = range(len(first), len(whole))
             expected.append(sum(log_probs[p - 1, whole[p]].item() for p in places))
+        asked = [Instance("generate_until", {}, (pairs[0][0], {"until": ["\0"]}), 0)]
+        asked[0].args[1]["max_gen_toks"] = 2 * CHUNK
+        (written,) = harness.generate_until(asked, disable_tqdm=True)
     assert [log_prob for log_prob, _ in scored] == pytest.approx(expected, abs=1e-4)
+    first = tiny_tokenizer(pairs[0][0], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    output = fitted.generate(first, neighbours=found, max_new_tokens=2 * CHUNK, do_sample=False)
+    assert written == tiny_tokenizer.decode(output[0, first.shape[1] :], skip_special_tokens=True)
     off = HFLM(pretrained=fitted, tokenizer=tiny_tokenizer, max_length=64).loglikelihood(
         requests, disable_tqdm=True
     )
