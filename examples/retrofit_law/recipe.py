@@ -11,6 +11,7 @@ found by words (BM25); with --embedder, by its vectors. Near-duplicates are stru
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ def fit(settings: argparse.Namespace) -> None:
     )
     plan = settings.work / "steps.json"
     if not plan.exists():
-        tried = ("--out", settings.work / "speed", "--max-steps", "8", "--log-every", "1")
+        speed = settings.work / "speed"
+        shutil.rmtree(speed, ignore_errors=True)  # a run that ended tells of its steps no more
+        tried = ("--out", speed, "--max-steps", "8", "--log-every", "1")
         steps = [line for line in nearest(*words, *tried) if "tokens_a_second" in line]
         tokens = sum(step["tokens"] for step in steps) / len(steps)
         seconds = tokens / steps[-1]["tokens_a_second"]
