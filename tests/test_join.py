@@ -195,3 +195,15 @@ def test_where_nothing_can_be_written(two: list[Path], parts: list[Path], tmp_pa
         join([parts[0], two[0]], tmp_path / "m", BuildOptions())
     with pytest.raises(FolderError, match="does not exist"):
         join([tmp_path / "nothing"], tmp_path / "m", BuildOptions())
+
+
+def test_a_memory_whose_journal_was_left_is_no_part(
+    parts: list[Path], model: Model, tmp_path: Path
+) -> None:
+    """As a build leaves it that is killed between its publishing and the end."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, some in zip(paths, (DOCUMENTS[:3], DOCUMENTS[3:6]), strict=True):
+        Memory.build(*model, some, path, tune=False, index="exact", batch_size=1)
+    shutil.copy(parts[0] / "build.json", paths[0])
+    join(paths, tmp_path / "m", BuildOptions())
+    assert Memory.open(tmp_path / "m").documents == 6

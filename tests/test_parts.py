@@ -20,7 +20,7 @@ from nearest import Document, Memory
 from nearest.build import tasks, worker
 from nearest.build.build import BuildOptions, build_memory, worker_spec
 from nearest.build.corpus_segments import in_segments
-from nearest.build.join import join, part_of
+from nearest.build.join import join
 from nearest.build.workers import told
 from nearest.cli import app
 from nearest.corpus.tokens import TokenisedDocument
@@ -28,6 +28,7 @@ from nearest.encode.loading import load_model_and_tokenizer
 from nearest.errors import CorpusError, FolderError, ModelError, NearestError, SettingError
 from nearest.store.claims import Watch
 from nearest.store.journal import Journal
+from nearest.store.shard import share_named
 from nearest.store.verify import verify
 from segments import (
     DOCUMENTS,
@@ -400,7 +401,7 @@ def test_a_part_is_no_memory(parts: list[Path], model: Model, tmp_path: Path) ->
         join([], tmp_path / "m", BuildOptions())
     for text in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
         with pytest.raises(SettingError, match="write i/n"):
-            part_of(text)
+            share_named(text)
     for name in ("workers", "segment_tokens"):
         with pytest.raises(SettingError, match=f"{name} must be at least 1, got 0"):
             BuildOptions(**{name: 0})

@@ -1,5 +1,6 @@
 """`nearest build --plan`: what it says is what then happens, and it writes nothing."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,11 @@ def test_segments_are_shared_whole() -> None:
     plan = BuildPlan(10, 1_000, 990, 5, 1, 2, 3, 500.0, stages)
     alone = share_plan(plan, 1, 3.0)
     assert (alone.seconds, alone.machine_hours, alone.cost) == (500, 500 / 3600, 1_500 / 3600)
-    assert share_plan(plan, 5).seconds == share_plan(plan, 100).seconds == 100 + 400 / 5
+    # The others' indexes are filled like the first one.
+    assert share_plan(plan, 5).seconds == share_plan(plan, 100).seconds == 100 + (350 + 2 * 50) / 5
     assert share_plan(plan, 2).seconds == 100 + 400 * 3 / 5  # three of the five on one of them
-    assert share_plan(plan, 5, 2.0).cost == pytest.approx(2 * 5 * 180 / 3600)
+    assert share_plan(plan, 5, 2.0).cost == pytest.approx(2 * 5 * 190 / 3600)
+    assert share_plan(dataclasses.replace(plan, segments=1), 5).seconds == 500
 
 
 def test_segments_are_as_long_as_asked_for(

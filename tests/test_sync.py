@@ -1,6 +1,7 @@
 """A memory that holds what a corpus holds: `sync`, `add --if-exists`, typed conditions."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from conftest import make_tokenizer
 from nearest import Document, Memory, read_documents
 from nearest.errors import CorpusError, SettingError
+from nearest.store import documents
 from nearest.store.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::nearest.corpus.report.CorpusWarning")
@@ -160,3 +162,31 @@ def test_conditions_compare_values_with_their_types(
         memory = Memory.build(tiny_model, TOKENIZER, documents, path, keys="none")
         left = contents(memory.remove(where={"year": where}))
         assert set("012345") - left.keys() == gone
+
+
+def test_documents_in_any_order_are_read_a_few_times_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compressed together, some hundreds in a frame."""
+    monkeypatch.setattr(documents, "_FRAME_BYTES", 4096)
+    texts = [Document(f"d{number:03d}", f"text {number} " * 5) for number in range(300)]
+    memory = Memory.build(None, make_tokenizer(), texts, tmp_path / "m", keys="none")
+    frames = len(memory.segments[0].documents._frames)
+    assert frames > 3
+    read: list[int] = []
+    of_frame = documents.DocumentReader._read_frame
+
+    def noted(reader: documents.DocumentReader, frame: int) -> list[bytes]:
+        read.append(frame)
+        return of_frame(reader, frame)
+
+    monkeypatch.setattr(documents.DocumentReader, "_read_frame", noted)
+    random.Random(0).shuffle(texts)
+    texts[7] = Document(texts[7].id, "another text")
+    assert Memory.open(memory.path).sync(None, make_tokenizer(), texts)[0].documents == 300
+    assert len(read) <= 5 * frames
+    read.clear()
+    more = [*texts, Document("new", "a new text")]
+    grown = Memory.open(memory.path).add(None, make_tokenizer(), more, if_exists="skip")
+    assert grown.documents == 301
+    assert len(read) <= 5 * frames

@@ -14,7 +14,7 @@ from nearest.build.machine import machine_of
 from nearest.build.match import check_tokenizer, matching_key_layer, refuse_attached, rules_of
 from nearest.build.remove import without
 from nearest.corpus.documents import Document
-from nearest.corpus.incoming import Documents, incoming_documents
+from nearest.corpus.incoming import Documents, in_batches, incoming_documents
 from nearest.corpus.tokens import tokenise
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import LanguageModel
@@ -196,24 +196,28 @@ def _taken(
     To replace documents that must be there, only hashes are compared: who looks the noted ids up
     finds out whether one is not.
     """
-    for document in documents:
-        there = known.has_hash_of(document.id)
-        if there and not replace:
-            there = known.find([document.id]) != [None]
-        if not there and replace:
-            raise CorpusError(
-                f"document id {document.id!r} in {document.origin} is not in {known.path}: add it "
-                "(`nearest add`), give it the id of the document that it replaces, or let "
-                "`nearest sync` make the memory hold what a folder holds"
-            )
-        if there and not replace and if_exists == "error":
-            raise CorpusError(
-                f"document id {document.id!r} in {document.origin} is in {known.path} already: "
-                "replace or skip it (--if-exists), give this one another id, or let `nearest sync` "
-                "make the memory hold what a folder holds"
-            )
-        if there and not replace and if_exists == "skip":
-            continue
-        if there:
-            replaced.append(document.id)
-        yield document
+    for some in in_batches(documents):
+        hashed = [document.id for document in some if known.has_hash_of(document.id)]
+        found = set(hashed)
+        if not replace:
+            places = zip(hashed, known.find(hashed), strict=True)
+            found = {document_id for document_id, place in places if place is not None}
+        for document in some:
+            there = document.id in found
+            if not there and replace:
+                raise CorpusError(
+                    f"document id {document.id!r} in {document.origin} is not in {known.path}: add "
+                    "it (`nearest add`), give it the id of the document that it replaces, or let "
+                    "`nearest sync` make the memory hold what a folder holds"
+                )
+            if there and not replace and if_exists == "error":
+                raise CorpusError(
+                    f"document id {document.id!r} in {document.origin} is in {known.path} already: "
+                    "replace or skip it (--if-exists), give this one another id, or let `nearest "
+                    "sync` make the memory hold what a folder holds"
+                )
+            if there and not replace and if_exists == "skip":
+                continue
+            if there:
+                replaced.append(document.id)
+            yield document

@@ -116,7 +116,8 @@ def build_memory(
 
     Raises:
         NearestError: the corpus, model, settings or folder cannot be used. What was begun is taken
-            away, unless it took more than half a minute: the same build then goes on from there.
+            away, unless it took more than half a minute or workers share it: the same build then
+            goes on from there.
     """
     encoder, keys = _keys_of(model, options)
     manifest = new_manifest(model, tokenizer, keys, special_tokens=options.special_tokens)

@@ -11,31 +11,16 @@ import msgspec
 import numpy as np
 
 from nearest.build.build import BuildOptions, finish, worker_spec
-from nearest.build.machine import check_alike
+from nearest.build.machine import check_alike, check_all_alike
 from nearest.build.tasks import Unfinished, first_manifest, publish
 from nearest.build.workers import reached
 from nearest.errors import CorpusError, FolderError, SettingError
 from nearest.folder import disk_errors_explained, sha256_of
 from nearest.store.change import new_folder
 from nearest.store.journal import JOURNAL, TASKS, CorpusRecord, Journal, Stage, read_stage
-from nearest.store.manifest import Manifest, SegmentRecord, check_file, write_manifest
+from nearest.store.manifest import MANIFEST, Manifest, SegmentRecord, check_file, write_manifest
 from nearest.store.records import FileRecord
 from nearest.store.snapshot import Snapshot
-
-_PART = re.compile(r"([0-9]+)/([0-9]+)")
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """Which part of how many a text such as "3/16" names.
-
-    Raises:
-        SettingError: none.
-    """
-    found = _PART.fullmatch(text)
-    part = (0, 0) if found is None else (int(found[1]), int(found[2]))
-    if not 1 <= part[0] <= part[1]:
-        raise SettingError(f"part {text!r} is none: write i/n with i from 1 to n, as in 3/16")
-    return part
 
 
 def join(paths: Sequence[Path], out: Path, options: BuildOptions) -> None:
@@ -57,7 +42,8 @@ def join(paths: Sequence[Path], out: Path, options: BuildOptions) -> None:
     """
     if not paths:
         raise SettingError("nothing is named that could be joined: name parts or memories")
-    parts = [(path / JOURNAL).exists() for path in paths]
+    # A build that was killed when it had published leaves its journal in a memory that is whole.
+    parts = [(path / JOURNAL).exists() and not (path / MANIFEST).exists() for path in paths]
     if not any(parts):
         _join_memories([Snapshot.open(path) for path in paths], out, options)
     elif all(parts):
@@ -92,7 +78,9 @@ def _join_parts(paths: Sequence[Path], out: Path, options: BuildOptions) -> None
             record = journals[owners[int(task.segment) - 1]].done(task)
             if record is not None and journal.done(task) is None:
                 journal.finish(task, record)
-        _check_machines(build, owners, options)
+        if not options.allow_mixed:
+            machines = [build.record(name).made_on for name in build.corpora]
+            check_all_alike(zip(map(str, owners), machines, strict=True))
         finish(build, options, spec)
         publish(build)
 
@@ -158,15 +146,6 @@ def _take_over(part: Journal, name: str, out: Path) -> None:
     tasks = [task for task in Unfinished(part, None).tasks if task.segment == name]
     for file in part.combined(corpus, tasks).file_records():
         _take_file(part.folder / file.path, out / file.path, part.folder, file)
-
-
-def _check_machines(build: Unfinished, owners: Sequence[Path], options: BuildOptions) -> None:
-    if options.allow_mixed:
-        return
-    made_on = [build.record(name).made_on for name in build.corpora]
-    for owner, other in zip(owners, made_on, strict=True):
-        if other is not None and made_on[0] is not None:
-            check_alike(other, made_on[0], str(owner))
 
 
 def _take_file(file: Path, to: Path, folder: Path, record: FileRecord) -> None:

@@ -1,6 +1,6 @@
 """On what keys are computed: unlike machines give keys that differ by rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,13 @@ def using_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_all_alike(made_on: Iterable[tuple[str, MachineRecord | None]]) -> None:
+    """Refuse keys of unlike machines (FolderError), each said to be somewhere; None: not known."""
+    known = [(where, machine) for where, machine in made_on if machine is not None]
+    for where, machine in known[1:]:
+        check_alike(machine, known[0][1], where)
 
 
 def check_alike(one: MachineRecord, other: MachineRecord, where: str) -> None:

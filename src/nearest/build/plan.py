@@ -94,10 +94,15 @@ class SharedPlan:
 
 
 def share_plan(plan: BuildPlan, machines: int, price: float | None = None) -> SharedPlan:
-    """A plan for several machines: one reads the corpus, then each works on whole segments."""
-    read = plan.stages["tokens"]
-    rounds = math.ceil(plan.segments / machines) / plan.segments
-    seconds = read + (sum(plan.stages.values()) - read) * rounds
+    """A plan for several machines: one reads the corpus, then each works on whole segments.
+
+    One makes the first index, which the others' are filled like.
+    """
+    read, index = plan.stages["tokens"], plan.stages.get("index", 0.0)
+    rounds = math.ceil(plan.segments / machines)
+    index_rounds = 1 + math.ceil((plan.segments - 1) / machines)
+    shared = (sum(plan.stages.values()) - read - index) * rounds + index * index_rounds
+    seconds = read + shared / plan.segments
     hours = machines * seconds / 3600
     return SharedPlan(machines, round(seconds, 1), hours, None if price is None else price * hours)
 

@@ -17,7 +17,7 @@ from nearest.build.corpus_segments import write_added
 from nearest.build.match import rules_of
 from nearest.build.remove import without
 from nearest.corpus.documents import Document
-from nearest.corpus.incoming import Documents, incoming_documents
+from nearest.corpus.incoming import Documents, in_batches, incoming_documents
 from nearest.corpus.reading import Corpus
 from nearest.corpus.tokens import TokenRules, tokenise
 from nearest.encode.layers import LanguageModel
@@ -123,19 +123,23 @@ class _Compared:
 
     def changed(self) -> Iterator[Document]:
         """The documents that are new or differ from those that are stored."""
-        for document in incoming_documents(self._documents, self._rules):
-            found = self._stored(document)
-            if found is None:
-                self._added += 1
-                yield document
-                continue
-            self._seen[found.segment][found.number] = True
-            stored = self._document(found)
-            if _equal(document, stored):
-                self._equal += 1
-            else:
-                self.replaced.append(found)
-                yield document
+        for some in in_batches(incoming_documents(self._documents, self._rules)):
+            hashed = [document.id for document in some if self._ids.has_hash_of(document.id)]
+            places = dict(zip(hashed, self._ids.find(hashed), strict=True))
+            known = sorted({place for place in places.values() if place is not None})
+            read = {place: self._document(place) for place in known}  # as they are stored
+            for document in some:
+                found = self._stored(document, places.get(document.id))
+                if found is None:
+                    self._added += 1
+                    yield document
+                    continue
+                self._seen[found.segment][found.number] = True
+                if _equal(document, read.get(found) or self._document(found)):
+                    self._equal += 1
+                else:
+                    self.replaced.append(found)
+                    yield document
 
     def result(self) -> Synced:
         """The counts, when all documents have been read; finds what is gone.
@@ -147,7 +151,7 @@ class _Compared:
         self.gone = []
         for number, segment in enumerate(self._memory.segments):
             for stored in segment.numbers[~self._seen[number][segment.numbers]].tolist():
-                if _is_of(self._document(Stored(number, stored)), unread):
+                if unread and _is_of(self._document(Stored(number, stored)), unread):
                     kept += 1
                 else:
                     self.gone.append(Stored(number, stored))
@@ -161,11 +165,8 @@ class _Compared:
     def _document(self, stored: Stored) -> Document:
         return self._memory.segments[stored.segment].documents[stored.number]
 
-    def _stored(self, document: Document) -> Stored | None:
-        """The stored document that this one is a version of."""
-        found = None
-        if self._ids.has_hash_of(document.id):
-            (found,) = self._ids.find([document.id])
+    def _stored(self, document: Document, found: Stored | None) -> Stored | None:
+        """The stored document that this one is a version of, where one of its id was found."""
         if found is None and document.made_id and document.metadata.get("path") == document.id:
             found = self._early_files().get(document.id)
         if found is not None and self._seen[found.segment][found.number]:
@@ -200,6 +201,4 @@ def _unread(documents: Documents) -> set[str]:
 
 def _is_of(document: Document, names: set[str]) -> bool:
     """Whether a document came from one of these files."""
-    if not names:
-        return False
     return document.metadata.get("path") in names or document.id.rpartition("#")[0] in names

@@ -6,7 +6,7 @@ settings, so that it does not matter who does it, nor whether two do.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import msgspec
 
 from nearest import __version__
 from nearest.build.keys import EncodedKeys
-from nearest.build.machine import check_alike, machine_of
+from nearest.build.machine import check_alike, check_all_alike, machine_of
 from nearest.encode.encoder import Encoder
 from nearest.errors import NearestError
 from nearest.folder import disk_errors_explained, write_atomically, write_once
@@ -249,7 +249,7 @@ def publish(build: Unfinished) -> None:
         raise ValueError(f"{left[0]} is not finished")
     segments = [build.record(name) for name in build.corpora]
     if not build.allow_mixed:
-        _check_machines(build.folder, segments)
+        check_all_alike((str(build.folder), segment.made_on) for segment in segments)
     with disk_errors_explained(build.folder):
         build.journal.make_durable(build.corpora)
         for segment in segments:
@@ -257,9 +257,3 @@ def publish(build: Unfinished) -> None:
                 check_file(build.folder, file)
         write_manifest(build.folder, msgspec.structs.replace(build.manifest, segments=segments))
         build.journal.close()
-
-
-def _check_machines(folder: Path, segments: Sequence[SegmentRecord]) -> None:
-    made_on = [segment.made_on for segment in segments if segment.made_on is not None]
-    for other in made_on[1:]:
-        check_alike(made_on[0], other, str(folder))

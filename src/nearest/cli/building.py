@@ -94,11 +94,11 @@ def build(
     """Make a memory of documents: text, JSONL, Parquet, Arrow, folders of them, datasets."""
     quiet_libraries()
     from nearest.build.build import BuildOptions, build_memory, planned_memory
-    from nearest.build.join import part_of
     from nearest.build.plan import share_plan
     from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
     from nearest.memory import Memory
     from nearest.store.change import check_new
+    from nearest.store.shard import share_named
 
     corpus = sources if tokenizer else sources[1:]
     if not corpus:
@@ -117,7 +117,7 @@ def build(
     }
     if price is not None and not plan:
         raise NearestError("--price is of a plan: add --plan, or leave it out")
-    which = (1, 1) if part is None else part_of(part)
+    which = (1, 1) if part is None else share_named(part)
     documents = files.corpus(corpus)
     check_new(out_path)  # before a model is loaded for nothing
     model, reader = (

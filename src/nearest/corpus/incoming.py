@@ -12,7 +12,7 @@ from nearest.corpus.reading import Corpus, read_documents
 from nearest.corpus.report import CorpusReport
 from nearest.corpus.settled import settled
 from nearest.corpus.tables import row_document
-from nearest.corpus.tokens import TokenRules, Tokens
+from nearest.corpus.tokens import TokenRules, Tokens, size_of
 from nearest.errors import CorpusError
 
 # What is taken as documents: a corpus that `read_documents` opened; documents, texts and rows in
@@ -47,6 +47,22 @@ def incoming_documents(
     rows = _rows(documents)
     again = rows if isinstance(rows, list | tuple) else ()
     return settled(_documents(rows), CorpusReport(), lambda: _documents(again))
+
+
+def in_batches(
+    documents: Iterable[Document], most: int = 1024, characters: int = 1 << 22
+) -> Iterator[list[Document]]:
+    """Some documents at a time: so many, or of so many characters."""
+    some: list[Document] = []
+    size = 0
+    for document in documents:
+        some.append(document)
+        size += size_of(document)
+        if len(some) == most or size >= characters:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def token_arrays(given: Any) -> "tuple[list[Tokens], Documents]":

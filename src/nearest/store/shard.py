@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from nearest.store.manifest import SegmentRecord
 
 
+def share_named(text: str, what: str = "part") -> tuple[int, int]:
+    """Read "2/4", the second of four (SettingError if it is no such thing)."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise SettingError(f"{what} {text!r} is none: write i/n with i from 1 to n, such as 2/4")
+    return int(found[1]), int(found[2])
+
+
 @dataclass(frozen=True)
 class Shard:
     """One of `of` runs of whole segments, of about as many tokens each; `number` counts from 1."""
@@ -24,10 +32,7 @@ class Shard:
     @staticmethod
     def parse(text: str) -> "Shard":
         """From "2/4", the second of four (SettingError if it is no such thing)."""
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise SettingError(f"shard {text!r} is none: give its number of how many, such as 2/4")
-        return Shard(int(found[1]), int(found[2]))
+        return Shard(*share_named(text, "shard"))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"

@@ -34,6 +34,7 @@ from nearest.retro.data.folders import joined_arrays, read_record, save_array
 from nearest.store.chunks import ChunkVectors
 from nearest.store.records import ChunksRecord, EmbedderRecord
 from nearest.store.segment import Segment
+from nearest.store.shard import share_named
 
 FORMAT = 1
 BLOCK = 1024  # chunks that are embedded, and looked up, together: the same in however many parts
@@ -57,10 +58,7 @@ class Part:
     @classmethod
     def named(cls, text: str) -> "Part":
         """Read "2/4" (SettingError where it is none)."""
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal()):
-            raise SettingError(f"part {text!r} is none: write 1/4, 2/4 …")
-        return cls(int(number), int(count))
+        return cls(*share_named(text))
 
     def blocks(self, rows: int) -> range:
         """The blocks of BLOCK rows that are its own."""
