@@ -145,6 +145,15 @@ def test_a_service_that_stops_in_the_middle_leaves_what_was_written(service: Ser
     assert len(until_then) == 2 * M - 6  # the next chunk had ended
 
 
+def test_chunks_are_told_as_they_stand_in_the_prompt(folder: Path) -> None:
+    """One that comes twice is looked up once."""
+    told: list[str] = []
+    prompt = [[9] * M, [3] * M, [9] * M, [5] * M]
+    live = MemoryNeighbours(folder, embedder(), words)
+    says(live, " ".join(map(words, prompt)), tell=lambda chunk: told.append(chunk.text))
+    assert told[:3] == [words(prompt[0]), words(prompt[1]), words(prompt[3])]
+
+
 def test_a_service_of_other_words_is_refused(
     service: Service, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

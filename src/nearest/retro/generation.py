@@ -151,7 +151,9 @@ def gather_neighbours(
         chunks = torch.stack(
             [input_ids[row, f : f + m] for (row, _), f in zip(wanted, first, strict=True)]
         )
-        unique, which = chunks.unique(dim=0, return_inverse=True)
+        keys = [tuple(chunk) for chunk in chunks.tolist()]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        unique = chunks.new_tensor(list(numbers))  # in the order of the text
         answers = retrieve(unique)
         if not isinstance(answers, Tensor) or answers.ndim != 3 or len(answers) != len(unique):
             what = getattr(answers, "shape", type(answers).__name__)
@@ -160,6 +162,7 @@ def gather_neighbours(
                 "token ids, (chunks, neighbours, length)"
             )
         check_dtype(answers)
+        which = [numbers[key] for key in keys]
         found.update(zip(wanted, answers.to(input_ids.device)[which], strict=True))
     shapes = {tuple(ids.shape) for ids in found.values()}
     if len(shapes) > 1:
