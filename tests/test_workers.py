@@ -202,13 +202,16 @@ def test_one_goes_on_and_the_others_wait_for_it(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_what_is_made_is_not_looked_for_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Files([tmp_path / f"{number}" for number in range(200)], str, "make")
     looked: list[Path] = []
     exists: Callable[[Path], bool] = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: bool(looked.append(path)) or exists(path))
-    assert here(work, lambda _, place: place.touch())
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("the folder is not read"))
+    maker = beside_others(Watch(owner_here())) if shared else here
+    assert maker(work, lambda _, place: place.touch()) != shared
     assert work.left() == []
-    assert len(looked) < 1000
+    assert len(looked) < 8 * 200

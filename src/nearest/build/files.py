@@ -130,7 +130,7 @@ def by_one(path: Path, work: Callable[[], None]) -> None:
 
 def _made(path: Path, number: int, make: Make, watch: Watch) -> bool:
     """Make a file, unless another has claimed it."""
-    if path.exists() or (claim := watch.take(path)) is None:
+    if path.exists() or (claim := watch.take(path, go_on=False)) is None:
         return False
     with claim.unless_lost():
         if not path.exists():  # made by another, while it was being claimed
