@@ -1,8 +1,8 @@
 """A GPU beside the CPU: building, searching, scoring and writing, with the same memory.
 
-Needs a GPU that torch finds and, for inverted lists there, a FAISS that does (`nearest[gpu]`). The
-memory is of law's first documents, built on the GPU in float32, with the index that `auto` chooses:
-on a GPU all its keys are scanned.
+Needs a GPU that torch finds and, for inverted lists there, a FAISS that does (the extra `[gpu]`).
+The memory is of law's first documents, built on the GPU in float32, with the index that `auto`
+chooses: on a GPU all its keys are scanned.
 
     python benchmarks/gpu.py
 """

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nearest
 from conftest import edit_manifest, make_documents
 from folders import replaced
 from nearest import Document, Memory
+from nearest.encode.loading import load_model_and_tokenizer
 from test_bad_input import invoke, refused, works
 
 
@@ -54,6 +56,35 @@ def test_documents_come_change_and_go(world: SimpleNamespace) -> None:
     ]
     (sound,) = works("verify", world.memory, "--keys")
     assert sound["sound"]
+
+
+def test_a_memory_is_looked_into(world: SimpleNamespace, model_folder: str) -> None:
+    told = works("documents", world.memory)
+    assert [one["id"] for one in told] == [f"doc-{n}" for n in range(4)]
+    assert [one["tokens"] for one in told] == [
+        len(Memory.open(world.memory).document_tokens(n)) - 1 for n in range(4)
+    ]
+    new = Document("titled", "word3 word4 word5", {"title": "A [bold] title"})
+    works("add", world.memory, written(world.folder / "new.jsonl", [new]))
+    (one,) = works("documents", world.memory, "--where", "title=A [bold] title")
+    assert one == {"id": "titled", "tokens": one["tokens"], "metadata": {"title": "A [bold] title"}}
+    assert "A [bold] title" in invoke("documents", world.memory).out.splitlines()[-1]
+    text = world.documents[2].text
+    found = works("search", world.memory, text, "-k", "3")
+    expected = Memory.open(world.memory).search_text(
+        *load_model_and_tokenizer(model_folder), text, 3
+    )
+    assert found == [
+        {"id": one.document.id, "position": one.position, "distance": one.distance}
+        | {"before": one.before, "next": one.next, "after": one.after}
+        for one in expected
+    ]
+    assert f"{found[0]['id']}: …" in invoke("search", world.memory, text, "-k", "1").out
+    assert "give one" in refused("search", world.memory, " ")
+
+
+def test_the_version_is_said() -> None:
+    assert invoke("--version").out.strip() == nearest.__version__
 
 
 def test_what_was_tuned_before_is_said(world: SimpleNamespace) -> None:

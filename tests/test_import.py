@@ -298,6 +298,18 @@ def test_their_index_is_read_where_the_user_trusts_it(write: Write, imported: Im
         assert set(ids[row, nearer]) <= set(ours.ids[row])
 
 
+def test_retomatons_own_names_are_found(write: Write, imported: Import) -> None:
+    store = write().with_index()
+    (index,) = store.folder.glob("*.indexed")
+    index.rename(store.folder / "knn16.index")
+    members = store.folder / "dstore16_kmeans_members.pkl"
+    members.write_bytes(b"")
+    found = find_store(store.folder)
+    assert (found.index, found.members) == (store.folder / "knn16.index", members)
+    members.unlink()
+    assert imported(store.folder, trust=True).segments[0].record.index is not None
+
+
 def test_their_index_is_not_touched_otherwise(write: Write, imported: Import) -> None:
     store = write()
     (store.folder / f"index_{store.prefix.name.partition('_')[2]}.indexed").write_bytes(b"hostile")

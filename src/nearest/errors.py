@@ -70,5 +70,6 @@ def require(module: str, extra: str, package: str | None = None) -> None:
     """Fail where an optional dependency is used, with the cure, unless it is installed."""
     if find_spec(module) is None:
         raise NearestError(
-            f"{package or module} is needed here but not installed: pip install 'nearest[{extra}]'"
+            f"{package or module} is needed here but not installed: it comes with the "
+            f"extra [{extra}] of nearest (in a clone: pip install '.[{extra}]')"
         )

@@ -21,9 +21,7 @@ from hosts import Host, hosts, needs_hosts, within  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        find_spec("ray") is None, reason="Ray is missing: pip install 'nearest[ray]'"
-    ),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is missing: the extra [ray]"),
 ]
 COMMAND = (sys.executable, "-m", "nearest", "build")
 OPTIONS = ("--index", "IVF4,SQ8", "--batch-size", "1", "--segment-tokens", "600", "--no-tune")

@@ -91,7 +91,9 @@ def import_store(
         )
     files, layer = find_store(given), find_key_layer(model, options.key_layer)
     if options.trust and files.index is None:
-        raise CorpusError(f"{files.keys.parent} holds no index (*.indexed): leave out --trust")
+        raise CorpusError(
+            f"{files.keys.parent} holds no index (*.indexed, *.index): leave out --trust"
+        )
     check_spec(options.index, layer.dim, None)
     encoder = Encoder.of(model, layer, options.window, options.stride)
     keys = keys_record(encoder, options.keys, options.metric, options.index)

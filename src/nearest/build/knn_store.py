@@ -54,7 +54,8 @@ def find_store(given: Path) -> StoreFiles:
     for part in (path, values):
         if not part.is_file():
             raise CorpusError(f"{part} does not exist: name a datastore's folder, or its keys")
-    return StoreFiles(path, values, _only(path, "*.indexed"), _only(path, "members*.pkl"))
+    index = _only(path, "*.indexed") or _only(path, "*.index")  # RetoMaton's own is knn.index
+    return StoreFiles(path, values, index, _only(path, "*members*.pkl"))
 
 
 def _only(keys: Path, pattern: str) -> Path | None:

@@ -51,13 +51,17 @@ def _with_metadata(memory: Snapshot, where: Mapping[str, Any]) -> list[Stored]:
     removed = []
     for number, segment in enumerate(memory.segments):
         for stored in segment.numbers.tolist():
-            metadata = segment.documents[stored].metadata
-            if all(key in metadata and _is(metadata[key], where[key]) for key in where):
+            if fits(segment.documents[stored].metadata, where):
                 removed.append(Stored(number, stored))
     if not removed:
         wanted = ", ".join(f"{key}={value}" for key, value in where.items())
         raise CorpusError(f"{memory.path} has no document with {wanted}: nothing was removed")
     return removed
+
+
+def fits(metadata: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether metadata has all of these values, as `remove_documents` compares them."""
+    return all(key in metadata and _is(metadata[key], where[key]) for key in where)
 
 
 def _is(value: Any, wanted: Any) -> bool:

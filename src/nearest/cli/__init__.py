@@ -6,7 +6,17 @@ user's is one message and exit code 2, never a traceback. Heavy imports wait for
 
 import typer
 
-from nearest.cli import building, chat, generating, importing, keys, memories, methods, serving
+from nearest.cli import (
+    building,
+    chat,
+    generating,
+    importing,
+    keys,
+    looking,
+    memories,
+    methods,
+    serving,
+)
 from nearest.cli.app import Command, app, register
 from nearest.cli.retro import COMMANDS as RETRO_COMMANDS
 
@@ -20,6 +30,8 @@ _COMMANDS: dict[str, Command] = {
     "remove": memories.remove,
     "compact": memories.compact,
     "info": memories.info,
+    "documents": looking.documents,
+    "search": looking.search,
     "verify": memories.verify,
     "upload": memories.upload,
     "index": keys.index,
@@ -37,7 +49,7 @@ for _name, _function in _COMMANDS.items():
     register(_name, _function)
 
 _retro = typer.Typer(
-    no_args_is_help=True, help="Chunks of documents and their neighbours, for RETRO."
+    no_args_is_help=True, help="RETRO: neighbours of a corpus, training, evaluation, generation."
 )
 for _name, _function in RETRO_COMMANDS.items():
     register(_name, _function, _retro)

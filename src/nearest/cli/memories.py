@@ -26,6 +26,8 @@ from nearest.cli.options import (
     MemoryPath,
     ModelName,
     Opening,
+    Where,
+    conditions,
 )
 from nearest.errors import NearestError
 
@@ -141,22 +143,13 @@ def remove(
     doc: Annotated[
         list[str] | None, typer.Option("--doc", help="A document's id; give it again for more.")
     ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option("--where", help="KEY=VALUE of metadata; all that are given must be so."),
-    ] = None,
+    where: Where = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove documents from what is searched; `compact` then erases their bytes."""
     from nearest.build.remove import remove_documents
 
-    wanted = {}
-    for condition in where or []:
-        key, equals, value = condition.partition("=")
-        if not equals:
-            raise NearestError(f"--where {condition!r} has no value: write KEY=VALUE")
-        wanted[key] = value
-    removed = remove_documents(memory, doc or [], wanted)
+    removed = remove_documents(memory, doc or [], conditions(where))
     if as_json:
         for document in removed:
             typer.echo(json.dumps({"removed": document.id, "metadata": dict(document.metadata)}))

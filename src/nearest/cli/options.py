@@ -12,10 +12,15 @@ if TYPE_CHECKING:
     from nearest.corpus.reading import Corpus
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="The memory's folder.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", help="KEY=VALUE of metadata; all that are given must be so."),
+]
 CorpusPaths = Annotated[
     list[str],
     typer.Argument(
-        metavar="CORPUS...", help="Files, folders, pipes (- for stdin), or hf://owner/name[:split]."
+        metavar="CORPUS...",
+        help="Files, folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
     ),
 ]
 TextPaths = Annotated[
@@ -349,6 +354,17 @@ class Sampling:
             **chosen,
             **penalty,
         }
+
+
+def conditions(where: list[str] | None) -> dict[str, str]:
+    """What `Where` was given, by key (SettingError where a value is missing)."""
+    found = {}
+    for condition in where or []:
+        key, equals, value = condition.partition("=")
+        if not equals:
+            raise SettingError(f"--where {condition!r} has no value: write KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def given(**options: Any) -> dict[str, Any]:

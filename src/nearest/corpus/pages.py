@@ -147,7 +147,7 @@ def _needs(module: str, file: CorpusFile, package: str | None = None) -> None:
         suffix = file.path.suffix.lower()
         raise UnfitFileError(
             f"{file.origin} cannot be read: {error}",
-            f"{suffix} for want of {package or module} (pip install 'nearest[files]')",
+            f"{suffix} for want of {package or module} (the extra [files])",
         ) from error
 
 

@@ -331,8 +331,7 @@ def decode_manifest(folder: Path, data: bytes) -> Manifest:
         found = msgspec.json.decode(data, type=_FormatOnly).format
         if found > FORMAT:
             raise FolderError(
-                f"{folder} has format {found}, this version reads up to {FORMAT}: "
-                "upgrade it (pip install --upgrade nearest)"
+                f"{folder} has format {found}, this version reads up to {FORMAT}: use a newer one"
             )
         if found < FORMAT:
             raise FolderError(

@@ -171,7 +171,7 @@ def _file_system(address: str, options: dict[str, Any]) -> tuple[Any, str]:
         system, root = url_to_fs(address, **options)
     except (ImportError, ValueError) as error:
         raise SettingError(
-            f"{address} cannot be opened ({error}): s3:// needs pip install 'nearest[s3]', others "
+            f"{address} cannot be opened ({error}): s3:// needs the extra [s3], others "
             "the package that fsspec names for them"
         ) from error
     return system, str(root).rstrip("/")
