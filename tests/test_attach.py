@@ -163,6 +163,20 @@ def test_a_plain_call_mixes_every_position(
     torch.testing.assert_close(as_tuple, found)
 
 
+@pytest.mark.parametrize("layer", ["last_ffn_input", "last_hidden"])
+def test_some_cells_of_several_rows_are_those_of_the_whole_call(
+    world: SimpleNamespace, build_memory: Callable[..., Memory], layer: str
+) -> None:
+    memory = build_memory(world.model, random_documents(), key_layer=layer)
+    tokens = prompts(2, 9)
+    cells = torch.zeros(tokens.shape, dtype=torch.bool)
+    cells[0, 3] = cells[1, 2] = cells[1, 8] = True
+    with attach(world.model, memory, **SETTINGS):
+        whole = world.model(input_ids=tokens).logits
+        kept = world.model(input_ids=tokens, logits_to_keep=cells).logits
+    torch.testing.assert_close(kept.reshape(3, -1), whole[cells])
+
+
 def test_the_loss_is_of_the_mixture(world: SimpleNamespace) -> None:
     tokens = prompts(2, 20)
     with attach(world.model, world.memory, **SETTINGS):

@@ -320,6 +320,23 @@ def test_logits_to_keep_begin_where_they_begin(world: World) -> None:
                     np.testing.assert_allclose(found.exp(), expected, atol=2e-4)
 
 
+def test_kept_cells_of_padded_rows_come_in_the_order_that_was_asked_for(follower: World) -> None:
+    """Though rows are looked up longest first."""
+    world = follower
+    ids = torch.stack([prompt_of(world.memory, number, 0, 4) for number in (0, 1)])
+    mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    cells = torch.zeros((2, 4), dtype=torch.bool)
+    cells[0, 3] = cells[1, 2] = True
+    with world.attached(), torch.no_grad():
+        first = world.model(input_ids=ids[:1, 3:]).logits[0]
+        second = world.model(input_ids=ids[1:, :3], logits_to_keep=1).logits[0]
+        alone = torch.cat([first, second]).exp()
+        for keep in (torch.tensor([[3], [2]]), cells):
+            kept = world.model(input_ids=ids, logits_to_keep=keep, **padded).logits
+            torch.testing.assert_close(kept.reshape(alone.shape).exp(), alone, atol=1e-4, rtol=0)
+
+
 def test_gradients_flow_to_the_model(world: World) -> None:
     tokens = prompt_of(world.memory, 0, 0, 9)[None]
     with world.attached():

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from conftest import BYTES_AND_SPECIALS
 from nearest import Memory, attach
@@ -117,6 +117,22 @@ def test_other_ways_of_writing_are_not_drafted_for(
             ]
         )
     assert results[0].tolist() == results[1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_cache_that_cannot_give_drafts_back_is_written_to_without(
+    tiny_model: PreTrainedModel, tiny_memory: Memory, kind: str
+) -> None:
+    config = tiny_model.config
+    results = []
+    for drafts in (False, True):
+        cache = StaticCache(config, max_cache_len=20) if kind == "static" else DynamicCache()
+        ids, _ = written(
+            tiny_model, tiny_memory, "suffix", drafts=drafts, max_new_tokens=8,
+            past_key_values=cache,
+        )  # fmt: skip
+        results.append(ids.tolist())
+    assert results[0] == results[1]
 
 
 def test_a_batch_is_written_without_drafts(

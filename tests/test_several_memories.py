@@ -305,6 +305,21 @@ def test_the_likeliest_weights_are_found(
         tune_weights(tiny_model, memories[:1], text, **options)
 
 
+def test_weights_that_are_found_are_taken(
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    memories: list[Memory],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounded, three that share everything do not sum to more than 1."""
+    shares = np.array([0.33336, 0.33337, 0.33327, 0.0])
+    monkeypatch.setattr("nearest.verbs.weights.best_shares", lambda _: shares)
+    three = [*memories, memories[0]]
+    tuned = tune_weights(tiny_model, three, TEXT, tokenizer=tiny_tokenizer, lam=0.6)
+    np.testing.assert_allclose(tuned.weights, shares[:3], atol=1e-4)
+    assert sum(Ensemble.of(three, "knn", tuned.weights).weights) <= 1
+
+
 def test_expectation_maximisation_against_a_grid() -> None:
     rng = np.random.default_rng(0)
     log_probs = torch.from_numpy(np.log(rng.dirichlet((0.4, 0.6, 0.5), size=400).T))

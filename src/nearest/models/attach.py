@@ -283,21 +283,24 @@ class Session:
             sequences, here.sequences = here.sequences, None
             # A call between the steps of generate(), as for guidance, has a state of its own.
             prefixes = here.prefixes if sequences else None
-            spans = None
+            spans, cut = (
+                None,
+                self._layer.name == "last_hidden",
+            )  # the head's own input, as it cuts it
             if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(self._text, named)
                 spans = LookupSpans(sequences, shape[1], keep, ensemble.keeps_state)
                 if "logits_to_keep" in parameters:
-                    cut = self._layer.name == "last_hidden"
                     kwargs["logits_to_keep"] = logits_needed(ensemble, spans, keep, cut=cut)
             with captured_input(self._layer.module) as seen:
                 output = original(*args, return_dict=True, **kwargs)
-            hidden = seen[0].reshape(shape[0], -1, seen[0].shape[-1])
+            hidden = seen[0]
+            if spans is not None or not cut:
+                hidden = hidden.reshape(shape[0], -1, hidden.shape[-1])
             if spans is not None:
                 output.logits = mix_rows(ensemble, spans, prefixes, hidden, output.logits, keep)
             else:
-                if self._layer.name == "last_ffn_input":  # the head's own input is cut already
-                    hidden = slice_logits_to_keep(hidden, keep)
+                hidden = hidden if cut else slice_logits_to_keep(hidden, keep)
                 output.logits = mix_states(ensemble, hidden, output.logits)
             if named.get("labels") is not None:
                 rest = {name: value for name, value in kwargs.items() if name not in parameters}

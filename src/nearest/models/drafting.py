@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from nearest.memory import Memory
 from nearest.models.generated import Prompt, generation_option
@@ -184,6 +184,11 @@ def can_draft(model: PreTrainedModel, prompt: Prompt, named: Mapping[str, Any]) 
     single = ("num_beams", "num_return_sequences")
     if any((generation_option(model, named, option) or 1) > 1 for option in single):
         return False
+    cache = named.get("past_key_values")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if cache is not None and type(cache) is not DynamicCache:
+        return False  # others do not take back what is rejected, or not all of it
     caching = generation_option(model, named, "cache_implementation")
     return (
         caching in (None, "dynamic") and generation_option(model, named, "use_cache") is not False

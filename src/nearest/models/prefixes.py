@@ -329,7 +329,7 @@ class Prefixes:
         if follow:
             self._tokens, self._encoded = these.tokens, these.encoded
             self._reached, self._base = reached, base.detach()
-        if len(mixed) == 1:
+        if len(mixed) == 1 and (np.diff(ranks[0]) > 0).all():
             return mixed[0]
         order = torch.from_numpy(np.argsort(np.concatenate(ranks)))
         return torch.cat(mixed)[order.to(base.device)]

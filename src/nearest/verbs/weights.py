@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def tune_weights(
     weights = best_shares(likelihood.numpy())
     mixed = (log_probs + torch.from_numpy(weights).log()[:, None]).logsumexp(0)
     return TunedWeights(
-        tuple(round(weight, 4) for weight in weights[:-1].tolist()),
+        # Down, since a sum above 1 is no mixture.
+        tuple(floor(weight * 1e4) / 1e4 for weight in weights[:-1].tolist()),
         -float(mixed.mean()),
         -float(log_probs[-1].mean()),
         log_probs.shape[1],
