@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import make_documents, make_model, make_tokenizer, random_documents
+from conftest import POSITIONS, make_documents, make_model, make_tokenizer, random_documents
 from nearest import Document, Memory, evaluate, read_text, sweep, tune
 from nearest.corpus.windows import windows
-from nearest.errors import NearestError, SettingError
+from nearest.errors import ModelError, NearestError, SettingError
 from nearest.index.bm25 import K1, B
 from nearest.models.in_context import PassageChooser, read_with_passages
 from nearest.retrieval.passages import Passages
@@ -184,6 +184,78 @@ def test_greedy_text_is_what_the_passages_make_likeliest(
     assert written.text == text
     assert "".join(shown) == text.rstrip("\ufffd")
     assert [token.memory_weight for token in written.tokens] == [0.0] * 17
+
+
+def greedy(
+    model: PreTrainedModel, memory: Memory, prompt: str, new: int, first: int | None = None
+) -> str:
+    """What follows a prompt, whose first new token may be given: every round read anew."""
+    begun = [0, *TOKENIZER(prompt, add_special_tokens=False)["input_ids"]]
+    tokens = list(begun)
+    chooser = PassageChooser.of([memory], model, Settings(**PASSAGES))
+    while len(tokens) < len(begun) + new:
+        at = chooser.chosen_at(len(tokens) - 1)
+        front = chooser.before(np.array(tokens), at).tolist()
+        stop = min(at + PASSAGES["passage_stride"] + 1, len(begun) + new)
+        oldest = max(0, len(front) + stop - 1 - POSITIONS)
+        while len(tokens) < stop:
+            _, logits = keys_and_logits(model, torch.tensor([*front, *tokens[oldest:]]))
+            constrained = first is not None and len(tokens) == len(begun)
+            tokens.append(first if constrained else int(logits[-1].argmax()))
+    return TOKENIZER.decode(tokens[1:], skip_special_tokens=True)[len(prompt) :]
+
+
+def test_where_positions_do_not_suffice_the_oldest_of_the_text_gives_way(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    prompt = TEXT[0].text[:30]
+    written = generate(
+        model, TOKENIZER, memory, prompt, method="in-context", settings=PASSAGES,
+        max_new_tokens=20, do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    assert written.text == greedy(model, memory, prompt, 20)
+
+
+def test_a_healed_prompt_decides_on_the_first_token_alone(
+    model: PreTrainedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where text and passages together are later as long as they were at first."""
+    (first,) = TOKENIZER("Z", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("nearest.verbs.prompt._beginning_with", lambda *_: [first])
+    monkeypatch.setattr(
+        PassageChooser, "before", lambda _, text, __: np.arange(40, 40 + 30 - len(text))
+    )
+    written = generate(
+        model, TOKENIZER, memory, "the ", heal=True, method="in-context", settings=PASSAGES,
+        max_new_tokens=17, do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    expected = greedy(model, memory, "the", 17, first)
+    assert expected.startswith("Z")
+    assert set(expected[1:]) != {"Z"}
+    assert written.text == expected
+
+
+def test_a_memory_without_weight_writes_as_passages_alone_do(
+    model: PreTrainedModel, memory: Memory
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    prompt = TEXT[0].text[:12]
+    looked_up = {**PASSAGES, "lam": 0.999, "temperature": 1e-3, "k": 4}
+    written = generate(
+        model, TOKENIZER, memory, prompt, method="in-context+knn", settings=looked_up,
+        weights=[0.0], **options,
+    )  # fmt: skip
+    assert written.text == greedy(model, memory, prompt, 12)
+    assert {token.memory_weight for token in written.tokens} == {0.0}
+
+
+def test_passages_of_another_tokenizer_are_refused(model: PreTrainedModel, memory: Memory) -> None:
+    other = make_tokenizer()
+    other.add_tokens(["court"])
+    options: dict[str, Any] = {"method": "in-context", "settings": PASSAGES, "max_new_tokens": 2}
+    with pytest.raises(ModelError, match="tokenizer differs"):
+        generate(model, other, memory, "the", **options)
+    assert len(generate(model, other, memory, "the", force=True, **options).tokens) <= 2
 
 
 def test_a_memory_is_looked_up_beside_the_passages(model: PreTrainedModel, memory: Memory) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from nearest.build.match import check_tokenizer
 from nearest.encode.identity import input_device, max_positions
 from nearest.errors import SettingError
 from nearest.memory import Memory
@@ -32,15 +33,17 @@ def write_with_passages(
     settings: dict[str, Any],
     new_tokens: int,
     session: dict[str, Any],
+    weights: Sequence[float] | None = None,
+    first_arguments: dict[str, Any] | None = None,
     replay: int = 0,
     sources: bool = False,
     show: Callable[[list[int]], None] | None = None,
 ) -> tuple[list[int], list[TokenSources], SettingsFrom]:
     """New tokens after a text, where each came from, and where the settings did.
 
-    Whenever passages are chosen, they and the whole text are read anew. What a method carries from
-    token to token is then made again for the tokens that were written, and for `replay` of those
-    before.
+    Whenever passages are chosen, they and the whole text are read anew; where the model's positions
+    do not suffice, the oldest of the text gives way. What a method carries from token to token is
+    then made again for the tokens that were written, and for `replay` of those before.
 
     Args:
         model, memories: the model that built the one memory.
@@ -50,12 +53,16 @@ def write_with_passages(
         settings: single ones of the method; else as tuned.
         new_tokens: to be written, at most.
         session: tokenizer, force and draft, as of `attach`.
+        weights: of the memories.
+        first_arguments: of the first call of `model.generate` alone.
         replay: positions of the text that are looked up before its last.
         sources: whether they are named.
         show: given all tokens written so far, whenever there are more.
 
     Raises:
-        SettingError: more than one text is asked for, or the model's positions do not suffice.
+        SettingError: more than one text is asked for, or the model's positions do not hold the
+            passages.
+        ModelError: model or tokenizer do not fit the memory.
     """
     if several := [name for name in _ONE_TEXT if (arguments.get(name) or 1) > 1]:
         raise SettingError(
@@ -68,7 +75,12 @@ def write_with_passages(
     stops = np.ravel(generation_option(model, arguments, "eos_token_id") or []).tolist()
     written: list[int] = []
     named: list[TokenSources] = []
-    attached = _attached(model, memories, method, settings, session)
+    attached = None
+    if method_named(method).kinds:
+        attached = Session(model, Ensemble.of(memories, method, weights, **settings), **session)
+    elif not session["force"]:
+        check_tokenizer(memory, session["tokenizer"])
+    positions, first = max_positions(model), first_arguments or {}
     with attached or nullcontext():
         while len(written) < new_tokens:
             all_tokens = np.array([*text, *written], dtype=np.int64)
@@ -76,15 +88,17 @@ def write_with_passages(
             at = chooser.chosen_at(last)
             front = chooser.before(all_tokens, at)
             count = min(at + chosen.passage_stride - last, new_tokens - len(written))
-            _check_room(model, len(front), len(all_tokens), count)
-            inputs = torch.from_numpy(np.concatenate([front, all_tokens]))[None]
+            # The last new token is not read.
+            room = len(all_tokens) if positions is None else positions - len(front) - count + 1
+            kept = all_tokens[-room:]
+            inputs = torch.from_numpy(np.concatenate([front, kept]))[None]
             inputs = inputs.to(input_device(model))
             if attached is not None:
-                attached.replay = min(last, replay + len(written))
+                attached.replay = min(len(kept) - 1, replay + len(written))
             output = model.generate(  # type: ignore[operator]
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                **{**arguments, "max_new_tokens": count},
+                **{**arguments, **({} if written else first), "max_new_tokens": count},
             )
             new = output[0, inputs.shape[1] :].tolist()
             written += new
@@ -97,25 +111,3 @@ def write_with_passages(
             if len(new) < count or new[-1] in stops:
                 break
     return written, named, memory.settings_from(method)
-
-
-def _attached(
-    model: PreTrainedModel,
-    memories: Sequence[Memory],
-    method: str,
-    settings: dict[str, Any],
-    session: dict[str, Any],
-) -> Session | None:
-    if not method_named(method).kinds:
-        return None
-    return Session(model, Ensemble.of(memories, method, **settings), **session)
-
-
-def _check_room(model: PreTrainedModel, front: int, text: int, count: int) -> None:
-    positions = max_positions(model)
-    if positions is not None and front + text + count > positions:
-        raise SettingError(
-            f"{front} tokens of passages, {text} of text and {count} new ones exceed the model's "
-            f"{positions} positions: shorten the prompt, ask for fewer, or give fewer or shorter "
-            "passages (--passages, --passage-tokens)"
-        )

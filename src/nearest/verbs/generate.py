@@ -139,9 +139,10 @@ def generate(
     read = prompt_tokens(model, tokenizer, prompt, special_tokens=special_tokens, heal=heal)
     read.check_length(model, generation.get("max_new_tokens"))
     with_passages = method != BASE and method_named(method).in_context
+    healing: dict[str, Any] = {}  # with passages there are several calls, and it is for the first
     if read.first is not None:
-        processors = [*generation.pop("logits_processor", []), FirstToken(read.first)]
-        generation["logits_processor"] = LogitsProcessorList(processors)
+        processors = [*(generation.get("logits_processor") or []), FirstToken(read.first)]
+        healing["logits_processor"] = LogitsProcessorList(processors)
     if stream is not None and not with_passages:
         generation["streamer"] = Streamer(tokenizer, stream, read.spaces)
     text = read.text
@@ -151,6 +152,7 @@ def generate(
         "attention_mask": torch.ones_like(ids),
         **({} if reads_sources(model) else {"pad_token_id": start_token(tokenizer)}),
         **generation,
+        **({} if with_passages else healing),
     }
     if method == BASE:
         output = model.generate(**arguments)  # type: ignore[operator]
@@ -166,6 +168,8 @@ def generate(
             settings=dict(settings or {}),
             new_tokens=generation_option(model, arguments, "max_new_tokens") or _NEW_TOKENS,
             session={"tokenizer": tokenizer, "force": force, "draft": draft},
+            weights=weights,
+            first_arguments=healing,
             replay=len(text) if replay == "full" else int(replay),
             sources=sources,
             show=None if stream is None else _Growing(tokenizer, text[1:], read.spaces, stream),
