@@ -12,12 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+)
 
 from conftest import BYTES_AND_SPECIALS
 from nearest import Memory, attach
 from nearest.models import drafting
-from nearest.models.drafting import Experience, PassTimes
+from nearest.models.arguments import TextArguments
+from nearest.models.drafting import Experience, PassTimes, can_draft
+from nearest.models.generated import Prompt
 from nearest.retrieval.drafts import CLASSES, Acceptance, Draft, _vote, draft, worth
 
 LIKELY = {"lam": 0.95, "temperature": 1000.0}  # so that the memory is followed
@@ -133,6 +140,16 @@ def test_a_cache_that_cannot_give_drafts_back_is_written_to_without(
         )  # fmt: skip
         results.append(ids.tolist())
     assert results[0] == results[1]
+
+
+def test_a_watermark_that_remembers_is_not_drafted_for(
+    tiny_model: PreTrainedModel, tiny_memory: Memory
+) -> None:
+    watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=5)
+    named = {"input_ids": prompt(tiny_memory)}
+    read = Prompt.of(TextArguments.of(tiny_model), named)
+    assert can_draft(tiny_model, read, named)
+    assert not can_draft(tiny_model, read, {**named, "watermarking_config": watermark})
 
 
 def test_a_batch_is_written_without_drafts(

@@ -27,7 +27,7 @@ from conftest import (
 from nearest import Document, Memory, NearestError, evaluate, read_text, tune
 from nearest import errors as errors_module
 from nearest.encode import encoder
-from nearest.errors import FolderError
+from nearest.errors import FolderError, SettingError
 from nearest.models.method_run import heaviest_entries
 from nearest.verbs.checks import harm_of
 from nearest.verbs.leak import SPAN, Leak
@@ -118,6 +118,22 @@ def test_what_is_left_out_is_no_leak(tiny_model: PreTrainedModel, memory: Memory
     assert scored(tiny_model, memory, text[:2], **given).checks.leak == Leak((), (), 0)
     read = read_text(tiny_model, memory, text, tokenizer=TOKENIZER, leave_one_out=True)
     assert scored(tiny_model, memory, read, method="base").checks.leak == expected
+
+
+def test_a_text_that_was_read_leaves_out_what_it_was_read_for(
+    tiny_model: PreTrainedModel, memory: Memory, build_memory: Callable[..., Memory]
+) -> None:
+    text, own = mixed_text(), {"tokenizer": TOKENIZER, "leave_one_out": True}
+    with pytest.raises(SettingError, match="give leave_one_out to read_text"):
+        evaluate(
+            tiny_model, memory, read_text(tiny_model, memory, text, tokenizer=TOKENIZER), **own
+        )
+    read = read_text(tiny_model, memory, text, **own)
+    assert evaluate(tiny_model, memory, read, **own).nll > 0
+    other = build_memory(tiny_model, make_documents(4, 9))
+    for memories in (other, [memory, other]):
+        with pytest.raises(SettingError, match="without its own entries"):
+            evaluate(tiny_model, memories, read)
 
 
 def test_leaks_of_several_segments_and_not_of_removed_documents(

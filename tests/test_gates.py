@@ -44,6 +44,7 @@ from nearest.retrieval.gates.stored import GATES, restored
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings
+from nearest.verbs.tune import _ways
 
 TOKENIZER = make_tokenizer()
 COLUMNS = 8
@@ -617,3 +618,20 @@ def test_gates_beat_the_tuned_lam_on_real_text(tmp_path: Path) -> None:
     )
     for result in gated:
         assert result.nll < fixed.nll
+
+
+def test_a_gate_is_trained_on_candidates_without_repetitions() -> None:
+    """As they are when it weighs them, whether a search is made or not."""
+    ids = np.array([[7, 1, 5, 5, 7]])
+    found = Candidates(
+        ids, ids + 1, np.ones(ids.shape, np.float32), np.zeros(ids.shape, np.int16),
+        (2, 3, 0), np.array([True]),
+    )  # fmt: skip
+    queries = Queries(np.zeros((1, 2), np.float32), np.array([3]), np.array([0]))
+    row = np.zeros(1, dtype=np.int64)
+    one = Examples(row, View(queries, found), row, np.zeros(1, np.float32), row)
+    with_search, without = (
+        way.view.candidates.ids.tolist() for way in _ways(one, Settings(dedup=True))
+    )
+    assert with_search == [[7, 1, 5, -1, -1]]
+    assert without == [[5, -1, 7]]

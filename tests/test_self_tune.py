@@ -120,6 +120,17 @@ def test_too_little_text_is_left_untuned(
     assert memory.settings_from("knn") == "defaults"
 
 
+def test_copies_do_not_count_as_text(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+) -> None:
+    rng = np.random.default_rng(0)
+    copied, other = (bytes(rng.integers(33, 127, n).tolist()).decode() for n in (60, 20))
+    documents = [Document(f"copy-{i}", copied) for i in range(10)]
+    memory = build_memory(tiny_model, [*documents, Document("other", other)])
+    assert not self_tune(tiny_model, memory)
+    assert memory.settings_from("knn") == "defaults"
+
+
 @pytest.mark.slow
 def test_building_ends_with_it_unless_told_not_to(
     monkeypatch: pytest.MonkeyPatch, build_memory: Callable[..., Memory], tiny_model: Any

@@ -44,6 +44,7 @@ _OTHER_WAYS = (
     "prompt_lookup_num_tokens",
     "stop_strings",
     "stopping_criteria",
+    "watermarking_config",  # whose processor keeps state, which rejected drafts would move on
 )
 
 

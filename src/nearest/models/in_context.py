@@ -242,7 +242,9 @@ def read_with_passages(
     scorer = Scorer.prepare(model, memory, documents, **options)
     reader = reader_of(scorer, [memory], chosen)
     blocks = tuple(reader.blocks(progress, "read", with_view=True))
-    return ReadText(scorer.text, blocks, scorer.own, Settings(**passage_settings(chosen)))
+    own_of = None if scorer.own is None else memory.path
+    passages = Settings(**passage_settings(chosen))
+    return ReadText(scorer.text, blocks, scorer.own, passages, own_of)
 
 
 def _batches(

@@ -111,6 +111,7 @@ class Scorer:
         if isinstance(documents, ReadText):
             if stream:
                 raise SettingError("the text was read already: give stream to read_text instead")
+            documents.check_own(memory, leave_one_out=leave_one_out)
             return documents
         model = bare_model(model)
         refuse_attached(model)
@@ -296,6 +297,20 @@ class ReadText:
     read: tuple[ScoredBlock, ...]
     own: Int[np.ndarray, " documents"] | None = None
     passages: Settings | None = None
+    own_of: Path | None = None  # the memory whose entries `own` numbers
+
+    def check_own(self, memory: Memories | None, *, leave_one_out: bool) -> None:
+        """Refuse a memory of which other entries would be left out (SettingError)."""
+        if leave_one_out and self.own is None:
+            raise SettingError(
+                "the text was read already, with its own entries: give leave_one_out to read_text "
+                "instead"
+            )
+        if self.own is not None and any(one.path != self.own_of for one in memories_of(memory)):
+            raise SettingError(
+                f"the text was read without its own entries in {self.own_of}, which are no others' "
+                "own: give this memory alone, or read the text anew"
+            )
 
     def blocks(
         self, progress: Progress, stage: str, with_view: bool = False
@@ -334,7 +349,9 @@ def read_text(
         NearestError: they do not fit.
     """
     scorer = Scorer.prepare(model, memory, documents, **options)
-    return ReadText(scorer.text, tuple(scorer.blocks(progress, "read", with_view=True)), scorer.own)
+    blocks = tuple(scorer.blocks(progress, "read", with_view=True))
+    own_of = None if scorer.own is None else memories_of(memory)[0].path
+    return ReadText(scorer.text, blocks, scorer.own, own_of=own_of)
 
 
 def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool) -> None:

@@ -58,6 +58,8 @@ def self_tune(
     total = read.text.predictions
     if total < _LEAST_PREDICTIONS:
         return False
+    if sum(int(kept[block.documents].sum()) for block in read.read) < _LEAST_PREDICTIONS:
+        return False
     for method in ("suffix",) if memory.manifest.keys is None else ("knn", "suffix"):
         sweep = Sweep.of(memory, method, {})
         narrow = sweep.lookup.settings

@@ -289,6 +289,7 @@ class _EitherWay(Lookup):
 
     def __init__(self, memory: Memory, method: str, settings: Settings, gate: Gate) -> None:
         super().__init__(memory, method, replace(settings, dedup=False, skip=0.0), gate)
+        self._dedup = settings.dedup
 
     def candidates(
         self,
@@ -306,7 +307,8 @@ class _EitherWay(Lookup):
         passed = np.zeros(candidates.ids.shape, dtype=bool)
         passed[:, candidates.of("dense")] = ~candidates.searched[:, None]
         ids, values = (np.where(passed, NO_ENTRY, a) for a in (candidates.ids, candidates.values))
-        return super().follow(candidates._replace(ids=ids, values=values), tokens)
+        going_on = candidates._replace(ids=ids, values=values)
+        return super().follow(_without_repeated(going_on) if self._dedup else going_on, tokens)
 
 
 def _uniform(numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -328,7 +330,7 @@ def _ways(one: Examples, settings: Settings) -> tuple[Examples, Examples]:
         None if found.log_counts is None else found.log_counts[:, dense:],
     )
     if settings.dedup:
-        found = _without_repeated(found)
+        found, without = _without_repeated(found), _without_repeated(without)
     searched = found._replace(searched=np.ones_like(found.searched))
     view = one.view
     return (
