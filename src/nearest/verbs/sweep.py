@@ -36,7 +36,7 @@ from nearest.verbs.variations import (
 
 RANDOM_SKIP = "random_skip"  # kNN-LM whose searches are left out by lot, as a measure for the rest
 
-_REMEMBERED = 1 << 15  # queries whose neighbours are remembered at a time, and a document more
+_REMEMBERED = 1 << 15  # queries whose neighbours are remembered at a time
 _WARM_UP = 4  # predictions of each method before clocks start: files are opened, kernels compiled
 
 
@@ -258,13 +258,9 @@ def _searches_most(run: _Run) -> tuple[bool, float, float]:
 
 
 def _pieces(block: ScoredBlock) -> Iterator[ScoredBlock]:
-    """Whole documents at a time, so that few neighbours need be remembered for all runs."""
-    starts = np.flatnonzero(np.diff(block.documents, prepend=-1))
-    first = 0
-    for start in [*starts[1:], len(block.targets)]:
-        if start - first >= _REMEMBERED or start == len(block.targets):
-            yield block.rows(slice(first, start))
-            first = start
+    """Some predictions at a time, so that few neighbours need be remembered for all runs."""
+    for first in range(0, len(block.targets), _REMEMBERED):
+        yield block.rows(slice(first, first + _REMEMBERED))
 
 
 def _warm_up(runs: Iterable[_Run], block: ScoredBlock, cache: SearchCache) -> None:
