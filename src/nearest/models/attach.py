@@ -283,10 +283,7 @@ class Session:
             sequences, here.sequences = here.sequences, None
             # A call between the steps of generate(), as for guidance, has a state of its own.
             prefixes = here.prefixes if sequences else None
-            spans, cut = (
-                None,
-                self._layer.name == "last_hidden",
-            )  # the head's own input, as it cuts it
+            spans, cut = None, self._layer.name == "last_hidden"  # the head's input, as it cuts it
             if ensemble.needs_context:
                 sequences = sequences or Sequences.of_call(self._text, named)
                 spans = LookupSpans(sequences, shape[1], keep, ensemble.keeps_state)
