@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -133,7 +134,7 @@ def test_the_public_figure_of_a_converted_checkpoint(converted: Path, prepared: 
     table = NeighbourTable.open(prepared / "neighbours")
     total, count = 0.0, 0
     for document in range(own.documents):
-        chunks = list(own.of_document(document))[:2]
+        chunks = np.array(own.of_document(document)[:2])
         tokens = own.rows(chunks).reshape(-1)
         ids = torch.from_numpy(tokens[tokens >= 0])[None]
         given = torch.from_numpy(own.rows(table.ids[chunks, :2], 1))[None]
