@@ -253,9 +253,9 @@ def test_what_is_missing_is_named_with_the_cure(
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr("nearest.errors.find_spec", lambda _: None)
-    with pytest.raises(NearestError, match=r"pyarrow is needed.*nearest\[data\]"):
+    with pytest.raises(NearestError, match=r"pyarrow is needed.*'\.\[data\]'"):
         read(tmp_path / "a.parquet")
-    with pytest.raises(NearestError, match=r"datasets is needed.*nearest\[data\]"):
+    with pytest.raises(NearestError, match=r"datasets is needed.*'\.\[data\]'"):
         read("hf://owner/name")
 
 

@@ -424,7 +424,7 @@ def test_records_need_pyarrow(
     tiny_model: PreTrainedModel, memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors_module, "find_spec", lambda _: None)
-    with pytest.raises(NearestError, match=r"pip install 'nearest\[data\]'"):
+    with pytest.raises(NearestError, match=r"pip install '\.\[data\]'"):
         scored(tiny_model, memory, records=tmp_path / "out.parquet")
     assert snapshot(tmp_path) == {}
 

@@ -250,6 +250,6 @@ def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nearest.errors.find_spec", lambda _: None)
-    with pytest.raises(NearestError, match=r"pip install 'nearest\[text-metrics\]'"):
+    with pytest.raises(NearestError, match=r"pip install '\.\[text-metrics\]'"):
         metrics_named(["bleu"])
     assert [metric.name for metric in metrics_named(["exact"])] == ["exact"]

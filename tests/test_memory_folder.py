@@ -667,8 +667,8 @@ def _drop(*keys: str | int) -> Change:
 
 KEYS_PATH = ("segments", 0, "files", "keys", "path")
 MANIFEST_ATTACKS: dict[str, tuple[Change, str]] = {
-    "newer format": (_set("format", value=FORMAT + 1), "upgrade"),
-    "much newer format": (_set("format", value=10**12), "upgrade"),
+    "newer format": (_set("format", value=FORMAT + 1), "use a newer one"),
+    "much newer format": (_set("format", value=10**12), "use a newer one"),
     "older format": (_set("format", value=FORMAT - 1), "build the memory anew"),
     "negative format": (_set("format", value=-1), "format"),
     "format as text": (_set("format", value="1"), "is not a valid manifest"),
@@ -767,7 +767,9 @@ def test_what_is_no_manifest_is_refused(folder: Path, data: bytes) -> None:
 
 def test_the_manifest_of_a_newer_format_may_be_quite_different(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 7, "shards": [1, 2]}')
-    with pytest.raises(FolderError, match=f"format 7, this version reads up to {FORMAT}: upgrade"):
+    with pytest.raises(
+        FolderError, match=f"format 7, this version reads up to {FORMAT}: use a newer"
+    ):
         Memory.open(folder)
 
 
@@ -843,7 +845,7 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 
 # --- interruptions --------------------------------------------------------------------------------
 
-LAST_SYNC = 12  # of a build: of its folder, after the manifest's rename
+LAST_SYNC = 14  # of a build: of its folder, after the manifest's rename
 BUILD_KILLS = [
     *(("build", "fsync", count) for count in range(1, LAST_SYNC + 1)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),

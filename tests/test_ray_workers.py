@@ -132,7 +132,7 @@ def test_what_is_said_where_there_is_none(
     with pytest.raises(SettingError, match=r"no node of this cluster has \d+ CPU, which"):
         build()
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(NearestError, match=r"pip install 'nearest\[ray\]'"):
+    with pytest.raises(NearestError, match=r"pip install '\.\[ray\]'"):
         build()
     assert not (tmp_path / "m").exists()
 

@@ -96,15 +96,15 @@ def test_parts_that_end_together_are_joined_once(
     path, pool = tmp_path / "d", ThreadPoolExecutor(1)
 
     def meanwhile(module: Any, other: Callable[[], Any]) -> None:
-        read = module.read_array
+        joined = module.joined_arrays
 
-        def reading(place: Path) -> Any:
+        def joining(*arguments: Any) -> Any:
             if not others:
                 others.append(pool.submit(other))
                 time.sleep(0.2)  # in which it would join them, too
-            return read(place)
+            return joined(*arguments)
 
-        monkeypatch.setattr(module, "read_array", reading)
+        monkeypatch.setattr(module, "joined_arrays", joining)
 
     def embed(number: int) -> bool:
         return ChunkDatabase.open(path).embed(embedder(), words, part=Part(number, 2))

@@ -426,7 +426,7 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nearest.errors.find_spec", lambda name: None)
-    with pytest.raises(NearestError, match=r"matplotlib .* pip install 'nearest\[plots\]'"):
+    with pytest.raises(NearestError, match=r"matplotlib .* pip install '\.\[plots\]'"):
         report.check_folder(tmp_path)
 
 

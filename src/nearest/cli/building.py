@@ -29,7 +29,7 @@ def build(
         typer.Argument(
             metavar="MODEL CORPUS...",
             help="A model (folder, or name on the hub), which --tokenizer stands for; then files, "
-            "folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
+            "folders, pipes (- for stdin), or hf://owner/name[:split].",
         ),
     ],
     out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],

@@ -20,7 +20,7 @@ CorpusPaths = Annotated[
     list[str],
     typer.Argument(
         metavar="CORPUS...",
-        help="Files, folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
+        help="Files, folders, pipes (- for stdin), or hf://owner/name[:split].",
     ),
 ]
 TextPaths = Annotated[

@@ -78,7 +78,7 @@ def write_with_passages(
     attached = None
     if method_named(method).kinds:
         attached = Session(model, Ensemble.of(memories, method, weights, **settings), **session)
-    elif not session["force"]:
+    elif not session.get("force"):
         check_tokenizer(memory, session["tokenizer"])
     positions, first = max_positions(model), first_arguments or {}
     with attached or nullcontext():
