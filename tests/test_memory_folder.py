@@ -1109,6 +1109,7 @@ def test_a_memory_is_not_built_over(
         "segments/000001/photo.jpg",
         "segments/holiday/keys.npy",
         "segments/000001/tokens.npy/photo.jpg",
+        "build/machine.json.mine",
     ],
 )
 @pytest.mark.parametrize("interrupted", [False, True])

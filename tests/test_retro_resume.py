@@ -1,8 +1,7 @@
+# ruff: noqa: F811 - fixtures of another file
 """A run that goes on: with what it must share, what may change, and who may write it."""
 
 import errno
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,12 @@ from nearest.retro.runs import MODEL, checkpoints, read_curve, step_of
 from nearest.retro.training import TrainingSettings, train
 from nearest.retro.training.trainer import arguments_of
 from retro_models import CHUNK, stir
-from retro_training import QUIET, dataset, fresh_model, in_processes, passages
+from retro_training import QUIET, dataset, fresh_model, in_processes
 from test_retro_retrofit import make_base
-from test_retro_train import Recorded
+from test_retro_train import Recorded, frozen, own_seeds, read  # noqa: F401 - fixtures
 
 STEPS = TrainingSettings(max_steps=2, batch_size=2, save_every=1, keep=9)
 LONGER = replace(STEPS, max_steps=4)
-
-
-@pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Passages:
-    return passages(tmp_path_factory.mktemp("data") / "db")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen() -> Iterator[None]:
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def own_seeds() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield
 
 
 def with_table(read: Passages, ids: Any) -> Passages:

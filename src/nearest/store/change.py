@@ -33,6 +33,7 @@ from nearest.store.snapshot import Snapshot
 
 _PARTIAL = (f"{MANIFEST}.partial", f"{JOURNAL}.partial")
 _SEGMENT = re.compile(r"\d{6}")
+_MACHINE = re.compile(rf"{re.escape(MACHINE)}(\.[0-9a-f]{{8}}\.partial)?")  # `write_once`
 _LATER = r"g\d{6}\."  # what a change puts before the names of its files
 
 
@@ -170,7 +171,11 @@ def _is_leftover(path: Path, item: Path) -> bool:
         return False
     parts = place.split("/")
     if parts[0] == TASKS:  # notes of tasks, and files that are not whole yet
-        return len(parts) < 2 or parts[1].startswith(MACHINE) or Task.named(parts[1]) is not None
+        return (
+            len(parts) < 2
+            or _MACHINE.fullmatch(parts[1]) is not None
+            or Task.named(parts[1]) is not None
+        )
     if parts[0] != "segments" or (len(parts) > 1 and not _SEGMENT.fullmatch(parts[1])):
         return False
     return item.is_dir() if len(parts) < 3 else len(parts) == 3 and parts[2] in SEGMENT_FILES
