@@ -24,7 +24,7 @@ def main() -> None:
         index=memory.segments[0].record.index.spec,
         recall=memory.segments[0].record.index.recall,
         tune_seconds=tune_seconds,
-        **tuned.as_json(),
+        **tuned.to_dict(),
         **machine(),
     )
     memory = Memory.open(path)

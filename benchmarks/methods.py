@@ -55,9 +55,10 @@ def main() -> None:
         gated=GATED,
         skips=SKIPS,
         only="",  # these rows, divided by commas
+        keys="int8",  # how keys are stored
     )
     model, tokenizer = model_and_tokenizer()
-    path = memory_of(options, options.corpus)
+    path = memory_of(options, options.corpus, keys=options.keys)
     bare = memory_of(options, options.corpus, "-bare", keys="none")
     with_clusters = clustered(path, options.clusters) if options.clustered_min_knns else path
     read = {
@@ -82,7 +83,7 @@ def main() -> None:
             seconds, found = timed(
                 lambda: tune(model, memory, read["valid"], method=method, **tuned)
             )
-            values = {key: str(value) for key, value in found.as_json().items()}
+            values = {key: str(value) for key, value in found.to_dict().items()}
             report(tuned=name, seconds=seconds, ppl=float(np.exp(found.nll)), **values)
         rows[name] = evaluate(model, Memory.open(where), read["test"], method, **settings)
         against = {

@@ -13,11 +13,11 @@ import torch
 from automaton_oracle import Prediction
 from nearest import Memory
 from nearest.encode.view import lm_view
-from nearest.retrieval.distribution import component_weights_reference
 from nearest.retrieval.gates.gate import View
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import resolve_settings
+from plain_kernels import plain_component_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GateOracle:
             weights: list[tuple[int, float]] = []
             for component, share in zip(lookup.gate.components, shares.tolist(), strict=True):
                 columns = candidates.of(*component.kinds)
-                of_component = component_weights_reference(
+                of_component = plain_component_weights(
                     candidates.distances[:, columns],
                     candidates.lengths[:, columns],
                     component.temperature,

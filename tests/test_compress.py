@@ -34,9 +34,10 @@ from nearest.index.keys import FloatKeys, MergedKeys
 from nearest.index.neighbours import Metric
 from nearest.index.product import ProductFormat, product_parts, train_codebooks
 from nearest.index.projection import Projection
-from nearest.retrieval.automaton import extend, extend_reference
+from nearest.retrieval.automaton import extend
 from nearest.store.parts.index import IndexChoice
 from nearest.store.verify import verify
+from plain_kernels import plain_extend
 
 DIM = 32
 METRICS = ["l2", "ip"]
@@ -645,7 +646,7 @@ def test_a_pointer_in_no_cluster_brings_no_others(
     clusters = Clusters.from_labels(np.array(labels), 4)
     pointers = np.array([row + [-1] * (5 - len(row)) for row in rows])
     found = extend(pointers, clusters, most)
-    expected = extend_reference(pointers, clusters, most)
+    expected = plain_extend(pointers, clusters, most)
     assert [row[row >= 0].tolist() for row in found] == expected
     for row, extended in zip(rows, expected, strict=True):
         own = {labels[entry] for entry in row[:most]} - {-1}

@@ -16,12 +16,12 @@ from nearest.retrieval.distribution import (
     Weights,
     candidate_weights,
     component_probs,
-    component_weights_reference,
     mixed_log_probs,
     nll_over_lams,
     vocabulary_log_probs,
     vocabulary_log_probs_in_torch,
 )
+from plain_kernels import plain_component_weights
 
 INF = float("inf")
 
@@ -108,7 +108,7 @@ def test_kernels_equal_the_reference(seed: int) -> None:
     probs = np.zeros((6, len(COMPONENTS)))
     for n, component in enumerate(COMPONENTS):
         columns = found.of(*component.kinds)
-        own = component_weights_reference(
+        own = plain_component_weights(
             found.distances[:, columns].astype(float),
             found.lengths[:, columns],
             component.temperature,

@@ -28,13 +28,14 @@ from nearest.index.building import (
     train_index,
 )
 from nearest.index.choice import explained, resolve_spec
-from nearest.index.distances import key_distances, key_distances_reference
+from nearest.index.distances import key_distances
 from nearest.index.exact import ExactIndex
 from nearest.index.ids import random_order
 from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Metric, Neighbours, sort_nearest_first, take_nearest
 from nearest.index.threads import in_threads
 from nearest.index.tuning import recall, tune_search
+from plain_kernels import plain_key_distances
 
 METRICS = ["l2", "ip"]
 
@@ -77,7 +78,7 @@ def test_kernel_equals_reference(keys: np.ndarray, queries: np.ndarray) -> None:
     ids = np.random.default_rng(3).integers(-1, 4000, size=(50, 33))
     for metric in METRICS:
         found = key_distances(keys, queries, ids, metric)
-        expected = key_distances_reference(keys, queries, ids, metric)
+        expected = plain_key_distances(keys, queries, ids, metric)
         assert (found[ids < 0] == np.inf).all()
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -97,7 +98,7 @@ def test_kernel_measures_float32_as_it_is(queries: np.ndarray, metric: Metric) -
     keys, ids = rng.normal(size=(100, 16)).astype(np.float32), rng.integers(-1, 102, size=(50, 9))
     found = key_distances(keys, queries, ids, metric)
     inside = (ids >= 0) & (ids < 100)
-    expected = key_distances_reference(keys, queries, np.where(inside, ids, 0), metric)
+    expected = plain_key_distances(keys, queries, np.where(inside, ids, 0), metric)
     np.testing.assert_allclose(found, np.where(inside, expected, np.inf), rtol=1e-5, atol=1e-5)
 
 
@@ -106,7 +107,7 @@ def test_kernel_reads_a_read_only_map(tmp_path: Path, keys: np.ndarray) -> None:
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     ids = np.arange(12).reshape(3, 4)
     found = key_distances(mapped, keys[:3].astype(np.float32), ids, "l2")
-    np.testing.assert_allclose(found, key_distances_reference(keys, keys[:3], ids, "l2"), rtol=1e-5)
+    np.testing.assert_allclose(found, plain_key_distances(keys, keys[:3], ids, "l2"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -603,7 +604,7 @@ def test_threads_share_the_rows(
 ) -> None:
     ids = np.random.default_rng(3).integers(-1, 4000, size=(200, 33))
     queries = np.resize(queries, (200, 16))
-    expected = key_distances_reference(keys, queries, ids, "l2")
+    expected = plain_key_distances(keys, queries, ids, "l2")
     for threads in (1, 3, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found = key_distances(keys, queries, ids, "l2")
@@ -618,6 +619,7 @@ sys.modules["faiss"] = None
 import numpy as np, torch
 from nearest.index.matches import longest_matches
 from nearest.index.suffix import SuffixArray, sort_suffixes
+from plain_kernels import plain_key_distances
 torch.set_num_threads(2)
 tokens = np.array([0, 1, 2, 1, 2, 3], np.uint16)
 array = SuffixArray(tokens, sort_suffixes(tokens, np.arange(6) < 5))

@@ -33,7 +33,6 @@ from nearest.retrieval.distribution import (
     are_found,
     component_probs,
     component_votes,
-    component_weights_reference,
 )
 from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
 from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll
@@ -43,7 +42,8 @@ from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.network import train_network
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
-from nearest.retrieval.votes import kind_figures, votes_reference
+from nearest.retrieval.votes import kind_figures
+from plain_kernels import plain_component_weights, plain_votes
 
 TOKENIZER = make_tokenizer()
 ALL = ("dense", "pointers", "suffix")
@@ -79,10 +79,10 @@ def test_votes_equal_a_dictionary(seed: int, none: tuple[str, ...]) -> None:
     counted = component_votes(found._replace(values=values), components)
     for number, (kinds, temperature, power, _) in enumerate(components):
         own = found.of(*kinds)
-        weights = component_weights_reference(
+        weights = plain_component_weights(
             found.distances[:, own], found.lengths[:, own], temperature, power
         )
-        expected = votes_reference(weights.astype(np.float32), values[:, own])
+        expected = plain_votes(weights.astype(np.float32), values[:, own])
         np.testing.assert_allclose(counted[:, number], expected, atol=1e-4)
 
 

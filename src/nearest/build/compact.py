@@ -45,7 +45,7 @@ class CompactionPlan:
     bytes_free: int
     seconds: float
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""
         return asdict(self)
 

@@ -71,7 +71,7 @@ class BuildPlan:
     seconds: float
     stages: dict[str, float]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""
         return asdict(self)
 

@@ -130,7 +130,7 @@ def build(
         shared = share_plan(needs, sharing.workers or 1, price)
         if as_json:
             told = {"shared": asdict(shared), "corpus": documents.report.to_dict()}
-            typer.echo(json.dumps(needs.as_json() | told))
+            typer.echo(json.dumps(needs.to_dict() | told))
         else:
             out.print(reports.plan_table(needs, shared))
         say_what_was_read(documents)

@@ -104,7 +104,7 @@ def tune_by(
         )
         tuned = tuned_and_stored(memory, tuning_run)
     if as_json:
-        typer.echo(json.dumps({"method": method, **tuned.as_json()}))
+        typer.echo(json.dumps({"method": method, **tuned.to_dict()}))
         return
     found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(method).items())
     out.print(

@@ -172,7 +172,7 @@ def compact(
 
     needs = plan_compaction(memory)
     if plan and as_json:
-        typer.echo(json.dumps(needs.as_json()))
+        typer.echo(json.dumps(needs.to_dict()))
     else:
         (out if plan else err).print(
             f"{needs.segments} segments become {needs.segments_after}, "

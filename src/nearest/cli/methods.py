@@ -146,7 +146,7 @@ def tune(
         )
         tuned = tuned_and_stored(opened, tuning_run)
     if as_json:
-        typer.echo(json.dumps({"method": name, **tuned.as_json()}))
+        typer.echo(json.dumps({"method": name, **tuned.to_dict()}))
     else:
         found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(name).items())
         out.print(

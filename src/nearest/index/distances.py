@@ -85,40 +85,6 @@ def measured(
     return distances
 
 
-def distances_reference(
-    rows: Float[np.ndarray, "q k dim"],
-    queries: Float[np.ndarray, "q dim"],
-    ids: Int[np.ndarray, "q k"],
-    metric: Metric,
-) -> Float[np.ndarray, "q k"]:
-    """The distances that every kernel computes, of decoded keys in float64."""
-    wide, queries = rows.astype(np.float64), queries[:, None].astype(np.float64)
-    distances = ((wide - queries) ** 2).sum(-1) if metric == "l2" else -(wide * queries).sum(-1)
-    return np.where(ids < 0, np.inf, distances).astype(np.float32)
-
-
-def key_distances_reference(
-    keys: Float[np.ndarray, "n dim"],
-    queries: Float[np.ndarray, "q dim"],
-    ids: Int[np.ndarray, "q k"],
-    metric: Metric,
-) -> Float[np.ndarray, "q k"]:
-    """`key_distances` in numpy."""
-    return distances_reference(keys[ids], queries, ids, metric)
-
-
-def scaled_key_distances_reference(
-    codes: Int8[np.ndarray, "n dim"],
-    scales: Float[np.ndarray, " n"],
-    queries: Float[np.ndarray, "q dim"],
-    ids: Int[np.ndarray, "q k"],
-    metric: Metric,
-) -> Float[np.ndarray, "q k"]:
-    """`scaled_key_distances` in numpy."""
-    rows = codes[ids] * scales[ids].astype(np.float64)[..., None]
-    return distances_reference(rows, queries, ids, metric)
-
-
 def _widen_stored(_context: Any, stored: Any) -> Any:
     """float16 bits (uint16) → float32; float32 stays."""
 

@@ -40,22 +40,6 @@ def extend(
     return extended
 
 
-def extend_reference(
-    pointers: Int[np.ndarray, "q p"], clusters: Clusters | None, most: int
-) -> list[list[int]]:
-    """`extend` in plain Python: lists without padding."""
-    rows = []
-    for row in pointers.tolist():
-        kept = [pointer for pointer in row if pointer >= 0][:most]
-        if clusters is not None and len(kept) < most:
-            own = [int(clusters.labels[pointer]) for pointer in kept]
-            for cluster in sorted({c for c in own if c >= 0}, key=lambda c: (-own.count(c), c)):
-                a, b = clusters.offsets[cluster : cluster + 2]
-                kept += clusters.members[a:b].tolist()
-        rows.append(kept[:most])
-    return rows
-
-
 def without_repeated(
     ids: Int[np.ndarray, "q e"], others: Int[np.ndarray, "q k"]
 ) -> Int[np.ndarray, "q e"]:

@@ -115,22 +115,6 @@ def token_probs(
     return probs
 
 
-def component_weights_reference(
-    distances: Float[np.ndarray, "q c"],
-    lengths: Int[np.ndarray, "q c"],
-    temperature: float,
-    length_power: float,
-) -> Float[np.ndarray, "q c"]:
-    """(1 + m)^b · exp(−d/T), normalised in each row, in numpy; rows without candidates are 0."""
-    scores = length_power * np.log1p(lengths.astype(float)) - distances / temperature
-    best = scores.max(axis=1, initial=-np.inf, keepdims=True)
-    found = np.isfinite(best)
-    weights = np.where(found, np.exp(scores - np.where(found, best, 0.0)), 0.0)
-    total = weights.sum(axis=1, keepdims=True)
-    normalised: Float[np.ndarray, "q c"] = weights / np.where(total > 0, total, 1.0)
-    return normalised
-
-
 def mixed_log_probs(
     lm_log_probs: Float[Tensor, "*shape"],
     memory_probs: Float[Tensor, "*shape"],

@@ -5,7 +5,7 @@ from typing import Any, no_type_check
 
 import numba
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from nearest.machine import code_can_be_cached
 from nearest.retrieval.candidates import Candidates
@@ -23,22 +23,6 @@ def kind_figures(candidates: Candidates, kinds: Sequence[str]) -> Float[np.ndarr
                      for end in ("start", "stop"))  # fmt: skip
     found = np.zeros((len(candidates.ids), len(kinds), 3), dtype=np.float32)
     _figures(candidates.distances, candidates.lengths, begins, stops, found)
-    return found
-
-
-def votes_reference(
-    weights: Float[np.ndarray, "q c"], values: Int[np.ndarray, "q c"]
-) -> Float[np.ndarray, "q 3"]:
-    """VOTES of each row's distribution over tokens (entropy in nats); 0 without candidates."""
-    found = np.zeros((len(weights), len(VOTES)))
-    for row, (own, tokens) in enumerate(zip(weights.tolist(), values.tolist(), strict=True)):
-        totals: dict[int, float] = {}
-        for weight, token in zip(own, tokens, strict=True):
-            if token >= 0 and weight > 0:
-                totals[token] = totals.get(token, 0.0) + weight
-        if totals:
-            probs = np.array(list(totals.values()))
-            found[row] = probs.max(), -(probs * np.log(probs)).sum(), np.log1p(len(totals))
     return found
 
 

@@ -68,7 +68,7 @@ def self_tune(
         examples = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
         tuned = best_settings(wide, (_held_out(one, own, kept, most) for one in examples))
         settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
-        stored = replace(tuned, settings=settings).as_json()
+        stored = replace(tuned, settings=settings).to_dict()
         stored = {**stored, **found_on(memory.manifest), SELF_TUNED: True}
         store_settings(memory.path, method, stored, found_in=memory.manifest)
     memory.take_over_settings()

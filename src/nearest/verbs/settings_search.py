@@ -44,7 +44,7 @@ class Tuned:
     variant: str
     variants: tuple[float, ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The result as it is stored in the memory."""
         return {
             **as_stored(self.settings, self.method),

@@ -59,7 +59,7 @@ class TunedGate:
     base_nll: float
     tokens: int
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings stored beside the gate."""
         return {
             **as_stored(self.settings, self.method),
@@ -153,7 +153,7 @@ class Found(Protocol):
     def method(self) -> str:
         """The method that it is for."""
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The result as it is stored in the memory."""
 
 
@@ -165,12 +165,12 @@ def store_tuned(memory: Memory, tuned: Found) -> None:
     """
     method = tuned.method
     gate = to_store(tuned.gate, memory, method) if isinstance(tuned, TunedGate) else None
-    settings = {**tuned.as_json(), **found_on(memory.manifest)}
+    settings = {**tuned.to_dict(), **found_on(memory.manifest)}
     try:
         store_settings(memory.path, method, settings, gate, found_in=memory.manifest)
     except (NearestError, OSError) as error:
         raise NotStoredError(
-            f"what was found for {method} could not be stored ({error}): {tuned.as_json()}. Mend "
+            f"what was found for {method} could not be stored ({error}): {tuned.to_dict()}. Mend "
             "that and store it with `store_tuned(memory, error.tuned)`, or tune again",
             tuned,
         ) from error

@@ -39,7 +39,7 @@ class TunedByText:
     base_score: float
     tried: list[tuple[Settings, float]] = field(repr=False)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The result as it is stored in the memory."""
         return {
             **as_stored(self.settings, self.method),
