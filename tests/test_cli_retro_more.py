@@ -22,7 +22,9 @@ from test_cli_retro_train import (
     CHANGES,
     PROMPT,
     STEPS,
+    base,  # noqa: F401
     called,
+    fitted,  # noqa: F401
     trained,  # noqa: F401
     valid,  # noqa: F401
 )
@@ -215,3 +217,40 @@ def test_prompts_begin_as_documents_do(trained: Path, prepared: Path, bert: str)
     (begun,) = run(*asked, "--max-new-tokens", 6, "--start-token")
     assert plain["chunks"][0]["text"] == " ".join(PROMPT.split()[:8])
     assert begun["chunks"][0]["text"] == " ".join(PROMPT.split()[:7])
+
+
+def test_prompts_begin_as_the_text_that_was_learnt(
+    trained: Path, bert: str, tmp_path: Path
+) -> None:
+    """Where no database says how documents begin, the model does."""
+    begun = tmp_path / "begun"
+    ends = ("--tokenizer", bert, "--chunk-size", 8, "--start-token")
+    corpus(tmp_path / "corpus.jsonl", 8, seed=3)
+    run("chunks", tmp_path / "corpus.jsonl", "--out", begun, *ends)
+    run("neighbours", begun, "--method", "bm25")
+    run("train", begun, "--out", tmp_path / "run", *CHANGES, *ONE)
+    for model, words in ((tmp_path / "run", 7), (trained, 8)):
+        (told,) = run("generate", model, "--prompt", PROMPT, "--max-new-tokens", 6, "--json")
+        assert told["chunks"][0]["text"] == " ".join(PROMPT.split()[:words])
+
+
+@pytest.mark.slow
+def test_training_begins_with_a_model(
+    prepared: Path, base: Path, fitted: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The first step's loss is that of the weights that are given; they are left as they were."""
+    read = ("eval", "--window", 32, "--readings", "on", "--json")
+    still = ("--lr", "1e-12", "--json", *ONE)
+    for number, (verb, model) in enumerate([(("train",), trained), (("fit", base), fitted)]):
+        out = tmp_path / f"run-{number}"
+        run(*verb, prepared, "--out", out, "--from", model, *still)
+        before, after = (run(*read, one, prepared)[0]["nll"] for one in (model, out))
+        assert after == pytest.approx(before, abs=1e-6)
+    step = trained / "checkpoint-2"
+    run("train", prepared, "--out", tmp_path / "of-step-2", "--from", step, *still)
+    new = ("train", prepared, "--out", tmp_path / "no", *ONE, "--from")
+    assert "--set is of a new model" in said(*new, trained, "--set", "decoder_layers=1")
+    assert "--preset is of a new model" in said(*new, trained, "--preset", "paper")
+    assert "`nearest retro fit` goes on from it" in said(*new, fitted)
+    assert "`nearest retro train` goes on from it" in said("fit", base, *new[1:], trained)
+    assert "holds no RETRO model" in said(*new, tmp_path)

@@ -27,6 +27,8 @@ class RetroConfig(PreTrainedConfig):
 
     Args:
         chunk_size: m, tokens of a chunk; the neighbours of a chunk act from its last token on.
+        document_start_id: token that each document of the training text began with, and prompts
+            begin with; None where they begin with their text.
         decoder_dim, decoder_layers, decoder_heads, decoder_attention_dim, decoder_ffn_dim: sizes;
             the attention dim is that of all heads together.
         cca_layers: decoder layers with chunked cross-attention, counted from 0. The encoder reads
@@ -92,6 +94,7 @@ class RetroConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
     chunk_size: int = 64
+    document_start_id: int | None = None
     use_cache: bool = True
 
     decoder_dim: int = 1536

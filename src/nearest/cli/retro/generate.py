@@ -50,7 +50,7 @@ class NeighbourOrigin:
         typer.Option(
             "--start-token/--no-start-token",
             help="Begin prompts with BOS or CLS, as documents that were cut so.  [default: as the "
-            "database or the service has it]",
+            "database or the service has it; without these, as the model was trained]",
             show_default=False,
         ),
     ] = None
@@ -124,8 +124,10 @@ class NeighbourOrigin:
         names = [part for name in self.database or () for part in with_commas(name)]
         return [ChunkDatabase.open(name) for name in names]
 
-    def start(self, tokenizer: Any, retrieve: Any) -> int | None:
+    def start(self, tokenizer: Any, retrieve: Any, trained: int | None) -> int | None:
         """The token that documents begin with, if any, in what is searched or as it is said here.
+
+        trained: the one of the model's training text.
 
         Raises:
             NearestError: the tokenizer has none, or the service does not answer.
@@ -138,9 +140,8 @@ class NeighbourOrigin:
                 return start
             if self.database is not None:
                 return self._opened()[0].cut.start
-        elif self.start_token:
-            return start_of(tokenizer)
-        return None
+            return trained
+        return start_of(tokenizer) if self.start_token else None
 
 
 def generate(
@@ -185,7 +186,7 @@ def generate(
             "--ask",
             soft_wrap=True,
         )
-    start = origin.start(tokenizer, retrieve)
+    start = origin.start(tokenizer, retrieve, loaded.retro_config.document_start_id)
     tell = _shown if show and not as_json else _untold
 
     def answer(text: str) -> "Written":

@@ -37,6 +37,14 @@ Set = Annotated[
         "--set", metavar="NAME=VALUE", help="A setting of RetroConfig, as decoder_layers=6; repeat."
     ),
 ]
+Begin = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="Begin with the weights and settings of this model, run or checkpoint, in place of "
+        "new ones.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,11 @@ def train(
     run: RunPath,
     *,
     preset: Annotated[
-        Literal["norlund", "retro-pytorch", "paper"], typer.Option(help="Kind of model.")
-    ] = "norlund",
+        Literal["norlund", "retro-pytorch", "paper"] | None,
+        typer.Option(help="Kind of model.  [default: norlund]", show_default=False),
+    ] = None,
     changes: Set = None,
+    begin: Begin = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; the database's own by default.")
     ] = None,
@@ -176,7 +186,7 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train a RETRO model from scratch on a database's chunks and their neighbours."""
+    """Train a RETRO model on a database's chunks and their neighbours, from scratch or further."""
     quiet_libraries()
     import torch
 
@@ -188,13 +198,19 @@ def train(
     texts = corpus.texts(database)
     own = tokenizer_of(texts[0].own, tokenizer)
     _check_tokenizers(own, texts)
-    of_data = {"chunk_size": texts[0].own.chunks.size, **vocabulary_of(own)}
-    config = RetroConfig.preset(preset, **{**of_data, **settings_given(changes)})
+    torch.manual_seed(settings.seed)
+    model: Any
+    if begin is not None:
+        _check_alone({"--preset": preset, "--set": changes})
+        model, _ = _begun(begin, RetroForCausalLM, device)
+    else:
+        of_data = {**_of_data(texts[0]), **vocabulary_of(own)}
+        given = {**of_data, **settings_given(changes)}
+        model = RetroForCausalLM(RetroConfig.preset(preset or "norlund", **given))
+        model.to(chosen_device(device))
+    config = model.config
     positions = config.max_position_embeddings if config.absolute_positions else None
     passages = corpus.passages(texts, positions)
-    torch.manual_seed(settings.seed)
-    model: Any = RetroForCausalLM(config)
-    model.to(chosen_device(device))
     _run(model, own, passages, run, settings, watching, as_json)
 
 
@@ -210,6 +226,7 @@ def fit(
         typer.Option(help="Layers after which neighbours are read, from 0; every third from 5 on."),
     ] = None,
     changes: Set = None,
+    begin: Begin = None,
     corpus: Corpus,
     training: Training,
     watching: Watching,
@@ -221,19 +238,50 @@ def fit(
     import torch
 
     from nearest.encode.loading import load_model_and_tokenizer
-    from nearest.retro import retrofit
+    from nearest.retro import RetrofitForCausalLM, retrofit
 
     settings = training.settings()
     texts = corpus.texts(database)
-    base, tokenizer = load_model_and_tokenizer(model, "float32", device)
-    _check_tokenizers(tokenizer, texts)
-    given = {"chunk_size": texts[0].own.chunks.size, **settings_given(changes)}
     torch.manual_seed(settings.seed)
-    fitted = retrofit(base, _layers(layers), **given)
-    positions = getattr(base.config, "max_position_embeddings", None)
+    if begin is not None:
+        _check_alone({"--layers": layers, "--set": changes})
+        fitted, tokenizer = _begun(begin, RetrofitForCausalLM, device, base=model)
+    else:
+        base, tokenizer = load_model_and_tokenizer(model, "float32", device)
+        given = {**_of_data(texts[0]), **settings_given(changes)}
+        fitted = retrofit(base, _layers(layers), **given)
+    _check_tokenizers(tokenizer, texts)
+    positions = getattr(fitted.base.config, "max_position_embeddings", None)
     # on a passage of no more than a chunk no neighbour could act
-    passages = corpus.passages(texts, positions, least=given["chunk_size"] + 1)
+    passages = corpus.passages(texts, positions, least=fitted.retro_config.chunk_size + 1)
     _run(fitted, tokenizer, passages, run, settings, watching, as_json)
+
+
+def _of_data(text: "NeighbouredText") -> dict[str, Any]:
+    """Settings of a new model that the chunks it learns from decide."""
+    return {"chunk_size": text.own.chunks.size, "document_start_id": text.own.cut.start}
+
+
+def _check_alone(others: dict[str, Any]) -> None:
+    """Refuse settings beside `--from`, whose model has its own."""
+    for name, value in others.items():
+        if value:
+            raise NearestError(f"{name} is of a new model, and --from begins with one: give one")
+
+
+def _begun(
+    folder: Path, kind: "type[PreTrainedModel]", device: str, **opening: Any
+) -> tuple[Any, Any]:
+    """Model and tokenizer of `--from`; open_retro's errors, and one for another kind of model."""
+    from nearest.retro.opening import open_retro
+
+    model, tokenizer = open_retro(folder, device=device, **opening)
+    if not isinstance(model, kind):
+        other = "train" if kind.__name__ == "RetrofitForCausalLM" else "fit"
+        raise NearestError(
+            f"{folder} is a {type(model).__name__}: `nearest retro {other}` goes on from it"
+        )
+    return model, tokenizer
 
 
 def _check_tokenizers(
