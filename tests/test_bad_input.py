@@ -572,8 +572,7 @@ def test_indexes_that_cannot_work(
     message: str,
 ) -> None:
     before = (memory / "manifest.json").read_bytes()
-    option = {"build": "--index", "index": "--spec"}[verb]
-    given = [option if word == "INDEX" else word for word in arguments]
+    given = ["--index" if word == "INDEX" else word for word in arguments]
     if verb == "build":
         text = refused("build", world.model, world.corpus, "--out", out, *given)
     else:
@@ -615,7 +614,7 @@ def test_a_prompt_that_is_too_long(world: SimpleNamespace) -> None:
 READERS: dict[str, list[str]] = {
     "info": [],
     "verify": [],
-    "index": ["--spec", "exact"],
+    "index": ["--index", "exact"],
     "eval": ["--text", "TEXT"],
     "tune": ["--text", "TEXT"],
     "generate": ["--prompt", "a"],
@@ -647,6 +646,30 @@ def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb
     assert f"{world.text} is not a memory" in refused(verb, world.text, *arguments)
     message = refused(verb, memory.parent / "nowhere", *arguments)
     assert "nowhere does not exist: build it with `nearest build`" in message
+
+
+@pytest.mark.parametrize(
+    ("address", "verb", "arguments"),
+    [
+        ("http://127.0.0.1:9/law", "info", ["ADDRESS"]),
+        ("http://127.0.0.1:9/law", "compact", ["ADDRESS"]),
+        ("s3://bucket/law.memory", "remove", ["ADDRESS", "--doc", "a"]),
+        ("s3://bucket/law.memory", "build", ["MODEL", "CORPUS", "--out", "ADDRESS"]),
+    ],
+)
+def test_an_address_where_a_folder_is_needed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world: SimpleNamespace,
+    address: str,
+    verb: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = {"ADDRESS": address, "MODEL": world.model, "CORPUS": world.corpus}
+    message = refused(verb, *(known.get(word, word) for word in arguments))
+    assert f"{address} is an address, and a folder is needed here" in message
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("verb", ["eval", "tune", "generate"])
@@ -702,7 +725,7 @@ def test_where_nothing_may_be_built(tmp_path: Path, world: SimpleNamespace, memo
 def test_two_writers(tmp_path: Path, world: SimpleNamespace, memory: Path, verb: str) -> None:
     arguments = {
         "build": [world.model, world.corpus, "--out", tmp_path / "empty"],
-        "index": [memory, "--spec", "exact"],
+        "index": [memory, "--index", "exact"],
         "tune": [memory, "--text", world.text],
     }[verb]
     (tmp_path / "empty").mkdir()
@@ -779,7 +802,7 @@ def test_a_full_disk_while_an_index_is_replaced(small_disk: Path, world: SimpleN
     path = Path(shutil.copytree(world.memory, small_disk / "law.memory"))
     before = {item: item.read_bytes() for item in path.rglob("*") if item.is_file()}
     _leave_free(small_disk, 2)
-    message = refused("index", path, "--spec", "IVF2,Flat")
+    message = refused("index", path, "--index", "IVF2,Flat")
     assert "the disk is full: free some space, then run again" in message
     assert {item: item.read_bytes() for item in path.rglob("*") if item.is_file()} == before
     assert verify(path) == []
@@ -791,8 +814,8 @@ def test_a_read_only_disk(small_disk: Path, world: SimpleNamespace) -> None:
     cure = "the file system is read-only: choose another folder"
     new = small_disk / "new.memory"
     assert f"{new}: {cure}" in refused("build", world.model, world.corpus, "--out", new)
-    assert f"{path}: {cure}" in refused("index", path, "--spec", "exact")
-    assert f"{path}: {cure}" in refused("index", path, "--spec", "Flat")
+    assert f"{path}: {cure}" in refused("index", path, "--index", "exact")
+    assert f"{path}: {cure}" in refused("index", path, "--index", "Flat")
     assert f"{path}: {cure}" in refused("tune", path, "--text", world.text)
     (sound,) = works("verify", path)
     assert sound["sound"]

@@ -8,6 +8,7 @@ import hashlib
 import io
 import mmap
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,15 @@ from nearest.machine import (
 
 _LARGE_PAGE = 1 << 21  # bytes
 _SHARE_IN_LARGE_PAGES = 0.25  # of the machine's RAM
+
+
+def refuse_address(path: Path) -> None:
+    """Raise FolderError where a path is an address, which `Path` has left with one slash."""
+    if found := re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path)):
+        raise FolderError(
+            f"{found[1]}://{found[2]} is an address, and a folder is needed here: name the "
+            "memory's own, on the machine where it lies (`nearest upload` copies one to an address)"
+        )
 
 
 def sha256_of(path: Path) -> str:

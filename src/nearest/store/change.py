@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from nearest.errors import FolderError
-from nearest.folder import disk_errors_explained, writer_lock
+from nearest.folder import disk_errors_explained, refuse_address, writer_lock
 from nearest.store.journal import JOURNAL, MACHINE, TASKS, Task
 from nearest.store.manifest import (
     MANIFEST,
@@ -97,11 +97,12 @@ class Change:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a path at which no memory can be begun: a file, a memory, or a folder in use.
+    """Refuse a path at which no memory can be begun: an address, a file, a memory, a folder in use.
 
     Raises:
         FolderError: it is one of these.
     """
+    refuse_address(path)
     try:
         if path.is_file():
             raise FolderError(f"{path} is a file: give the memory another path")

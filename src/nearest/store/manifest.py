@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from nearest.errors import FolderError
-from nearest.folder import write_atomically
+from nearest.folder import refuse_address, write_atomically
 from nearest.index.product import product_parts
 from nearest.store.records import (
     ChunkIndexRecord,
@@ -316,6 +316,7 @@ def _read(folder: Path) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
+            refuse_address(folder)
             raise FolderError(f"{folder} does not exist: build it with `nearest build`") from error
         raise FolderError(
             f"{folder} is not a memory (it has no {MANIFEST}; an interrupted build leaves none): "
