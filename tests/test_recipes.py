@@ -45,6 +45,33 @@ def test_articles_begin_at_their_headings(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(articles(["", " \n"])) == []
 
 
+def test_law_is_made_of_the_councils_xml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    law = loaded(EXAMPLES / "law_corpus.py", monkeypatch)
+    monkeypatch.setattr(law, "SHORTEST", 40)
+    code = tmp_path / "us/dc/council/code/titles/1/sections"
+    code.mkdir(parents=True)
+    head = '<section xmlns="https://code.dccouncil.us/schemas/dc-library"><num>{}</num>'
+    body = """<heading>Of  bees.</heading><text>A hive <cite>(§ 2)</cite> is kept so:</text>
+    <para><num>(1)</num><heading>Where. -</heading><text>Outside.</text><para><num>(A)</num>
+    <text>Alone.</text></para><text>Or not.</text></para><table><td>1</td> <td>2</td></table>
+    <annotations><text>An amendment.</text></annotations></section>"""
+    for number in ("1-1163.10", "1-1001.02", "1-1001.01"):  # valid, train, the reserve
+        (code / f"{number}.xml").write_text(head.format(number) + body)
+    (code / "short.xml").write_text(head.format("1-2") + "<text>Repealed.</text></section>")
+    (code / "index.xml").write_text("<container><num>1</num></container>")
+    out = tmp_path / "corpus"
+    monkeypatch.setattr(sys, "argv", ["law", str(tmp_path), "--out", str(out), "--tokens", "1"])
+    law.main()
+    lines = "\n(1) Where. - Outside.\n(A) Alone.\nOr not.\n1 2"
+    text = "§ 1-1163.10. Of bees.\nA hive (§ 2) is kept so:" + lines
+    (row,) = map(json.loads, (out / "valid.jsonl").read_text("utf-8").splitlines())
+    assert row == {"id": "dc-1-1163.10", "title": "Of bees.", "text": text}
+    (row,) = map(json.loads, (out / "train.jsonl").read_text("utf-8").splitlines())
+    assert row["id"] == "dc-1-1001.02"
+    assert (out / "test.jsonl").read_text() == ""
+    assert (out / "train-2m.jsonl").read_bytes() == (out / "train.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [("wikitext103/articles.py", "name the files"), ("law_mt/sentences.py", "name one file")],

@@ -3,7 +3,7 @@
 # table in small. Each variable can be set by the caller; README.md says what comes out.
 set -euo pipefail
 : "${MODEL:=src/nearest/demo/general-gpt2-7m}"
-: "${CORPUS:=../shared/corpora/dclaw}" # folder with train.jsonl, valid.jsonl and test.jsonl
+: "${CORPUS:?folder with train.jsonl, valid.jsonl and test.jsonl (examples/law_corpus.py makes one)}"
 : "${OUT:=train-base}"
 : "${DOCUMENTS:=1500}" # of the training text, in the memory and in training
 : "${HELD_OUT:=150}"
