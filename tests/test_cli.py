@@ -194,7 +194,7 @@ def test_verify_reports_damage_on_both_streams(memory: Path) -> None:
 
 
 def test_index_gives_another_generation(memory: Path) -> None:
-    (record,) = json_lines("index", memory, "--spec", "IVF4,Flat", "--nprobe", 4)
+    (record,) = json_lines("index", memory, "--index", "IVF4,Flat", "--nprobe", 4)
     assert record["snapshot"] == 2
     index = record["index_of_segment_000001"]
     assert (index["spec"], index["nprobe"]) == ("IVF4,Flat", 4)
@@ -274,7 +274,7 @@ def test_cluster_explains_what_cannot_be(memory: Path, options: list[Any], messa
 @pytest.mark.slow
 def test_compress_gives_another_generation(memory: Path, world: SimpleNamespace) -> None:
     options = ["--keys", "pq8", "--pca", 16, "--merge", "--neighbours", 5]
-    (record,) = json_lines("compress", memory, *options, "--spec", "Flat", "--recall", 0.5)
+    (record,) = json_lines("compress", memory, *options, "--index", "Flat", "--recall", 0.5)
     assert record == json_lines("info", memory)[0]
     assert record["snapshot"] == 2
     assert "16 of 32 dims, pq8, l2" in record["keys"]

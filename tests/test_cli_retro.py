@@ -207,7 +207,7 @@ def test_mistakes(prepared: Path, bert: str, tmp_path: Path) -> None:
         (("neighbours", prepared, "--table", tmp_path / "t", "--neighbours", 0), "at least 1"),
         (("neighbours", prepared, "--part", "3/2"), "such as 2/4"),
         (("show", prepared, "--document", "d0-1", "--neighbours", 21), "stores 20"),
-        (("index", prepared, "--spec", "nonsense"), "nonsense"),
+        (("index", prepared, "--index", "nonsense"), "nonsense"),
         (("index", prepared, "--recall", 2), "(0, 1]"),
         (("show", bert), "is not a memory"),
         (("embed", prepared, "--embedder", f"bert-cls:{bert}"), "pooling"),

@@ -147,7 +147,7 @@ def test_a_causal_model_continues_its_prompts() -> None:
         prompt = torch.tensor([ids])
         output = model.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=1)
         assert text == tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    assert found.to_pandas()["source"].tolist() == [d.encoder_text for d in asked]
+    assert found.to_pandas()["encoder_text"].tolist() == [d.encoder_text for d in asked]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
     assert base["chrf_delta"] is None
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert [row["texts"]["knn"] for row in rows] == [d.text for d in pairs.documents]
-    assert [row["source"] for row in rows] == [d.encoder_text for d in pairs.documents]
+    assert [row["encoder_text"] for row in rows] == [d.encoder_text for d in pairs.documents]
     shown = invoke("eval", memory, *options, *settings)
     assert "knn − base: exact" in shown.out
     for wrong, message in (

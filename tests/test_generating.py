@@ -177,7 +177,7 @@ def test_a_chat_keeps_what_was_said_and_leaves_the_oldest_out(world: SimpleNames
     assert talk.say("ef").tokens == []
     talk.remembers = True
     long = talk.say("x" * 50)  # 64 positions: all that was said before is left out
-    talk.forget()
+    talk.begin_anew()
     assert talk.say("x" * 50).text == long.text
     with pytest.raises(SettingError, match="positions"):
         talk.say("x" * 60)
@@ -202,7 +202,7 @@ def test_a_prompt_that_begins_with_two_start_tokens_is_noted(world: SimpleNamesp
 def test_the_chat_command_takes_lines_and_commands(world: SimpleNamespace) -> None:
     lines = ["/sources", "ab", "/sources", "/off", "ab", "/method suffix", "/method none", "/nope"]
     options = ["--model", world.folder / "model", "--max-new-tokens", 3]
-    typed = "\n".join([*lines, "/forget", "/help", "", "/quit", "never"])
+    typed = "\n".join([*lines, "/new", "/help", "", "/quit", "never"])
     result = run("chat", world.memory.path, *options, typed=typed)
     assert result.code == 0
     talk = Chat(world.model, world.tokenizer, world.memory, max_new_tokens=3, do_sample=False)
@@ -210,6 +210,7 @@ def test_the_chat_command_takes_lines_and_commands(world: SimpleNamespace) -> No
     assert "from the memory:" in result.out
     assert "the memory is off" in result.out
     assert "method suffix" in result.out
+    assert "a new conversation" in result.out
     assert result.err.count("error:") == 3  # nothing to name sources of, a method, a command
     assert run("chat", world.memory.path, *options, typed="ab").code == 0
 

@@ -371,7 +371,7 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
         vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
         decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
     )  # fmt: skip
-    with pytest.raises(ModelError, match="reads input_features, and a memory's sources are text"):
+    with pytest.raises(ModelError, match="reads input_features, and a memory holds text"):
         find_key_layer(Speech2TextForConditionalGeneration(config).eval(), "last_hidden")
     model = make_pair_model()
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None

@@ -87,7 +87,7 @@ def import_store(
     if reads_sources(model):
         raise ModelError(
             f"{type(model).__name__} is an encoder–decoder, and a datastore does not hold the "
-            "sources that its encoder read: build a memory of the documents"
+            "texts that its encoder read: build a memory of the documents"
         )
     files, layer = find_store(given), find_key_layer(model, options.key_layer)
     if options.trust and files.index is None:

@@ -29,7 +29,7 @@ def build(
         typer.Argument(
             metavar="MODEL CORPUS...",
             help="A model (folder, or name on the hub), which --tokenizer stands for; then files, "
-            "folders, pipes (- for stdin), or hf://owner/name[:split].",
+            "folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
         ),
     ],
     out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
@@ -63,7 +63,9 @@ def build(
     segment_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of a segment, the unit of shared work.  [default: what RAM allows]"
+            min=1,
+            help="Tokens of a segment, the unit of shared work.  [default: about 16 million; fewer "
+            "for wide keys]",
         ),
     ] = None,
     part: Annotated[

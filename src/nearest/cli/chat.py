@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HELP = """/sources      where the last answer came from
 /off, /on     answer without the memory, and with it again
 /method NAME  knn, retomaton, suffix, hybrid …
-/forget       begin a new conversation
+/new          begin a new conversation
 /quit         leave (as does the end of input)"""
 
 
@@ -95,8 +95,8 @@ def _command(talk: "Chat", line: str, show: int) -> None:
         out.print(f"method {talk.method}")
     elif name == "method":
         out.print(f"method {talk.method}; another: /method NAME")
-    elif name == "forget":
-        talk.forget()
-        out.print("forgotten")
+    elif name == "new":
+        talk.begin_anew()
+        out.print("a new conversation")
     else:
         raise NearestError(f"/{name} is unknown: /help lists commands")

@@ -27,7 +27,7 @@ class Generating:
     generate: Annotated[
         bool,
         typer.Option(
-            "--generate", help="Let the model write a text for each source, and score that."
+            "--generate", help="Let the model write a text for each encoder text, and score that."
         ),
     ] = False
     metrics: Annotated[
@@ -160,13 +160,13 @@ def evaluate_written(
 
 
 def _write(path: Path, results: "list[GeneratedResult]") -> None:
-    """One object a document: its id, source and reference, and each method's text."""
+    """One object a document: its id, encoder text and reference, and each method's text."""
     from nearest.folder import disk_errors_explained, whole_file
 
     pairs = results[0].pairs
     with disk_errors_explained(path.parent), whole_file(path) as file:
-        rows = zip(pairs.ids, pairs.sources, pairs.references, strict=True)
-        for n, (name, source, reference) in enumerate(rows):
+        rows = zip(pairs.ids, pairs.encoder_texts, pairs.references, strict=True)
+        for n, (name, encoder_text, reference) in enumerate(rows):
             texts = {result.method: result.texts[n] for result in results}
-            row = {"id": name, "source": source, "reference": reference, "texts": texts}
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            row = {"id": name, "encoder_text": encoder_text, "reference": reference}
+            file.write(json.dumps(row | {"texts": texts}, ensure_ascii=False).encode() + b"\n")

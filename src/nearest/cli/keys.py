@@ -13,7 +13,7 @@ from nearest.errors import NearestError
 
 def index(
     memory: MemoryPath,
-    spec: Spec = "auto",
+    index: Spec = "auto",
     recall: Recall = 0.95,
     nprobe: Nprobe = None,
     as_json: AsJson = False,
@@ -24,7 +24,7 @@ def index(
     from nearest.store.parts.index import IndexChoice
 
     with reports.live_progress(err) as progress:
-        rebuild_index(memory, IndexChoice(spec, recall, nprobe), progress)
+        rebuild_index(memory, IndexChoice(index, recall, nprobe), progress)
     show_info(Memory.open(memory), as_json)
 
 
@@ -74,7 +74,7 @@ def compress(
         int | None, typer.Option(help="Of each entry, to merge; 9 if not given.")
     ] = None,
     index: Annotated[
-        str | None, typer.Option("--spec", help="Another index; the kind it has if not given.")
+        str | None, typer.Option(help="Another index; the kind it has if not given.")
     ] = None,
     recall: Annotated[
         float | None, typer.Option(help="Recall@1024 to tune the index to; as before if not given.")

@@ -102,7 +102,7 @@ def tune(
 
     k is swept for knn, the length power for suffix, where they are not given. With --gate a gate is
     trained instead, and the method is then called knn+buckets, suffix+mixture and so on. With --by
-    bleu, chrf … what the model writes for each source decides, and not the text's probability.
+    bleu, chrf … what the model writes for each encoder text decides, not the text's probability.
     """
     quiet_libraries()
     from nearest.verbs.tune import tune as tune_memory
@@ -210,7 +210,7 @@ def evaluate(
 ) -> None:
     """Measure how well text is predicted, by the base model and with the memory.
 
-    With --generate the model writes a text for each source (the field that an encoder reads, or a
+    With --generate the model writes a text for each encoder text (what an encoder reads, or a
     causal model's prompt), and BLEU, chrF and others compare it to the document's text.
     """
     quiet_libraries()

@@ -20,12 +20,14 @@ CorpusPaths = Annotated[
     list[str],
     typer.Argument(
         metavar="CORPUS...",
-        help="Files, folders, pipes (- for stdin), or hf://owner/name[:split].",
+        help="Files, folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
     ),
 ]
 TextPaths = Annotated[
     list[str],
-    typer.Option("--text", help="Text to score: files, folders, pipes, or hf://owner/name."),
+    typer.Option(
+        "--text", help="Text to score: files, folders, pipes, or hf://owner/name[/config][:split]."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Window = Annotated[

@@ -48,7 +48,7 @@ def bare_model(model: AnyModel) -> PreTrainedModel:
 
 
 def reads_sources(model: PreTrainedModel) -> bool:
-    """Whether it is an encoder–decoder, whose encoder reads a source before text is written."""
+    """Whether it is an encoder–decoder, whose encoder reads a text before text is written."""
     return bool(model.config.is_encoder_decoder)
 
 
@@ -128,7 +128,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def source_positions(model: PreTrainedModel) -> int | None:
-    """The longest source its encoder was made for; None without limit, or without encoder."""
+    """The longest text its encoder was made for; None without limit, or without encoder."""
     if not reads_sources(model):
         return None
     return _positions(_encoder_config(model), "max_encoder_position_embeddings")

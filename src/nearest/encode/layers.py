@@ -51,8 +51,8 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
     if model.main_input_name != "input_ids":
         reader = "the encoder of " if reads_sources(model) else ""
         raise ModelError(
-            f"{reader}{type(model).__name__} reads {model.main_input_name}, and a memory's "
-            f"{'sources are' if reader else 'documents are'} text: load a model that reads text"
+            f"{reader}{type(model).__name__} reads {model.main_input_name}, and a memory holds "
+            "text: load a model that reads text"
         )
     if not hasattr(model, "hf_device_map") and all(w.is_meta for w in model.parameters()):
         raise ModelError(

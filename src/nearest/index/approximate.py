@@ -117,7 +117,7 @@ class ApproximateIndex:
         if isinstance(ivf, faiss.IndexIVFFastScan):  # which crashes if it was read from a file
             raise SettingError(
                 "an index that is scanned fast cannot measure chosen entries: measure by keys, or "
-                "build another one (`nearest index --spec IVF1024,SQ8`)"
+                "build another one (`nearest index --index IVF1024,SQ8`)"
             )
         with self._lock:
             if ivf is not None and ivf.direct_map.no():  # needed to find codes by id in lists

@@ -160,5 +160,5 @@ def lists_on_gpu(index: Any) -> Any:
         reason = str(error).strip().split("\n")[-1].split(": ")[-1]
         raise SettingError(
             f"this index cannot be searched on a GPU ({reason}): build the default one, whose keys "
-            "are scanned there (`nearest index --spec auto`), or search on the CPU"
+            "are scanned there (`nearest index --index auto`), or search on the CPU"
         ) from error

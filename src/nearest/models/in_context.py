@@ -60,7 +60,7 @@ class PassageChooser:
             )
         if reads_sources(model):
             raise SettingError(
-                "an encoder–decoder reads its source and no passages: choose another method than "
+                "an encoder–decoder reads its own text and no passages: choose another method than "
                 "in-context"
             )
         memory, positions = memories[0], max_positions(model)

@@ -358,8 +358,8 @@ def _check_pairs(arrays: Sequence[Tokens], *, score_eos: bool) -> None:
     """Refuse what an encoder–decoder cannot score (SettingError, CorpusError)."""
     if arrays:
         raise CorpusError(
-            "an encoder–decoder reads a source for each text, and arrays of token ids have none: "
-            "give documents with 'source' and 'text'"
+            "an encoder–decoder reads an encoder text for each text, and arrays of token ids have "
+            "none: give documents with 'encoder_text' and 'text'"
         )
     if score_eos:
         raise SettingError(

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @no_type_check  # its base class makes __init__ take more than the fields
 class RetroConfig(PreTrainedConfig):
-    """Settings of a RETRO model; the defaults are the published model of the `norlund` lineage.
+    """Settings of a RETRO model; the defaults are the published model of `norlund`.
 
     Args:
         chunk_size: m, tokens of a chunk; the neighbours of a chunk act from its last token on.

@@ -47,7 +47,7 @@ def operations(
         word, status = ("ok", 200) if alive() else ("dead", 503)
         if "application/json" in request.headers.get("accept", ""):
             return JSONResponse({"status": word}, status)
-        return PlainTextResponse(word, status)  # what the RETRO line's client expects
+        return PlainTextResponse(word, status)  # what IndexServiceClient of nitin966/retro expects
 
     @routes.get("/ready")
     async def ready() -> Response:

@@ -1,4 +1,4 @@
-"""What encoders read with a memory's documents: which documents are nearest to another source.
+"""What encoders read with a memory's documents: which documents are nearest to another.
 
 A memory of translations can be searched among those of like sentences alone, as fast kNN-MT and
 SK-MT do (arXiv:2105.14528, arXiv:2302.12188): few keys are measured then, however large the memory.
@@ -65,9 +65,9 @@ class EncoderTexts:
         return rows
 
     def entries(self, sources: Sequence[Tokens], most: int) -> Int[np.ndarray, "sources entries"]:
-        """The entries of the `most` documents whose encoder texts are nearest to each source.
+        """The entries of the `most` documents whose encoder texts are nearest to each of these.
 
-        They ascend; −1 fills a row. Documents that share no token with the source are not found.
+        They ascend; −1 fills a row. Documents that share no token with it are not found.
 
         Args:
             sources: token ids, as the encoder reads them.

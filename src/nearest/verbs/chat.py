@@ -84,7 +84,7 @@ class Chat:
         check_method(method)
         self.method = method
 
-    def forget(self) -> None:
+    def begin_anew(self) -> None:
         """Begin a new conversation."""
         self._messages, self.last = [], None
 

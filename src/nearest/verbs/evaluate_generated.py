@@ -76,13 +76,17 @@ class GeneratedResult:
         return {**figures, **named, "settings_from": self.settings_from}
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with a row a document: source, reference, text.
+        """A `pandas.DataFrame` with a row a document: id, encoder_text, reference, text.
 
         Raises:
             NearestError: pandas is not installed.
         """
         pairs = self.pairs
-        columns = {"id": pairs.ids, "source": pairs.sources, "reference": pairs.references}
+        columns = {
+            "id": pairs.ids,
+            "encoder_text": pairs.encoder_texts,
+            "reference": pairs.references,
+        }
         return data_frame({**columns, "text": self.texts})
 
 
@@ -104,10 +108,10 @@ def evaluate_generated(
     generation: Mapping[str, Any] | None = None,
     **given: Any,
 ) -> list[GeneratedResult]:
-    """Let a model write a text for each source, and compare it to the document's text.
+    """Let a model write a text for each encoder text, and compare it to the document's text.
 
     Args:
-        model: an encoder–decoder, or a causal model, which continues the source.
+        model: an encoder–decoder, or a causal model, which continues the encoder text.
         memory: what to look up, or several; None where only the base model is asked for.
         documents: as in `Memory.build`, each with an `encoder_text` (in files also `source`), which
             is read, and a `text`, which is wanted.

@@ -1,4 +1,4 @@
-"""Let a model write a text for each source of a set of pairs, in batches."""
+"""Let a model write a text for each encoder text of a set of pairs, in batches."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +26,15 @@ from nearest.retrieval.settings import BASE, Settings
 from nearest.store.tuned import SettingsFrom
 from nearest.verbs.prompt import prompt_tokens
 
-_BATCH_TOKENS = 4096  # sources and new tokens of a batch, where no batch size is given
+_BATCH_TOKENS = 4096  # encoder texts and new tokens of a batch, where no batch size is given
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sources as a model reads them, and the texts that are wanted; `ids` are of the documents."""
+    """Encoder texts as a model reads them, and the texts wanted; `ids` are of the documents."""
 
     ids: list[str]
-    sources: list[str]
+    encoder_texts: list[str]
     references: list[str]
     prompts: list[Tokens]
 
@@ -74,14 +74,14 @@ def read_pairs(model: PreTrainedModel, tokenizer: Any, documents: Documents) -> 
     for document in read:
         if not document.encoder_text:
             encoder_text_of(document) if reads_sources(model) else _refuse(document.origin)
-    sources = [str(document.encoder_text) for document in read]
+    encoder_texts = [str(document.encoder_text) for document in read]
     prompts = [
-        np.array(prompt_tokens(model, tokenizer, source).inputs, dtype=np.int64)
-        for source in sources
+        np.array(prompt_tokens(model, tokenizer, encoder_text).inputs, dtype=np.int64)
+        for encoder_text in encoder_texts
     ]
     return Pairs(
         [document.id for document in read],
-        sources,
+        encoder_texts,
         [document.text for document in read],
         prompts,
     )
@@ -111,7 +111,7 @@ def write(
     generation: Mapping[str, Any] | None = None,
     progress: Progress,
 ) -> Written:
-    """Write a text for each source by one method; arguments are those of `evaluate_generated`."""
+    """Write a text for each encoder text by one method; arguments as of `evaluate_generated`."""
     texts = [""] * len(pairs.prompts)
     tokens = done = 0
     arguments = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
@@ -155,7 +155,7 @@ def check_room(model: PreTrainedModel, pairs: Pairs, max_new_tokens: int) -> Non
     if positions is not None and longest + max_new_tokens > positions:
         raise SettingError(
             f"a prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{positions} positions: ask for fewer (--max-new-tokens), or give shorter sources"
+            f"{positions} positions: ask for fewer (--max-new-tokens), or give shorter texts"
         )
 
 

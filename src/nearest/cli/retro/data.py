@@ -82,7 +82,7 @@ def index(database: DatabasePath, *, indexing: Indexing, as_json: AsJson = False
     """Make an index of the vectors, and measure its recall@4."""
     from nearest.retro.data.database import ChunkDatabase
 
-    made = ChunkDatabase.open(database).build_index(indexing.spec, indexing.recall)
+    made = ChunkDatabase.open(database).build_index(indexing.index, indexing.recall)
     report(asdict(made.record), as_json)
 
 
@@ -165,7 +165,7 @@ def prepare(
         maker = by_workers(made.path, spec, **vars(sharing))
         made.embed(named, decode, dtype=embedding.dtype, maker=maker, progress=progress)
         if not made.indexed:
-            made.build_index(indexing.spec, indexing.recall)
+            made.build_index(indexing.index, indexing.recall)
         table = _table([made], None, None, options, Part(), sharing, progress)
     counts = {} if table is None else table.record["counts"]
     report({**counts_of(made), **asdict(made.index.record), **counts}, as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from nearest.cli.app import out
-from nearest.cli.options import Encoding
+from nearest.cli.options import Encoding, Spec
 
 if TYPE_CHECKING:
     from nearest.retro.data.database import ChunkDatabase
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help="A memory; or files, folders, hf://owner/name."),
+    typer.Argument(
+        metavar="SOURCE...", help="A memory; or files, folders, hf://owner/name[/config][:split]."
+    ),
 ]
 DatabasePath = Annotated[
     Path, typer.Argument(metavar="MEMORY", help="A memory whose documents are cut into chunks.")
@@ -91,9 +93,7 @@ class Embedding:
 class Indexing:
     """How vectors are indexed."""
 
-    spec: Annotated[str, typer.Option(help='"auto", "exact", or a FAISS index_factory string.')] = (
-        "auto"
-    )
+    index: Spec = "auto"
     recall: Annotated[float, typer.Option(help="Recall@4 that the index is searched to.")] = 0.95
 
 

@@ -1,4 +1,4 @@
-"""Weights of the `norlund` lineage (arXiv:2302.12128), both ways."""
+"""Weights of TobiasNorlund/retro (arXiv:2302.12128), both ways."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

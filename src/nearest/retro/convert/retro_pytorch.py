@@ -1,4 +1,4 @@
-"""Weights of the `retro-pytorch` lineage, both ways."""
+"""Weights of lucidrains/RETRO-pytorch, both ways."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

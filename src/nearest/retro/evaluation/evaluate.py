@@ -127,7 +127,7 @@ def evaluate_retro(
         neighbours, continuation: of the readings whose names do not say.
         window, stride: tokens read at once, and from one passage to the next, by default half.
         first_only: read the first `window` tokens of each document and no more, as the public
-            evaluation of the `norlund` lineage does.
+            evaluation of TobiasNorlund/retro does.
         batch_size: passages a forward pass.
         progress: told (stage, done, total).
 
