@@ -17,4 +17,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     command = typer.main.get_command(app)
     written = get_docs_for_click(obj=command, ctx=typer.Context(command), name="nearest")
     commands = written.partition("\n## ")  # the page has a title and an introduction of its own
-    return f"{markdown}\n\n{commands[1].strip()} {commands[2]}"
+    told = commands[2].replace("][", "]\\[")  # no reference to a link, but two parts of a name
+    return f"{markdown}\n\n{commands[1].strip()} {told}"

@@ -1,5 +1,6 @@
 """What the pages show is true: blocks run, commands exist, links lead somewhere."""
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from inspect import ismodule
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,8 @@ import pytest
 import torch
 import typer
 
+import nearest
+import nearest.retro
 from doc_pages import PAGES, ROOT, Block, blocks, is_slow, make_world
 from nearest.cli import app
 from serving import free_port
@@ -159,3 +163,13 @@ def test_a_block_is_found_with_its_line_and_its_note(tmp_path: Path) -> None:
     first, second = blocks(page)
     assert first == Block(page, 5, "sh", "not run: why", "b\n")
     assert (first.runs, second.runs, second.line) == (False, True, 9)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = (ROOT / "docs/reference").glob("*.md")
+    named = {n for page in pages for n in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)}
+    described = set()
+    for found in map(pkgutil.resolve_name, named):
+        described |= {id(found), *(map(id, vars(found).values()) if ismodule(found) else ())}
+    public = [(package, name) for package in (nearest, nearest.retro) for name in package.__all__]
+    assert [name for package, name in public if id(getattr(package, name)) not in described] == []
