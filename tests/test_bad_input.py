@@ -645,7 +645,7 @@ def test_a_memory_that_cannot_be_read(world: SimpleNamespace, memory: Path, verb
     assert f"{memory} is not a memory" in refused(verb, memory, *arguments)
     assert f"{world.text} is not a memory" in refused(verb, world.text, *arguments)
     message = refused(verb, memory.parent / "nowhere", *arguments)
-    assert "nowhere does not exist: build it with `nearest build`" in message
+    assert "nowhere does not exist: check the path, or build it" in message
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,9 @@ SITUATIONS: dict[str, Situation] = {
         {"named twice": 1},
         paths=("c", "c/x"),
     ),
-    "an address": Situation({}, refused="hf://", paths=("https://example.com/x.txt",)),
+    "an address": Situation(
+        {}, refused="https://example.com/x.txt is an address", paths=("https://example.com/x.txt",)
+    ),
     "an address as a file": Situation({}, refused="is an address", paths=("file:///x.txt",)),
     "nothing": Situation({"c/a.txt": "a"}, refused="empty", paths=("",)),
     "suffixes of two parts, of commas, of stars": Situation(

@@ -794,7 +794,7 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, what: str) -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda _: None, "does not exist: build it with `nearest build`"),
+        (lambda _: None, "does not exist: check the path, or build it"),
         (lambda path: path.mkdir(), "is not a memory (it has no manifest.json"),
         (lambda path: path.write_text("a file"), "is not a memory"),
         (lambda path: (path / "manifest.json").mkdir(parents=True), "cannot be read"),

@@ -341,9 +341,10 @@ def _check_exists(given: Path) -> None:
         mode = given.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         if _ADDRESS.match(str(given)):
+            address = re.sub(":/+", "://", shown(str(given)), count=1)  # `Path` left one slash
             raise CorpusError(
-                f"{shown(str(given))} is an address, of which only hf:// is read: download it, and "
-                "name the file"
+                f"{address} is an address, of which only hf:// is read: download it, and name "
+                "the file"
             ) from error
         raise CorpusError(
             f"{shown(str(given))} does not exist: check the path of the corpus"

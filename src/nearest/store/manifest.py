@@ -317,7 +317,9 @@ def _read(folder: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
             refuse_address(folder)
-            raise FolderError(f"{folder} does not exist: build it with `nearest build`") from error
+            raise FolderError(
+                f"{folder} does not exist: check the path, or build it (`nearest build`)"
+            ) from error
         raise FolderError(
             f"{folder} is not a memory (it has no {MANIFEST}; an interrupted build leaves none): "
             "build it with `nearest build`"
