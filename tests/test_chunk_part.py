@@ -8,10 +8,12 @@ import pytest
 
 from nearest import Memory
 from nearest.errors import FolderError, SettingError
+from nearest.folder import ArrayFile
 from nearest.retro.data import database as database_module
 from nearest.retro.data.database import ChunkDatabase
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.stages import Ends, chunk_memory, make_table
+from nearest.store import chunks as chunks_module
 from nearest.store.parts.chunks import vectors_of
 from nearest.store.records import ChunksRecord
 from nearest.store.segment import Segment
@@ -77,6 +79,31 @@ def test_a_life_of_chunks(tmp_path: Path) -> None:
     grown = compacted.add(None, tokenizer(), stored(TEXTS[16:], first=16))
     equal(completed(grown.path), database(tmp_path / "21", [*kept, *TEXTS[16:]]))
     assert Memory.open(grown.path).verify() == []
+
+
+def test_vectors_are_written_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several segments, some of whose chunks have vectors, and some are gone."""
+    monkeypatch.setattr(database_module, "BLOCK", 3)
+    monkeypatch.setattr(chunks_module, "_BLOCK", 5)
+    database(tmp_path / "m", TEXTS[:6])
+    memory = Memory.open(tmp_path / "m").add(None, tokenizer(), stored(TEXTS[6:10], first=6))
+    memory = memory.remove(["doc-2", "doc-7"]).add(None, tokenizer(), stored(TEXTS[10:], first=10))
+    write, sizes = ArrayFile.write, list[int]()
+
+    def noting(file: ArrayFile, first: int, rows: np.ndarray) -> None:
+        sizes.append(len(rows))
+        write(file, first, rows)
+
+    monkeypatch.setattr(ArrayFile, "write", noting)
+    own = ChunkDatabase.open(memory)
+    assert own.embed(embedder(), words)
+    assert max(sizes) == 5
+    assert sum(sizes) == sum(segment.record.chunk_rows or 0 for segment in own.memory.segments)
+    rows = own.chunks.rows(np.arange(len(own.chunks)))
+    expected = embedder()([words(row[row >= 0].tolist()) for row in rows]).astype(np.float16)
+    np.testing.assert_array_equal(own.embeddings, expected)
 
 
 @pytest.mark.parametrize("spec", ["exact", "IVF4,Flat"])

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
-import numpy as np
-from jaxtyping import Float
 
 from nearest.errors import FolderError, SettingError
 from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, EXACT
 from nearest.store.change import Change, changing
-from nearest.store.chunks import ChunkVectors
+from nearest.store.chunks import ChunkVectors, Made
 from nearest.store.manifest import read_manifest
 from nearest.store.parts.chunks import vectors_of, write_index, write_vectors
 from nearest.store.records import ChunkIndexAsked, ChunksRecord, EmbedderRecord, VectorDtype
@@ -52,10 +50,10 @@ def store_vectors(
     path: Path,
     version: int,
     embedder: EmbedderRecord,
-    vectors: Float[np.ndarray, "missing dim"],
+    made: Made,
     dtype: str,
 ) -> None:
-    """Store the vectors of all chunks that had none, in the order of their ids.
+    """Store the vectors of all chunks that had none, block by block.
 
     Raises:
         FolderError: the documents are not those of this version any more, or the disk fails.
@@ -67,10 +65,10 @@ def store_vectors(
                 f"{path} has changed since its chunks were embedded: run `nearest retro embed` "
                 "again"
             )
-        every = ChunkVectors(change.segments, chunks).filled(vectors, dtype)
+        every = ChunkVectors(change.segments, chunks).filled(made, dtype)
         segments = [
-            write_vectors(change.files(segment.record.name), segment.record, array)
-            for segment, array in zip(change.segments, every, strict=True)
+            write_vectors(change.files(segment.record.name), segment.record, rows, blocks)
+            for segment, (rows, blocks) in zip(change.segments, every, strict=True)
         ]
         as_stored = cast(VectorDtype, dtype)
         chunks = msgspec.structs.replace(chunks, embedder=embedder, dtype=as_stored, index=None)

@@ -1,6 +1,6 @@
 """The chunks of a whole memory and their vectors: ids count through all segments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,11 @@ from nearest.index.vectors import RERANKED
 from nearest.store.parts.chunks import left_rows, not_made, vectors_of
 from nearest.store.records import ChunksRecord
 from nearest.store.segment import Segment
+
+_BLOCK = 1 << 14  # vectors in memory at a time while they are written
+
+Made = Callable[[int, int], np.ndarray]
+"""The vectors of the chunks `missing[start:stop]`, [stop - start, dim]."""
 
 
 class ChunkVectors:
@@ -54,18 +59,28 @@ class ChunkVectors:
         return np.flatnonzero(np.concatenate([not_made(vectors)[left] for vectors, left in pairs]))
 
     def filled(
-        self, vectors: Float[np.ndarray, "missing dim"], dtype: str
-    ) -> list[Float[np.ndarray, "rows dim"]]:
-        """The stored vectors of each segment, with those that were missing put in."""
-        every = [np.full((len(s), vectors.shape[1]), np.nan, dtype) for s in self._stored]
-        for new, stored in zip(every, self._stored, strict=True):
-            if stored.shape[1]:
-                new[:] = stored
+        self, made: Made, dtype: str
+    ) -> list[tuple[int, Iterator[Float[np.ndarray, "rows dim"]]]]:
+        """How many vectors each segment stores, and these in blocks, with those missing put in."""
         rows = self.rows[self.missing]
-        for new, first in zip(every, self._bounds, strict=False):
-            own = (rows >= first) & (rows < first + len(new))
-            new[rows[own] - first] = vectors[own]
-        return every
+
+        def blocks(
+            stored: Float[np.ndarray, "chunks dim"], begin: int
+        ) -> Iterator[Float[np.ndarray, "rows dim"]]:
+            for first in range(0, max(1, len(stored)), _BLOCK):
+                old = stored[first : first + _BLOCK]
+                start, stop = np.searchsorted(
+                    rows, begin + first + np.array([0, len(old)])
+                ).tolist()
+                new = made(start, stop)
+                block = np.full((len(old), new.shape[1]), np.nan, dtype)
+                if old.shape[1]:
+                    block[:] = old
+                block[rows[start:stop] - begin - first] = new
+                yield block
+
+        pairs = zip(self._stored, self._bounds, strict=False)
+        return [(len(stored), blocks(stored, begin)) for stored, begin in pairs]
 
     @property
     def indexed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,16 @@ class NewFiles:
 
     def write(self, name: str, array: np.ndarray) -> FileRecord:
         """Write an array, and describe its file."""
-        path = self.path(name)
-        with ArrayFile(path, array.dtype, array.shape[1:], rows=len(array)) as file:
-            file.write(0, array)
+        return self.write_blocks(name, len(array), [array])
+
+    def write_blocks(self, name: str, rows: int, blocks: Iterable[np.ndarray]) -> FileRecord:
+        """As `write`, of an array of so many rows that comes in blocks, at least one."""
+        left = iter(blocks)
+        first, done = next(left), 0
+        with ArrayFile(self.path(name), first.dtype, first.shape[1:], rows=rows) as file:
+            for block in chain([first], left):
+                file.write(done, block)
+                done += len(block)
         return self.record(name)
 
 

@@ -213,12 +213,16 @@ class ChunkDatabase:
             if not maker(files, make):
                 return False
 
+            def made(start: int, stop: int) -> np.ndarray:
+                own = slice(start // BLOCK, -(-stop // BLOCK))
+                like, begin = np.empty((0, embedder.identity.dim), dtype), own.start * BLOCK
+                return joined_arrays(paths[own], like)[start - begin : stop - begin]
+
             def store() -> None:
                 self._reopen()
                 if not self._embedded:  # by another part
-                    vectors = joined_arrays(paths, np.empty((0, embedder.identity.dim), dtype))
                     record = EmbedderRecord(**asdict(embedder.identity))
-                    store_vectors(self.path, version, record, vectors, dtype)
+                    store_vectors(self.path, version, record, made, dtype)
                 shutil.rmtree(blocks, ignore_errors=True)
 
             if all(path.exists() for path in paths):

@@ -34,7 +34,7 @@ from nearest.retro.data.database import (
 )
 from nearest.retro.data.embedders import EmbedderIdentity
 from nearest.retro.data.filters import REASONS, Filters, Judge
-from nearest.retro.data.folders import joined_arrays, read_record, save_array
+from nearest.retro.data.folders import read_array, read_record, save_array
 from nearest.retro.data.fusion import fused
 from nearest.retro.data.search import Found, Search, valid_neighbours
 from nearest.retro.data.table import FORMAT, NeighbourTable
@@ -329,13 +329,17 @@ def _join_blocks(
     """Write the table of all blocks, unless another part has."""
     if (folder / "table.json").exists():
         return shutil.rmtree(folder / "blocks", ignore_errors=True)
-    nothing = Found(Neighbours.none(0).padded(options.neighbours), np.zeros((0, len(REASONS)), int))
-    rows = joined_arrays(paths, _as_rows(nothing))
-    ids, distances = np.array(rows["ids"]), np.array(rows["distances"])
+    shape = sum(len(read_array(path)) for path in paths), options.neighbours
+    ids, distances = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    struck, first = np.zeros(len(REASONS), np.int64), 0
+    for rows in map(read_array, paths):  # one is open at a time
+        own = slice(first, first := first + len(rows))
+        ids[own], distances[own] = rows["ids"], rows["distances"]
+        struck += rows["struck"].sum(0)
     counts = {
         "chunks": len(ids),
         "short": int((ids[:, -1] < 0).sum()),
-        "struck": dict(zip(REASONS, rows["struck"].sum(0).tolist(), strict=True)),
+        "struck": dict(zip(REASONS, struck.tolist(), strict=True)),
     }
     table = NeighbourTable(ids, distances, {**record, "counts": counts})
     table.save(folder)

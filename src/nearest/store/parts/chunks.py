@@ -4,6 +4,7 @@ A chunk is m tokens of a document, without its context token. No file says which
 follow from where documents begin. A row of the vectors that is NaN has not been made yet.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -57,7 +58,8 @@ def vectors_of(segment: "Segment", chunks: ChunksRecord) -> Float[np.ndarray, "c
     if segment.chunk_vectors is not None:
         return segment.chunk_vectors
     dim = 0 if chunks.embedder is None else chunks.embedder.dim
-    return np.full((int(first_rows(segment, chunks)[-1]), dim), np.nan, chunks.dtype)
+    none = np.full((1, dim), np.nan, chunks.dtype)
+    return np.broadcast_to(none, (int(first_rows(segment, chunks)[-1]), dim))  # takes no memory
 
 
 def not_made(vectors: Float[np.ndarray, "chunks dim"]) -> Bool[np.ndarray, " chunks"]:
@@ -83,18 +85,21 @@ def write(new: "NewSegment", record: SegmentRecord) -> SegmentRecord:
         return record
     left = [vectors_of(segment, chunks)[left_rows(segment, chunks)] for segment in merged]
     vectors = np.concatenate(left)
-    record = write_vectors(new.files, record, vectors)
+    record = write_vectors(new.files, record, len(vectors), [vectors])
     if chunks.index is None or not_made(vectors).any():
         return record
     return write_index(new.files, record, vectors, chunks.index)
 
 
 def write_vectors(
-    files: NewFiles, record: SegmentRecord, vectors: Float[np.ndarray, "chunks dim"]
+    files: NewFiles,
+    record: SegmentRecord,
+    chunks: int,
+    blocks: Iterable[Float[np.ndarray, "rows dim"]],
 ) -> SegmentRecord:
-    """Write the vectors of a segment, which has no index of them then."""
-    file = files.write(LAYOUT[VECTORS], vectors)
-    return _bare(record).with_files({VECTORS: file}, chunk_rows=len(vectors), chunk_index=None)
+    """Write the vectors of a segment's chunks, which have no index then."""
+    file = files.write_blocks(LAYOUT[VECTORS], chunks, blocks)
+    return _bare(record).with_files({VECTORS: file}, chunk_rows=chunks, chunk_index=None)
 
 
 def write_index(
