@@ -51,7 +51,7 @@ class Memory(SearchedSnapshot):
         path: str | Path,
         search_on: str = "cpu",
         *,
-        shards: "Sequence[str | Sequence[str]] | None" = None,
+        shards: "str | Sequence[str | Sequence[str]] | None" = None,
         **options: Any,
     ) -> "Memory":
         """Open the present snapshot of a memory folder; files are checked as they are first used.
@@ -61,7 +61,8 @@ class Memory(SearchedSnapshot):
                 which it is fetched into a cache once; with `shards`, what servers call the memory.
             search_on: "cpu", or "gpu": keys or indexes are copied there at the first search.
             shards: addresses of servers of which each holds some segments, in place of the folder
-                (`nearest serve MEMORY --shard 1/2`); several for one shard hold the same.
+                (`nearest serve MEMORY --shard 1/2`); several for one shard hold the same. Or
+                "ray://auto", whose actors do, of the folder (`serve.ray_shards.on_ray`).
             **options: of `remote.sharded.ShardedMemory`: api_key, patience, wait, partial; or of
                 fsspec's file system for an address: key, secret, endpoint_url.
 
@@ -70,6 +71,10 @@ class Memory(SearchedSnapshot):
             SettingError: there is no GPU to search on, or the servers do not hold all shards.
             RemoteError: a shard does not answer.
         """
+        if isinstance(shards, str):
+            from nearest.serve.ray_shards import on_ray
+
+            return on_ray(Path(path), shards, **options)
         if shards is not None:
             from nearest.remote.sharded import ShardedMemory
 
@@ -227,14 +232,9 @@ class Memory(SearchedSnapshot):
         """
         from nearest.build.add import AddOptions, add_documents
 
+        how = options_of(AddOptions, None, options)
         add_documents(
-            self.path,
-            documents,
-            bare(model),
-            tokenizer,
-            options_of(AddOptions, None, options),
-            replace=replace,
-            if_exists=if_exists,
+            self.path, documents, bare(model), tokenizer, how, replace=replace, if_exists=if_exists
         )
         return self.refresh()
 

@@ -77,53 +77,71 @@ def connected(address: str, spec: Spec) -> Iterator[None]:
     Raises:
         SettingError: there is no such cluster, or none of its nodes has room for a worker.
     """
+    ray = _imported(address)
+    if ray.is_initialized():
+        joined(address, spec)
+        yield
+        return
+    with redirect_stdout(sys.stderr):  # where Ray prints what becomes of its nodes
+        joined(address, spec)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def joined(address: str, spec: Spec) -> int:
+    """Belong to a cluster until this process ends; how many workers it has room for.
+
+    Arguments and errors are those of `connected`.
+    """
+    ray = _imported(address)
+    if ray.is_initialized():
+        return _room(ray.nodes(), spec)
+    with redirect_stdout(sys.stderr):
+        _join(ray, address)
+        try:
+            return _room(ray.nodes(), spec)
+        except SettingError:
+            ray.shutdown()
+            raise
+
+
+def _imported(address: str) -> Any:
     require("ray", "ray")
     # Read when ray is imported; the second keeps a cluster of this machine on the loopback.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == LOCAL:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    ray: Any = importlib.import_module("ray")
-    with _initialised(ray, address):
-        _room(ray.nodes(), spec)
-        yield
+    return importlib.import_module("ray")
 
 
 def _work(spec: Spec, folder: Path, token: str) -> None:
     spec.work(folder, token)
 
 
-@contextmanager
-def _initialised(ray: Any, address: str) -> Iterator[None]:
-    """Belong to a cluster, unless this process does already."""
-    if ray.is_initialized():
-        yield
-        return
+def _join(ray: Any, address: str) -> None:
     own: dict[str, Any] = {
         "object_store_memory": _STORE,
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
     }
-    with redirect_stdout(sys.stderr):  # where Ray prints what becomes of its nodes
-        try:
-            host, _, port = address.rpartition(":")
-            if host and "/" not in address:
-                socket.create_connection((host, int(port)), _ANSWER).close()
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(own if address == LOCAL else {}),
-            )
-        except Exception as error:  # Ray's own kinds; a plain one where it does not start
-            reason = str(error).strip().partition("\n")[0]
-            raise SettingError(
-                f"no Ray cluster answers at {address!r} ({reason}): start one (`ray start --head`) "
-                "or join one on this machine, or use --ray local for this machine alone"
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        host, _, port = address.rpartition(":")
+        if host and "/" not in address:
+            socket.create_connection((host, int(port)), _ANSWER).close()
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(own if address == LOCAL else {}),
+        )
+    except Exception as error:  # Ray's own kinds; a plain one where it does not start
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError(
+            f"no Ray cluster answers at {address!r} ({reason}): start one (`ray start --head`) "
+            "or join one on this machine, or use --ray local for this machine alone"
+        ) from error
 
 
 def _room(nodes: list[dict[str, Any]], spec: Spec) -> int:

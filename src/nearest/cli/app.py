@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from nearest.remote.servers import Patience
 
 Command = Callable[..., None]
-_ADDRESS = re.compile(r"(https?):/+([^/]+)(?:/+(.+))?")  # as a path, with one slash
+_ADDRESS = re.compile(r"(https?|ray):/+([^/]+)(?:/+(.+))?")  # as a path, with one slash
 _STORE_EVERY, _STORE_TRIES = 10, 60  # seconds, and how often
 
 app = typer.Typer(
@@ -171,6 +171,7 @@ def open_memory(path: Path, search_on: str = "cpu", patience: "Patience | None" 
 
     A memory in object storage (s3://BUCKET/NAME) is fetched into a cache. Several servers, be they
     of all shards or of the same memory, stand with commas between them: http://HOST:PORT,HOST:PORT.
+    Of ray://auto/FOLDER, actors of a Ray cluster hold the shards; the folder's path is whole.
     The key of servers is read from NEAREST_API_KEY; `patience` is how long they are waited for.
     """
     from nearest.memory import Memory
@@ -178,15 +179,18 @@ def open_memory(path: Path, search_on: str = "cpu", patience: "Patience | None" 
     address = _ADDRESS.fullmatch(str(path))
     if address is None:
         return Memory.open(path, search_on)
+    scheme, host, name = address.groups()
+    wait = 30.0 if patience is None else patience.answer
+    if scheme == "ray":
+        folder = Path("/", name or "")
+        return Memory.open(folder, shards=f"ray://{host}", patience=patience, wait=wait)
     from nearest.remote.memory import RemoteMemory
 
-    scheme, host, name = address.groups()
     urls, key = [f"{scheme}://{one}" for one in host.split(",")], os.environ.get("NEAREST_API_KEY")
     asked: dict[str, Any] = {"api_key": key, "patience": patience}
     if len(urls) > 1 and RemoteMemory(urls, name, **asked, one_shard=True).shard is not None:
         from nearest.remote.sharded import ShardedMemory
 
-        wait = 30.0 if patience is None else patience.answer
         return ShardedMemory(urls, name, **asked, wait=wait)
     return RemoteMemory(urls, name, **asked)
 

@@ -64,6 +64,7 @@ class Servers:
         api_key: str | None = None,
         patience: Patience | None = None,
         rng: random.Random | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Nothing is sent yet.
 
@@ -72,9 +73,11 @@ class Servers:
             api_key: of all of them.
             patience: how long to wait.
             rng: of the pauses' lengths.
+            transport: brings requests where HTTP does not; it is closed with this.
         """
         named = [urls] if isinstance(urls, str) else list(urls)
-        if not named or not all(u.startswith(("http://", "https://")) for u in named):
+        over_http = all(url.startswith(("http://", "https://")) for url in named)
+        if not named or not (transport or over_http):
             raise SettingError("give the address of a server, such as http://127.0.0.1:8000")
         self._servers = [_Server(url.rstrip("/")) for url in named]
         self._patience = patience or Patience()
@@ -82,11 +85,15 @@ class Servers:
         self._lock = threading.Lock()
         self._current = 0
         self._problem = ""  # what was the matter last
+        self._mend = "try again in a moment"
+        if transport is None:
+            self._mend = f"start one with `nearest serve`, or {self._mend}"
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(
             headers=headers,
             timeout=httpx.Timeout(self._patience.answer, connect=self._patience.connect),
             trust_env=False,  # no proxy stands between machines that share a memory
+            transport=transport,
         )
         self._closing = weakref.finalize(self, self._client.close)
 
@@ -151,10 +158,7 @@ class Servers:
                 self._turn()
             else:
                 self._failed(server, said)
-        raise RemoteError(
-            f"no server answers ({self._problem}): start one with `nearest serve`, or try again in "
-            "a moment"
-        )
+        raise RemoteError(f"no server answers ({self._problem}): {self._mend}")
 
     def _next(self) -> tuple[_Server | None, bool]:
         """The server to ask, None if all rest; and whether it has failed, so that one waits."""

@@ -25,7 +25,7 @@ from nearest.index.ngrams import SAMPLED, Ngrams
 from nearest.index.search import By, Fetched, found_nearest
 from nearest.remote.memory import RemoteMemory, joined, parts_of, text_of
 from nearest.remote.merging import longest_of, nearest_of, ngrams_of
-from nearest.remote.servers import Patience
+from nearest.remote.servers import Patience, Servers
 from nearest.remote.shards import Held, Shards
 from nearest.store.shard import entry_bounds
 
@@ -41,7 +41,7 @@ class ShardedMemory(RemoteMemory):
 
     def __init__(
         self,
-        urls: Sequence[str | Sequence[str]],
+        urls: Sequence[str | Sequence[str] | Servers],
         name: str | None = None,
         *,
         api_key: str | None = None,
@@ -52,7 +52,8 @@ class ShardedMemory(RemoteMemory):
         """Ask every shard what it holds.
 
         Args:
-            urls: of a server for each shard, in any order, or of several that hold the same one.
+            urls: of a server for each shard, in any order, or of several that hold the same one;
+                or what reaches them.
             name: of the memory, where the servers have several.
             api_key: of all servers.
             patience: how long a server is waited for, and how often asked again.
@@ -65,9 +66,10 @@ class ShardedMemory(RemoteMemory):
         """
         if isinstance(urls, str) or not urls:
             raise SettingError("give a list of addresses, one of each shard")
-        given: dict[str, Any] = {"api_key": api_key, "patience": patience, "one_shard": True}
-        clients = [partial_of(RemoteMemory, one, name, **given) for one in urls]
-        self._open = partial_of(Shards, clients, wait, partial=partial)
+        servers = [
+            one if isinstance(one, Servers) else Servers(one, api_key, patience) for one in urls
+        ]
+        self._open = partial_of(Shards, servers, name, wait, partial=partial)
         self._take_over(self._open())
 
     def _take_over(self, shards: Shards) -> None:

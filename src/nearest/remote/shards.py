@@ -12,6 +12,7 @@ from nearest.errors import RemoteError, SettingError, warn_caller
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.search import Group
 from nearest.remote.memory import RemoteMemory, joined, parts_of
+from nearest.remote.servers import Servers
 from nearest.store.shard import document_bounds, entry_bounds
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ class Shards:
 
     def __init__(
         self,
-        clients: Sequence[Callable[[], RemoteMemory]],
+        servers: Sequence[Servers],
+        name: str | None = None,
         wait: float = 30.0,
         *,
         partial: bool = False,
@@ -51,7 +53,8 @@ class Shards:
         """Ask every shard what it holds.
 
         Args:
-            clients: open the memory of each shard.
+            servers: of each shard.
+            name: of the memory, where the servers have several.
             wait: seconds that a lost shard is waited for, and snapshots to become one.
             partial: go on without shards that are lost.
 
@@ -61,16 +64,21 @@ class Shards:
         """
         self._wait, self._partial = wait, partial
         self.lost: tuple[str, ...] = ()
-        self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="shard")
-        self.held = _arranged(self._opened(clients))
+        self._pool = ThreadPoolExecutor(len(servers), thread_name_prefix="shard")
+        self.held = _arranged(self._opened(servers, name))
 
-    def _opened(self, clients: Sequence[Callable[[], RemoteMemory]]) -> list[RemoteMemory]:
+    def _opened(self, servers: Sequence[Servers], name: str | None) -> list[RemoteMemory]:
         """A client of each shard, all at one snapshot."""
         until = time.monotonic() + self._wait
+
+        def ask(one: Servers) -> RemoteMemory:
+            def work() -> RemoteMemory:
+                return RemoteMemory("", name, servers=one, one_shard=True)
+
+            return _waited(f"the shard at {one.address}", work, one.wake, until)
+
         while True:
-            opened = list(
-                self._pool.map(lambda one: _waited("a shard", one, _awake, until), clients)
-            )
+            opened = list(self._pool.map(ask, servers))
             snapshots = {one.manifest.checksum for one in opened}
             if len(snapshots) == 1:
                 return opened
@@ -188,10 +196,6 @@ def _waited(name: str, work: Callable[[], T], wake: Callable[[], None], until: f
                 ) from error
             wake()
             time.sleep(_PAUSE)
-
-
-def _awake() -> None:
-    """Nothing rests that has just been opened."""
 
 
 def _arranged(opened: Sequence[RemoteMemory]) -> list[Held]:
