@@ -95,6 +95,9 @@ def test_the_bars_of_tokens_are_what_documents_gave(world: Any) -> None:
         TokenSources(101, 0.0, []),
         TokenSources(102, 1.0, [source(f"c{n}", 1 / 8) for n in range(8)]),
     ]
+    shown = TokenSources(100, 0.5, [source("<a>", 1.0)])._repr_html_()
+    assert "token 100: 50% from the memory" in shown
+    assert "<td>100%</td><td>&lt;a&gt;</td><td>0</td>" in shown
     (axes,) = plots.sources(named, world.tokenizer).axes
     heights = np.array([bar.get_height() for bar in axes.patches]).reshape(-1, 3)
     np.testing.assert_allclose(heights.sum(axis=0), [0.5, 0.0, 1.0])
@@ -123,6 +126,9 @@ def test_tuning_and_sweep_are_drawn_and_show_themselves(world: Any) -> None:
     swept = sweep(world.model, world.memory, world.text, ["knn"], **options)
     assert len(plots.sweep(swept).axes) == 2
     assert len(plots.sweep(swept, [PUBLISHED["law-mt"]]).axes) == 3
+    shown = swept._repr_html_()
+    assert shown.count("<tr>") == 1 + len(swept.points)
+    assert f"<td>knn</td><td>random_skip 1</td><td>{swept.points[-1].result.ppl:.2f}</td>" in shown
     assert dict(matplotlib.rcParams) == before
 
 

@@ -361,7 +361,7 @@ class Memory(SearchedSnapshot):
 
     def reindex(
         self,
-        spec: str = AUTO,
+        index: str = AUTO,
         *,
         recall: float = RECALL,
         nprobe: int | None = None,
@@ -370,7 +370,7 @@ class Memory(SearchedSnapshot):
         """Give every segment another index, and open the new snapshot.
 
         Args:
-            spec: a FAISS factory string, "exact" or "auto".
+            index: a FAISS factory string, "exact" or "auto".
             recall: recall@1024 that the search is tuned to.
             nprobe: lists to search; tuned to the recall if not given.
 
@@ -380,7 +380,7 @@ class Memory(SearchedSnapshot):
         """
         from nearest.build.build import rebuild_index
 
-        rebuild_index(self.path, IndexChoice(spec, recall, nprobe), progress)
+        rebuild_index(self.path, IndexChoice(index, recall, nprobe), progress)
         return self.refresh()
 
     def verify(self, progress: Progress = no_progress) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearest.markup import table
 from nearest.memory import Memory
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.lookup import Lookup
@@ -48,6 +49,12 @@ class TokenSources:
         more = ", …" if len(named) > _SHOWN else ""
         entries = f": {', '.join(named[:_SHOWN])}{more}" if named else ""
         return f"TokenSources(token {self.token}, memory {self.memory_weight:.0%}{entries})"
+
+    def _repr_html_(self) -> str:
+        """Its sources as a table, for notebooks."""
+        rows = [(f"{one.weight:.0%}", one.document_id, str(one.position)) for one in self.sources]
+        told = f"token {self.token}: {self.memory_weight:.0%} from the memory"
+        return table((told, "document", "position"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from nearest.corpus.text import Text
 from nearest.encode.identity import AnyModel
+from nearest.markup import number, table
 from nearest.memory import Memory
 from nearest.models.in_context import reader_of
 from nearest.models.method_run import MethodRun
@@ -77,6 +78,20 @@ class Sweep:
     points: list[Point]
     search_ms: dict[str, float]
     untuned: list[str]
+
+    def _repr_html_(self) -> str:
+        """A row for each point, for notebooks."""
+        rows = [
+            (
+                one.result.method,
+                "" if one.setting is None else f"{one.setting} {number(one.value, 'g')}",
+                number(one.result.ppl, ".2f"),
+                number(one.result.foss, ".2f"),
+                number(one.result.added_ms, ".3f"),
+            )
+            for one in self.points
+        ]
+        return table(("", "setting", "perplexity", "saved searches", "added ms a token"), rows)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row for each point, its columns as in `Point.to_dict`.
@@ -152,11 +167,11 @@ def sweep(
     done, total = 0, text.predictions * len(runs)
     for way, several in readings.items():
         with_view = any(run.needs_lm for run in several)
-        for number, block in enumerate(readers[way].blocks(progress, "read", with_view)):
+        for turn, block in enumerate(readers[way].blocks(progress, "read", with_view)):
             seconds[way] += block.seconds
             if way is None:
                 np.add.at(base, block.documents, -block.lm_log_probs.double().numpy())
-            if number == 0:
+            if turn == 0:
                 _warm_up(several, block, cache)
             for piece in _pieces(block):
                 for run in sorted(several, key=_searches_most):
