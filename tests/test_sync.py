@@ -123,6 +123,67 @@ def test_documents_of_files_that_cannot_be_read_are_kept(
     assert contents(synced)["other.md"] == "text of other.md"
 
 
+_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("rows", ['{"id": "r1", "text": "one"}', '{"text": "two"}\n' * 2])
+def test_rows_of_a_file_that_cannot_be_read_are_kept(rows: str, tmp_path: Path) -> None:
+    """Such as one that Git LFS did not fetch: rows with their own ids, or numbered apart."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.md").write_text("a")
+    (corpus / "b.md").write_text("b")
+    (corpus / "rows.jsonl").write_text(rows)
+    memory = Memory.build(None, TOKENIZER, corpus, tmp_path / "m", keys="none")
+    (corpus / "rows.jsonl").write_text(_POINTER)
+    (corpus / "b.md").unlink()
+    kept = memory.documents - 2
+    for given in (corpus, read_documents(corpus)):
+        _, counts = memory.sync(None, TOKENIZER, given, dry_run=True)
+        assert (counts.equal, counts.removed, counts.kept) == (1, 1, kept)
+    _, counts = memory.sync(None, TOKENIZER, read_documents(corpus, exclude=["rows.jsonl"]))
+    assert (counts.equal, counts.removed, counts.kept) == (1, 1 + kept, 0)
+
+
+def test_a_page_that_cannot_be_read_keeps_no_rows(tmp_path: Path) -> None:
+    """What is no row has its file's name as its id, so that rows are known not to be its own."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.md").write_text("a")
+    (corpus / "rows.jsonl").write_text('{"id": 1, "text": "x"}\n{"id": 2, "text": "y"}\n')
+    memory = Memory.build(None, TOKENIZER, corpus, tmp_path / "m", keys="none")
+    (corpus / "a.md").write_bytes(b"binary\0")
+    (corpus / "rows.jsonl").write_text('{"id": 1, "text": "x", "path": ["a.md"]}\n')
+    _, counts = memory.sync(None, TOKENIZER, corpus, dry_run=True)
+    assert (counts.replaced, counts.removed, counts.kept) == (1, 1, 1)
+
+
+def test_documents_behind_a_link_that_leads_nowhere_are_kept(tmp_path: Path) -> None:
+    """Such as into a share that is not mounted."""
+    corpus, share = tmp_path / "corpus", tmp_path / "share"
+    for folder in (corpus, share / "sub"):
+        folder.mkdir(parents=True)
+    (corpus / "a.md").write_text("a")
+    (share / "sub" / "b.md").write_text("b")
+    (share / "rows.jsonl").write_text('{"id": 1, "text": "x"}\n{"text": "y"}\n')
+    (corpus / "law").symlink_to(share)
+    memory = Memory.build(None, TOKENIZER, corpus, tmp_path / "m", keys="none")
+    share.rename(tmp_path / "away")
+    _, counts = memory.sync(None, TOKENIZER, corpus, dry_run=True)
+    assert (counts.equal, counts.removed, counts.kept) == (1, 0, 3)
+
+
+def test_rows_that_name_a_path_are_not_taken_for_files(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.md").write_text("a")
+    (corpus / "code.jsonl").write_text('{"id": "x.py", "text": "x", "path": "x.py"}\n')
+    memory = Memory.build(None, TOKENIZER, corpus, tmp_path / "m", keys="none")
+    (corpus / "code.jsonl").write_text(_POINTER)
+    _, counts = memory.sync(None, TOKENIZER, corpus, dry_run=True)
+    assert (counts.removed, counts.kept) == (0, 1)
+
+
 def test_nothing_left_is_refused(folder: Path, tiny_model: PreTrainedModel) -> None:
     memory = build(tiny_model, folder)
     with pytest.raises(CorpusError, match="nothing would be left"):

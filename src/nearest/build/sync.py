@@ -1,8 +1,9 @@
 """Make a memory hold what a corpus holds: skip, replace, remove and add, in one snapshot."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from nearest.build.match import rules_of
 from nearest.build.remove import without
 from nearest.corpus.documents import Document
 from nearest.corpus.incoming import Documents, in_batches, incoming_documents
-from nearest.corpus.reading import Corpus
+from nearest.corpus.reading import Corpus, read_documents
+from nearest.corpus.report import CorpusReport
 from nearest.corpus.tokens import TokenRules, tokenise
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError
 from nearest.store.change import changing
 from nearest.store.snapshot import Snapshot
 from nearest.store.stored_ids import Stored, StoredIds
+
+_MADE_ID = re.compile(r"(.*)#[0-9a-f]{16}(#\d+)?", re.DOTALL)  # of a row: its file and a hash
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Synced:
     replaced: int
     removed: int
     added: int
-    kept: int = 0  # of files that are there and could not be read as documents
+    kept: int = 0  # that may be of what is there and could not be read
 
     @property
     def changed(self) -> bool:
@@ -47,7 +51,7 @@ class Synced:
         return asdict(self)
 
     def __str__(self) -> str:
-        kept = f", {self.kept:,} kept (their files cannot be read)" if self.kept else ""
+        kept = f", {self.kept:,} kept (they may be of what cannot be read)" if self.kept else ""
         return (
             f"{self.equal:,} equal, {self.replaced:,} replaced, {self.removed:,} removed, "
             f"{self.added:,} added{kept}"
@@ -114,7 +118,7 @@ class _Compared:
         self.replaced: list[Stored] = []
         self.gone: list[Stored] = []
         self._memory = memory
-        self._documents = documents
+        self._documents = read_documents(documents) if isinstance(documents, Path) else documents
         self._rules = rules
         self._ids = StoredIds(memory)
         self._seen = [np.zeros(segment.record.documents, bool) for segment in memory.segments]
@@ -147,14 +151,16 @@ class _Compared:
         Raises:
             CorpusError: nothing would be left.
         """
-        unread, kept = _unread(self._documents), 0
+        given, kept = self._documents, 0
+        report = given.report if isinstance(given, Corpus) else CorpusReport()
         self.gone = []
         for number, segment in enumerate(self._memory.segments):
             for stored in segment.numbers[~self._seen[number][segment.numbers]].tolist():
-                if unread and _is_of(self._document(Stored(number, stored)), unread):
+                gone = Stored(number, stored)
+                if report.unread and _may_be_of_unread(self._document(gone), report):
                     kept += 1
                 else:
-                    self.gone.append(Stored(number, stored))
+                    self.gone.append(gone)
         if not self._equal + self._added + len(self.replaced) + kept:
             raise CorpusError(
                 f"nothing would be left of {self._memory.path}: delete its folder instead, or name "
@@ -195,10 +201,19 @@ def _equal(document: Document, stored: Document) -> bool:
     return dict(document.metadata) == dict(stored.metadata)
 
 
-def _unread(documents: Documents) -> set[str]:
-    return documents.report.unread if isinstance(documents, Corpus) else set()
+def _may_be_of_unread(document: Document, report: CorpusReport) -> bool:
+    """Whether a document may be of a file, or below a folder, that could not be read."""
+    file = _file_of(document)
+    if file is None:
+        return report.unread_rows
+    return not report.unread.isdisjoint([file, *map(str, PurePosixPath(file).parents)])
 
 
-def _is_of(document: Document, names: set[str]) -> bool:
-    """Whether a document came from one of these files."""
-    return document.metadata.get("path") in names or document.id.rpartition("#")[0] in names
+def _file_of(document: Document) -> str | None:
+    """The file that a document was read from; None for a row with an id of its own."""
+    path = document.metadata.get("path")
+    if isinstance(path, str) and "sha256" in document.metadata:  # the one document of a file
+        if re.fullmatch(rf"{re.escape(path)}(#\d+)?", document.id):
+            return path
+    made = _MADE_ID.fullmatch(document.id)
+    return None if made is None else made[1]

@@ -131,8 +131,12 @@ class _Walk:
             self._report.skip("hidden", found.name)
         elif is_folder:
             (self._links if linked else waiting).append(found)
+        elif linked and not is_file:
+            self._report.skip(_BROKEN, found.name)
+            self._report.unread.add(found.name)
+            self._report.unread_rows = True
         elif not is_file:
-            self._report.skip(_BROKEN if linked else "neither file nor folder", found.name)
+            self._report.skip("neither file nor folder", found.name)
         elif not self._kind_of(found.path):
             self._report.skip(found.path.suffix.lower() or "without a suffix", found.name)
         else:

@@ -47,6 +47,7 @@ _BINARY: dict[str, Reader] = {
     ".pdf": read_pdf,
     ".docx": read_docx,
 }
+_ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _KINDS = f"{' '.join(_TEXT)} (also with {' '.join(COMPRESSED)}), {' '.join(_BINARY)}"
 _STANDARD_INPUT = "-"
 _WITHOUT = "without a suffix"
@@ -139,6 +140,7 @@ class Corpus:
                         raise
                     report.skip(error.reason, entry.name)
                     report.unread.add(entry.name)
+                    report.unread_rows |= self._kind(entry.path) in _ROWS
                 report.changed += before != _version(entry.path)
 
     def _files(

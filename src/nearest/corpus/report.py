@@ -21,7 +21,8 @@ class CorpusReport:
         replaced: files with bytes that were not text and became U+FFFD.
         changed: files that changed while they were read.
         encoder_field: the field that the encoder of an encoder–decoder reads.
-        unread: files that are there and could not be read as documents.
+        unread: files that are there and could not be read as documents, and links that lead nowhere.
+        unread_rows: whether one of these may hold rows, whose own ids tell of no file.
         unmatched: patterns of what is to be left out that nothing fits.
     """
 
@@ -34,6 +35,7 @@ class CorpusReport:
     changed: int = 0
     encoder_field: str | None = None
     unread: set[str] = field(default_factory=set)
+    unread_rows: bool = False
     unmatched: set[str] = field(default_factory=set)
 
     def skip(self, reason: str, place: str) -> None:
