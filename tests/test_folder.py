@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 from contextlib import suppress
@@ -541,3 +542,24 @@ def test_a_file_that_several_write_at_once_is_the_first_ones(
     write_once(tmp_path / "other.json", b"one")
     assert (tmp_path / "other.json").read_bytes() == b"one"
     assert {file.name for file in tmp_path.iterdir()} == {"begun.json", "other.json"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_names_are_made_durable_where_a_file_system_can(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some, such as those of SMB, know no fsync of a folder."""
+    synced = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        synced(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EINVAL:
+        write_atomically(tmp_path / "a", b"data")
+        assert (tmp_path / "a").read_bytes() == b"data"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_atomically(tmp_path / "a", b"data")

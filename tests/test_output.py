@@ -1,15 +1,20 @@
 """The command's output where it can be written only in part, or not at all."""
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from transformers import PreTrainedModel
+from typer.testing import CliRunner, Result
 
 from conftest import make_tokenizer
 from nearest import Memory
+from nearest.cli.app import out, register
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +57,39 @@ def test_a_reader_that_has_seen_enough_is_no_error(memory: Path) -> None:
         done = info(memory, stdout=writing)
     finally:
         os.close(writing)
-    assert done.stderr == b""
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def ran(function: Callable[[], None]) -> Result:
+    group = typer.Typer()
+    register("command", function, group)
+    return CliRunner().invoke(group)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_errors_of_other_files_are_not_said_of_the_output(number: int) -> None:
+    """Nor do they end a command as if it had done what it was to do."""
+
+    def fails() -> None:
+        raise OSError(number, os.strerror(number))
+
+    done = ran(fails)
+    assert done.exit_code != 0
+    assert "standard output" not in done.stderr
+
+
+@pytest.mark.parametrize("echo", [typer.echo, out.print])
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.EIO, 2)])
+def test_errors_of_the_output_are_told_from_others(
+    number: int, code: int, echo: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: str) -> int:
+        raise OSError(number, os.strerror(number))
+
+    def says() -> None:
+        monkeypatch.setattr(sys.stdout._stream, "write", fails)  # type: ignore[union-attr]
+        echo("something")
+
+    done = ran(says)
+    assert done.exit_code == code
+    assert ("standard output cannot be written" in done.stderr) == (code == 2)

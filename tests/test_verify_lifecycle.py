@@ -1,5 +1,6 @@
 """What verify and opening say of memories that have lived: removed documents, ids, indexes."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nearest import Document, Memory
 from nearest.build.cluster import KMeans, cluster_memory
 from nearest.corpus.unique import id_hash
 from nearest.errors import CorpusError, FolderError
+from nearest.folder import sha256_of
 from nearest.store.documents import DocumentWriter
 from nearest.store.parts import PARTS
 from nearest.store.segment import Segment
@@ -129,3 +131,16 @@ def test_a_frame_that_is_too_large_is_refused_and_not_written(
         pytest.raises(CorpusError, match=r"document 'long' in .* is longer than a gigabyte"),
     ):
         writer.append(Document("long", "x" * 201))
+
+
+def test_a_file_that_the_disk_cannot_read_is_a_problem(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> str:
+        if path.name == "tokens.npy":
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_of(path)
+
+    monkeypatch.setattr("nearest.store.verify.sha256_of", fails)
+    problems = verify(folder)
+    assert problems[:1] == ["segments/000001/tokens.npy cannot be read (Input/output error)"]

@@ -48,10 +48,14 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
+    """Make a file's bytes durable, or a folder's names, where the file system can."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        unknown = error.errno in (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, as on SMB
+        if not (unknown and path.is_dir()):
+            raise
     finally:
         os.close(fd)
 

@@ -212,8 +212,8 @@ def _may_be_of_unread(document: Document, report: CorpusReport) -> bool:
 def _file_of(document: Document) -> str | None:
     """The file that a document was read from; None for a row with an id of its own."""
     path = document.metadata.get("path")
-    if isinstance(path, str) and "sha256" in document.metadata:  # the one document of a file
-        if re.fullmatch(rf"{re.escape(path)}(#\d+)?", document.id):
-            return path
+    whole = isinstance(path, str) and "sha256" in document.metadata
+    if whole and (document.id == path or document.id.startswith(f"{path}#")):
+        return str(path)
     made = _MADE_ID.fullmatch(document.id)
     return None if made is None else made[1]

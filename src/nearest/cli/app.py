@@ -4,7 +4,6 @@ import functools
 import inspect
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from nearest.cli.options import (
     given,
     numbers,
 )
-from nearest.cli.output import is_closed, is_of_output, write_in_any_encoding
+from nearest.cli.output import OutputError, whole_output, write_in_any_encoding
 from nearest.corpus.report import CorpusWarning
 from nearest.errors import ModelError, NearestError, NotStoredError
 
@@ -85,16 +84,14 @@ def _explained(function: Command) -> Command:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
-            sys.stdout.flush()  # what cannot be written is found here, and not at the very end
+            with whole_output():
+                function(*args, **kwargs)
             return
-        except OSError as error:
-            if not is_of_output(error):
-                raise
-            if is_closed(error):
+        except OutputError as error:
+            if error.closed:
                 raise typer.Exit(0) from error
             err.print(
-                f"[bold red]error:[/] standard output cannot be written ({error.strerror}): make "
+                f"[bold red]error:[/] standard output cannot be written ({error}): make "
                 "room there, or write to another place; what the command changed is done",
                 soft_wrap=True,
             )

@@ -3,10 +3,46 @@
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import TextIOWrapper
+from typing import Any, TextIO
 
-_CLOSED = (errno.EPIPE, errno.EINVAL)  # Windows says EINVAL of a closed pipe
-_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
+
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror)
+        self.closed = error.errno == errno.EPIPE  # its reader, such as `head`, has seen enough
+
+
+class _Output:
+    """A stream whose errors are told from those of other files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._told():
+            self._stream.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError, ValueError):  # a stream without a file, as in tests
+                # so that the interpreter does not fail again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise OutputError(error) from error
 
 
 def write_in_any_encoding() -> None:
@@ -16,17 +52,13 @@ def write_in_any_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_of_output(error: OSError) -> bool:
-    """Whether an error is of standard output; the rest of what is written there is then lost."""
-    if error.errno not in (*_CLOSED, *_UNWRITABLE) or error.filename is not None:
-        return False
-    try:  # so that the interpreter does not fail again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # a stream without a file, as in tests
-        return False
-    return True
+@contextmanager
+def whole_output() -> Iterator[None]:
+    """Standard output, all of which is written at the end.
 
-
-def is_closed(error: OSError) -> bool:
-    """Whether the reader of a pipe, such as `head`, has seen enough."""
-    return error.errno in _CLOSED
+    Raises:
+        OutputError: it cannot be; the rest of what is written there is lost.
+    """
+    with redirect_stdout(_Output(sys.stdout)):
+        yield
+        sys.stdout.flush()  # what cannot be written is found here, and not at the very end

@@ -21,7 +21,8 @@ class CorpusReport:
         replaced: files with bytes that were not text and became U+FFFD.
         changed: files that changed while they were read.
         encoder_field: the field that the encoder of an encoder–decoder reads.
-        unread: files that are there and could not be read as documents, and links that lead nowhere.
+        unread: files that are there and could not be read as documents, and links that lead
+            nowhere.
         unread_rows: whether one of these may hold rows, whose own ids tell of no file.
         unmatched: patterns of what is to be left out that nothing fits.
     """

@@ -66,8 +66,11 @@ def _checksum_problems(path: Path, manifest: Manifest, progress: Progress) -> li
     problems = []
     for record in records:
         progress("checksums", done, total)
-        if sha256_of(path / record.path) != record.sha256:
-            problems.append(f"{record.path} differs from its checksum")
+        try:
+            if sha256_of(path / record.path) != record.sha256:
+                problems.append(f"{record.path} differs from its checksum")
+        except OSError as error:
+            problems.append(f"{record.path} cannot be read ({error.strerror})")
         done += record.size
     progress("checksums", total, total)
     return problems
