@@ -605,7 +605,21 @@ def test_strings_stand_for_documents_with_ids_made_of_their_text() -> None:
     ]
 
 
-@pytest.mark.parametrize("bad", ["\ud800", Document("a", "b\udfff"), Document("a", None), 7, b"a"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "\ud800",
+        Document("a", "b\udfff"),
+        Document("a", None),
+        7,
+        b"a",
+        {"text": "a\ud800b"},
+        {"id": "x", "text": "a\ud800b"},
+        {"id": "\ud800", "text": "a"},
+        {"text": "a", "encoder_text": "\ud800"},
+        {"text": "a", "more": ["\ud800"]},
+    ],
+)
 def test_documents_given_in_memory_must_hold_text(bad: Any) -> None:
     with pytest.raises(CorpusError, match=r"document 2|given in memory"):
         incoming(["good", bad])

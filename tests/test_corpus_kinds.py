@@ -20,6 +20,7 @@ from nearest.corpus import documents as documents_module
 from nearest.corpus import text_files
 from nearest.corpus.documents import Document
 from nearest.corpus.reading import read_documents
+from nearest.corpus.report import CorpusWarning
 from nearest.errors import CorpusError, NearestError
 
 pytestmark = pytest.mark.filterwarnings("ignore::nearest.corpus.report.CorpusWarning")
@@ -311,6 +312,18 @@ def test_only_the_files_of_the_dataset_are_read(tmp_path: Path) -> None:
     (tmp_path / "mine.arrow").unlink()
     with pytest.raises(CorpusError, match=r"mine\.arrow"):
         read(tmp_path)
+
+
+def test_a_file_of_a_dataset_can_be_left_out(tmp_path: Path) -> None:
+    for name in ("a.arrow", "b.arrow"):
+        save(pa.table({"text": [name]}), tmp_path / name)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    files = [{"filename": "a.arrow"}, {"filename": "b.arrow"}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    corpus = read_documents(tmp_path, exclude=["b.arrow"])
+    with pytest.warns(CorpusWarning, match="1 excluded"):
+        assert [d.text for d in corpus] == ["a.arrow"]
+    assert (corpus.report.skipped, corpus.report.unmatched) == ({"excluded": 1}, set())
 
 
 def test_the_hub_is_asked_as_the_name_says(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

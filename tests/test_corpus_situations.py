@@ -92,6 +92,10 @@ SITUATIONS: dict[str, Situation] = {
     "Excel's line about the separator": Situation(
         {"c/a.csv": "sep=;\nid;text\n1;one, two\n"}, {"1": "one, two"}
     ),
+    "Excel's line about a quote": Situation(
+        {"c/a.csv": 'sep="\nid,text\n1,one\n', "c/b.csv": "sep=\r\nid,text\r\n2,two\r\n"},
+        {"1": "one", "2": "two"},
+    ),
     "a table of one column": Situation({"c/a.csv": 'text\n"a, b"\n'}, {"a.csv#0": "a, b"}),
     # --- JSON that is no corpus, in a folder of other things
     "settings with comments": Situation(
@@ -116,6 +120,13 @@ SITUATIONS: dict[str, Situation] = {
         {"1": "a", "2": "b"},
         options={"format": "json"},
         paths=("a.jsonl",),
+    ),
+    "objects of one line and of several": Situation(
+        {"c/a.json": '{"id": 1, "text": "a"}\n{\n"id": 2,\n"text": "b"}\n[{"id": 3, "text": "c"}]'},
+        {"1": "a", "2": "b", "3": "c"},
+    ),
+    "JSON that is cut short after its first object": Situation(
+        {"c/a.json": '{"text": "a"}\n\n{"text": "b'}, refused=r"a\.json from line 3 on is not JSON"
     ),
     "a row that is cut short": Situation(
         {"c/a.jsonl": '{"text": "a"}\n{"text": "b'}, refused=r"a\.jsonl:2 is not JSON"

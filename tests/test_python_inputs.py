@@ -13,6 +13,9 @@ import nearest
 from conftest import make_documents
 from nearest import Memory, attach, evaluate, read_documents
 from nearest.corpus.documents import Document
+from nearest.corpus.incoming import incoming_documents
+from nearest.corpus.report import CorpusWarning
+from nearest.corpus.tokens import TokenRules
 from nearest.errors import CorpusError
 
 TEXTS = ["the court shall", "a person of the district", "law"]
@@ -130,6 +133,8 @@ def test_rows_of_a_tensor_are_sequences(memory: Memory, tiny_model: PreTrainedMo
         ([[]], "empty"),
         ([], "no token to predict"),
         ([[0, 999_999]], "outside the model's vocabulary"),
+        ([[1, 2], [[1, 2], [3]]], "document 2 is no sequence of token ids"),
+        ([torch.tensor([1, 2]).bfloat16()], "document 1 is no sequence of token ids"),
     ],
 )
 def test_what_is_no_list_of_documents_is_named(
@@ -169,3 +174,21 @@ def test_the_list_of_public_names_is_complete_and_loads() -> None:
         *("verify", "info", "import_store", "search_text", "push_to_hub", "from_pretrained"),
     ):
         assert callable(getattr(Memory, name))
+
+
+def test_cells_of_a_frame_that_are_arrays_or_empty() -> None:
+    import pandas
+
+    frame = pandas.DataFrame(
+        {"text": ["one", None, "three"], "year": [2020, None, 2022], "id": ["a", "b", None]}
+    )
+    plain = [("a", "one", {"year": 2020}), ("three", {"year": 2022})]
+    for given in (frame, frame.convert_dtypes()):
+        with pytest.warns(CorpusWarning, match="1 empty"):
+            first, last = incoming_documents(given, TokenRules(0, 10))
+        assert [(first.id, first.text, first.metadata), (last.text, last.metadata)] == plain
+    arrays = pandas.DataFrame({"text": ["one"], "tags": [np.array(["x", "y"])]})
+    (document,) = incoming_documents(arrays, TokenRules(0, 10))
+    assert document.metadata == {"tags": ["x", "y"]}
+    with pytest.raises(CorpusError, match="no field 'text'"):
+        list(incoming_documents(pandas.DataFrame({"body": ["x"]}), TokenRules(0, 10)))

@@ -184,6 +184,14 @@ def test_rows_that_name_a_path_are_not_taken_for_files(tmp_path: Path) -> None:
     assert (counts.removed, counts.kept) == (0, 1)
 
 
+def test_metadata_are_compared_as_json_holds_them(tmp_path: Path) -> None:
+    given = [Document("1", "text", {"tags": ("x",), "years": {2020: 1}, "b": 1, "a": True})]
+    memory = Memory.build(None, TOKENIZER, given, tmp_path / "m", keys="none")
+    assert memory.sync(None, TOKENIZER, given)[1].equal == 1
+    other = [Document("1", "text", {"tags": ("x",), "years": {2020: 1}, "b": 1, "a": 1})]
+    assert memory.sync(None, TOKENIZER, other, dry_run=True)[1].replaced == 1
+
+
 def test_nothing_left_is_refused(folder: Path, tiny_model: PreTrainedModel) -> None:
     memory = build(tiny_model, folder)
     with pytest.raises(CorpusError, match="nothing would be left"):

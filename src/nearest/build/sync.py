@@ -1,7 +1,8 @@
 """Make a memory hold what a corpus holds: skip, replace, remove and add, in one snapshot."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -198,7 +199,12 @@ def _equal(document: Document, stored: Document) -> bool:
         return False
     if document.id != stored.id:
         return True
-    return dict(document.metadata) == dict(stored.metadata)
+    return _as_stored(document.metadata) == _as_stored(stored.metadata)
+
+
+def _as_stored(metadata: Mapping[str, Any]) -> str:
+    """What JSON makes of metadata: tuples are lists, and the names of fields strings."""
+    return json.dumps(json.loads(json.dumps(dict(metadata))), sort_keys=True)
 
 
 def _may_be_of_unread(document: Document, report: CorpusReport) -> bool:

@@ -345,7 +345,7 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise SettingError(f"--top-k must be at least 1, got {self.top_k}")
         penalty = given(repetition_penalty=self.repetition_penalty)
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise SettingError(
                 f"--repetition-penalty must be above 0, got {self.repetition_penalty:g}"
             )

@@ -114,6 +114,8 @@ def document_of(
             f"{origin} has no text in its field {fields.encoder_text or 'encoder_text'!r}, but "
             f"{_kind(encoder_text)}: change it"
         )
+    for part in (given, text, encoder_text):
+        check_storable(part, origin)
     text = text or ""
     if given is None or given == "":
         made = content_id(name, text, encoder_text)

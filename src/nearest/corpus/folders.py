@@ -106,7 +106,8 @@ class _Walk:
                 ) from error
             dataset = dataset_files(folder.path)
             if dataset is not None:
-                self.found += [Entry(path, (*folder.parts, path.name)) for path in dataset]
+                files = [Entry(path, (*folder.parts, path.name)) for path in dataset]
+                self.found += [file for file in files if self._pattern_of(file) is None]
             for entry in listed:
                 self._take(entry, folder, waiting, dataset is not None)
 
@@ -114,12 +115,11 @@ class _Walk:
         self, entry: os.DirEntry[str], folder: Entry, waiting: list[Entry], of_dataset: bool
     ) -> None:
         found = Entry(Path(entry.path), (*folder.parts, entry.name))
-        names = entry.name, found.name, shown(str(found.path))
-        for pattern in self._excluded:
-            if any(fnmatch(name, os.path.normpath(pattern)) for name in names):
-                self._report.skip("excluded", found.name)
-                self._report.unmatched.discard(pattern)
-                return
+        pattern = self._pattern_of(found)
+        if pattern is not None:
+            self._report.skip("excluded", found.name)
+            self._report.unmatched.discard(pattern)
+            return
         linked = entry.is_symlink()
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
@@ -141,6 +141,14 @@ class _Walk:
             self._report.skip(found.path.suffix.lower() or "without a suffix", found.name)
         else:
             (self._linked_files if linked else self.found).append(found)
+
+    def _pattern_of(self, entry: Entry) -> str | None:
+        """The pattern that leaves a file or folder out."""
+        names = entry.parts[-1], entry.name, shown(str(entry.path))
+        for pattern in self._excluded:
+            if any(fnmatch(name, os.path.normpath(pattern)) for name in names):
+                return pattern
+        return None
 
     def follow_links(self) -> None:
         """Read what links lead to, unless it was read by its own path."""

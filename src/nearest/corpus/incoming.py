@@ -74,18 +74,25 @@ def token_arrays(given: Any) -> "tuple[list[Tokens], Documents]":
     if isinstance(given, Corpus | Path):
         return [], given
     rows = list(_rows(given))
-    arrays = [found for row in rows if (found := _token_ids(row)) is not None]
+    found = [_token_ids(row, number) for number, row in enumerate(rows, 1)]
+    arrays = [ids for ids in found if ids is not None]
     if arrays and len(arrays) < len(rows):
         raise CorpusError("documents and token arrays are mixed: give all as one or the other")
     return arrays, () if arrays else rows
 
 
-def _token_ids(row: Any) -> Tokens | None:
+def _token_ids(row: Any, number: int) -> Tokens | None:
     if isinstance(row, int | np.integer):
         raise CorpusError("one sequence of token ids is given: give a list of them")
     if isinstance(row, str | Mapping | Document):
         return None
-    found = np.asarray(row.cpu() if hasattr(row, "cpu") else row)  # a tensor may be on a GPU
+    try:
+        found = np.asarray(row.cpu() if hasattr(row, "cpu") else row)  # a tensor may be on a GPU
+    except (TypeError, ValueError) as error:
+        raise CorpusError(
+            f"document {number:,} is no sequence of token ids ({error}): give a list of whole "
+            "numbers for each document"
+        ) from error
     ids = found.ndim == 1 and (not len(found) or np.issubdtype(found.dtype, np.integer))
     return found.astype(np.int64) if ids else None
 
@@ -110,7 +117,11 @@ def _rows(given: Any) -> Iterable[Any]:
         return list(given.iter_rows(named=True))
     if hasattr(given, "to_dict") and hasattr(given, "columns"):  # pandas
         return [
-            {name: value for name, value in row.items() if value == value}  # NaN: no value
+            {
+                name: None if _missing(value) else value
+                for name, value in row.items()
+                if name == "text" or not _missing(value)
+            }
             for row in given.to_dict("records")
         ]
     if hasattr(given, "to_pylist"):  # Arrow
@@ -119,6 +130,13 @@ def _rows(given: Any) -> Iterable[Any]:
     if not isinstance(given, Iterable):
         raise CorpusError(f"the documents are given as {kind}: give a list of them")
     return given
+
+
+def _missing(value: Any) -> bool:
+    """Whether a cell of a DataFrame is empty: NaN, or what pandas has for it."""
+    return type(value).__name__ in ("NAType", "NaTType") or (
+        isinstance(value, float) and value != value
+    )
 
 
 def _documents(rows: Iterable[Any]) -> Iterator[Document]:

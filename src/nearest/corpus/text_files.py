@@ -29,7 +29,7 @@ from nearest.errors import CorpusError
 
 STANDARD_INPUT = Path("/dev/stdin")
 _SEPARATORS = ",;\t|"
-_EXCELS_LINE = re.compile(r"\ufeff?sep=(.)\s*", re.IGNORECASE)
+_EXCELS_LINE = re.compile(r"\ufeff?sep=([^\r\n]?)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -175,25 +175,37 @@ def read_json(file: CorpusFile) -> Iterator[Document]:
         if isinstance(first, dict):  # an object a line: a file of any size
             yield parse_line(line, file.name, f"{file.origin}:{number}", file.fields)
             for later, other in enumerate(lines, number + 1):
-                if not other.isspace():
-                    yield parse_line(other, file.name, f"{file.origin}:{later}", file.fields)
+                if other.isspace():
+                    continue
+                try:
+                    record = json.loads(other, parse_constant=_refuse_constant)
+                except (ValueError, RecursionError):
+                    record = None
+                if not isinstance(record, dict):  # or it takes several
+                    yield from _json_values(file, other, lines, later)
+                    return
+                escaped, origin = _escaped(other), f"{file.origin}:{later}"
+                yield _of_record(record, file.name, origin, file.fields, escaped=escaped)
             return
         yield from _json_values(file, before + line, lines)
         return
 
 
-def _json_values(file: CorpusFile, beginning: str, lines: Iterator[str]) -> Iterator[Document]:
-    """The documents of JSON values that take several lines."""
+def _json_values(
+    file: CorpusFile, beginning: str, lines: Iterator[str], first: int = 1
+) -> Iterator[Document]:
+    """The documents of JSON values that take several lines, from a line on."""
+    where = file.origin if first == 1 else f"{file.origin} from line {first:,} on"
     parts, length = [beginning], len(beginning)
     for line in lines:
         parts.append(line)
         length += len(line)
         if length > LARGEST_DOCUMENT:
             raise CorpusError(
-                f"{file.origin} has JSON values of more than a gigabyte: write an object on each "
-                "line (.jsonl)"
+                f"{where} has JSON values of more than a gigabyte: write an object on each line "
+                "(.jsonl)"
             )
-    text, at, count = "".join(parts), 0, 0
+    text, at, count = "".join(parts), 0, first - 1
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     while at < len(text):
         if text[at].isspace():
@@ -203,7 +215,7 @@ def _json_values(file: CorpusFile, beginning: str, lines: Iterator[str]) -> Iter
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise UnfitFileError(
-                f"{file.origin} is not JSON ({error}): mend it, or leave it out (--exclude)",
+                f"{where} is not JSON ({error}): mend it, or leave it out (--exclude)",
                 "not JSON",
             ) from error
         for record in value if isinstance(value, list) else [value]:
@@ -226,7 +238,12 @@ def parse_line(line: str, name: str, origin: str, fields: Fields = DEFAULT_FIELD
         record: Any = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise _not_json(origin, error) from error
-    return _of_record(record, name, origin, fields, escaped="\\ud" in line.lower())
+    return _of_record(record, name, origin, fields, escaped=_escaped(line))
+
+
+def _escaped(line: str) -> bool:
+    """Whether JSON may hold half of an escaped character."""
+    return "\\ud" in line.lower()
 
 
 def _of_record(record: Any, name: str, origin: str, fields: Fields, *, escaped: bool) -> Document:
@@ -257,7 +274,9 @@ def read_separated(file: CorpusFile) -> Iterator[Document]:
     while first.isspace():
         first, before = next(lines, ""), before + 1
         if excels := _EXCELS_LINE.fullmatch(first):
-            separators, first = excels[1], "\n"
+            if excels[1] not in '"':  # which separates nothing, as none does
+                separators = excels[1]
+            first = "\n"
     if not first:
         return
     csv.field_size_limit(max(csv.field_size_limit(), min(LARGEST_DOCUMENT, sys.maxsize)))
