@@ -373,6 +373,12 @@ def test_other_encodings_are_refused_rather_than_guessed(tmp_path: Path, encodin
     assert texts_with(write(tmp_path / "u.txt", prose), encoding="auto") == [prose]
 
 
+@pytest.mark.parametrize("words", ["Café", "Å ære", "Straße größe", "Straße und Größe, größer"])
+def test_a_few_western_words_are_enough(tmp_path: Path, words: str) -> None:
+    path = write(tmp_path / "a.txt", words.encode("cp1252"))
+    assert texts_with(path, encoding="auto") == [words]
+
+
 def test_an_encoding_that_does_not_exist_is_refused() -> None:
     for wrong in ("utf-9", "base64", ""):
         with pytest.raises(SettingError, match="no text encoding"):

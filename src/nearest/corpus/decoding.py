@@ -39,9 +39,10 @@ _MAGIC = {
 _LFS = b"version https://git-lfs.github.com/spec/"
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # no text has many of these
 _MANY_CONTROLS = 0.02
+_FEW = 16  # bytes, too few for any guess
 # Of a few Latin letters, guesses take these for the encoding of Western Europe.
 _TAKEN_FOR_WESTERN = (
-    *("cp1257", "cp775", "cp852", "hp_roman8", "iso8859_10", "iso8859_13", "iso8859_16"),
+    *("cp1006", "cp1257", "cp775", "cp852", "hp_roman8", "iso8859_10", "iso8859_13", "iso8859_16"),
     *("mac_iceland", "mac_latin2"),
 )
 _WESTERN = set("àâäáãåæçéèêëíìîïñóòôöõœúùûüÿß«»“”‘’„–—…€£§°·•¡¿ºª©®™\xa0")
@@ -230,7 +231,8 @@ def _guessed(head: bytes, bad: int, origin: str) -> str:
         and other.coherence >= best.coherence
         for other in found
     )
-    if western or (best.encoding in _TAKEN_FOR_WESTERN and _is_western(sample)):
+    doubtful = best.encoding in _TAKEN_FOR_WESTERN or len(sample) < _FEW
+    if western or (doubtful and _is_western(sample)):
         return "cp1252"
     return best.encoding.replace("_", "-")
 
