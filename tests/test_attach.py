@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -409,6 +410,21 @@ def test_sources_before_generating_says_so(world: SimpleNamespace) -> None:
         pytest.raises(NearestError, match=r"model\.generate"),
     ):
         session.sources()
+
+
+def test_sources_after_a_cache_that_hides_tokens_says_so(world: SimpleNamespace) -> None:
+    ids, cache = torch.arange(5, 15)[None], DynamicCache()
+    with attach(world.model, world.memory, **SETTINGS) as session:
+        repeating = {"no_repeat_ngram_size": 0}
+        whole = generate(world, ids, **repeating)
+        assert len(session.sources()) == NEW
+        with torch.no_grad():
+            world.model(ids[:, :6], past_key_values=cache)
+        given = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, **repeating}
+        rest = generate(world, ids[:, 6:], **given)
+        torch.testing.assert_close(rest.scores[0], whole.scores[0], atol=1e-4, rtol=0)
+        with pytest.raises(NearestError, match="what a cache stands for"):
+            session.sources()
 
 
 def test_another_model_is_refused_unless_forced(world: SimpleNamespace) -> None:

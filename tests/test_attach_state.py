@@ -423,6 +423,23 @@ def test_a_replay_of_what_a_cache_stands_for_is_refused(follower: World, replay:
     check(follower, output.sequences[0], 9, output.scores, replayed=2)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["new tokens", "in pieces"])
+def test_what_a_cache_hides_is_refused(world: World, whole: bool) -> None:
+    """Else the tokens that it stands for would be missing, and not a word said."""
+    prompt = prompt_of(world.memory, 0, 2, 9)[None]
+    cache = DynamicCache()
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "past_key_values": cache}
+    if whole:
+        given["prefill_chunk_size"] = 2
+    with world.attached() as session:
+        with session.disabled(), torch.no_grad():
+            world.model(input_ids=prompt[:, :3], past_key_values=cache)
+        with pytest.raises(ModelError, match="give the whole sequence as input_ids"):
+            generate(world, prompt if whole else prompt[:, 3:], **given)
+        output = generate(world, prompt)
+    check(world, output.sequences[0], 9, output.scores)
+
+
 @pytest.mark.parametrize("replay", [-1, "all", "3", ""])
 def test_replay_that_means_nothing(follower: World, replay: int | str) -> None:
     with pytest.raises(SettingError, match="replay must be a number of positions"):

@@ -126,19 +126,23 @@ def test_other_ways_of_writing_are_not_drafted_for(
     assert results[0].tolist() == results[1].tolist()
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "filled"])
 def test_a_cache_that_cannot_give_drafts_back_is_written_to_without(
     tiny_model: PreTrainedModel, tiny_memory: Memory, kind: str
 ) -> None:
+    """Nor is one that holds a part of the prompt, which assisted decoding would read again."""
     config = tiny_model.config
     results = []
     for drafts in (False, True):
         cache = StaticCache(config, max_cache_len=20) if kind == "static" else DynamicCache()
+        if kind == "filled":
+            with torch.no_grad():
+                tiny_model(prompt(tiny_memory)[:, :4], past_key_values=cache)
         ids, _ = written(
             tiny_model, tiny_memory, "suffix", drafts=drafts, max_new_tokens=8,
             past_key_values=cache,
         )  # fmt: skip
-        results.append(ids.tolist())
+        results.append((ids.tolist(), cache.get_seq_length()))
     assert results[0] == results[1]
 
 

@@ -269,6 +269,17 @@ def test_adaptret_needs_the_model_and_the_memory(text: Text) -> None:
             adaptret_inputs(lacking)
 
 
+def test_adaptret_refuses_to_count_a_text_in_itself(text: Text) -> None:
+    view = text.view(np.arange(3))
+    for own in (np.full(3, -1), np.array([-1, 7, -1])):  # of texts that the memory does not hold
+        known = view._replace(queries=view.queries._replace(own=own))
+        if (own < 0).all():
+            assert np.array_equal(adaptret_inputs(known), adaptret_inputs(view))
+        else:
+            with pytest.raises(SettingError, match="leave leave_one_out out"):
+                adaptret_inputs(known)
+
+
 def test_adaptret_is_trained_by_the_published_loss(rng: np.random.Generator) -> None:
     logits, lm, memory = rng.normal(size=(7, 2)), rng.random(7), rng.random(7)
     total = 0.0

@@ -147,6 +147,24 @@ def test_a_continuation_is_shown_as_it_comes(world: SimpleNamespace) -> None:
     assert shown.out == "the court" + expected["text"] + "\n"
 
 
+@pytest.mark.parametrize("method", ["base", "knn"])
+def test_a_stop_string_ends_a_text(world: SimpleNamespace, method: str) -> None:
+    given = (world.model, world.tokenizer, world.memory, "the court")
+    letters = world.tokenizer("abcdefghij", add_special_tokens=False)["input_ids"]
+    options: dict[str, Any] = {
+        "method": method,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "suppress_tokens": sorted({*range(258)} - {*letters}),
+    }
+    text = generate(*given, **options).text
+    assert len(text) == 12
+    assert (
+        generate(*given, stop_strings=[text[5]], **options).text
+        == text.partition(text[5])[0] + text[5]
+    )
+
+
 def test_a_chat_prompt_is_written_by_the_template(world: SimpleNamespace) -> None:
     found = answered(world, "--prompt", "hello", "--chat", "--method", "base")
     ids = world.tokenizer("u:hello<eos>a:", add_special_tokens=False)["input_ids"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from conftest import POSITIONS, make_documents, make_model, make_tokenizer, random_documents
 from nearest import Document, Memory, evaluate, read_text, sweep, tune
@@ -19,6 +19,7 @@ from nearest.index.bm25 import K1, B
 from nearest.models.in_context import PassageChooser, read_with_passages
 from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import Settings, method_named, resolve_settings
+from nearest.verbs.chat import Chat
 from nearest.verbs.generate import generate
 from nearest.verbs.weights import tune_weights
 from oracle import keys_and_logits, knn_lm_log_probs
@@ -235,6 +236,90 @@ def test_a_healed_prompt_decides_on_the_first_token_alone(
     assert written.text == expected
 
 
+class Dictates(LogitsProcessor):
+    """Gives the tokens that are to be written, by the length of the text so far."""
+
+    def __init__(self, prompt: int, text: list[int], rather: int | None) -> None:
+        self._prompt, self._text, self._rather = prompt, text, rather
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self._text[input_ids.shape[1] - self._prompt]] += 1e4
+        if self._rather is not None:  # wherever it may stand
+            scores[:, self._rather] += 2e4
+        return scores
+
+
+@pytest.fixture
+def dictated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, int]]:
+    """A text that is dictated, in pieces of four tokens and then of eight, without passages."""
+    monkeypatch.setattr(PassageChooser, "before", lambda *_: np.empty(0, dtype=np.int64))
+
+    def write(
+        model: PreTrainedModel, memory: Memory, rather: int | None = None, **options: Any
+    ) -> tuple[str, int]:
+        tokens = TOKENIZER("abcdefghijklmnopq", add_special_tokens=False)["input_ids"]
+        written = generate(
+            model, TOKENIZER, memory, "text", method="in-context", settings=PASSAGES,
+            do_sample=False, logits_processor=[Dictates(5, tokens, rather)],
+            **{"max_new_tokens": 17, **options},
+        )  # fmt: skip
+        return written.text, len(written.tokens)
+
+    return write
+
+
+@pytest.mark.parametrize("least", [{"min_new_tokens": 6}, {"min_length": 11}], ids=str)
+def test_the_least_number_of_tokens_is_of_the_text_not_of_each_piece(
+    model: PreTrainedModel,
+    memory: Memory,
+    dictated: Callable[..., tuple[str, int]],
+    least: dict[str, int],
+) -> None:
+    assert dictated(model, memory, rather=1, **least) == ("abcdef", 7)
+    assert dictated(model, memory, rather=1) == ("", 1)
+    assert dictated(model, memory, max_new_tokens=None, max_length=14) == ("abcdefghi", 9)
+
+
+@pytest.mark.parametrize("stop", ["cd", "de", "h", "ijkl"])  # pieces end with d, and with l
+def test_a_stop_string_ends_the_text_wherever_a_piece_does(
+    model: PreTrainedModel, memory: Memory, dictated: Callable[..., tuple[str, int]], stop: str
+) -> None:
+    text = "abcdefghijklmnopq"
+    text = text[: text.index(stop) + len(stop)]
+    assert dictated(model, memory, stop_strings=[stop]) == (text, len(text))
+
+
+def test_an_end_whose_number_is_0_ends_the_text_at_the_end_of_a_piece(
+    model: PreTrainedModel, memory: Memory, dictated: Callable[..., tuple[str, int]]
+) -> None:
+    assert dictated(model, memory, rather=0, min_new_tokens=3, eos_token_id=0) == ("abc", 4)
+
+
+def test_a_chat_leaves_room_for_passages(model: PreTrainedModel, memory: Memory) -> None:
+    """The oldest exchanges are left out whole, and passages are cut but once."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    cut: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        made = Passages.__init__
+        patched.setattr(Passages, "__init__", lambda *a: (cut.append(a[2]), made(*a))[1])
+        settings = {**PASSAGES, "passage_tokens": 11}
+        talk = Chat(model, tokenizer, memory, "in-context", settings=settings, **options)
+        for _ in range(3):  # with two passages, what was said before has no room
+            assert talk.say(TEXT[0].text[:20]).text == talk.answer
+            first = talk.answer
+            assert talk.say(TEXT[0].text[20:50]).text == talk.answer
+            last = talk.answer
+            talk.forget()
+            assert talk.say(TEXT[0].text[20:50]).text == last
+            talk.forget()
+        assert first
+        assert len(talk.say(TEXT[0].text[:56]).tokens) == 4  # passages leave out what does not fit
+    assert cut == [11]
+
+
 def test_a_memory_without_weight_writes_as_passages_alone_do(
     model: PreTrainedModel, memory: Memory
 ) -> None:
@@ -340,5 +425,15 @@ def test_refusals(model: PreTrainedModel, memory: Memory, tiny_memory: Memory) -
     assert "64 positions" in refused(
         generate, model, TOKENIZER, memory, TEXT[0].text[:40], max_new_tokens=24, **writing
     )
+    for name, value in {
+        "forced_eos_token_id": 1,
+        "exponential_decay_length_penalty": (2, 1.5),
+        "begin_suppress_tokens": [1],
+        "max_time": 5.0,
+        "stopping_criteria": [lambda *_: torch.tensor([False])],
+    }.items():
+        assert f"{name} would be of each" in refused(
+            generate, model, TOKENIZER, memory, "the", **{name: value}, **writing
+        )
     with pytest.raises(SettingError, match="one memory"):
         generate(model, TOKENIZER, [memory, memory], "the", **writing)

@@ -238,8 +238,8 @@ class Session:
         generated = self._here.generated or self._last
         if generated is None:
             raise NearestError(
-                "nothing to name sources of: call model.generate with input_ids first (embeddings "
-                "and encoder_outputs cannot be read again)"
+                "nothing to name sources of: call model.generate with input_ids first (embeddings, "
+                "encoder_outputs and what a cache stands for cannot be read again)"
             )
         tokens, prompt_length, read = generated.row(row)
         ensemble = generated.ensemble
@@ -317,16 +317,17 @@ class Session:
             if here.prefixes is not None and not here.base_only:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
-                if here.ids is None and past > here.first:
+                pieces = past and kwargs.get("next_sequence_length") is None  # all are read
+                if here.ids is None and (pieces or past > here.first):
                     raise ModelError(
-                        "past_key_values stand for positions of the prompt that are to be looked "
-                        "up: give the whole sequence as input_ids and replay fewer positions, or "
-                        "leave the cache out"
+                        "past_key_values stand for tokens that are not shown, or are to be looked "
+                        "up: give the whole sequence as input_ids, without prefill_chunk_size, and "
+                        "replay fewer positions; or leave the cache out"
                     )
-                if past and kwargs.get("next_sequence_length") is None and here.ids is not None:
-                    here.ids = torch.cat([here.ids, ids], dim=1)  # a long prompt, in pieces
-                else:
-                    here.ids = ids  # of the whole sequences: beams in order, drafts at the end
+                # Else they are of whole sequences: beams in order, drafts at the end.
+                here.ids = (
+                    torch.cat([here.ids, ids], dim=1) if pieces and here.ids is not None else ids
+                )
                 mask = kwargs.get(self._text.mask)
                 if mask is not None:
                     mask = mask[:, : here.ids.shape[1]]

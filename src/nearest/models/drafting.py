@@ -188,8 +188,8 @@ def can_draft(model: PreTrainedModel, prompt: Prompt, named: Mapping[str, Any]) 
     cache = named.get("past_key_values")
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    if cache is not None and type(cache) is not DynamicCache:
-        return False  # others do not take back what is rejected, or not all of it
+    if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
+        return False  # others do not take all back; what a cache holds would be read once more
     caching = generation_option(model, named, "cache_implementation")
     return (
         caching in (None, "dynamic") and generation_option(model, named, "use_cache") is not False

@@ -29,7 +29,7 @@ class Prompt:
         length: its columns, start token and padding included; 0 for embeddings.
         first: of each row, where its tokens start after left padding.
         encoder_inputs: what the encoder reads for each row, where there is one.
-        shown: whether tokens were given, so that all can be read again; not embeddings.
+        shown: whether all tokens were given, so that they can be read again; not embeddings.
     """
 
     length: int
@@ -52,10 +52,11 @@ class Prompt:
         if tokens is None:
             return cls(0, [], None, False)
         pad = _padding(text.model, named)
-        if mask is None and pad is not None and pad not in _stops(text.model, named):
+        if mask is None and pad is not None and pad not in stop_tokens(text.model, named):
             mask = tokens != pad  # as generate() infers it
         starts = [0] * len(tokens) if mask is None else _starts(mask)
-        return cls(tokens.shape[1], starts, None, True)
+        # A mask that is longer than the tokens is also of those that a cache stands for.
+        return cls(tokens.shape[1], starts, None, mask is None or mask.shape == tokens.shape)
 
     def sources(self, rows: int) -> list[Tokens] | None:
         """What the encoder read with each of so many rows; several may be of one prompt."""
@@ -119,7 +120,7 @@ class Generated:
         sequences = getattr(output, "sequences", output)
         if not prompt.shown or not isinstance(sequences, Tensor):
             return None
-        return cls(sequences, prompt, _stops(model, named), _padding(model, named), ensemble)
+        return cls(sequences, prompt, stop_tokens(model, named), _padding(model, named), ensemble)
 
     def row(self, row: int) -> GeneratedRow:
         """One of its sequences (IndexError where there is none)."""
@@ -142,7 +143,8 @@ class Generated:
         )
 
 
-def _stops(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:
+def stop_tokens(model: PreTrainedModel, named: Mapping[str, Any]) -> set[int]:
+    """The ids with which generate() ends a text."""
     return set(_token_ids(generation_option(model, named, "eos_token_id")))
 
 

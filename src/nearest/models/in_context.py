@@ -7,7 +7,7 @@ them: windows, targets, and the tokens that count as context of a query.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.models.scoring import ReadText, ScoredBlock, ScoredInput, Scorer
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.passages import NO_DOCUMENT, Passages
+from nearest.retrieval.passages import NO_DOCUMENT, Passages, cut_passages
 from nearest.retrieval.settings import Settings, passage_settings
 
 
@@ -46,9 +46,8 @@ class PassageChooser:
         memories: Sequence[Memory],
         model: LanguageModel,
         settings: Settings,
-        cut: Callable[[Memory, int], Passages] = Passages,
     ) -> "PassageChooser":
-        """Cut the memory's documents into passages; `cut` may have done so before.
+        """Cut the memory's documents into passages.
 
         Raises:
             SettingError: there are several memories, the model reads texts with an encoder, or its
@@ -64,15 +63,15 @@ class PassageChooser:
                 "in-context"
             )
         memory, positions = memories[0], max_positions(model)
-        longest = 1 + settings.passages * settings.passage_tokens
-        if positions is not None and longest + settings.passage_stride > positions:
+        room = settings.passage_room + settings.passage_stride
+        if positions is not None and room > positions:
             raise SettingError(
                 f"{settings.passages} passages of {settings.passage_tokens} tokens, their start "
                 f"token and {settings.passage_stride} tokens of text exceed the model's "
                 f"{positions} positions: give fewer, or shorter ones (--passages, "
                 "--passage-tokens, --passage-stride)"
             )
-        passages = cut(memory, settings.passage_tokens)
+        passages = cut_passages(memory, settings.passage_tokens)
         return cls(passages, settings, memory.manifest.model.start_token)
 
     def chosen_at(self, position: int) -> int:
@@ -195,11 +194,8 @@ def reader_of(
     scorer: Scorer | ReadText,
     memories: Sequence[Memory],
     passages: Settings | None,
-    cut: Callable[[Memory, int], Passages] = Passages,
 ) -> Reader:
     """What reads the text with passages as settings say, or without any.
-
-    `cut` is as for a `PassageChooser`.
 
     Raises:
         SettingError: the text was read already, in another way; or as for a `PassageChooser`.
@@ -216,7 +212,7 @@ def reader_of(
         return scorer
     if passages is None:
         return scorer
-    chooser = PassageChooser.of(memories, scorer.encoder.model, passages, cut)
+    chooser = PassageChooser.of(memories, scorer.encoder.model, passages)
     return PassageScorer(scorer, chooser, memories[0])
 
 

@@ -4,7 +4,10 @@ The memory's documents are cut into passages of so many tokens; those with the h
 last tokens of a text are its best.
 """
 
+import threading
+from collections import OrderedDict
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Int
@@ -15,6 +18,9 @@ from nearest.memory import Memory
 
 _PADDING = -1
 NO_DOCUMENT = -1
+_KEPT = 2  # ways to cut a memory's documents
+_cuts: WeakKeyDictionary[Memory, OrderedDict[int, "Passages"]] = WeakKeyDictionary()
+_cutting = threading.Lock()
 
 
 class Passages:
@@ -79,3 +85,20 @@ class Passages:
     @cached_property
     def _bm25(self) -> Bm25:
         return Bm25(self)
+
+
+def cut_passages(memory: Memory, size: int) -> Passages:
+    """The passages of a memory, cut and indexed once while it is open, for any thread.
+
+    Raises:
+        NearestError: bm25s is not installed.
+    """
+    with _cutting:
+        cuts = _cuts.setdefault(memory, OrderedDict())
+        if size not in cuts:
+            passages = Passages(memory, size)
+            passages.best(np.zeros(1, dtype=np.int64), 1)  # makes the index
+            cuts[size] = passages
+            if len(cuts) > _KEPT:
+                cuts.popitem(last=False)
+        return cuts[size]

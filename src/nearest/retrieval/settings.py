@@ -168,6 +168,11 @@ class Settings:
         if self.distances not in DISTANCES:
             raise SettingError(f"distances {self.distances!r} is unknown: choose keys or index")
 
+    @property
+    def passage_room(self) -> int:
+        """Tokens that stand before a text at most, with passages: theirs and a start token."""
+        return 1 + self.passages * self.passage_tokens
+
     def of(self, method: str) -> dict[str, Any]:
         """The settings that the method has, by name."""
         values = asdict(self)

@@ -160,8 +160,7 @@ class WithPassages:
     @property
     def room(self) -> int:
         """Tokens that are read before a text at most."""
-        settings = self.chooser.settings
-        return 1 + settings.passages * settings.passage_tokens
+        return self.chooser.settings.passage_room
 
     def begin(self, passes: Passes, *, compare: bool) -> Batch:
         """One row without tokens; `compare` asks for what the model says of the text alone."""

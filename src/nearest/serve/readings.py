@@ -1,20 +1,14 @@
 """What requests may have read beside their texts, by the names of methods."""
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
-
-import numpy as np
 
 from nearest.encode.layers import LanguageModel
 from nearest.errors import SettingError
 from nearest.memory import Memory
 from nearest.models.in_context import PassageChooser
 from nearest.remote.memory import RemoteMemory
-from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import BASE, IN_CONTEXT, Settings
 from nearest.retro.data.database import Decode
 from nearest.retro.data.embedders import Embedder
@@ -26,7 +20,6 @@ RETRO = "retro"
 _MOST_NEIGHBOURS = 16
 _MOST_CONTINUATIONS = 4
 _MOST_BEFORE = 1 << 15  # tokens of passages
-_KEPT_CUTS = 2  # of a memory's documents into passages
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,6 @@ class Readings:
         self.search = search
         self.keys_alone = keys_alone
         self._model = model
-        self._cuts: WeakKeyDictionary[Memory, OrderedDict[int, Passages]] = WeakKeyDictionary()
-        self._lock = threading.Lock()
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -143,16 +134,4 @@ class Readings:
                 f"{settings.passages} passages of {settings.passage_tokens} tokens are more than "
                 f"the {_MOST_BEFORE:,} tokens that this server reads before a text"
             )
-        chooser = PassageChooser.of(memories, self._model, settings, self._cut)
-        return WithPassages(chooser)
-
-    def _cut(self, memory: Memory, size: int) -> Passages:
-        """A memory's passages, cut and indexed once for all requests."""
-        with self._lock:
-            cuts = self._cuts.setdefault(memory, OrderedDict())
-            if size not in cuts:
-                cuts[size] = Passages(memory, size)
-                cuts[size].best(np.zeros(1, np.int64), 1)  # makes the index
-                if len(cuts) > _KEPT_CUTS:
-                    cuts.popitem(last=False)
-            return cuts[size]
+        return WithPassages(PassageChooser.of(memories, self._model, settings))

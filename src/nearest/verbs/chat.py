@@ -6,8 +6,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from nearest.errors import SettingError
-from nearest.retrieval.ensemble import Memories
-from nearest.retrieval.settings import BASE, check_method
+from nearest.retrieval.ensemble import Memories, memories_of
+from nearest.retrieval.settings import (
+    BASE,
+    check_method,
+    method_named,
+    resolve_settings,
+    settings_of,
+)
 from nearest.verbs.generate import Generation, generate
 from nearest.verbs.prompt import prompt_tokens
 
@@ -89,12 +95,19 @@ class Chat:
         self._messages, self.last = [], None
 
     def _fitting(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The last messages that leave room for an answer, and for passages before them."""
+        new, beside = self._generation["max_new_tokens"], 0
+        if self.remembers and self.method != BASE and method_named(self.method).in_context:
+            memory = memories_of(self._memory)[0]
+            given = settings_of(self.method, self._settings or {})
+            beside = resolve_settings(self.method, memory, **given).passage_room
         while True:
             read = prompt_tokens(self._model, self._tokenizer, [*self._system, *messages])
+            last = len(messages) < 3  # before which passages leave out what does not fit
             try:
-                read.check_length(self._model, self._generation["max_new_tokens"])
+                read.check_length(self._model, new if last else new + beside)
             except SettingError:
-                if len(messages) < 3:
+                if last:
                     raise
                 messages = messages[2:]
             else:

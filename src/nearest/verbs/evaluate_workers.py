@@ -8,7 +8,7 @@ goes with the evaluation.
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,6 @@ from nearest.memory import Memory
 from nearest.models.scoring import ReadText, Scorer, encoder_for
 from nearest.progress import Progress
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import Settings
 from nearest.verbs.tally import Tally, read
 
@@ -90,12 +89,10 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
             for name, values in self.passages.items()
         }
 
-        cut = cache(Passages)  # once for all runs
-
         def make(number: int, place: Path) -> None:
             text, own = _read_run(folder / f"{number:06d}.text.npz")
             scorer = Scorer(text, encoder, own)
-            tallies = read(scorer, memories, ensembles, passages, cut=cut)
+            tallies = read(scorer, memories, ensembles, passages)
             _save_tallies(place, tallies)
 
         count = len(list(folder.glob("*.text.npz")))

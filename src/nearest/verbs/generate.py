@@ -154,6 +154,8 @@ def generate(
         **generation,
         **({} if with_passages else healing),
     }
+    if generation_option(model, generation, "stop_strings"):
+        arguments["tokenizer"] = tokenizer
     if method == BASE:
         output = model.generate(**arguments)  # type: ignore[operator]
         named: list[TokenSources] = []
@@ -166,7 +168,7 @@ def generate(
             text,
             {n: v for n, v in arguments.items() if n not in ("input_ids", "attention_mask")},
             settings=dict(settings or {}),
-            new_tokens=generation_option(model, arguments, "max_new_tokens") or _NEW_TOKENS,
+            new_tokens=_most_new(model, arguments, len(text)),
             session={"tokenizer": tokenizer, "force": force, "draft": draft},
             weights=weights,
             first_arguments=healing,
@@ -205,6 +207,12 @@ def generate(
         continues,
         settings_from,
     )
+
+
+def _most_new(model: PreTrainedModel, arguments: Mapping[str, Any], length: int) -> int:
+    """How many tokens may follow a text of so many."""
+    new, whole = (generation_option(model, arguments, f"max_{n}") for n in ("new_tokens", "length"))
+    return int(new or (_NEW_TOKENS if whole is None else whole - length))
 
 
 class _Growing:

@@ -1,6 +1,6 @@
 """What methods make of a text, or of a run of its documents: sums that a result is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,6 @@ from nearest.models.method_run import Details, EnsembleRun
 from nearest.models.scoring import ReadText, ScoredBlock, Scorer
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.passages import Passages
 from nearest.retrieval.settings import (
     BASE,
     Settings,
@@ -97,7 +96,6 @@ def read(
     passages: Mapping[str, Settings | None],
     sink: Records | None = None,
     progress: Progress = no_progress,
-    cut: Callable[[Memory, int], Passages] = Passages,
 ) -> list[Tally]:
     """Let the model read a text, once for each way to read it, and every method predict it.
 
@@ -108,14 +106,13 @@ def read(
         passages: what stands before the text, of each method; None: nothing.
         sink: takes records of every prediction.
         progress: told (stage, done, total).
-        cut: as of `PassageChooser.of`.
     """
     several = [_Predicted(name, one, memories, scorer.text) for name, one in ensembles.items()]
     ways: dict[Settings | None, list[_Predicted]] = {}
     for one in several:
         ways.setdefault(passages[one.method], []).append(one)
     for way, methods in ways.items():
-        reader = reader_of(scorer, memories, way, cut)
+        reader = reader_of(scorer, memories, way)
         with_view = sink is not None or any(one.needs_lm for one in methods)
         for block in reader.blocks(progress, "evaluate", with_view):
             for one in methods:

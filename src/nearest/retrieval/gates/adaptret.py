@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.distribution import Component
 from nearest.retrieval.gates.fitting import (
@@ -134,8 +135,17 @@ def adaptret_inputs(view: View) -> Float[np.ndarray, "q inputs"]:
     """The key; the model's largest probability and entropy; logs of 1 + count and of 1 + fertility.
 
     Counts and fertility are of the last 1 … 4 tokens in the memory's corpus.
+
+    Raises:
+        SettingError: the queries' own entries are to be left out, which counts them too.
     """
     queries, lm = view.queries, view.queries.lm
+    if queries.own is not None and (queries.own >= 0).any():
+        raise SettingError(
+            "knn+adaptret counts n-grams of the memory, and a text's own cannot be left out of "
+            "these: leave leave_one_out out and give text that the memory does not hold, or choose "
+            "another method"
+        )
     if lm is None or view.memory is None:
         raise ValueError("this gate needs the language model's view of the queries, and the memory")
     ngrams = view.memory.ngrams(queries.context, queries.ends, LONGEST)
