@@ -195,6 +195,19 @@ def gates_trained_at_once(steps: int = 60) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def pass_widths(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The widths of the passes that a model makes."""
+    seen: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, arguments, __: seen.append(arguments[0].shape[-1])
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def memories_are_not_self_tuned() -> Iterator[None]:
     """Tiny memories of most tests are to be as they were built, and settings the paper's."""

@@ -1,7 +1,6 @@
 """Drafts: the same text in fewer passes, for as long as they pay."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,28 +18,15 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 
-from conftest import BYTES_AND_SPECIALS
+from conftest import BYTES_AND_SPECIALS, pass_widths
 from nearest import Memory, attach
 from nearest.models import drafting
 from nearest.models.arguments import TextArguments
 from nearest.models.drafting import Experience, PassTimes, can_draft
 from nearest.models.generated import Prompt
-from nearest.retrieval.drafts import CLASSES, Acceptance, Draft, _vote, draft, worth
+from nearest.retrieval.drafts import CLASSES, Acceptance, Draft, _vote, draft, pooled, worth
 
 LIKELY = {"lam": 0.95, "temperature": 1000.0}  # so that the memory is followed
-
-
-@contextmanager
-def passes(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The widths of the passes that a model makes."""
-    seen: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda _, arguments, __: seen.append(arguments[0].shape[-1])
-    )
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def passes_take_a_second(monkeypatch: pytest.MonkeyPatch, widths: list[int]) -> None:
@@ -68,7 +54,7 @@ def written(
     options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": -1}
     with (
         attach(model, memory, method, draft=drafts, guard=False, **LIKELY, **settings),
-        passes(model) as widths,
+        pass_widths(model) as widths,
     ):
         clock(widths)
         return model.generate(ids, **options), widths
@@ -101,7 +87,7 @@ def test_what_it_has_learnt_is_kept_by_thread_and_the_model_is_given_back(
     with attach(tiny_model, tiny_memory, "suffix", draft=True, **LIKELY) as session:
         tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
         assert len(session.sources()) == 8
-        with session.disabled(), passes(tiny_model) as widths:
+        with session.disabled(), pass_widths(tiny_model) as widths:
             tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
         assert len(widths) == 8
     assert dict(vars(tiny_model)) == before
@@ -162,7 +148,7 @@ def test_a_batch_is_written_without_drafts(
     ids = prompt(tiny_memory).repeat(2, 1)
     with (
         attach(tiny_model, tiny_memory, "suffix", draft=True, **LIKELY),
-        passes(tiny_model) as seen,
+        pass_widths(tiny_model) as seen,
     ):
         tiny_model.generate(ids, max_new_tokens=8, pad_token_id=1, eos_token_id=-1)
     assert len(seen) == 8
@@ -191,7 +177,7 @@ def test_sampling_keeps_the_distribution(
     torch.manual_seed(0)
     with (
         attach(tiny_model, tiny_memory, "suffix", draft=True, **settings),
-        passes(tiny_model) as widths,
+        pass_widths(tiny_model) as widths,
     ):
         for _ in range(draws):
             text = tiny_model.generate(ids, max_new_tokens=3, **options)
@@ -259,6 +245,18 @@ def test_the_worth_is_the_best_of_all_lengths(
         assert max(speeds) <= 1.03 * (1 + 1e-9)
 
 
+RATES = st.lists(st.lists(st.floats(0, 1), max_size=5), min_size=1, max_size=5)
+
+
+@given(rates=RATES)
+def test_pooled_rates_expect_as_many_tokens_as_the_rows_do(rates: list[list[float]]) -> None:
+    found = pooled([np.array(one) for one in rates])
+    assert len(found) == max(map(len, rates))
+    for length in range(len(found) + 1):
+        each = [np.cumprod(one[:length]).sum() for one in rates]
+        assert np.cumprod(found[:length]).sum() == pytest.approx(np.mean(each))
+
+
 def test_rates_follow_what_was_accepted() -> None:
     acceptance = Acceptance.start()
     good, bad = np.array([0, 0]), np.array([CLASSES - 1])
@@ -313,7 +311,7 @@ def one_pass(
     length = experience.length(experience.acceptance.rates(found.classes)) if sought else 0
     seconds = 1.0 + (step + 0.1 * length if length else 0.0)
     right = min(accepted, length)
-    experience.saw(found.first(length), right, seconds, looking * sought)
+    experience.saw([found.first(length)], [right], seconds, looking * sought)
     return seconds + looking * sought, right + 1
 
 

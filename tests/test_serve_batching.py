@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import make_documents, make_model
+from conftest import make_documents, make_model, pass_widths
 from nearest import Memory, attach, evaluate
+from nearest.models.drafting import Experience
 from nearest.serve import living
 from nearest.serve.app import ServeOptions, make_service
+from nearest.serve.drafts import Drafts
+from nearest.serve.schema import NearestOptions
 from nearest.serve.shelf import version_of
 from nearest.serve.vocabulary import Stops
-from nearest.serve.work import News, Wanted, Work
+from nearest.serve.work import Failure, News, Wanted, Work
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates
 
 WRITE_KEY = "a-key-to-write"
@@ -111,6 +115,67 @@ def test_prompts_take_turns(
         service.engine._waiting.append(work(next(later), 100))  # somebody always comes
         service.engine._round()
     assert ended[:12] == [*range(1, 11), 0, 11]
+
+
+def test_drafts_change_no_token(
+    model: PreTrainedModel,
+    build_memory: Callable[..., Memory],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of every method, greedy and sampled, that end and join while others draft."""
+    memory = build_memory(model, make_documents(12, 30))
+    followed = {"lam": 0.9, "temperature": 1000.0}
+    monkeypatch.setattr(Experience, "length", lambda _, rates: len(rates))  # whatever it costs
+    monkeypatch.setattr(Experience, "resting", property(lambda _: False, lambda *_: None))
+    accepted: list[list[int]] = []
+    saw = Drafts.saw
+    monkeypatch.setattr(
+        Drafts, "saw", lambda self, found, right: (accepted.append(right), saw(self, found, right))
+    )
+    results, counts = [], []
+    for drafts in (False, True):
+        options = ServeOptions(method="suffix", settings=followed, draft=drafts)
+        service = make_service(model, tiny_tokenizer, [memory], options)
+        told: dict[tuple[int, int], list[tuple[int, float | None]]] = {}
+
+        def listen(number: int, news: News | Failure, told: Any = told) -> None:
+            assert isinstance(news, News)
+            told.setdefault((number, news.choice), []).extend(
+                (t.token, t.log_prob) for t in news.told
+            )
+
+        works = []
+        for number in range(10):
+            method = METHODS[number % len(METHODS)]
+            asked = None
+            if method != "base":
+                asked = NearestOptions.model_validate({"settings": followed})
+            ensemble = service.library.retrieval(method, asked).ensemble
+            prompt = memory.document_tokens(number)[: 4 + 3 * number].tolist()
+            wanted = Wanted(
+                9 + 2 * number if asked else 8,
+                n=1 + number % 2,
+                temperature=number % 3 / 2,
+                seed=number,
+                stops=("of the",) if number == 5 else (),
+            )
+            works.append(Work(prompt, wanted, ensemble, partial(listen, number)))
+        with pass_widths(model) as seen:
+            while works or service.engine.busy:
+                service.engine._waiting.extend(works[:2])
+                del works[:2]
+                service.engine._round()
+        results.append(told)
+        counts.append(len(seen))
+    alone, drafted = results
+    assert len(alone) == 15
+    for key, tokens in alone.items():
+        assert [token for token, _ in drafted[key]] == [token for token, _ in tokens]
+        assert [p for _, p in drafted[key]] == pytest.approx([p for _, p in tokens], abs=1e-4)
+    assert any(len({*right}) > 2 for right in accepted)  # some rows more than others
+    assert sum(map(sum, accepted)) > 40
+    assert counts[1] < counts[0]
 
 
 @pytest.mark.slow

@@ -46,20 +46,42 @@ def test_each_row_keeps_its_own_states(seed: int) -> None:
             assert sorted(order) == kept
             own = [own[number] for number in order]
         else:
-            shared.make_room(1)
-            new = [states(rng, len(own), 1) for _ in range(2 * LAYERS)]
+            width = int(rng.integers(1, 5)) if what == 2 else 1
+            shared.make_room(width)
+            kept = torch.from_numpy(np.pad(shared.kept, ((0, 0), (0, width)), constant_values=True))
+            assert shared.get_mask_sizes(width, 0) == (kept.shape[1], 0)
+            new = [states(rng, len(own), width) for _ in range(2 * LAYERS)]
             for layer in range(LAYERS):
                 seen = shared.update(new[2 * layer], new[2 * layer + 1], layer)
                 for number, part in enumerate(seen, 2 * layer):
-                    for row, padding in enumerate(shared.padding):
+                    assert torch.isfinite(part).all()
+                    for row, columns in enumerate(kept):
                         expected = torch.cat([own[row][number], new[number][row]], dim=1)
-                        torch.testing.assert_close(part[row, :, padding:], expected)
-                        assert torch.isfinite(part[row]).all()
-            shared.appended(1)
+                        torch.testing.assert_close(part[row][:, columns], expected)
+            shared.appended(width)
+            back = rng.integers(width, size=len(own)).tolist()  # of each row one is true at least
+            shared.take_back(back)
             own = [
-                [torch.cat([part, new[n][row]], dim=1) for n, part in enumerate(parts)]
+                [
+                    torch.cat([part, new[n][row, :, : width - back[row]]], dim=1)
+                    for n, part in enumerate(parts)
+                ]
                 for row, parts in enumerate(own)
             ]
-        assert shared.lengths == [parts[0].shape[1] for parts in own]
-        assert shared.get_seq_length() == max(shared.lengths)
-        assert shared.get_mask_sizes(1, 0) == (max(shared.lengths) + 1, 0)
+        assert shared.lengths == shared.kept.sum(1).tolist() == [p[0].shape[1] for p in own]
+        assert shared.get_seq_length() == shared.kept.shape[1] >= max(shared.lengths)
+
+
+@torch.inference_mode()
+def test_gaps_do_not_outgrow_the_rows() -> None:
+    """A row that takes all its drafts back beside one that takes none."""
+    rng = np.random.default_rng(0)
+    shared = RowsCache(prompt(rng, 3, 2))
+    for _ in range(200):
+        shared.make_room(9)
+        for layer in range(LAYERS):
+            shared.update(states(rng, 2, 9), states(rng, 2, 9), layer)
+        shared.appended(9)
+        shared.take_back([8, 7])
+    assert shared.lengths == [203, 403]
+    assert shared.kept.shape[1] < 403 + 403 // 2 + 64 + 9

@@ -80,6 +80,12 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Prompts that may wait; more get 429.")
     ] = 256,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft", help="Let memories and texts draft tokens for a pass where that is quicker."
+        ),
+    ] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request's body, at most.")] = 8,
     slow_client: Annotated[
@@ -153,6 +159,7 @@ def serve(
         write_key=write_key,
         chat_template=template,
         limits=Limits(max_running, max_waiting),
+        draft=draft,
         timeout=timeout,
         force=force,
         chunks=None if chunks is None else _neighbours(chunks, opening),

@@ -114,25 +114,33 @@ class Experience:
             count = min(_TRIAL, affordable)
         return count
 
-    def saw(self, found: Draft, accepted: int, seconds: float, looking: float = 0.0) -> None:
-        """A pass verified a draft, which may be empty.
+    def saw(
+        self,
+        found: Sequence[Draft],
+        accepted: Sequence[int],
+        seconds: float,
+        looking: float = 0.0,
+    ) -> None:
+        """A pass verified the drafts of its rows, which may be empty.
 
         Args:
-            found: what was verified.
+            found: what was verified in each row.
             accepted: how many of its tokens.
             seconds: that the pass took.
-            looking: seconds that it took to find a draft.
+            looking: seconds that it took to find the drafts.
         """
-        tokens, first = len(found.tokens), not self.times.known
+        tokens, first = max(len(one.tokens) for one in found), not self.times.known
         self.times.saw(tokens, seconds)
         if first:  # what opens files and compiles kernels is no measure of what follows
             return
         expected = self.times.seconds(tokens)
         cost = (expected[-1] - expected[0] + min(looking, expected[0])) / expected[0]
-        self.account = min(_AT_MOST, self.account + _ALLOWED + accepted - float(cost))
+        gain = sum(accepted) / len(found) - float(cost)
+        self.account = min(_AT_MOST, self.account + _ALLOWED + gain)
         self.resting = self.account < (_ENOUGH if self.resting else 0.0)
-        if tokens:
-            self.acceptance = self.acceptance.after(found.classes, accepted)
+        for one, right in zip(found, accepted, strict=True):
+            if len(one.tokens):
+                self.acceptance = self.acceptance.after(one.classes, right)
 
 
 class Drafter:
@@ -172,7 +180,7 @@ class Drafter:
         """Learn from how much was accepted."""
         seconds = time.perf_counter() - self._began
         if self._passes:  # the first reads the prompt, and tells nothing of those that follow
-            self._experience.saw(self._draft, int(num_matches), seconds, self._looking)
+            self._experience.saw([self._draft], [int(num_matches)], seconds, self._looking)
         self._passes += 1
 
 

@@ -160,6 +160,20 @@ class Acceptance:
         return Acceptance(hits, tried)
 
 
+def pooled(rates: Sequence[Float[np.ndarray, "_"]]) -> Float[np.ndarray, " longest"]:
+    """Rates of tokens as many of which are accepted in all as of the drafts of a row each.
+
+    Each is the rate of a place: of the rows in which all before it are accepted, the share in which
+    it is; a row whose draft is shorter has none.
+    """
+    survive = np.zeros((len(rates), max(len(one) for one in rates)))
+    for row, one in zip(survive, rates, strict=True):
+        row[: len(one)] = np.cumprod(one)
+    left: Float[np.ndarray, " longest"] = survive.mean(axis=0)
+    before = np.concatenate([np.ones(1), left])[:-1]
+    return np.divide(left, before, out=np.zeros_like(left), where=before > 0)
+
+
 def worth(rates: Float[np.ndarray, " n"], seconds: Float[np.ndarray, " n_plus_1"]) -> int:
     """How many drafted tokens bring the most tokens a second; 0 where none pays.
 

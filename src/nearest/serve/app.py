@@ -59,6 +59,7 @@ class ServeOptions:
         hosts: names by which the server may be called without a key.
         chat_template: in place of the tokenizer's own.
         limits: how much runs and waits.
+        draft: let memories and texts draft several tokens for a pass, where that is quicker.
         timeout: seconds that a request may take.
         slow_client: seconds within which a client must send its request's body, and take each piece
             of its answer.
@@ -77,6 +78,7 @@ class ServeOptions:
     hosts: Sequence[str] = LOOPBACK
     chat_template: str | None = None
     limits: Limits = field(default_factory=Limits)
+    draft: bool = False
     timeout: float = 600.0
     slow_client: float = 60.0
     max_body: int = 8 << 20
@@ -111,7 +113,7 @@ def make_service(
     )
     metrics = Metrics(name)
     plain = model.base if isinstance(model, RetrofitForCausalLM) else model
-    engine = Engine(Passes(plain, layer), vocabulary, metrics, options.limits)
+    engine = Engine(Passes(plain, layer), vocabulary, metrics, options.limits, draft=options.draft)
     first = start_token(tokenizer)
     library = Library(memories, options.method, options.settings, readings, first)
     return Service(

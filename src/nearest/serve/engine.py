@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nearest.errors import NearestError
+from nearest.retrieval.drafts import NO_DRAFT
+from nearest.serve.drafts import Drafts
 from nearest.serve.errors import ApiError, of_error
 from nearest.serve.metrics import Metrics
 from nearest.serve.mixing import Mixture, row_queries
@@ -43,8 +45,15 @@ class Engine:
     """Runs work in a thread of its own; `submit` may be called from any thread."""
 
     def __init__(
-        self, passes: Passes, vocabulary: Vocabulary, metrics: Metrics, limits: Limits | None = None
+        self,
+        passes: Passes,
+        vocabulary: Vocabulary,
+        metrics: Metrics,
+        limits: Limits | None = None,
+        *,
+        draft: bool = False,
     ) -> None:
+        self._drafts = Drafts(vocabulary.size) if draft else None
         self._passes = passes
         self._vocabulary = vocabulary
         self._metrics = metrics
@@ -240,26 +249,53 @@ class Engine:
         self._running.append(_Running(going, batch))
 
     def _advance(self, running: "_Running") -> None:
-        """One more token for each of the rows; those of one method are looked up together."""
+        """One more token for each of the rows, or several where drafts of them prove right."""
+        rows, batch = running.rows, running.batch
+        joined = batch if isinstance(batch, PlainBatch) and batch.joins else None
+        found = [NO_DRAFT] * len(rows)
+        if joined is not None and self._drafts is not None:
+            found = self._drafts.find(rows)
+        drafts: list[list[int]] = [one.tokens.tolist() for one in found]
+        width = 1 + max(map(len, drafts))
+        last = [row.tokens[-1] for row in rows]
         try:
             with self._metrics.pass_seconds.time():
-                passed = running.batch.step([row.tokens[-1] for row in running.rows])
+                if joined is not None and width > 1:
+                    passed = joined.verify([[t, *own] for t, own in zip(last, drafts, strict=True)])
+                else:
+                    passed = batch.step(last)
         except Exception as error:
-            _fail(_works_of(running.rows), error)
+            _fail(_works_of(rows), error)
             running.rows = []
             return
+        right, going = [0] * len(rows), list(range(len(rows)))
+        for place in range(width):
+            self._predict_each(rows, going, passed.at(place))
+            going = [
+                n
+                for n in going
+                if rows[n].finished is None and rows[n].tokens[-1:] == drafts[n][place : place + 1]
+            ]
+            for n in going:
+                right[n] += 1
+        if joined is not None and self._drafts is not None:
+            joined.take_back([width - 1 - count for count in right])
+            self._drafts.saw(found, right)
+        _keep(running, [row for row in rows if row.finished is None])
+
+    def _predict_each(self, rows: Sequence[Row], going: Sequence[int], passed: Passed) -> None:
+        """The next token of some rows; those of one method are looked up together."""
         alike: dict[int, list[int]] = {}
-        for number, row in enumerate(running.rows):
-            alike.setdefault(id(row.work.ensemble), []).append(number)
+        for number in going:
+            alike.setdefault(id(rows[number].work.ensemble), []).append(number)
         for numbers in alike.values():
-            rows = [running.rows[number] for number in numbers]
+            some = [rows[number] for number in numbers]
             try:
-                self._predict(rows, passed.rows(numbers))
+                self._predict(some, passed.rows(numbers))
             except Exception as error:
-                _fail(_works_of(rows), error)
-                for row in rows:
+                _fail(_works_of(some), error)
+                for row in some:
                     row.finished = "error"
-        _keep(running, [row for row in running.rows if row.finished is None])
 
     def _predict(self, rows: Sequence[Row], passed: Passed) -> None:
         ensemble = rows[0].work.ensemble

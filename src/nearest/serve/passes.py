@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -64,6 +65,14 @@ class Passed(NamedTuple):
     log_probs: Float[Tensor, "rows n vocab"]
     alone: Float[Tensor, "rows n vocab"] | None = None
     read: Sequence[Sequence[Read | None]] = ()
+
+    def at(self, place: int) -> "Passed":
+        """One of the positions of each row."""
+        one = slice(place, place + 1)
+        alone = None if self.alone is None else self.alone[:, one]
+        return Passed(
+            self.keys[:, one], self.log_probs[:, one], alone, [row[one] for row in self.read]
+        )
 
     def rows(self, numbers: Sequence[int]) -> "Passed":
         """Some of the rows."""
@@ -159,6 +168,23 @@ class PlainBatch:
         return self._pass(ids, 1)
 
     @torch.inference_mode()
+    def verify(self, tokens: Sequence[Sequence[int]]) -> Passed:
+        """Go on with a token and a draft in each row, of which `take_back` is to tell the false.
+
+        Shorter ones are filled up with tokens that are false, too. For rows of a shared cache.
+        """
+        lengths = np.array([len(own) for own in tokens])
+        width = int(lengths.max())
+        ids = [[*own, *[own[-1]] * (width - len(own))] for own in tokens]
+        own = np.minimum(np.arange(width), lengths[:, None] - 1)
+        return self._pass(torch.tensor(ids, device=self._passes.model.device), width, own)
+
+    def take_back(self, columns: Sequence[int]) -> None:
+        """Forget so many of the last tokens of each row."""
+        if any(columns):
+            self._cache.take_back(columns)
+
+    @torch.inference_mode()
     def repeat(self, times: int) -> None:
         """One row several times, for several continuations of a prompt."""
         if times > 1:
@@ -181,19 +207,23 @@ class PlainBatch:
         """Take up the rows of another, whose prompt has been read."""
         self._cache.add(other._cache)
 
-    def _pass(self, ids: Tensor, keep: int) -> Passed:
+    def _pass(
+        self, ids: Tensor, keep: int, own: Int[np.ndarray, "rows width"] | None = None
+    ) -> Passed:
+        """A pass over tokens; `own` numbers those of each row, where some are there to fill it."""
         rows, width = ids.shape
         passes, cache = self._passes, self._cache
         past, keep = int(cache.get_seq_length()), max(1, keep)
         if isinstance(cache, RowsCache):
             cache.make_room(width)
+            past = int(cache.get_seq_length())
         arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if passes.joins:
-            padded = cache.padding if isinstance(cache, RowsCache) else [0] * rows
-            columns = torch.arange(past + width, device=ids.device)
-            padding = torch.tensor(padded, device=ids.device)[:, None]
-            arguments["attention_mask"] = (columns >= padding).long()
-            arguments["position_ids"] = columns[past:] - padding
+            kept = cache.kept if isinstance(cache, RowsCache) else np.ones((rows, past), dtype=bool)
+            mask = np.pad(kept, ((0, 0), (0, width)), constant_values=True)
+            positions = kept.sum(axis=1)[:, None] + (np.arange(width) if own is None else own)
+            arguments["attention_mask"] = torch.from_numpy(mask).long().to(ids.device)
+            arguments["position_ids"] = torch.from_numpy(positions).to(ids.device)
         if "logits_to_keep" in passes.parameters:
             arguments["logits_to_keep"] = keep
         with captured_input(passes.layer.module) as seen:
