@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_model, pass_widths
 from nearest import Memory, attach, evaluate
+from nearest.encode.layers import find_key_layer
 from nearest.models.drafting import Experience
 from nearest.serve import living
 from nearest.serve.app import ServeOptions, make_service
 from nearest.serve.drafts import Drafts
+from nearest.serve.passes import Passes
 from nearest.serve.schema import NearestOptions
 from nearest.serve.shelf import version_of
 from nearest.serve.vocabulary import Stops
@@ -176,6 +178,27 @@ def test_drafts_change_no_token(
     assert any(len({*right}) > 2 for right in accepted)  # some rows more than others
     assert sum(map(sum, accepted)) > 40
     assert counts[1] < counts[0]
+
+
+@torch.inference_mode()
+def test_a_row_at_its_last_position_is_filled_up_beside_a_draft() -> None:
+    model = roomy_model(12)
+    passes = Passes(model, find_key_layer(model, "last_hidden"))
+    texts = [list(range(60, 72)), [60, 61, 65, 66, 67]]
+    batch, other = passes.begin(), passes.begin()
+    batch.read(texts[0][:-1], 1)
+    other.read(texts[1][:2], 1)
+    batch.share()
+    batch.join(other)
+    given = batch.verify([texts[0][-1:], texts[1][2:]]).log_probs
+    each = [model(torch.tensor([text])).logits[0].log_softmax(-1) for text in texts]
+    torch.testing.assert_close(given[0, 0], each[0][-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(given[1], each[1][2:], atol=1e-4, rtol=0)
+    batch.take_back([2, 1])  # the fill, and a false token
+    assert batch.keep([1]) == [1]
+    again = batch.verify([[68, 69]]).log_probs[0]
+    expected = model(torch.tensor([[60, 61, 65, 66, 68, 69]])).logits[0, 4:].log_softmax(-1)
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -25,5 +24,5 @@ def lm_view(log_probs: Float[Tensor, "q vocab"]) -> LmView:
     Gradients do not flow through it: to a gate it is an input like any other.
     """
     log_probs = log_probs.detach()
-    terms = log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    terms = log_probs.exp().mul_(log_probs).nan_to_num_(nan=0.0)  # 0 · log 0
     return LmView(-terms.sum(-1).cpu().numpy(), log_probs.amax(-1).cpu().numpy())

@@ -1,6 +1,7 @@
 """Candidate entries of a prediction, from every kind of retrieval."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,15 @@ def columns_of(columns: tuple[int, int, int], *kinds: str) -> slice:
     """Where candidates of these kinds stand, if there are so many columns of each."""
     first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
     return slice(sum(columns[:first]), sum(columns[: last + 1]))
+
+
+@lru_cache(maxsize=256)
+def spans_of(
+    columns: tuple[int, int, int], groups: tuple[tuple[str, ...], ...]
+) -> Int[np.ndarray, "2 n"]:
+    """Where the columns of each group of adjacent kinds begin and end; as `columns_of`."""
+    spans = [columns_of(columns, *kinds) for kinds in groups]
+    return np.array([(span.start, span.stop) for span in spans], np.int64).reshape(-1, 2).T.copy()
 
 
 def _spread(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nearest.machine import code_can_be_cached
-from nearest.retrieval.candidates import Candidates
+from nearest.retrieval.candidates import Candidates, spans_of
 
 VOTES = ("top probability", "entropy", "log distinct tokens")
 
@@ -18,9 +18,7 @@ def kind_figures(candidates: Candidates, kinds: Sequence[str]) -> Float[np.ndarr
 
     All are 0 where a query has no candidate of the kind (float32).
     """
-    spans = [candidates.of(kind) for kind in kinds]
-    begins, stops = (np.array([getattr(span, end) for span in spans], dtype=np.int64)
-                     for end in ("start", "stop"))  # fmt: skip
+    begins, stops = spans_of(candidates.columns, tuple((kind,) for kind in kinds))
     found = np.zeros((len(candidates.ids), len(kinds), 3), dtype=np.float32)
     _figures(candidates.distances, candidates.lengths, begins, stops, found)
     return found
