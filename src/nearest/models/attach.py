@@ -325,9 +325,8 @@ class Session:
                         "replay fewer positions; or leave the cache out"
                     )
                 # Else they are of whole sequences: beams in order, drafts at the end.
-                here.ids = (
-                    torch.cat([here.ids, ids], dim=1) if pieces and here.ids is not None else ids
-                )
+                so_far = here.ids if pieces else None
+                here.ids = ids if so_far is None else torch.cat([so_far, ids], dim=1)
                 mask = kwargs.get(self._text.mask)
                 if mask is not None:
                     mask = mask[:, : here.ids.shape[1]]
