@@ -312,9 +312,9 @@ def test_a_chat_leaves_room_for_passages(model: PreTrainedModel, memory: Memory)
             first = talk.answer
             assert talk.say(TEXT[0].text[20:50]).text == talk.answer
             last = talk.answer
-            talk.forget()
+            talk.begin_anew()
             assert talk.say(TEXT[0].text[20:50]).text == last
-            talk.forget()
+            talk.begin_anew()
         assert first
         assert len(talk.say(TEXT[0].text[:56]).tokens) == 4  # passages leave out what does not fit
     assert cut == [11]

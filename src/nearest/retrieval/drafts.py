@@ -170,8 +170,9 @@ def pooled(rates: Sequence[Float[np.ndarray, "_"]]) -> Float[np.ndarray, " longe
     for row, one in zip(survive, rates, strict=True):
         row[: len(one)] = np.cumprod(one)
     left: Float[np.ndarray, " longest"] = survive.mean(axis=0)
-    before = np.concatenate([np.ones(1), left])[:-1]
-    return np.divide(left, before, out=np.zeros_like(left), where=before > 0)
+    before, shares = np.concatenate([np.ones(1), left])[:-1], np.zeros_like(left)
+    np.divide(left, before, out=shares, where=before > 0)
+    return shares
 
 
 def worth(rates: Float[np.ndarray, " n"], seconds: Float[np.ndarray, " n_plus_1"]) -> int:
