@@ -164,3 +164,16 @@ def test_another_user_without_a_home_runs_commands(tiny_model: PreTrainedModel) 
             text=True,
         )
     assert (done.returncode, "documents" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize("name", [b"B\xfccher", "Bücher".encode(), b"two words"])
+def test_mount_points_of_any_name_are_told(
+    name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    written = mounts(tmp_path / "mounts", Path("MOUNT"), "nfs4")
+    escaped = os.fsencode(folder).replace(b" ", rb"\040")
+    written.write_bytes(written.read_bytes().replace(b"MOUNT", escaped))
+    monkeypatch.setattr(machine, "_MOUNTS", written)
+    assert file_system(folder / "law.memory") == "nfs4"
+    assert file_system(tmp_path) == "ext4"

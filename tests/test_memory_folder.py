@@ -845,7 +845,7 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
 
 # --- interruptions --------------------------------------------------------------------------------
 
-LAST_SYNC = 14  # of a build: of its folder, after the manifest's rename
+LAST_SYNC = 15  # of a build: of its folder, after the manifest's rename
 BUILD_KILLS = [
     *(("build", "fsync", count) for count in range(1, LAST_SYNC + 1)),
     *(("build", "pwrite", count) for count in (1, 2, 9, 20)),
@@ -853,7 +853,7 @@ BUILD_KILLS = [
     ("build", "replace", 1),
 ]
 INDEX_KILLS = [
-    *(("index", "fsync", count) for count in range(1, 5)),
+    *(("index", "fsync", count) for count in range(1, 7)),
     ("index", "replace", 1),
     ("index", "unlink", 1),
 ]
@@ -910,7 +910,7 @@ def test_a_killed_change_leaves_a_whole_generation(
     path = place_of(killed, moment)
     assert verify(path) == []
     memory = Memory.open(path)
-    published = moment in [("index", "fsync", 4), ("index", "unlink", 1)]
+    published = moment in [("index", "fsync", 6), ("index", "unlink", 1)]
     assert (memory.manifest.version, memory.segments[0].record.index.spec) == (
         (2, "IVF8,Flat") if published else (1, IVF)
     )

@@ -1,6 +1,7 @@
 """A memory that holds what a corpus holds: `sync`, `add --if-exists`, typed conditions."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,26 @@ def test_documents_in_any_order_are_read_a_few_times_at_most(
     grown = Memory.open(memory.path).add(None, make_tokenizer(), more, if_exists="skip")
     assert grown.documents == 301
     assert len(read) <= 5 * frames
+
+
+def test_names_of_new_files_are_durable_before_a_snapshot_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory.build(None, TOKENIZER, ["a text"], tmp_path / "m", keys="none")
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(fd: int) -> None:
+        done.append(os.path.relpath(Path(f"/proc/self/fd/{fd}").readlink(), memory.path))
+        fsync(fd)
+
+    def replaced(path: Path, target: Path) -> Path:
+        done.append(f"rename {target.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    memory.add(None, TOKENIZER, ["another text"])
+    before = done[: done.index("rename manifest.json")]
+    files = Path("segments/000002/documents.jsonl.zst")
+    assert {str(files), *map(str, files.parents[:2])} <= set(before)

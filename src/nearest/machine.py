@@ -4,6 +4,7 @@ import errno
 import functools
 import mmap
 import os
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ _UNKNOWN_MEMORY = 4 << 30  # bytes that are counted on where the system does not
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def machine_memory() -> int:
@@ -71,14 +73,16 @@ def file_system(folder: Path) -> str:
     """The type of the file system that holds a folder, such as "ext4" or "nfs4"; "" if unknown."""
     found, longest, place = "", -1, folder.resolve()
     try:
-        lines = _MOUNTS.read_text().splitlines()
+        lines = _MOUNTS.read_bytes().splitlines()
     except OSError:  # no Linux
         return ""
     for line in lines:
-        left, _, right = line.partition(" - ")
-        mount = Path(left.split()[4].encode().decode("unicode_escape"))
+        left, _, right = line.partition(b" - ")
+        # Spaces and their like are written as three octal digits; other bytes stand as they are.
+        name = _OCTAL.sub(lambda byte: bytes([int(byte[1], 8)]), left.split(b" ")[4])
+        mount = Path(os.fsdecode(name))
         if place.is_relative_to(mount) and len(mount.parts) >= longest:
-            found, longest = right.split()[0], len(mount.parts)
+            found, longest = right.split()[0].decode(), len(mount.parts)
     return found
 
 

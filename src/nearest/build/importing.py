@@ -27,7 +27,7 @@ from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
 from nearest.store.change import new_folder
 from nearest.store.manifest import ClustersRecord, SegmentRecord, write_manifest
-from nearest.store.new_files import segment_files
+from nearest.store.new_files import make_names_durable, segment_files
 from nearest.store.new_segment import SegmentPlan, write_segment
 from nearest.store.parts.clusters import write_arrays
 from nearest.store.parts.corpus import valued_mask
@@ -130,6 +130,7 @@ def import_store(
             )
             segment = segment.with_files({}, index=index)
             keys = msgspec.structs.replace(keys, index=index.spec)
+        make_names_durable(path, segment.file_records())
         write_manifest(
             path,
             msgspec.structs.replace(manifest, keys=keys, segments=[segment], clusters=clusters),

@@ -19,6 +19,7 @@ from nearest.folder import disk_errors_explained, sha256_of
 from nearest.store.change import new_folder
 from nearest.store.journal import JOURNAL, TASKS, CorpusRecord, Journal, Stage, read_stage
 from nearest.store.manifest import MANIFEST, Manifest, SegmentRecord, check_file, write_manifest
+from nearest.store.new_files import make_names_durable
 from nearest.store.records import FileRecord
 from nearest.store.snapshot import Snapshot
 
@@ -176,6 +177,7 @@ def _join_memories(memories: Sequence[Snapshot], out: Path, options: BuildOption
         alike = first.manifest
         for shared in () if alike.keys is None else alike.keys.file_records():
             _take_file(first.path / shared.path, out / shared.path, first.path, shared)
+        make_names_durable(out, [file for segment in segments for file in segment.file_records()])
         begun = first_manifest(alike.model, alike.keys, alike.segment_tokens)
         write_manifest(out, msgspec.structs.replace(begun, segments=segments, chunks=alike.chunks))
 

@@ -26,7 +26,7 @@ from nearest.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from nearest.store.new_files import NewFiles, segment_files
+from nearest.store.new_files import NewFiles, make_names_durable, segment_files
 from nearest.store.parts import GATE_SUFFIX, SEGMENT_FILES, SHARED_FILES
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -91,9 +91,11 @@ class Change:
 
     def publish(self, **fields: Any) -> None:
         """Make the snapshot that differs in some fields of the manifest the one that stands."""
-        write_manifest(
-            self.path, msgspec.structs.replace(self.manifest, version=self.number, **fields)
-        )
+        manifest = msgspec.structs.replace(self.manifest, version=self.number, **fields)
+        known = {record.path for record in self.manifest.file_records()}
+        new = [record for record in manifest.file_records() if record.path not in known]
+        make_names_durable(self.path, new)
+        write_manifest(self.path, manifest)
 
 
 def check_new(path: Path) -> None:

@@ -215,6 +215,7 @@ class Journal:
         """Let files stay where they were moved to, whatever happens to the machine."""
         for name in segments:
             fsync_file(self.folder / "segments" / name)
+        fsync_file(self.folder / "segments")
 
     def combined(self, base: SegmentRecord, tasks: Sequence[Task]) -> SegmentRecord:
         """A segment as its corpus and those of some tasks that are finished describe it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nearest.folder import ArrayFile
+from nearest.folder import ArrayFile, fsync_file
 from nearest.store.records import FileRecord
 
 
@@ -59,3 +59,13 @@ class NewFiles:
 def segment_files(path: Path, name: str) -> NewFiles:
     """Where the files of a new segment go."""
     return NewFiles(path, f"segments/{name}")
+
+
+def make_names_durable(folder: Path, files: Iterable[FileRecord]) -> None:
+    """Let files stand under their names below a memory's folder, whatever happens to the machine.
+
+    The names in the folder itself become durable with the manifest's.
+    """
+    folders = {parent for file in files for parent in Path(file.path).parents}
+    for place in sorted(folders - {Path()}):
+        fsync_file(folder / place)

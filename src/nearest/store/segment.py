@@ -101,7 +101,12 @@ class Segment:
 
     def _held_open(self, path: Path) -> BufferedReader:
         """Open a file for as long as this segment lives, or another that shares what is stored."""
-        file = path.open("rb")
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise FolderError(
+                f"{path} cannot be read ({error.strerror}): restore it from a copy, or rebuild"
+            ) from error
         weakref.finalize(self._held, file.close)
         return file
 
