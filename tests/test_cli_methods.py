@@ -254,6 +254,9 @@ def test_several_memories(
         assert message in refused("generate", *both, *arguments, "--weights", weights)
     message = refused("eval", *both, *text, "--method", "knn")
     assert f"{world.textual} has no keys" in message
-    assert "tune gates first" in refused("tune", *both, *text, "--gate", "buckets")
+    for more in (["--gate", "buckets"], ["--start", world.memory], ["--leave-one-out"]):
+        message = refused("tune", *both, *text, *more)
+        assert "tune gates first" in message
+        assert more[0] in message
     missing = refused("eval", world.memory, "--memory", tmp_path / "none", *text)
     assert "does not exist" in missing

@@ -216,6 +216,9 @@ def test_mistakes(prepared: Path, bert: str, tmp_path: Path) -> None:
         (("neighbours", tmp_path), "is not a memory"),
         (("embed", prepared, "--embedder", f"bert:{tmp_path}"), "no encoder"),
         (("convert", tmp_path / "no.ckpt"), "--out"),
+        (("convert", tmp_path / "no.ckpt", "--out", source), "exists: give a folder that does"),
+        (("show", prepared, "--document", "3", "--html", tmp_path / "no" / "x"), "does not exist"),
+        (("show", prepared, "--document", "3", "--html", tmp_path), "is a folder: name a file"),
     ):
         result = CliRunner().invoke(app, ["retro", *map(str, arguments)])
         assert result.exit_code == 2, arguments
@@ -322,6 +325,7 @@ def test_weights_of_the_public_code(tmp_path: Path) -> None:
     assert read_retro_json(tmp_path / "retro.json")["residual_dropout"] == 0.2
     options = ("--config", tmp_path / "retro.json", "--json")
     run("convert", tmp_path / "a.ckpt", "--out", tmp_path / "model", *options)
+    assert not list(tmp_path.glob("*.partial"))
     converted = RetroForCausalLM.from_pretrained(tmp_path / "model")
     assert converted.config.attention_dropout == 0.2
     torch.testing.assert_close(converted(tokens(1, 9)).logits, model(tokens(1, 9)).logits)

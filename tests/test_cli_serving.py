@@ -302,3 +302,17 @@ def test_retro_needs_a_memory_with_chunks(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "none of the memories has chunks" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--writable", "--write-key", "k" * 9], ["--method", "knn"], ["--retro", "m"],
+     ["--lam", "0.3"], ["--chunks", "c"], ["--served-name", "n"], ["--chat-template", "f"],
+     ["--model", "m"]],
+)  # fmt: skip
+def test_what_a_shard_cannot_do_is_refused(option: list[str]) -> None:
+    """A server that was to be writable is not begun as one that is not."""
+    result = CliRunner().invoke(app, ["serve", "m", "--shard", "1/2", *option])
+    assert result.exit_code == 2
+    for named in ("--shard", option[0]):
+        assert named in result.stderr

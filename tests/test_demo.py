@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import make_documents
+from conftest import make_documents, make_tokenizer
 from nearest import Document, Memory, NearestError, evaluate, read_documents
 from nearest.demo import run
 from nearest.demo.corpus import Split, repeated_share, split_topics, write_jsonl
@@ -307,3 +307,16 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     base, knn = re.findall(r"token perplexity +([\d.]+) +([\d.]+)", told)[0]
     assert float(knn) < 0.75 * float(base)
     assert f"Perplexity {float(base):.1f} → {float(knn):.1f}" in page
+
+
+def test_a_memory_that_the_demo_made_with_another_model_is_its_own(
+    tmp_path: Path, tiny_model: PreTrainedModel
+) -> None:
+    corpus, path = tmp_path / "memory.jsonl", tmp_path / "python.memory"
+    write_jsonl(corpus, [Document("a", "one text"), Document("b", "another")])
+    Memory.build(None, make_tokenizer(), read_documents(corpus), path, keys="none")
+    run._remove_earlier(path, tiny_model, corpus)
+    assert not path.exists()
+    Memory.build(None, make_tokenizer(), ["my own"], path, keys="none")
+    with pytest.raises(FolderError, match="was not made by the demo"):
+        run._remove_earlier(path, tiny_model, corpus)

@@ -1,11 +1,13 @@
 """What models compute in: chosen by name, device and CPU; and memories do not mind another."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from conftest import make_documents, make_model
@@ -14,8 +16,8 @@ from nearest.cli import app
 from nearest.encode import dtype as dtype_module
 from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu, few_bits, quantisation
 from nearest.encode.fingerprint import model_fingerprint
-from nearest.encode.loading import load_model_and_tokenizer
-from nearest.errors import SettingError
+from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
+from nearest.errors import ModelError, SettingError
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -148,3 +150,27 @@ def test_how_weights_are_quantised_is_known(config: dict[str, Any], expected: in
     model.config.quantization_config = config
     assert quantisation(model) == f"{config['quant_method']} {expected} bits"
     assert few_bits(f"x {expected} bits") is (expected == 4)
+
+
+@pytest.mark.parametrize(("error", "reason"), [(AssertionError(), "AssertionError"),
+                                               (OSError("no such\nfile"), "no such")])  # fmt: skip
+def test_why_a_tokenizer_cannot_be_loaded(
+    error: Exception, reason: str, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
+    for load in (load_model_and_tokenizer, load_tokenizer):
+        with pytest.raises(ModelError, match=rf"\({reason}\)"):
+            load(model_folder)
+
+
+def test_a_model_that_does_not_fit(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "to", raising(torch.OutOfMemoryError()))
+    with pytest.raises(ModelError, match="does not fit in the memory of cpu: use --device cpu"):
+        load_model_and_tokenizer(model_folder, device="cpu")
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def raises(*_: Any, **__: Any) -> None:
+        raise error
+
+    return raises

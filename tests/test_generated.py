@@ -242,8 +242,9 @@ def test_the_command_prints_and_keeps_what_was_written(pairs: Any) -> None:
     (tuned,) = json_lines(*by)
     assert (tuned["k"], tuned["tuned_by"]) == (4, "chrf")
     assert tuned["tuned_score"] >= tuned["tuned_base_score"]
-    both = invoke(*by, "--leave-one-out")
-    assert (both.code, "--leave-one-out is of texts" in both.err.replace("\n", " ")) == (2, True)
+    for more in (["--leave-one-out"], ["--start", memory]):
+        both = invoke(*by, *more)
+        assert (both.code, f"{more[0]} is of texts" in both.err.replace("\n", " ")) == (2, True)
     alone = invoke("eval", memory, "--text", corpus, "--written", written)
     assert (alone.code, "--written is for" in alone.err) == (2, True)
 

@@ -12,7 +12,8 @@ import typer
 from nearest import reports
 from nearest.cli.app import err, out, tuned_and_stored
 from nearest.cli.options import with_commas
-from nearest.errors import FolderError, SettingError
+from nearest.cli.output import check_place
+from nearest.errors import SettingError
 
 if TYPE_CHECKING:
     from nearest.corpus.reading import Corpus
@@ -52,10 +53,7 @@ class Generating:
             return
         if not self.generate:
             raise SettingError("--written is for what --generate writes: add that, or leave it out")
-        if not self.written.parent.is_dir():
-            raise FolderError(
-                f"the folder {self.written.parent} does not exist: make it, or choose another"
-            )
+        check_place(self.written)
 
 
 @dataclass(frozen=True)

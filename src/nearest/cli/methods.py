@@ -111,7 +111,8 @@ def tune(
     by_text = tuning.by != "nll"
     if by_text:
         windows = {"window": reading.window, "stride": reading.stride}
-        refuse_beside(f"--by {tuning.by}", leave_one_out=leave_one_out, memory=more, **windows)
+        others = {"leave_one_out": leave_one_out, "memory": more, "start": start, **windows}
+        refuse_beside(f"--by {tuning.by}", **others)
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     if by_text:
@@ -120,10 +121,10 @@ def tune(
         say_what_was_read(texts)
         return
     if more:
-        if gate != "none" or leave_one_out:
+        if gate != "none" or leave_one_out or start is not None:
             raise NearestError(
                 "weights of memories are found with each used as it was tuned: tune gates first, "
-                "and leave --gate and --leave-one-out out"
+                "and leave --gate, --start and --leave-one-out out"
             )
         memories = opened_beside(opened, MoreMemories(more))
         options = {**vars(reading), **given(**vars(settings))}

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, TextIO
+
+from nearest.errors import FolderError
 
 
 class OutputError(Exception):
@@ -43,6 +46,14 @@ class _Output:
                 # so that the interpreter does not fail again at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             raise OutputError(error) from error
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place that no file can be written to, before anything is computed (FolderError)."""
+    if not path.parent.is_dir():
+        raise FolderError(f"the folder {path.parent} does not exist: make it, or choose another")
+    if path.is_dir():
+        raise FolderError(f"{path} is a folder: name a file")
 
 
 def write_in_any_encoding() -> None:

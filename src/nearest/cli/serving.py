@@ -9,7 +9,7 @@ import typer
 
 from nearest.cli.app import err, model_of, open_memory, quiet_libraries
 from nearest.cli.options import Force, MethodSettings, Opening, given
-from nearest.errors import NearestError, require
+from nearest.errors import NearestError, SettingError, require
 
 if TYPE_CHECKING:
     from nearest.memory import Memory
@@ -135,6 +135,16 @@ def serve(
         grace=grace,
     )
     if shard is not None:
+        _refuse_beside_shard(
+            writable=writable,
+            method=method,
+            served_name=name,
+            chat_template=chat_template,
+            chunks=chunks,
+            retro=retro,
+            model=opening.model,
+            **vars(settings),
+        )
         _serve_shard(memories, shard, opening.search_on, options, host, port)
         return
     template = None
@@ -171,6 +181,15 @@ def serve(
     server.run()
     if server.failed:  # so that what watches over it starts it again
         raise typer.Exit(1)
+
+
+def _refuse_beside_shard(**others: Any) -> None:
+    for option, value in others.items():
+        if value not in (None, False):
+            raise SettingError(
+                f"--shard serves look-ups alone, and --{option.replace('_', '-')} has no effect on "
+                "them: leave one of them out"
+            )
 
 
 def _serve_shard(

@@ -143,7 +143,7 @@ class _Steps:
             str(self.path),
             "--no-tune",
         )
-        _remove_earlier(self.path, self.model)
+        _remove_earlier(self.path, self.model, corpus)
         with reports.live_progress(self.err) as progress:
             memory = Memory.build(
                 self.model,
@@ -232,12 +232,16 @@ def _write_corpus(out_path: Path, split: Split) -> dict[str, Path]:
     return files
 
 
-def _remove_earlier(path: Path, model: PreTrainedModel) -> None:
-    """Remove the memory that an earlier demo made, and nothing else."""
+def _remove_earlier(path: Path, model: PreTrainedModel, corpus: Path) -> None:
+    """Remove the memory that an earlier demo made, with this model or another, and nothing else."""
     if not (path / MANIFEST).exists():
         return  # building refuses a folder that holds anything else
     try:
         mine = read_manifest(path).model.fingerprint == model_fingerprint(model)
+        if not mine:
+            memory = Memory.open(path)
+            ids = {memory.document(number).id for number in range(memory.documents)}
+            mine = ids == {document.id for document in read_documents([corpus])}
     except FolderError as error:
         raise FolderError(
             f"{path} is in the way, and cannot be told to be an earlier demo's ({error}): remove "

@@ -45,11 +45,10 @@ def load_model_and_tokenizer(
     except NearestError:
         raise
     except Exception as error:  # transformers, safetensors, tokenizers: each raises its own kinds
-        reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"model {name!r} cannot be loaded ({reason}): give a folder with a Hugging Face "
-            "language model, causal or encoder–decoder, a .gguf file, or the name of a model on "
-            "the hub"
+            f"model {name!r} cannot be loaded ({_reason(error)}): give a folder with a Hugging "
+            "Face language model, causal or encoder–decoder, a .gguf file, or the name of a model "
+            "on the hub"
         ) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
@@ -58,10 +57,7 @@ def load_model_and_tokenizer(
             f"({len(missing)} in all), which would be random: give a folder with a whole language "
             "model"
         )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ModelError(
-            f"model {name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
-        )
+    _check_tokenizer(tokenizer, name)
     if options:
         model.config._name_or_path = name
     if more:  # quantised: it stands where it is to be, and cannot be cast
@@ -69,7 +65,13 @@ def load_model_and_tokenizer(
     wanted = chosen_dtype(dtype, model.dtype, place.type)
     rounds = wanted not in (model.dtype, torch.float32)
     with weights_kept_known(model) if rounds else nullcontext():
-        model.to(place, wanted)
+        try:
+            model.to(place, wanted)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"model {name!r} does not fit in the memory of {place}: use --device cpu, or a "
+                "shorter --dtype, such as bfloat16 (in Python device and dtype)"
+            ) from error
     return model.eval(), tokenizer
 
 
@@ -83,14 +85,23 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers and tokenizers: each raises its own kinds
         raise ModelError(
-            f"no tokenizer can be loaded from {name!r} ({str(error).strip().splitlines()[0]}): "
-            "give a folder, or a name on the hub"
+            f"no tokenizer can be loaded from {name!r} ({_reason(error)}): give a folder, or a "
+            "name on the hub"
         ) from error
+    _check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(
             f"{name!r} has no tokenizer: give a folder that holds one (tokenizer.json)"
         )
-    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, or the kind of an error that has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ import typer
 
 from nearest.cli.app import out, quiet_libraries
 from nearest.cli.options import AsJson
+from nearest.cli.output import check_place
 from nearest.cli.retro.options import (
     DatabasePath,
     More,
@@ -22,6 +23,7 @@ from nearest.cli.retro.options import (
     stored_table,
 )
 from nearest.errors import NearestError
+from nearest.folder import disk_errors_explained, write_atomically
 
 if TYPE_CHECKING:
     from nearest.retro.data.database import ChunkDatabase
@@ -43,6 +45,8 @@ def show(
 ) -> None:
     """Say what a database holds; or show a document's chunks with their neighbours."""
     quiet_libraries()
+    if html is not None:
+        check_place(html)
     from nearest.retro.data.database import ChunkDatabase
     from nearest.retro.data.opening import decoder, tokenizer_of
     from nearest.retro.data.show import as_html, document_number, shown_chunks
@@ -57,7 +61,8 @@ def show(
     decode = decoder(tokenizer_of(own, tokenizer))
     listed = shown_chunks(number, own, searched, stored, options, decode, neighbours)
     if html is not None:
-        html.write_text(as_html(own.chunks.name(number), listed), encoding="utf-8")
+        with disk_errors_explained(html.parent):
+            write_atomically(html, as_html(own.chunks.name(number), listed).encode())
         return
     for chunk in listed:
         if as_json:
