@@ -173,6 +173,7 @@ def test_a_command_names_folder_and_cluster(memory: Memory, ray: Actors) -> None
     opened = open_memory(Path(f"ray://auto/{memory.path}"), patience=HASTY)
     assert isinstance(opened, ShardedMemory)
     assert (opened.name, opened.entries) == ("test", memory.entries)
+    assert open_memory(opened.path, patience=HASTY).entries == memory.entries
 
 
 def test_what_cannot_be_is_said(memory: Memory, ray: Actors, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # ruff: noqa: F811 - fixtures of another file
-"""Builds whose workers a Ray cluster runs: the same bytes, whoever is killed."""
+"""Builds whose workers a Ray cluster runs, and shards that it holds, whoever is killed."""
 
 import json
 import os
@@ -99,6 +99,49 @@ def test_a_build_goes_on_when_its_driver_was_killed(
     assert not (path / "manifest.json").exists()
     ended(begun(model_folder, corpus, "--out", path, "--ray", "local", "--workers", "1"))
     assert snapshot(path) == snapshot(whole)
+
+
+SHARDED = """
+import sys
+import numpy as np
+from nearest import Document, Memory, evaluate
+from nearest.encode.loading import load_model_and_tokenizer
+
+path, folder = sys.argv[1:]
+memory = Memory.open(path)
+sharded = Memory.open(path, shards="ray://local", actors=2, wait=120)
+queries = memory.keys.rows(memory.keyed_entries()[::97])
+
+def as_one() -> None:
+    found, expected = sharded.search(queries, 9), memory.search(queries, 9)
+    assert (np.diff(expected.distances, axis=1) == 0).any()
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    np.testing.assert_array_equal(sharded.values(found.ids), memory.values(expected.ids))
+
+as_one()
+model, tokenizer = load_model_and_tokenizer(folder)
+texts = [Document("new", memory.document(0).text[:40])]
+(own,), (over,) = (
+    evaluate(model, one, texts, ["knn"], tokenizer=tokenizer) for one in (memory, sharded)
+)
+assert abs(over.nll - own.nll) <= 1e-9 * own.nll
+import ray  # late: nearest says how
+
+for shard in sharded._shards.held:  # which start anew
+    ray.kill(shard.memory._servers._client._transport._actor, no_restart=False)
+as_one()
+print("as one")
+"""
+
+
+def test_actors_hold_what_one_process_holds(model_folder: str, whole: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
+    environment["RAY_worker_niceness"] = "0"
+    command = [sys.executable, "-c", SHARDED, str(whole), model_folder]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "as one\n"
 
 
 def test_what_cannot_be_is_said(model_folder: str, corpus: Path, tmp_path: Path) -> None:

@@ -71,13 +71,14 @@ class ShardedMemory(RemoteMemory):
         ]
         self._open = partial_of(Shards, servers, name, wait, partial=partial)
         self._take_over(self._open())
+        self.path = self._shards.held[0].memory.path
 
     def _take_over(self, shards: Shards) -> None:
         """What the shards tell of the whole memory."""
         clients = [one.memory for one in shards.held]
         first = clients[0]
         self._shards, self._groups = shards, shards.groups
-        self.manifest, self.name, self.path = first.manifest, first.name, first.path
+        self.manifest, self.name = first.manifest, first.name
         self.search_on, self.shard, self._gates, self._known = "cpu", None, first._gates, ()
         self._counts = {**first._counts, "entries": sum(one.entries for one in clients)}
         self._merged = any(one.has_weights for one in clients)

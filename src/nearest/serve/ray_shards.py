@@ -86,7 +86,9 @@ def on_ray(
         )
         for number in range(1, count + 1)
     ]
-    return ShardedMemory(servers, patience=patience, wait=wait, partial=partial)
+    opened = ShardedMemory(servers, patience=patience, wait=wait, partial=partial)
+    opened.path = Path(address) / place.relative_to("/")  # as commands take it
+    return opened
 
 
 class ShardActor:
