@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from conftest import make_documents
 from nearest import Memory
+from nearest.cli import serving as cli_serving
 from nearest.cli.app import app
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.retro import retrofit
@@ -291,6 +292,16 @@ def test_what_cannot_be_served(
     result: Any = CliRunner().invoke(app, ["serve", str(memory.path), *options])
     assert result.exit_code == 2
     assert reason in " ".join(result.output.split())
+
+
+def test_memories_of_one_name_are_refused_before_a_model_is_loaded(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(cli_serving, "model_of")
+    other = shutil.copytree(memory.path, tmp_path / "law.memory")
+    result = CliRunner().invoke(app, ["serve", str(memory.path), str(other)])
+    assert result.exit_code == 2
+    assert "two of the memories have the same name" in " ".join(result.output.split())
 
 
 def test_retro_needs_a_memory_with_chunks(

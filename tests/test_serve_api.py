@@ -1,10 +1,12 @@
 """What clients see: the API's fields, errors, streams, keys, and agreement with the library."""
 
 import base64
+import gc
 import hashlib
 import json
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from jsonschema_rs import Draft202012Validator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import make_documents
-from nearest import Memory, attach
+from nearest import Document, Memory, attach
+from nearest.corpus.tokens import SpecialTokensWarning
+from nearest.serve.app import ServeOptions, make_service
+from nearest.serve.mixing import Spoke
+from nearest.serve.provenance import Provenance
+from nearest.serve.retrieval import TextSearch, _text
+from nearest.serve.schema import NearestOptions
+from nearest.serve.work import Told
+from nearest.store.snapshot import Snapshot
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving
 
 PROMPT = "the court shall"
@@ -104,6 +114,15 @@ def test_echo_gives_the_log_probs_of_one_call_of_the_model(
         for own, top, row in zip(scored, told["top_logprobs"][1:-1], expected, strict=False):
             assert own in top.values()  # the very same float
             assert max(top.values()) == pytest.approx(row.max(), abs=1e-4)
+
+
+def test_a_prompt_that_is_scored_has_to_fit_the_model(server: Running) -> None:
+    body = {"model": "tiny@base", "max_tokens": 0, "echo": True, "logprobs": 0}
+    refused = server.post("/v1/completions", {**body, "prompt": [70] * 513})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert server.post("/v1/completions", {**body, "prompt": [70] * 512}).status_code == 200
 
 
 def test_texts_are_scored_without_the_start_token(server: Running) -> None:
@@ -320,6 +339,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "logprobs": ({"logprobs": 100}, "logprobs"),
     "method": ({"nearest": {"method": "magic"}}, "nearest.method"),
     "setting": ({"nearest": {"settings": {"lambda": 1}}}, "nearest.settings"),
+    "weight as a setting": ({"nearest": {"settings": {"weight": 1}}}, "nearest.settings"),
     "range": ({"nearest": {"settings": {"lam": 3}}}, "nearest.settings"),
     "memory": ({"nearest": {"memories": [{"name": "no"}]}}, "nearest.memories"),
     "weight": (
@@ -435,6 +455,88 @@ def test_documents(server: Running, memory: Memory) -> None:
     assert whole["text"] == "".join(whole["pieces"]) == memory.document(3).text
     missing = server.client.get("/v1/nearest/documents/test", params={"id": "no"})
     assert missing.status_code == 404
+
+
+def test_special_tokens_that_prompts_name_are_text_unless_they_are_to_be_read(
+    server: Running,
+) -> None:
+    scored = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    plain = server.complete("a<eos>b", **scored)["choices"][0]["logprobs"]["tokens"]
+    assert plain == list("a<eos>b")
+    read = server.complete("a<eos>b", **scored, special_tokens=True)["choices"][0]
+    assert read["logprobs"]["tokens"] == ["a", "<eos>", "b"]
+
+
+def test_a_text_is_looked_up_as_the_documents_of_its_memory_are_read(
+    build_memory: Callable[..., Memory],
+    model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = "ab <eos> cd"
+    documents = [*make_documents(3, 20), Document("named", text + "e", {}, "named")]
+    with pytest.warns(SpecialTokensWarning):
+        memory = build_memory(model, documents)
+    service = make_service(model, tiny_tokenizer, [memory], ServeOptions(model_name="tiny"))
+    found = _text(service, TextSearch(text=text, k=1))["matches"][0]
+    assert (found["document"], found["position"]) == ("named", len(text))
+    assert found["length"] >= len(text)
+
+
+def test_what_stands_around_an_entry_ends_with_its_document(
+    server: Running,
+    memory: Memory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is read without the rest of the document, however long that is."""
+    documents = [memory.document_tokens(number).tolist() for number in range(memory.documents)]
+    starts = np.cumsum([0, *map(len, documents)])
+    library = server.service.library
+    retrieval = library.retrieval("knn", None)
+    provenance = Provenance(retrieval, library, server.service.vocabulary, "")
+    monkeypatch.delattr(Snapshot, "document_tokens")
+    for number in (0, 3, memory.documents - 1):
+        tokens = documents[number]
+        places = [0, 5, len(tokens) // 2, len(tokens) - 5, len(tokens) - 2]
+        spoke = [Spoke(0, int(starts[number]) + at, 0.1, "dense", 0, 1.0) for at in places]
+        told = provenance.token(Told(70, "", -1.0, -1.0, [], [], spoke))["sources"]
+        for at, source in zip(places, told, strict=True):
+            assert source["position"] == at
+            parts = tokens[max(1, at - 11) : at + 1], [tokens[at + 1]], tokens[at + 2 : at + 14]
+            for name, part in zip(("before", "value", "after"), parts, strict=True):
+                assert source[name] == tiny_tokenizer.decode(part)
+
+
+def test_what_is_as_long_as_a_memory_is_kept_for_few_requests(server: Running) -> None:
+    library, large = server.service.library, []
+    for number in range(10):
+        name = {"memory": "test", "id": f"doc-{number}"}
+        without = NearestOptions.model_validate({"without": [name]})
+        large.append(weakref.ref(library.retrieval("suffix", without).memories[0]))
+        size = NearestOptions.model_validate({"settings": {"passage_tokens": 16 + number}})
+        reading: Any = library.retrieval("in-context", size).reading
+        large.append(weakref.ref(reading.chooser.passages))
+        del reading
+    gc.collect()
+    assert sum(one() is not None for one in large) <= 6
+
+
+def test_documents_are_not_kept_whole(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, real = [], Snapshot.document
+
+    def noting(memory: Memory, number: int) -> Document:
+        document = real(memory, number)
+        read.append(weakref.ref(document))
+        return document
+
+    monkeypatch.setattr(Snapshot, "document", noting)
+    assert len(server.client.get("/v1/nearest/documents/test").json()["documents"]) == 12
+    server.client.get("/v1/nearest/documents/test", params={"id": "doc-3"}).raise_for_status()
+    server.post("/search/text", {"text": PROMPT}).raise_for_status()
+    server.complete(PROMPT, max_tokens=4, model="tiny@knn", nearest={})
+    gc.collect()
+    assert len(read) > 12
+    assert not [one for one in read if one() is not None]
 
 
 def test_answers_are_as_the_published_schema_says(server: Running) -> None:

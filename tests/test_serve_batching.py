@@ -24,7 +24,7 @@ from nearest.serve.drafts import Drafts
 from nearest.serve.passes import Passes
 from nearest.serve.schema import NearestOptions
 from nearest.serve.shelf import version_of
-from nearest.serve.vocabulary import Stops
+from nearest.serve.vocabulary import Stops, _overlap
 from nearest.serve.work import Failure, News, Wanted, Work
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving, with_gates
 
@@ -300,6 +300,21 @@ def test_documents_are_added_replaced_and_removed(server: Running) -> None:
         assert "no document 'no'" in refused.json()["error"]["message"]
 
 
+def test_new_documents_and_changed_ones_come_together(server: Running) -> None:
+    url, key = "/v1/nearest/documents/test", {"Authorization": f"Bearer {WRITE_KEY}"}
+    first = {"documents": [{"id": "there", "text": "zebra"}]}
+    before = server.post(url, first, headers=key).json()
+    blank = {"documents": [{"id": "good", "text": "a"}, {"id": "blank", "text": " \n"}]}
+    refused = server.post(url, blank, headers=key)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "documents.1.text")
+    both = {"documents": [{"id": "there", "text": "okapi"}, {"id": "new", "text": "gnu"}]}
+    after = server.post(url, {**both, "replace": True}, headers=key).json()
+    assert after["version"] == before["version"] + 1
+    assert after["documents"] == before["documents"] + 1
+    told = [server.client.get(url, params={"id": one}).json()["text"] for one in ("there", "new")]
+    assert told == ["okapi", "gnu"]
+
+
 def test_versions_in_use_are_few(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change waits while requests keep older versions in RAM, and says so after a while."""
     monkeypatch.setattr(living, "_VERSIONS", 4)  # the first one is the fixture's own, too
@@ -389,3 +404,26 @@ def test_stop_strings_are_found_however_the_text_is_cut(
         assert any(text.startswith(stop, finder.found) for stop in stops)
     else:
         assert finder.found is None
+
+
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
+def test_no_more_is_held_back_than_may_begin_a_stop_string(text: str, stop: str) -> None:
+    longest = max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+    assert _overlap(text, stop) == longest
+
+
+def test_stop_strings_are_compared_where_they_may_begin_alone() -> None:
+    class Counted(str):
+        compared = 0
+
+        def __getitem__(self, at: Any) -> str:
+            self.compared += isinstance(at, slice)
+            return str.__getitem__(self, at)
+
+        def startswith(self, *given: Any) -> bool:
+            self.compared += 1
+            return str.startswith(self, *given)
+
+    stop = Counted("a" * 1000)
+    assert _overlap("b" * 997 + "aaa", stop) == 3
+    assert stop.compared == 1

@@ -1,13 +1,16 @@
 """What goes wrong within a server: who asked is told so, and nobody else suffers."""
 
+import asyncio
 import base64
 import io
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,14 @@ from nearest import Memory, RemoteMemory
 from nearest.errors import RemoteError, SettingError
 from nearest.remote.servers import Patience
 from nearest.remote.wire import npy
+from nearest.retrieval import passages
+from nearest.retrieval.passages import Passages
 from nearest.retro.data.live import MemoryNeighbours
 from nearest.serve import engine as engine_module
 from nearest.serve import sampling
-from nearest.serve.engine import Limits
+from nearest.serve.engine import Engine, Limits
+from nearest.serve.guards import SlowClients
+from nearest.serve.passes import PlainBatch
 from nearest.serve.provenance import Provenance
 from nearest.serve.run import check_exposure
 from retro_data import database, documents, embedder, words
@@ -156,19 +163,44 @@ def test_a_prompt_that_cannot_begin_is_given_up_alone(
     server.complete("x", max_tokens=3)
 
 
+def test_rows_whose_states_may_be_torn_are_given_up(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one that joins them finds no room, and some layers are moved already."""
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    body = {"model": "tiny", "prompt": "the court", "temperature": 0}
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as clients:
+        patch.setattr(PlainBatch, "join", no_room)
+        long = {**body, "max_tokens": 480, "n": 8}
+        running = clients.submit(server.post, "/v1/completions", long)
+        _until(lambda: server.service.engine._rows > 0)
+        assert server.post("/v1/completions", {**body, "max_tokens": 2}).status_code == 500
+        assert running.result().status_code == 500
+    server.complete("the court", max_tokens=2)
+
+
+@pytest.mark.parametrize("lost", [False, True])
 def test_an_engine_that_ends_ends_the_server(
     model: PreTrainedModel,
     memory: Memory,
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
+    lost: bool,
 ) -> None:
-    def broken(_: Any) -> None:
-        raise RuntimeError("no more")
+    """By a fault of its own, or of a device that fails at every later call, too."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
 
     with serving(model, tiny_tokenizer, [memory]) as running:
-        monkeypatch.setattr(engine_module.Engine, "_drop_ended", broken)
+        if lost:
+            monkeypatch.setattr(engine_module, "_check", broken)
+        monkeypatch.setattr(*(PlainBatch, "read") if lost else (Engine, "_drop_ended"), broken)
         body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
-        assert running.post("/v1/completions", body).status_code == 503
+        assert running.post("/v1/completions", body).status_code == (500 if lost else 503)
         deadline = time.monotonic() + 20
         while not running.server.failed:
             assert time.monotonic() < deadline
@@ -195,6 +227,67 @@ def test_searches_hold_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatc
         finally:
             go_on.set()
         assert search.result().status_code == 200
+
+
+def test_documents_that_are_being_cut_hold_up_nobody_else(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Passages:
+        entered.set()
+        assert go_on.wait(60)
+        return Passages(*given)
+
+    monkeypatch.setattr(passages, "Passages", slow)
+    body = {"model": "tiny@in-context", "prompt": "the court", "max_tokens": 1}
+    of_size = {"settings": {"passage_tokens": 24}, "sources": False}
+    with ThreadPoolExecutor(45) as clients:  # more than there are threads
+        asked = [
+            clients.submit(server.post, "/v1/completions", {**body, "nearest": of_size})
+            for _ in range(45)
+        ]
+        try:
+            assert entered.wait(60)
+            _until(lambda: all(one.running() for one in asked))
+            assert server.post("/tokenize", {"prompt": "x"}, timeout=20).status_code == 200
+            other = {**body, "model": "tiny@base"}
+            assert server.post("/v1/completions", other, timeout=20).status_code == 200
+        finally:
+            go_on.set()
+        assert {one.result().status_code for one in asked} == {200}
+
+
+def test_a_memory_whose_folder_is_away_hurts_no_other(
+    model: PreTrainedModel, memory: Memory, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    away = shutil.copytree(memory.path, tmp_path / "away.memory")
+    with serving(model, tiny_tokenizer, [Memory.open(away), memory]) as running:
+        away.rename(tmp_path / "elsewhere")
+        gone = running.client.get("/v1/nearest/documents/away")
+        assert (gone.status_code, gone.headers["Retry-After"]) == (503, "1")
+        assert "away.memory cannot be read" in gone.json()["error"]["message"]
+        assert running.client.get("/v1/nearest/documents/test").status_code == 200
+        metrics = running.client.get("/metrics")
+        assert metrics.status_code == 200
+        assert 'memory="test"' in metrics.text
+
+
+def test_only_of_a_client_that_stops_reading_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    async def on_disk(*_: Any) -> None:
+        raise TimeoutError("of a disk in the network")
+
+    async def answering(_: Any, __: Any, send: Any) -> None:
+        await send({})
+
+    async def never(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    scope, seconds = {"type": "http"}, 0.01
+    for application, said in ((on_disk, False), (answering, True)):
+        with pytest.raises(TimeoutError):
+            asyncio.run(SlowClients(application, seconds)(scope, on_disk, never))
+        assert ("stopped reading" in caplog.text) == said
 
 
 def _until(condition: Callable[[], bool]) -> None:

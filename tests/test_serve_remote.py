@@ -18,9 +18,11 @@ from conftest import make_documents
 from nearest import Memory, RemoteMemory, RemoteNeighbours, attach, evaluate
 from nearest.build.cluster import KMeans, cluster_memory
 from nearest.errors import FolderError, RemoteError, SettingError
+from nearest.remote import calls
 from nearest.remote.servers import Patience, Servers
 from nearest.remote.wire import npy
 from nearest.retro.data.live import MemoryNeighbours
+from nearest.store.snapshot import Snapshot
 from retro_data import M, database, documents, embedder, words
 from serving import Running, free_port, roomy_model, serving, with_gates
 
@@ -164,6 +166,16 @@ def test_wrong_questions_are_refused(server: Running, remote: RemoteMemory) -> N
     ]:
         answer = server.client.post(f"/search/memory/{call}", content=body)
         assert answer.status_code in (400, 404), answer.text
+
+
+@pytest.mark.parametrize(("call", "rows"), [("ngrams", 10_000), ("ngram_samples", 100)])
+def test_a_small_question_with_a_large_answer_is_refused(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, call: str, rows: int
+) -> None:
+    given = {"context": np.array([0, 70]), "ends": np.ones(rows, np.int64)}
+    monkeypatch.delattr(Snapshot, call)  # so that it is never called
+    with pytest.raises(SettingError, match="too much at once"):
+        calls.answered(memory, call, given, calls.Options(1, length=512))
 
 
 @contextmanager

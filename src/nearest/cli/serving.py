@@ -120,6 +120,7 @@ def serve(
     from nearest.serve.engine import Limits
     from nearest.serve.guards import LOOPBACK
     from nearest.serve.run import Server, check_exposure, log_to
+    from nearest.serve.shelf import by_name
 
     if writable != (write_key is not None):
         raise NearestError(
@@ -156,6 +157,7 @@ def serve(
     # While a server elsewhere is waited for, everybody waits.
     patience = Patience(answer=10.0, tries=3, failures=2)
     opened = [open_memory(path, opening.search_on, patience) for path in memories]
+    by_name(opened)  # says what is wrong before a model is loaded
     search = None
     if retro is None:
         model, tokenizer = model_of(opened[0], opening)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from nearest.errors import SettingError
+from nearest.index.ngrams import SAMPLED
 from nearest.index.search import Fetched
 from nearest.memory import Memory
 
@@ -196,8 +197,13 @@ def _of_ids(name: str) -> _Call:
 
 def _of_text(
     answer: Callable[[Memory, tuple[np.ndarray, np.ndarray], int], Mapping[str, Any]],
+    numbers: int = 1,
 ) -> _Call:
+    """With so many numbers of each n-gram in an answer."""
+
     def work(memory: Memory, given: Arrays, options: Options) -> dict[str, np.ndarray]:
+        if len(given["ends"]) * options.length * numbers > MOST_NUMBERS:
+            raise SettingError("this asks for too much at once: ask for fewer rows, or shorter")
         return dict(answer(memory, _text(given), options.length))
 
     return _Call({"context": 1, "ends": 1}, work)
@@ -216,7 +222,9 @@ _CALLS = {
         lambda m, given, _: {"lengths": m.match_lengths(given["ids"], *_text(given))},
     ),
     "ngrams": _of_text(lambda m, text, longest: m.ngrams(*text, longest)._asdict()),
-    "ngram_samples": _of_text(lambda m, text, longest: m.ngram_samples(*text, longest)._asdict()),
+    "ngram_samples": _of_text(
+        lambda m, text, longest: m.ngram_samples(*text, longest)._asdict(), SAMPLED
+    ),
     "spans_stand": _Call({"context": 1, "ends": 1}, _spans_stand),
     "equal_documents": _Call({"context": 1, "ends": 1}, _equal_documents),
     "places": _Call({"ids": 1}, _places),

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,14 +15,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from nearest.errors import NearestError
 from nearest.retrieval.settings import BASE
 from nearest.serve.errors import ApiError
 from nearest.serve.extension import schemas
 from nearest.serve.metrics import Metrics
-from nearest.serve.provenance import title_of
 from nearest.serve.schema import DetokenizeRequest, TokenizeRequest
 from nearest.serve.service import Service, in_thread
-from nearest.serve.shelf import Shelf, version_of
+from nearest.serve.shelf import Heading, Shelf, version_of
+
+log = logging.getLogger(__name__)
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = resources.files("nearest.serve").joinpath("page")
@@ -64,9 +67,13 @@ def operations(
 
 
 def _count(metrics: Metrics, shelf: Shelf) -> None:
-    """Note what the memories hold now."""
+    """Note what the memories hold now, as far as they can be read."""
     for name in shelf.names:
-        memory = shelf.memory(name)
+        try:
+            memory = shelf.memory(name)
+        except NearestError as error:
+            log.warning("%s", error)
+            continue
         metrics.documents.labels(name).set(memory.documents)
         metrics.version.labels(name).set(version_of(memory))
 
@@ -217,7 +224,7 @@ def _listed(service: Service, name: str, start: int) -> dict[str, Any]:
     """Documents of a memory, some at a time."""
     memory = service.library.memory(name)
     numbers = range(start, min(memory.documents, start + _DOCUMENTS_A_PAGE))
-    documents = (service.library.document(memory, number) for number in numbers)
+    documents = (memory.document(number) for number in numbers)
     return {
         "memory": name,
         "version": version_of(memory),
@@ -225,7 +232,7 @@ def _listed(service: Service, name: str, start: int) -> dict[str, Any]:
         "documents": [
             {
                 "id": one.id,
-                "title": title_of(one.id, one.metadata),
+                "title": Heading.of(one).title,
                 "metadata": dict(one.metadata),
                 "characters": len(one.text),
             }
@@ -240,13 +247,13 @@ def _document(service: Service, name: str, document_id: str) -> dict[str, Any]:
     number = service.library.number(memory, document_id)
     if number is None:
         raise ApiError(404, f"memory {name!r} has no document {document_id!r}", param="id")
-    document = service.library.document(memory, number)
+    document = memory.document(number)
     tokens = memory.document_tokens(number).tolist()
     return {
         "memory": name,
         "version": version_of(memory),
         "id": document.id,
-        "title": title_of(document.id, document.metadata),
+        "title": Heading.of(document).title,
         "metadata": dict(document.metadata),
         "text": document.text,
         "pieces": service.vocabulary.pieces(tokens),

@@ -7,11 +7,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from nearest.errors import NearestError
+from nearest.retrieval.settings import IN_CONTEXT
 from nearest.serve.answers import (
     Choice,
     chat_log_probs,
@@ -22,6 +24,7 @@ from nearest.serve.answers import (
 )
 from nearest.serve.errors import ApiError, of_error
 from nearest.serve.library import Retrieval
+from nearest.serve.readings import of_method
 from nearest.serve.schema import ChatRequest, CompletionRequest, Sampling
 from nearest.serve.service import Service, in_thread, new_seed, unless_gone
 from nearest.serve.work import News, Told, Wanted
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 _ONE_ANSWER = 1 << 22  # tokens of all continuations, at most
+_CUTTING = 4  # threads for requests that may wait for documents to be cut into passages
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,21 @@ class _Asked:
 def router(service: Service) -> APIRouter:
     """The routes that generate."""
     routes = APIRouter()
+    few = CapacityLimiter(_CUTTING)
+
+    async def prepared(prepare: Callable[..., _Asked], body: Sampling, request: Request) -> _Asked:
+        method = service.library.method_of(service.method(body.model), body.nearest)
+        limiter = few if of_method(method)[0] == IN_CONTEXT else None
+        return await to_thread.run_sync(prepare, service, body, request, limiter=limiter)
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        asked = await in_thread(_completion, service, body, request)
+        asked = await prepared(_completion, body, request)
         return await _answer(service, asked, request)
 
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        asked = await in_thread(_chat, service, body, request)
+        asked = await prepared(_chat, body, request)
         return await _answer(service, asked, request)
 
     return routes
@@ -72,10 +82,12 @@ def _completion(service: Service, body: CompletionRequest, request: Request) -> 
     start, room = retrieval.start_token, retrieval.reading.room
     texts, prompts = [], []
     for prompt in body.prompts:
-        if not isinstance(prompt, str):
-            vocabulary.check(prompt, "prompt")
         texts.append(isinstance(prompt, str))
-        prompts.append(vocabulary.prompt(prompt, start) if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, str):
+            prompt = vocabulary.prompt(prompt, start, special_tokens=body.special_tokens)
+        else:
+            vocabulary.check(prompt, "prompt")
+        prompts.append(prompt)
     seed = new_seed(body.seed)
     sources = body.nearest is not None and body.nearest.sources
     wanted = [

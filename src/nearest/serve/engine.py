@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from nearest.errors import NearestError
 from nearest.retrieval.drafts import NO_DRAFT
 from nearest.serve.drafts import Drafts
@@ -171,7 +173,7 @@ class Engine:
             try:
                 self._prompts.append(Prompt(work, self._passes, self._vocabulary))
             except Exception as error:
-                _fail([work], error)
+                self._fail([work], error)
 
     def _next(self) -> Work | None:
         """The first that waits, where there is room for it."""
@@ -198,7 +200,7 @@ class Engine:
         for running in self._running:
             ended = [row for row in running.rows if _ended(row.work, now)]
             if ended:
-                _keep(running, [r for r in running.rows if not _ended(r.work, now)])
+                self._keep(running, [r for r in running.rows if not _ended(r.work, now)])
                 for work in _works_of(ended):
                     _give_up(work)
         self._running = [one for one in self._running if one.rows]
@@ -216,7 +218,7 @@ class Engine:
                 self._prompts.append(prompt)
             return read
         except Exception as error:
-            _fail([prompt.work], error)
+            self._fail([prompt.work], error)
             return PIECE
 
     def _begin(self, prompt: Prompt) -> None:
@@ -242,11 +244,24 @@ class Engine:
             return
         for running in self._running:
             if isinstance(running.batch, PlainBatch):
-                running.batch.join(batch)
-                running.rows += going
+                self._join(running, going, batch)
                 return
         batch.share()
         self._running.append(_Running(going, batch))
+
+    def _join(self, running: "_Running", rows: list[Row], batch: PlainBatch) -> None:
+        """Have rows advance with others; where that fails, these are given up, too.
+
+        For want of memory, some layers may have moved what the others have kept their states in.
+        """
+        assert isinstance(running.batch, PlainBatch)
+        try:
+            running.batch.join(batch)
+        except Exception as error:
+            self._fail(_works_of(running.rows), error)
+            self._running.remove(running)
+            raise
+        running.rows += rows
 
     def _advance(self, running: "_Running") -> None:
         """One more token for each of the rows, or several where drafts of them prove right."""
@@ -265,7 +280,7 @@ class Engine:
                 else:
                     passed = batch.step(last)
         except Exception as error:
-            _fail(_works_of(rows), error)
+            self._fail(_works_of(rows), error)
             running.rows = []
             return
         right, going = [0] * len(rows), list(range(len(rows)))
@@ -281,7 +296,7 @@ class Engine:
         if joined is not None and self._drafts is not None:
             joined.take_back([width - 1 - count for count in right])
             self._drafts.saw(found, right)
-        _keep(running, [row for row in rows if row.finished is None])
+        self._keep(running, [row for row in rows if row.finished is None])
 
     def _predict_each(self, rows: Sequence[Row], going: Sequence[int], passed: Passed) -> None:
         """The next token of some rows; those of one method are looked up together."""
@@ -293,7 +308,7 @@ class Engine:
             try:
                 self._predict(some, passed.rows(numbers))
             except Exception as error:
-                _fail(_works_of(some), error)
+                self._fail(_works_of(some), error)
                 for row in some:
                     row.finished = "error"
 
@@ -327,7 +342,7 @@ class Engine:
         going, at, tokens = [], [], []
         for row, number, token in zip(rows, numbers, chosen, strict=True):
             if isinstance(token, Exception):
-                _fail_row(row, token)
+                self._fail_row(row, token)
             else:
                 going.append(row)
                 at.append(number)
@@ -341,11 +356,36 @@ class Engine:
             try:
                 final = row.add(one)
             except Exception as error:
-                _fail_row(row, error)
+                self._fail_row(row, error)
                 continue
             row.state = state
             if final or row.finished:
                 row.work.listener(News(row.choice, final, row.finished, row.new))
+
+    def _keep(self, running: "_Running", rows: list[Row]) -> None:
+        """Go on with some rows, or with none where that fails."""
+        try:
+            running.keep(rows)
+        except Exception as error:
+            self._fail(_works_of(rows), error)
+            running.rows = []
+
+    def _fail_row(self, row: Row, error: Exception) -> None:
+        row.finished = "error"
+        self._fail([row.work], error)
+
+    def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        """Give up work; what the user cannot mend goes to the log.
+
+        Raises:
+            RuntimeError: the model's device fails for good.
+        """
+        if not isinstance(error, NearestError | ApiError):
+            log.error("a step of the engine failed", exc_info=error)
+        for work in works:
+            work.listener(Failure(of_error(error)))
+        if isinstance(error, RuntimeError):
+            _check(self._passes.model.device)
 
 
 class _Running:
@@ -364,15 +404,6 @@ class _Running:
         self.rows = rows
 
 
-def _keep(running: _Running, rows: list[Row]) -> None:
-    """Go on with some rows, or with none where that fails."""
-    try:
-        running.keep(rows)
-    except Exception as error:
-        _fail(_works_of(rows), error)
-        running.rows = []
-
-
 def _ended(work: Work, now: float) -> bool:
     return work.cancelled or now > work.deadline
 
@@ -386,14 +417,7 @@ def _works_of(rows: Sequence[Row]) -> list[Work]:
     return list({id(row.work): row.work for row in rows}.values())
 
 
-def _fail_row(row: Row, error: Exception) -> None:
-    row.finished = "error"
-    _fail([row.work], error)
-
-
-def _fail(works: Sequence[Work], error: Exception) -> None:
-    """Give up work; what the user cannot mend goes to the log."""
-    if not isinstance(error, NearestError | ApiError):
-        log.error("a step of the engine failed", exc_info=error)
-    for work in works:
-        work.listener(Failure(of_error(error)))
+def _check(device: torch.device) -> None:
+    """Raise what the device raises at every call, as CUDA does after a failed assertion."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -172,16 +172,16 @@ class SlowClients:
         """Pass on, with a limit to each piece's sending."""
 
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._seconds):
-                await send(message)
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await send(message)
+            except TimeoutError:
+                log.warning(
+                    "a client stopped reading for %g s: its connection is closed", self._seconds
+                )
+                raise
 
-        try:
-            await self._app(scope, receive, send_in_time if scope["type"] == "http" else send)
-        except TimeoutError:
-            log.warning(
-                "a client stopped reading for %g s: its connection is closed", self._seconds
-            )
-            raise
+        await self._app(scope, receive, send_in_time if scope["type"] == "http" else send)
 
 
 class AccessLog:

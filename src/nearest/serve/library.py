@@ -5,7 +5,7 @@ Requests that ask for the same share one `Ensemble`, and with it their searches.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nearest.errors import FolderError, NearestError, RemoteError, SettingError
@@ -28,6 +28,7 @@ from nearest.serve.shelf import Shelf, version_of
 from nearest.store.snapshot import Snapshot
 
 _KEPT_ENSEMBLES = 64
+_KEPT_LARGE = 4  # of those that hold something of their own as long as a memory
 _NO_MEMORY = Ensemble((), ())
 
 
@@ -43,6 +44,8 @@ class Retrieval:
         ensemble: of no memory where none is mixed, as with "base".
         reading: what is read beside the text.
         start_token: that texts are read after; None where they are read as they are.
+        large: it holds something of its own as long as a memory: which documents are left out, or
+            passages.
     """
 
     method: str
@@ -52,6 +55,7 @@ class Retrieval:
     ensemble: Ensemble
     reading: Reading
     start_token: int | None
+    large: bool = False
 
     def described(self) -> dict[str, Any]:
         """As answers tell it."""
@@ -102,6 +106,29 @@ class Library(Shelf):
         for key in [k for k, one in self._ensembles.items() if name in one.names]:
             del self._ensembles[key]
 
+    def method_of(self, method: str | None, options: NearestOptions | None) -> str:
+        """The method that a request asks for, by the name of its model or in its options.
+
+        Raises:
+            ApiError: it asks for two, or for one that is not served.
+        """
+        asked = None if options is None else options.method
+        if None not in (method, asked) and method != asked:
+            raise ApiError(
+                400,
+                f"model asks for the method {method}, and nearest.method for {asked}: "
+                "name one of them",
+                param="nearest.method",
+            )
+        method = asked or method or self.method
+        if method not in self.methods:
+            raise ApiError(
+                400,
+                f"method {method!r} is not served: choose among {', '.join(self.methods)}",
+                param="nearest.method",
+            )
+        return method
+
     def retrieval(self, method: str | None, options: NearestOptions | None) -> Retrieval:
         """What a request looks up.
 
@@ -109,20 +136,7 @@ class Library(Shelf):
             ApiError: a memory, method, document or setting is unknown or out of range.
         """
         options = options or NearestOptions.model_validate({})
-        if None not in (method, options.method) and method != options.method:
-            raise ApiError(
-                400,
-                f"model asks for the method {method}, and nearest.method for {options.method}: "
-                "name one of them",
-                param="nearest.method",
-            )
-        method = options.method or method or self.method
-        if method not in self.methods:
-            raise ApiError(
-                400,
-                f"method {method!r} is not served: choose among {', '.join(self.methods)}",
-                param="nearest.method",
-            )
+        method = self.method_of(method, options)
         if method == BASE:
             return self._base(options)
         names, weights = self._weighted(options, mixed=of_method(method)[1] != BASE)
@@ -144,8 +158,7 @@ class Library(Shelf):
             made = self._made(method, given, names, memories, weights, without)
             with self._lock:
                 self._ensembles[key] = made
-                if len(self._ensembles) > _KEPT_ENSEMBLES:
-                    self._ensembles.popitem(last=False)
+                self._forget_oldest()
         if options.replay and not made.ensemble.keeps_state:
             raise ApiError(
                 400,
@@ -154,6 +167,13 @@ class Library(Shelf):
                 param="nearest.replay",
             )
         return made
+
+    def _forget_oldest(self) -> None:
+        if len(self._ensembles) > _KEPT_ENSEMBLES:
+            self._ensembles.popitem(last=False)
+        large = [key for key, one in self._ensembles.items() if one.large]
+        for key in large[:-_KEPT_LARGE]:
+            del self._ensembles[key]
 
     def _without(self, memory: Memory, name: str, ids: Sequence[str]) -> Memory:
         """A memory as it would be without some documents; nothing is written."""
@@ -280,11 +300,12 @@ class Library(Shelf):
             for name, memory in zip(names, memories, strict=True)
         )
         try:
-            return self._looked_up(method, settings, names, memories, weights)
+            made = self._looked_up(method, settings, names, memories, weights)
+            return replace(made, large=bool(without) or of_method(method)[0] == IN_CONTEXT)
         except (FolderError, RemoteError) as error:
             raise ApiError(503, str(error), headers={"Retry-After": "5"}) from error
         except (NearestError, TypeError, ValueError) as error:
-            param = "nearest.memories" if "weight" in str(error) else "nearest.settings"
+            param = "nearest.memories" if "weights sum" in str(error) else "nearest.settings"
             raise ApiError(400, str(error), param=param) from error
 
     def _looked_up(

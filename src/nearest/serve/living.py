@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from nearest.build.add import IfExists
 from nearest.corpus.documents import Document
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError, FolderError, NearestError
@@ -27,16 +28,25 @@ _VERSIONS = 8  # of one memory, in use at once: each has its index in RAM
 _PATIENCE = 60.0  # seconds that a change waits for requests that use older ones
 
 
+def _not_blank(text: str) -> str:
+    if not text or text.isspace():
+        raise ValueError("the text is empty: leave the document out")
+    return text
+
+
 class NewDocument(Strict):
     """A document to add; metadata such as title, url and licence are told with sources."""
 
     id: Text = Field(min_length=1, max_length=4096)
-    text: Text = Field(min_length=1)
+    text: Annotated[Text, AfterValidator(_not_blank)]
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
 class NewDocuments(Strict):
-    """`POST /v1/nearest/documents/{memory}`: all are added, or none."""
+    """`POST /v1/nearest/documents/{memory}`: all are added, or none.
+
+    With `replace`, a document takes the place of the one that has its id, where there is one.
+    """
 
     documents: list[NewDocument] = Field(min_length=1, max_length=_AT_ONCE)
     replace: bool = False
@@ -83,7 +93,8 @@ def router(service: Service, model: LanguageModel) -> APIRouter:
                     param="documents",
                     code="document_exists",
                 )
-            return old.add(model, tokenizer, documents, replace=body.replace)
+            if_exists: IfExists = "replace" if body.replace else "error"
+            return old.add(model, tokenizer, documents, if_exists=if_exists)
 
         return await changed(memory, added)
 

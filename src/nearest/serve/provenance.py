@@ -1,11 +1,11 @@
 """Which documents the tokens of an answer came from: sources, spans, citations, verbatim runs."""
 
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from nearest.index.neighbours import NO_ENTRY
 from nearest.serve.library import Library, Retrieval
 from nearest.serve.passes import Read, ReadPassage
 from nearest.serve.vocabulary import Vocabulary
@@ -16,8 +16,6 @@ _SNIPPET = 12  # tokens at each side
 _CITED = 0.3  # a token is cited when its memory weight is at least this
 _VERBATIM = 8  # tokens in a row that are called a copy
 _MATCHES = 64
-_LICENCES = ("licence", "license")
-_URLS = ("url", "source_url", "link")
 
 
 class Provenance:
@@ -48,6 +46,8 @@ class Provenance:
             weight = min(1.0, total / max(float(np.exp(told.log_prob)), 1e-300))
         of_passages = (1 - weight) * _gained(told)
         places = self._places(told)
+        first = [(one.memory, one.entry) for one in told.spoke[:_SOURCES_A_TOKEN]]
+        snippets = self._snippets(first, places)
         by_document: dict[tuple[int, int], float] = {}
         for one, (document, _) in zip(told.spoke, places, strict=True):
             which = one.memory, document
@@ -85,11 +85,11 @@ class Provenance:
                     "kind": one.kind,
                     "match_length": one.length,
                     "distance": one.distance,
-                    **self._snippet(one.memory, document, position),
+                    **snippet,
                 }
-                for one, (document, position) in list(zip(told.spoke, places, strict=True))[
-                    :_SOURCES_A_TOKEN
-                ]
+                for one, (document, position), snippet in zip(
+                    told.spoke, places, snippets, strict=False
+                )
             ],
         }
 
@@ -232,25 +232,45 @@ class Provenance:
 
     def _document(self, memory: int, number: int) -> dict[str, Any]:
         name = self._retrieval.names[memory]
-        document = self._library.document(self._retrieval.memories[memory], number)
+        document = self._library.heading(self._retrieval.memories[memory], number)
         return {
             "memory": name,
             "document": document.id,
-            "title": title_of(document.id, document.metadata),
-            "licence": _first(document.metadata, _LICENCES),
-            "url": _first(document.metadata, _URLS)
+            "title": document.title,
+            "licence": document.licence,
+            "url": document.url
             or f"{self._base_url}/v1/nearest/documents/{quote(name, safe='')}"
             f"?id={quote(document.id, safe='')}",
         }
 
-    def _snippet(self, memory: int, number: int, position: int) -> dict[str, str]:
-        """The stored text around an entry: left context, the token it gave, and what follows."""
-        tokens = self._retrieval.memories[memory].document_tokens(number).tolist()
-        value = position + 1
+    def _snippets(
+        self, entries: list[tuple[int, int]], places: list[tuple[int, int]]
+    ) -> list[dict[str, str]]:
+        """The stored text around entries: left context, the token it gave, and what follows.
+
+        Args:
+            entries: of memories, by number; places: the document and position of each.
+        """
+        around = np.arange(-_SNIPPET, _SNIPPET + 1)
+        snippets: list[dict[str, str]] = [{}] * len(entries)
+        for number, memory in enumerate(self._retrieval.memories):
+            own = [n for n, (of_memory, _) in enumerate(entries) if of_memory == number]
+            if not own:
+                continue
+            # A token is the value of the entry before it; a document's first is no text.
+            before = np.array([entries[n][1] for n in own], np.int64)[:, None] + around
+            documents, at = np.array([places[n] for n in own], np.int64).T[..., None]
+            tokens = np.clip(before + 1, 0, memory.positions - 1)
+            found, positions = (one.reshape(tokens.shape) for one in memory.places(tokens.ravel()))
+            inside = (found == documents) & (positions == at + 1 + around) & (positions > 0)
+            values = memory.values(np.where(inside, before, NO_ENTRY))
+            for n, row, some in zip(own, values, inside, strict=True):
+                snippets[n] = self._snippet(row[some].tolist(), int(some[:_SNIPPET].sum()))
+        return snippets
+
+    def _snippet(self, tokens: list[int], value: int) -> dict[str, str]:
         decode = self._vocabulary.decode
-        before = decode(tokens[max(1, value - _SNIPPET) : value])
-        upto = decode(tokens[max(1, value - _SNIPPET) : value + 1])
-        whole = decode(tokens[max(1, value - _SNIPPET) : value + 1 + _SNIPPET])
+        before, upto, whole = decode(tokens[:value]), decode(tokens[: value + 1]), decode(tokens)
         return {"before": before, "value": upto[len(before) :], "after": whole[len(upto) :]}
 
     def _alternatives(self, likeliest: list[tuple[int, float]]) -> list[dict[str, Any]]:
@@ -265,13 +285,3 @@ def _gained(told: Told) -> float:
     if told.read is None or told.base_log_prob is None or told.read_log_prob is None:
         return 0.0
     return max(0.0, -float(np.expm1(told.base_log_prob - told.read_log_prob)))
-
-
-def title_of(document_id: str, metadata: Mapping[str, Any]) -> str:
-    """What to call a document: its title, else its name, else its id."""
-    return _first(metadata, ("title", "name")) or document_id
-
-
-def _first(metadata: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    values = (metadata.get(name) for name in names)
-    return next((str(value) for value in values if value), None)

@@ -72,7 +72,7 @@ def router(shelf: Shelf) -> APIRouter:
             name, opened = meant(memory, snapshot)
             if number >= opened.documents:
                 raise ApiError(404, f"memory {name!r} has {opened.documents:,} documents")
-            found = shelf.document(opened, number)
+            found = opened.document(number)
             return {"id": found.id, "text": found.text, "metadata": dict(found.metadata)}
 
         return await in_thread(work)

@@ -20,7 +20,6 @@ from nearest.memory import Memory
 from nearest.remote.memory import RemoteMemory
 from nearest.remote.wire import SNAPSHOT_HEADER, VERSION_HEADER, npy, packed, read_npy
 from nearest.serve.errors import ApiError
-from nearest.serve.provenance import title_of
 from nearest.serve.schema import Strict, Text
 from nearest.serve.service import Service, in_thread
 from nearest.serve.shelf import version_of
@@ -128,9 +127,11 @@ def _wide(array: np.ndarray, k: int, fill: float) -> np.ndarray:
 
 def _text(service: Service, body: TextSearch) -> dict[str, Any]:
     name, memory = service.library.chosen(body.memory)
-    tokens = np.array(
-        service.vocabulary.prompt(body.text, memory.manifest.model.start_token), np.int64
+    rules = memory.manifest.model
+    read = service.vocabulary.prompt(
+        body.text, rules.start_token, special_tokens=rules.special_tokens
     )
+    tokens = np.array(read, np.int64)
     found = memory.longest_matches(tokens, np.array([len(tokens) - 1]), body.k)
     ids, lengths = found.ids[0], found.lengths[0]
     some = (ids >= 0) & (lengths > 0)
@@ -139,11 +140,11 @@ def _text(service: Service, body: TextSearch) -> dict[str, Any]:
     for number, position, length in zip(
         documents.tolist(), positions.tolist(), lengths[some].tolist(), strict=True
     ):
-        document = service.library.document(memory, number)
+        heading = service.library.heading(memory, number)
         matches.append(
             {
-                "document": document.id,
-                "title": title_of(document.id, document.metadata),
+                "document": heading.id,
+                "title": heading.title,
                 "position": position,
                 "length": length,
             }

@@ -161,12 +161,16 @@ class Sampling(Strict):
 
 
 class CompletionRequest(Sampling):
-    """`POST /v1/completions`; token ids go to the model as they are, text after a start token."""
+    """`POST /v1/completions`; token ids go to the model as they are, text after a start token.
+
+    Special tokens that a text names are plain text, unless `special_tokens`.
+    """
 
     prompt: Text | Prompts[Text] | Tokens | Prompts[Tokens]
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
+    special_tokens: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "CompletionRequest":

@@ -81,12 +81,13 @@ class Service:
         if self.positions is None:
             return asked if asked is not None else default or 4096
         room = self.positions - len(prompt) - beside
-        # The last token that is generated is never read, and so may stand beyond the positions.
-        if room + 1 < (asked if asked is not None else 1):
+        # The last token that is generated is never read, and so may stand beyond the positions;
+        # the prompt is, even where none is to come.
+        if room + 1 < (asked or 1):
             raise ApiError(
                 400,
                 f"this model reads at most {self.positions:,} tokens, and the prompt has "
-                f"{len(prompt):,}, with {asked or 1:,} to come"
+                f"{len(prompt):,}, with {1 if asked is None else asked:,} to come"
                 + (f" and {beside:,} of passages" if beside else "")
                 + ": shorten the prompt, or ask for fewer",
                 param="max_tokens" if room >= 0 else "prompt",

@@ -6,19 +6,45 @@ that is under way.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 from nearest.corpus.documents import Document
-from nearest.errors import RemoteError, SettingError
+from nearest.errors import FolderError, RemoteError, SettingError
 from nearest.memory import Memory
 from nearest.remote.memory import RemoteMemory
 from nearest.serve.errors import ApiError
 from nearest.store.stored_ids import StoredIds
 
-_KEPT_DOCUMENTS = 4096
+_KEPT_HEADINGS = 4096
 _ASKED_EVERY = 2.0  # seconds
+
+
+class Heading(NamedTuple):
+    """What answers say of a document that they name."""
+
+    id: str
+    title: str
+    licence: str | None
+    url: str | None
+
+    @classmethod
+    def of(cls, document: Document) -> "Heading":
+        """As its metadata have it; the title is its name, else its id, where there is none."""
+        told = document.metadata
+        return cls(
+            document.id,
+            _first(told, ("title", "name")) or document.id,
+            _first(told, ("licence", "license")),
+            _first(told, ("url", "source_url", "link")),
+        )
+
+
+def _first(metadata: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    values = (metadata.get(name) for name in names)
+    return next((str(value) for value in values if value), None)
 
 
 def version_of(memory: Memory) -> int:
@@ -31,19 +57,25 @@ def name_of(path: Path) -> str:
     return path.resolve().name.removesuffix(".memory")
 
 
+def by_name(memories: Sequence[Memory]) -> dict[str, Memory]:
+    """Memories by what requests call them (SettingError for two of one name)."""
+    named = {name_of(memory.path): memory for memory in memories}
+    if len(named) < len(memories):
+        raise SettingError(
+            "two of the memories have the same name, by which requests tell them apart: rename a "
+            "folder"
+        )
+    return named
+
+
 class Shelf:
     """Memories by name; several threads may use it."""
 
     def __init__(self, memories: Sequence[Memory]) -> None:
-        self._memories = {name_of(memory.path): memory for memory in memories}
-        if len(self._memories) < len(memories):
-            raise SettingError(
-                "two of the memories have the same name, by which requests tell them apart: "
-                "rename a folder"
-            )
+        self._memories = by_name(memories)
         self._stamps = {name: stamp_of(memory) for name, memory in self._memories.items()}
         self._in_use = WeakSet(self._memories.values())
-        self._documents: WeakKeyDictionary[Memory, dict[int, Document]] = WeakKeyDictionary()
+        self._headings: WeakKeyDictionary[Memory, dict[int, Heading]] = WeakKeyDictionary()
         self._ids: WeakKeyDictionary[Memory, StoredIds] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._refreshing = {name: threading.Lock() for name in self._memories}
@@ -58,6 +90,7 @@ class Shelf:
 
         Raises:
             ApiError: there is none of this name.
+            FolderError: its folder is away.
         """
         with self._lock:
             memory = self._memories.get(name)
@@ -67,9 +100,10 @@ class Shelf:
                     f"there is no memory {name!r} here: choose among {', '.join(self._memories)}",
                     param=param,
                 )
-            stamp = stamp_of(memory)
-            if stamp == self._stamps[name]:
-                return memory
+            known = self._stamps[name]
+        stamp = stamp_of(memory)
+        if stamp == known:
+            return memory
         # One at a time, and nobody waits for a server elsewhere but the one who asks it.
         elsewhere = isinstance(memory, RemoteMemory)
         if not self._refreshing[name].acquire(blocking=not elsewhere):
@@ -105,7 +139,9 @@ class Shelf:
 
     def versions_in_use(self, name: str) -> int:
         """Versions of a memory that requests under way look up still, and the present one."""
-        return sum(name_of(memory.path) == name for memory in list(self._in_use))
+        with self._lock:
+            used = list(self._in_use)
+        return sum(name_of(memory.path) == name for memory in used)
 
     def _use(self, name: str, memory: Memory, stamp: tuple[int, ...]) -> None:
         """The memory of a name from now on; what was made of the version before is forgotten."""
@@ -131,15 +167,15 @@ class Shelf:
     def _changed(self, name: str) -> None:
         """A memory has another version: forget what was made of the one before."""
 
-    def document(self, memory: Memory, number: int) -> Document:
-        """A document of a memory, kept for a while since answers name the same ones again."""
+    def heading(self, memory: Memory, number: int) -> Heading:
+        """Of a document of a memory; kept for a while, since answers name the same ones again."""
         with self._lock:
-            kept = self._documents.setdefault(memory, {})
-            if len(kept) > _KEPT_DOCUMENTS:
+            kept = self._headings.setdefault(memory, {})
+            if len(kept) > _KEPT_HEADINGS:
                 kept.clear()
-        if (document := kept.get(number)) is None:
-            kept[number] = document = memory.document(number)
-        return document
+        if (heading := kept.get(number)) is None:
+            kept[number] = heading = Heading.of(memory.document(number))
+        return heading
 
     def number(self, memory: Memory, document_id: str) -> int | None:
         """The number of the document with this id; None where there is none."""
@@ -163,8 +199,17 @@ def stamp_of(memory: Memory) -> tuple[int, ...]:
     """Changes whenever a writer publishes; costs one system call.
 
     A server elsewhere is asked every other second.
+
+    Raises:
+        FolderError: the memory's folder is away.
     """
     if isinstance(memory, RemoteMemory):
         return (int(time.monotonic() / _ASKED_EVERY),)
-    status = (memory.path / "manifest.json").stat()
+    try:
+        status = (memory.path / "manifest.json").stat()
+    except OSError as error:
+        raise FolderError(
+            f"{memory.path} cannot be read ({error.strerror}): see that the disk it is on is "
+            "there, or bring it back from a backup"
+        ) from error
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -40,23 +40,30 @@ class Vocabulary:
         self.token_text = lru_cache(1 << 17)(self._token_text)
         self.token_bytes = lru_cache(1 << 17)(self._token_bytes)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, with the tokenizer's own special tokens if asked for."""
+    def encode(self, text: str, special: bool = False, *, named: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's own special tokens if asked for.
+
+        Special tokens that the text names are read as such, or as plain text where not `named`.
+        """
+        rule = {} if named else {"split_special_tokens": True}
         with self._lock:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            ids: list[int] = self.tokenizer(text, add_special_tokens=special, **rule)["input_ids"]
         return ids
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens, special ones left out unless asked for."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
-    def prompt(self, text: str, start: int | None) -> list[int]:
+    def prompt(self, text: str, start: int | None, *, special_tokens: bool = False) -> list[int]:
         """A text as the model reads it: after a start token, if there is one.
+
+        Special tokens that it names are plain text, unless `special_tokens`.
 
         Raises:
             ApiError: neither is there.
         """
-        tokens = self.encode(text) if start is None else [start, *self.encode(text)]
+        read = self.encode(text, named=special_tokens)
+        tokens = read if start is None else [start, *read]
         if not tokens:
             raise ApiError(
                 400, "the prompt has no tokens: give some text to go on from", param="prompt"
@@ -186,14 +193,17 @@ class Stops:
         self._stops = tuple(stops)
         self._text = ""  # of which the last `longest − 1` characters may begin a stop string
         self._dropped = 0  # characters before `_text`
+        self._final = 0
         self.found: int | None = None  # where the first stop string begins, in the whole text
 
     def push(self, piece: str) -> int:
         """Add a piece; up to where the whole text is final."""
+        if not piece:
+            return self._final
         self._text += piece
         end = self._dropped + len(self._text)
         if not self._stops:
-            self._text, self._dropped = "", end
+            self._text, self._dropped, self._final = "", end, end
             return end
         begins = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
         if begins:
@@ -203,12 +213,15 @@ class Stops:
         keep = max(len(stop) for stop in self._stops)
         cut = max(0, len(self._text) - keep)
         self._text, self._dropped = self._text[cut:], self._dropped + cut
-        return end - held
+        self._final = end - held
+        return self._final
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at += 1
     return 0
