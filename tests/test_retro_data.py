@@ -135,6 +135,13 @@ def test_an_index_of_lists_reaches_its_recall() -> None:
     np.testing.assert_allclose(found.distances[near], exact.distances[near], rtol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["IVF512,Flat", "IVF512,PQ4", "PQ4"])
+def test_fewer_vectors_than_an_index_is_trained_on_are_scanned(spec: str) -> None:
+    vectors = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float16)
+    few = vectors if "IVF" in spec else vectors[:255]
+    assert VectorIndex.build(few, spec).record.spec == "exact"
+
+
 @pytest.mark.parametrize("method", ["bm25", "rerank", "fusion"])
 def test_methods_by_words(method: str, tmp_path: Path) -> None:
     pytest.importorskip("bm25s")

@@ -13,6 +13,7 @@ from nearest.index.choice import AUTO, EXACT, EXACT_BELOW, fitting_lists
 from nearest.index.exact import ExactIndex
 from nearest.index.keys import FloatKeys
 from nearest.index.neighbours import Neighbours
+from nearest.index.product import CENTROIDS
 from nearest.index.search import Searched, Searcher
 from nearest.index.tuning import recall as share_found
 
@@ -79,7 +80,7 @@ class VectorIndex:
         exact = cls(embeddings, VectorIndexRecord(EXACT, None, 1.0))
         if spec != EXACT:
             check_spec(spec, dim, None)
-        if spec == EXACT or _too_few(spec, count):
+        if spec == EXACT or count < _fewest(spec, dim):
             return exact
         rng = np.random.default_rng(seed)
         built = build_index(FloatKeys(embeddings, "l2"), np.arange(count), spec, rng)
@@ -102,7 +103,6 @@ class VectorIndex:
         return self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
 
-def _too_few(spec: str, count: int) -> bool:
-    """Whether so few vectors cannot train such an index: exact search is as quick then."""
-    lists = 0 if spec == EXACT else number_of_lists(spec, 64) if "PQ" not in spec else 0
-    return count < max(256 if "PQ" in spec or "OPQ" in spec else 0, lists)
+def _fewest(spec: str, dim: int) -> int:
+    """Vectors that such an index needs to be trained: exact search is as quick for fewer."""
+    return max(number_of_lists(spec, dim), CENTROIDS if "PQ" in spec else 0)
