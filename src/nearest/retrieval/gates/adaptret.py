@@ -1,6 +1,6 @@
 """Search only where it pays (AdaptRet; He et al., arXiv:2109.04212)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -78,24 +78,17 @@ class AdaptRetGate(StoredGate):
         return _log_odds(self.mix(adaptret_inputs(view)))
 
 
-def fit_adaptret(
-    examples: Iterable[Examples],
-    temperatures: Sequence[float] = COARSE_TEMPERATURES,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> AdaptRetGate:
+def fit_adaptret(examples: Iterable[Examples], progress: Progress = no_progress) -> AdaptRetGate:
     """Fit the network, and the temperature that is best with a fixed λ.
 
     Args:
         examples: the text, looked up with every search made.
-        temperatures: those that are tried.
-        seed: of training.
         progress: told how training goes on.
 
     Raises:
         SettingError: the text is too short.
     """
-    data = observe(examples, adaptret_inputs, [_component(t) for t in temperatures])
+    data = observe(examples, adaptret_inputs, [_component(t) for t in COARSE_TEMPERATURES])
     check_enough(len(data.inputs))
     lams = best_lams(data.lm_probs, data.probs)
     best = int(nll(data.lm_probs, data.probs, lams).argmin())
@@ -111,13 +104,12 @@ def fit_adaptret(
         np.log([1 - lam, lam]),
         folds_of(data.documents),
         hidden=_HIDDEN,
-        seed=seed,
         emphasis=_emphasis(data.inputs.shape[1]),
         progress=progress,
     )
     quantiles = quantiles_of(_log_odds(network(data.inputs)))
     state = {**network.state_dict(prefix="mix."), "quantiles": quantiles}
-    return AdaptRetGate(AdaptRetGate.Config(temperatures[best]), state)
+    return AdaptRetGate(AdaptRetGate.Config(COARSE_TEMPERATURES[best]), state)
 
 
 def adaptret_loss(

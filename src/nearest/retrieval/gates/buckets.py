@@ -72,7 +72,6 @@ class BucketsGate(StoredGate):
 def fit_buckets(
     examples: Iterable[Examples],
     buckets: int = BUCKETS,
-    temperatures: Sequence[float] = COARSE_TEMPERATURES,
     ks: Sequence[int] = KS,
     progress: Progress = no_progress,
 ) -> BucketsGate:
@@ -81,7 +80,7 @@ def fit_buckets(
     Args:
         examples: the text, looked up with every search made.
         buckets: how many with equally many tokens; fewer when a bucket would have less than 32.
-        temperatures, ks: those that are tried.
+        ks: numbers of neighbours that are tried.
         progress: not told; other fits are.
 
     Raises:
@@ -89,7 +88,7 @@ def fit_buckets(
     """
     if buckets < 1:
         raise SettingError(f"buckets must be at least 1, got {buckets}")
-    ways = [(temperature, k) for k in ks for temperature in temperatures]
+    ways = [(temperature, k) for k in ks for temperature in COARSE_TEMPERATURES]
     data = observe(
         examples, lambda view: nearest_distance(view)[:, None], [_component(*way) for way in ways]
     )

@@ -4,7 +4,7 @@ The paper's K is at most 32. With a larger one the network still looks at 32 nei
 the nearest 64, 128, … K by them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import msgspec
@@ -72,8 +72,6 @@ class MetaKGate(StoredGate):
 def fit_meta_k(
     examples: Iterable[Examples],
     most: int = MOST,
-    temperatures: Sequence[float] = COARSE_TEMPERATURES,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> MetaKGate:
     """Fit the network, and the temperature with which the best constant shares do best.
@@ -81,8 +79,6 @@ def fit_meta_k(
     Args:
         examples: the text, looked up with every search made.
         most: K, a power of two.
-        temperatures: those that are tried.
-        seed: of training.
         progress: told how training goes on.
 
     Raises:
@@ -90,14 +86,14 @@ def fit_meta_k(
     """
     if most < 1 or most & (most - 1):
         raise SettingError(f"most must be a power of two, got {most}: k is 1, 2, 4, … most")
-    components = [c for t in temperatures for c in meta_k_components(t, most)]
+    components = [c for t in COARSE_TEMPERATURES for c in meta_k_components(t, most)]
     data = observe(
         examples, lambda view: meta_k_inputs(view.candidates, _looked_at(most)), components
     )
     check_enough(len(data.inputs))
     choices = [
         np.concatenate([data.lm_probs[:, None], probs], axis=1)
-        for probs in np.split(data.probs, len(temperatures), axis=1)
+        for probs in np.split(data.probs, len(COARSE_TEMPERATURES), axis=1)
     ]
     shares = [best_shares(probs, _ROUNDS) for probs in choices]
     losses = [mixed_nll(probs, best) for probs, best in zip(choices, shares, strict=True)]
@@ -113,10 +109,10 @@ def fit_meta_k(
         np.log(np.maximum(shares[best], 1e-4)),
         folds_of(data.documents),
         hidden=_HIDDEN,
-        seed=seed,
         progress=progress,
     )
-    return MetaKGate(MetaKGate.Config(temperatures[best], most), network.state_dict(prefix="mix."))
+    config = MetaKGate.Config(COARSE_TEMPERATURES[best], most)
+    return MetaKGate(config, network.state_dict(prefix="mix."))
 
 
 def meta_k_components(temperature: float, most: int) -> tuple[Component, ...]:

@@ -21,6 +21,7 @@ from nearest.progress import Progress, no_progress
 FOLDS = 5
 LEAST_TOKENS = 200
 STEPS = 600
+_SEED = 0  # of weights and batches
 _ROWS = 3_072  # predictions a step, of all copies together
 _MUCH = 50_000  # predictions, of which one left-out fold says enough
 _CHECK_EVERY = 20  # steps
@@ -139,14 +140,13 @@ def train_network(
     *,
     hidden: Sequence[int] = (64, 64),
     steps: int | None = None,
-    seed: int = 0,
     emphasis: Float[np.ndarray, " inputs"] | None = None,
     begin: Network | None = None,
     may_stay_untrained: bool = True,
     progress: Progress = no_progress,
     stage: str = "train",
 ) -> Network:
-    """Fit an MLP with AdamW; the same data and seed give the same network.
+    """Fit an MLP with AdamW; the same data give the same network.
 
     Args:
         inputs: float32, a row for each prediction.
@@ -155,7 +155,6 @@ def train_network(
         folds: which copy leaves each prediction out; see `folds_of`.
         hidden: widths of the hidden layers.
         steps: at most so many, fewer when left-out predictions get worse; STEPS when None.
-        seed: of weights and batches.
         emphasis: standard deviation of each input as the first layer sees it; 1 when None.
         begin: a network of these sizes that is learned on from, more slowly, in place of an
             untrained one; `start`, `hidden` and `emphasis` are then not used.
@@ -173,7 +172,7 @@ def train_network(
         mean = np.where(constant, mean, begin.mean.numpy())
         scale = np.where(constant, np.float32(1), begin.scale.numpy())
     standard = torch.from_numpy((inputs - mean) / scale)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(_SEED)
     copies = 2 if len(inputs) >= _MUCH else FOLDS + 1
     seen, left_out = _seen_and_left_out(torch.from_numpy(folds), copies - 1, rng)
     if begin is None:
