@@ -81,10 +81,10 @@ class Memory(SearchedSnapshot):
             return ShardedMemory(shards, Path(path).name.removesuffix(".memory"), **options)
         address, place = address_of(path), checked_search_on(search_on)
         if address is not None:
-            return cls(Snapshot.open(fetched(address, **options)), place)
+            return cls(open_snapshot(fetched(address, **options)), place)
         if options:
             raise TypeError(f"{', '.join(options)} is of shards or addresses, not of a folder")
-        return cls(Snapshot.open(Path(path)), place)
+        return cls(open_snapshot(Path(path)), place)
 
     @classmethod
     def build(

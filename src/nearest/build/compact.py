@@ -17,6 +17,7 @@ from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
 from nearest.store.manifest import Manifest, SegmentRecord
 from nearest.store.new_segment import SegmentPlan, merge_segments, tokens_a_segment
+from nearest.store.opening import open_snapshot
 from nearest.store.parts.index import IndexChoice
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -56,7 +57,7 @@ def plan_compaction(path: Path) -> CompactionPlan:
     Raises:
         FolderError: the folder is no memory.
     """
-    memory = Snapshot.open(path)
+    memory = open_snapshot(path)
     keys, groups = memory.manifest.keys, _groups(memory)
     size, sizes = _bytes_needed(groups), [sum(map(_tokens_left, group)) for group in groups]
     tokens = sum(count for count, group in zip(sizes, groups, strict=True) if _to_do(group))
@@ -90,7 +91,7 @@ def compact_memory(path: Path, progress: Progress = no_progress) -> bool:
     Raises:
         FolderError: the folder is no memory, cannot be written, or its disk has too little room.
     """
-    memory = Snapshot.open(path)
+    memory = open_snapshot(path)
     groups = _groups(memory)
     if len(groups) == len(memory.segments) and not any(map(_to_do, groups)):
         return False

@@ -20,6 +20,7 @@ from nearest.store.change import new_folder
 from nearest.store.journal import JOURNAL, TASKS, CorpusRecord, Journal, Stage, read_stage
 from nearest.store.manifest import MANIFEST, Manifest, SegmentRecord, check_file, write_manifest
 from nearest.store.new_files import make_names_durable
+from nearest.store.opening import open_snapshot
 from nearest.store.records import FileRecord
 from nearest.store.snapshot import Snapshot
 
@@ -46,7 +47,7 @@ def join(paths: Sequence[Path], out: Path, options: BuildOptions) -> None:
     # A build that was killed when it had published leaves its journal in a memory that is whole.
     parts = [(path / JOURNAL).exists() and not (path / MANIFEST).exists() for path in paths]
     if not any(parts):
-        _join_memories([Snapshot.open(path) for path in paths], out, options)
+        _join_memories([open_snapshot(path) for path in paths], out, options)
     elif all(parts):
         _join_parts(list(paths), out, options)
     else:

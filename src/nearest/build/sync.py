@@ -26,6 +26,7 @@ from nearest.corpus.tokens import TokenRules, tokenise
 from nearest.encode.layers import LanguageModel
 from nearest.errors import CorpusError
 from nearest.store.change import changing
+from nearest.store.opening import open_snapshot
 from nearest.store.snapshot import Snapshot
 from nearest.store.stored_ids import Stored, StoredIds
 
@@ -90,7 +91,7 @@ def sync_documents(
 
 def compare_documents(path: Path, documents: Documents) -> Synced:
     """Say what `sync_documents` would do, without a model; raises as it does."""
-    snapshot = Snapshot.open(path)
+    snapshot = open_snapshot(path)
     model = snapshot.manifest.model
     rules = TokenRules(model.start_token, model.vocab_size, model.source_vocab_size)
     compared = _Compared(snapshot, documents, rules)

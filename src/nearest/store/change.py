@@ -27,6 +27,7 @@ from nearest.store.manifest import (
     write_manifest,
 )
 from nearest.store.new_files import NewFiles, make_names_durable, segment_files
+from nearest.store.opening import open_snapshot
 from nearest.store.parts import GATE_SUFFIX, SEGMENT_FILES, SHARED_FILES
 from nearest.store.segment import Segment
 from nearest.store.snapshot import Snapshot
@@ -200,7 +201,7 @@ def changing(path: Path) -> Iterator[Change]:
     with writer_lock(path), disk_errors_explained(path):
         try:
             _remove_unnamed_files(path, read_manifest(path))
-            yield Change(Snapshot.open(path))
+            yield Change(open_snapshot(path))
         finally:
             _remove_unnamed_files(path, read_manifest(path))
 

@@ -68,13 +68,6 @@ class Snapshot:
         self.bounds = entry_bounds(records)
         self._first_document = document_bounds(records)
 
-    @staticmethod
-    def open(path: Path) -> "Snapshot":
-        """Open the present snapshot of a memory folder; see `opening.open_snapshot`."""
-        from nearest.store.opening import open_snapshot  # which knows this class
-
-        return open_snapshot(path)
-
     def settings(self, method: str) -> dict[str, Any]:
         """The settings that `tune` stored for a method; empty if it was not tuned."""
         return dict(self.manifest.settings.get(method, {}))
