@@ -1,7 +1,7 @@
 """The entries whose left context shares the longest suffix with a query's, without vectors."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, no_type_check, runtime_checkable
+from typing import Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -22,14 +22,11 @@ from nearest.index.threads import in_threads
 from nearest.machine import code_can_be_cached
 
 
-@runtime_checkable
-class _TokenRun(Protocol):
+class TokenRun(NamedTuple):
     """A shard of a corpus: its tokens, and the id of its first entry."""
 
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def first(self) -> int: ...
+    tokens: Tokens
+    first: int = 0
 
 
 class Matches(NamedTuple):
@@ -93,7 +90,7 @@ def longest_matches(
 
 
 def match_lengths(
-    arrays: Sequence[_TokenRun],
+    arrays: Sequence[TokenRun],
     start_token: int,
     ids: Int[np.ndarray, "q k"],
     context: Tokens,
@@ -112,7 +109,7 @@ def match_lengths(
 
 
 def values_of(
-    arrays: Sequence[_TokenRun], ids: Int[np.ndarray, "*shape"]
+    arrays: Sequence[TokenRun], ids: Int[np.ndarray, "*shape"]
 ) -> Int[np.ndarray, "*shape"]:
     """The token (int64) that follows each entry; -1 for id -1."""
     values = np.full(ids.shape, NO_ENTRY, dtype=np.int64)

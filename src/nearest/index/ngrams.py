@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.matches import values_of
+from nearest.index.matches import TokenRun, values_of
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.sample import sample
 from nearest.index.suffix import SuffixArray, count, insertion, position_at, shared_length
@@ -105,6 +105,7 @@ def _each_sample(
 ) -> None:
     """Write the counts, and call `keep` with rows, n − 1, and the sampled ids and their values."""
     longest = counts.shape[1]
+    runs = [TokenRun(array.tokens, array.first) for array in arrays]
 
     def work(some: slice) -> None:
         queries = len(ends[some])
@@ -116,7 +117,7 @@ def _each_sample(
             ids = np.full((queries, SAMPLED), NO_ENTRY, dtype=np.int64)
             own = slice(n, n + 1)
             sample(arrays, lows[:, own], highs[:, own], wanted, np.zeros_like(wanted), ids)
-            keep(some, n, ids, values_of(arrays, ids))
+            keep(some, n, ids, values_of(runs, ids))
 
     in_threads(work, len(ends))
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nearest.corpus.tokens import Tokens
-from nearest.index.matches import match_lengths
+from nearest.index.matches import TokenRun, match_lengths
 from nearest.index.neighbours import NO_ENTRY
 from nearest.machine import code_can_be_cached
 from nearest.memory import Memory
@@ -47,11 +47,6 @@ class Draft(NamedTuple):
 NO_DRAFT = Draft(*np.empty((2, 0), dtype=np.int64))
 
 
-class _OwnText(NamedTuple):
-    tokens: Tokens
-    first: int = 0
-
-
 def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
     """Up to `most` tokens that the longest matches agree on.
 
@@ -71,7 +66,7 @@ def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
         lengths.append(found.lengths[0][known].astype(np.int64))
         continuations.append(memory.values(ids[:, None] + np.arange(most)))
     places = np.flatnonzero(context[:last] == context[last])[-_MATCHES:]
-    own = match_lengths([_OwnText(context)], start_token, places[None], context, ends)[0]
+    own = match_lengths([TokenRun(context)], start_token, places[None], context, ends)[0]
     chosen = np.lexsort((-places, -own))[:_OWN_MATCHES]  # the longest, of these the latest
     lengths.append(own[chosen].astype(np.int64))
     after = places[chosen][:, None] + 1 + np.arange(most)

@@ -18,7 +18,7 @@ from nearest.corpus.tokens import Tokens
 from nearest.errors import SettingError
 from nearest.index.clusters import Clusters
 from nearest.index.keys import JoinedKeys, Keys
-from nearest.index.matches import Matches, longest_matches, match_lengths, values_of
+from nearest.index.matches import Matches, TokenRun, longest_matches, match_lengths, values_of
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.ngrams import (
     Ngrams,
@@ -42,11 +42,6 @@ class Place(NamedTuple):
 
     document: int
     position: int
-
-
-class _Run(NamedTuple):
-    tokens: Tokens
-    first: int
 
 
 class Snapshot:
@@ -287,9 +282,9 @@ class Snapshot:
     # --- text -------------------------------------------------------------------------------------
 
     @cached_property
-    def _runs(self) -> list[_Run]:
+    def _runs(self) -> list[TokenRun]:
         """The token arrays that values are read from; suffix arrays are not touched."""
-        return [_Run(segment.tokens, first) for segment, first in self._located()]
+        return [TokenRun(segment.tokens, first) for segment, first in self._located()]
 
     @cached_property
     def _suffix_arrays(self) -> list[SuffixArray]:
