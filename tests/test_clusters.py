@@ -212,32 +212,16 @@ def test_greedy_merge_equals_the_naive_algorithm(
         assert members.tolist() == np.flatnonzero(found.into == head).tolist()
 
 
-LIES: dict[str, tuple[Callable[[Clusters], Clusters], str]] = {
-    "offsets start late": (lambda c: Clusters(c.labels, c.offsets + 1, c.members), "do not rise"),
-    "offsets fall": (
-        lambda c: Clusters(c.labels, c.offsets[[0, 2, 1, 3]], c.members),
-        "do not rise",
-    ),
-    "offsets end early": (lambda c: Clusters(c.labels, c.offsets[:-1], c.members), "do not end"),
-    "an unknown cluster": (
-        lambda c: Clusters(c.labels + 1, c.offsets, c.members),
-        "does not exist",
-    ),
-    "another cluster": (
-        lambda c: Clusters(c.labels[::-1].copy(), c.offsets, c.members),
-        "the members",
-    ),
-    "another order": (
-        lambda c: Clusters(c.labels, c.offsets, c.members[::-1].copy()),
-        "the members",
-    ),
+LIES: dict[str, Callable[[Clusters], Clusters]] = {
+    "another cluster": lambda c: Clusters(c.labels[::-1].copy(), c.offsets, c.members),
+    "another order": lambda c: Clusters(c.labels, c.offsets, c.members[::-1].copy()),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_inconsistent_rows_are_noticed(lie: str) -> None:
-    change, message = LIES[lie]
     sound = Clusters.from_labels(np.array([0, 1, 2, 0, 2, 2, 1]), 3)
     assert sound.problems(np.arange(7)) == []
-    assert message in "; ".join(change(sound).problems(np.arange(7)))
+    (problem,) = LIES[lie](sound).problems(np.arange(7))
+    assert problem.startswith("the members of clusters")
     assert sound.problems(np.arange(6)) == ["a position without value is in a cluster"]

@@ -359,6 +359,8 @@ LIES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
     "an end of a document": ("of", lambda of: np.maximum(of, 0), "a position without value"),
     "an entry elsewhere": ("of", lambda of: np.where(of == 3, 4, of), "the members of clusters"),
     "offsets fall": ("offsets", _swap, "do not rise"),
+    "offsets start late": ("offsets", lambda o: o + 1, "do not rise"),
+    "offsets end early": ("offsets", lambda o: np.append(o[:-1], o[-1] - 1), "do not rise"),
 }
 
 
