@@ -67,16 +67,6 @@ class VectorIndex(Protocol):
         """The k nearest entries of each query, nearest first by this index's own distances."""
 
 
-@runtime_checkable
-class MeasuringIndex(VectorIndex, Protocol):
-    """An index that also measures chosen entries."""
-
-    def distances(
-        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
-    ) -> Float[np.ndarray, "q k"]:
-        """Distance, by the index's own measure, of query i to entry ids[i, j]; +inf for id -1."""
-
-
 def sort_nearest_first(found: Neighbours, k: int) -> Neighbours:
     """The k nearest of each row by ascending distance; equal distances in the random order of ids.
 

@@ -23,8 +23,8 @@ from nearest.errors import SettingError
 from nearest.index.keys import Keys
 from nearest.index.neighbours import (
     NO_ENTRY,
-    MeasuringIndex,
     Neighbours,
+    VectorIndex,
     sort_nearest_first,
     take_nearest,
 )
@@ -37,7 +37,7 @@ By = Literal["keys", "index"]
 
 
 @runtime_checkable
-class Backend(MeasuringIndex, Protocol):
+class Backend(VectorIndex, Protocol):
     """What a searcher searches: a scan, a FAISS index, or either on a GPU.
 
     Attributes:
@@ -49,6 +49,11 @@ class Backend(MeasuringIndex, Protocol):
     entries: int
     most: int
     exact: bool
+
+    def distances(
+        self, queries: Float[np.ndarray, "q dim"], ids: Int[np.ndarray, "q k"]
+    ) -> Float[np.ndarray, "q k"]:
+        """Distance, by the index's own measure, of query i to entry ids[i, j]; +inf for id -1."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +215,10 @@ def found_nearest(
     fetch: Fetch,
     queries: Float[np.ndarray, "q dim"],
     k: int,
-    by: By = "keys",
-    rerank: int = 0,
+    by: By,
+    rerank: int,
     *,
-    ordered: bool = True,
+    ordered: bool,
     times: int = 1,
 ) -> Neighbours:
     """The k nearest entries of all groups, as `Searcher.search` describes it.
