@@ -68,6 +68,11 @@ class Candidates(NamedTuple):
             None if self.log_counts is None else self.log_counts[rows],
         )
 
+    def without(self, gone: Bool[np.ndarray, "q c"]) -> "Candidates":
+        """With nothing in the places of some candidates."""
+        part = Part(self.ids, self.distances, self.lengths).without(gone)
+        return self._replace(values=np.where(gone, NO_ENTRY, self.values), **part._asdict())
+
     def of(self, *kinds: str) -> slice:
         """The columns of one kind, or of kinds that are adjacent in KINDS."""
         return columns_of(self.columns, *kinds)
@@ -113,6 +118,14 @@ class Part(NamedTuple):
     def rows(self, rows: slice) -> "Part":
         """The candidates of some queries."""
         return Part(self.ids[rows], self.distances[rows], self.lengths[rows])
+
+    def without(self, gone: Bool[np.ndarray, "q c"]) -> "Part":
+        """With nothing in the places of some candidates."""
+        return Part(
+            np.where(gone, NO_ENTRY, self.ids),
+            np.where(gone, np.float32(np.inf), self.distances),
+            np.where(gone, np.int16(0), self.lengths),
+        )
 
 
 def no_part(queries: int) -> Part:

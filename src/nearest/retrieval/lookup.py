@@ -159,7 +159,7 @@ class Lookup:
         elif searched.any():
             dense = scattered(self._dense(queries.rows(searched)), searched)
         if self.settings.dedup:
-            pointed = self._without_repeated(pointed, dense)
+            pointed = pointed.without(automaton.without_repeated(pointed.ids, dense.ids) < 0)
         return self._joined(dense, pointed, matched, searched)
 
     def _joined(
@@ -278,13 +278,3 @@ class Lookup:
         if not self._measures_matches:
             return np.zeros(ids.shape, dtype=np.int16)
         return self.memory.match_lengths(ids, queries.context, queries.ends)
-
-    @staticmethod
-    def _without_repeated(pointed: Part, dense: Part) -> Part:
-        ids = automaton.without_repeated(pointed.ids, dense.ids)
-        gone = ids < 0
-        return Part(
-            ids,
-            np.where(gone, np.float32(np.inf), pointed.distances),
-            np.where(gone, np.int16(0), pointed.lengths),
-        )

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Int
 
 from nearest.build.build import store_settings
 from nearest.encode.identity import AnyModel
-from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.models.scoring import ReadText, read_text
 from nearest.progress import Progress, no_progress
@@ -136,21 +135,12 @@ def _held_out(
     found = one.view.candidates.rows(rows)
     passed = _of_own(found.ids, own[one.documents[rows]])
     order = np.argsort(passed, axis=1, kind="stable")[:, :most]
-    passed = np.take_along_axis(passed, order, axis=1)
-
-    dense, pointers, suffix = found.columns
-
-    def left(array: np.ndarray, nothing: Any) -> np.ndarray:
-        return np.where(passed, nothing, np.take_along_axis(array, order, axis=1))
-
-    candidates = Candidates(
-        left(found.ids, NO_ENTRY),
-        left(found.values, NO_ENTRY),
-        left(found.distances, np.float32(np.inf)),
-        left(found.lengths, np.int16(0)),
-        (min(most, dense), min(most, pointers), min(most, suffix)),  # all are of one kind
-        found.searched,
+    ids, values, distances, lengths = (
+        np.take_along_axis(array, order, axis=1) for array in found.without(passed)[:4]
     )
+    dense, pointers, suffix = found.columns
+    columns = min(most, dense), min(most, pointers), min(most, suffix)  # all are of one kind
+    candidates = Candidates(ids, values, distances, lengths, columns, found.searched)
     view = one.view._replace(queries=one.view.queries.rows(rows), candidates=candidates)
     return Examples(
         one.rows[rows], view, one.targets[rows], one.lm_log_probs[rows], one.documents[rows]

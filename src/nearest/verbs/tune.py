@@ -13,7 +13,6 @@ from torch import Tensor
 from nearest.build.build import check_writable, store_settings
 from nearest.encode.identity import AnyModel
 from nearest.errors import NearestError, NotStoredError, SettingError
-from nearest.index.neighbours import NO_ENTRY
 from nearest.memory import Memory
 from nearest.models.in_context import Reader, reader_of
 from nearest.models.method_run import MethodRun
@@ -306,8 +305,7 @@ class _EitherWay(Lookup):
     ) -> Int[np.ndarray, "q p"]:
         passed = np.zeros(candidates.ids.shape, dtype=bool)
         passed[:, candidates.of("dense")] = ~candidates.searched[:, None]
-        ids, values = (np.where(passed, NO_ENTRY, a) for a in (candidates.ids, candidates.values))
-        going_on = candidates._replace(ids=ids, values=values)
+        going_on = candidates.without(passed)
         return super().follow(_without_repeated(going_on) if self._dedup else going_on, tokens)
 
 
@@ -346,9 +344,4 @@ def _without_repeated(candidates: Candidates) -> Candidates:
     kept = automaton.without_repeated(of_pointers, candidates.ids[:, candidates.of("dense")])
     gone = np.zeros(candidates.ids.shape, dtype=bool)
     gone[:, pointed] = kept < 0
-    return candidates._replace(
-        ids=np.where(gone, NO_ENTRY, candidates.ids),
-        values=np.where(gone, NO_ENTRY, candidates.values),
-        distances=np.where(gone, np.float32(np.inf), candidates.distances),
-        lengths=np.where(gone, np.int16(0), candidates.lengths),
-    )
+    return candidates.without(gone)
