@@ -180,9 +180,18 @@ class Settings:
 
 
 def as_stored(settings: Settings, method: str) -> dict[str, Any]:
-    """The method's settings as JSON, which knows no infinity."""
-    values = settings.of(method)
+    """The method's settings as JSON."""
+    return to_json(settings.of(method))
+
+
+def to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, without infinity, which JSON does not know."""
     return {n: _INFINITE if v == float("inf") else v for n, v in values.items()}
+
+
+def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_json` was given."""
+    return {n: float("inf") if v == _INFINITE else v for n, v in values.items()}
 
 
 def resolve_settings(
@@ -206,7 +215,7 @@ def resolve_settings(
         )
     defaults = dict(method_named(method).defaults)
     stored = {_RENAMED.get(name, name): v for name, v in memory.settings(method).items()}
-    tuned = {n: float("inf") if v == _INFINITE else v for n, v in stored.items() if n in known}
+    tuned = {n: v for n, v in from_json(stored).items() if n in known}
     chosen = {name: v for name, v in given.items() if v is not None}
     if settings is not None:
         defaults, tuned = asdict(settings), {}

@@ -18,6 +18,7 @@ from nearest.retrieval.settings import (
     IN_CONTEXT,
     MEMORY_METHODS,
     as_stored,
+    from_json,
     resolve_settings,
 )
 from nearest.serve.beside import AS_IT_IS, Reading
@@ -142,7 +143,7 @@ class Library(Shelf):
         names, weights = self._weighted(options, mixed=of_method(method)[1] != BASE)
         memories = tuple(self.memory(name, "nearest.memories") for name in names)
         settings = options.settings or (self._settings if method == self.method else {})
-        given = {k: float(v) if v == "inf" else v for k, v in settings.items()}
+        given = from_json(settings)
         without = tuple(sorted({(one.memory, one.id) for one in options.without}))
         key = (
             method,

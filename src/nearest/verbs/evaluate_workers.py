@@ -8,11 +8,11 @@ goes with the evaluation.
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 import torch
 
@@ -30,11 +30,10 @@ from nearest.memory import Memory
 from nearest.models.scoring import ReadText, Scorer, encoder_for
 from nearest.progress import Progress
 from nearest.retrieval.ensemble import Ensemble
-from nearest.retrieval.settings import Settings
+from nearest.retrieval.settings import Settings, from_json, to_json
 from nearest.verbs.tally import Tally, read
 
 _LOCAL = "local"
-_INFINITE = "inf"  # JSON knows none
 
 
 class EvaluationSpec(Spec, frozen=True, kw_only=True):
@@ -85,7 +84,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
         encoder = encoder_for(model, memories, force=self.force, **windows)
         ensembles = {name: self._ensemble(name, memories) for name in self.passages}
         passages = {
-            name: None if values is None else _settings(values)
+            name: None if values is None else Settings(**from_json(values))
             for name, values in self.passages.items()
         }
 
@@ -102,7 +101,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     def _ensemble(self, method: str, memories: Sequence[Memory]) -> Ensemble | None:
         if not (each := self.settings[method]):
             return None
-        settings = [_settings(values) for values in each]
+        settings = [Settings(**from_json(values)) for values in each]
         return Ensemble.with_settings(memories, method, self.weights[method], settings)
 
 
@@ -154,9 +153,14 @@ def shared_by_workers(
         memories=[
             (str(one.path.resolve()), one.manifest.checksum, one.search_on) for one in memories
         ],
-        settings={name: [_plain(lookup.settings) for lookup in used[name]] for name in used},
+        settings={
+            name: [to_json(asdict(lookup.settings)) for lookup in lookups]
+            for name, lookups in used.items()
+        },
         weights={name: [] if one is None else list(one.weights) for name, one in ensembles.items()},
-        passages={name: None if one is None else _plain(one) for name, one in passages.items()},
+        passages={
+            name: None if one is None else to_json(asdict(one)) for name, one in passages.items()
+        },
         window=encoder.window,
         stride=encoder.stride,
         batch_size=encoder.batch_size,
@@ -203,16 +207,6 @@ def _told(ids: Sequence[str], runs: Sequence[range], number: int) -> str:
 
 def _nothing(_number: int, _place: Path) -> None:
     """Workers make the files."""
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    values = msgspec.to_builtins(settings)
-    return {n: _INFINITE if v == float("inf") else v for n, v in values.items()}
-
-
-def _settings(values: dict[str, Any]) -> Settings:
-    told: dict[str, Any] = {n: float(v) if v == _INFINITE else v for n, v in values.items()}
-    return Settings(**told)
 
 
 def _save_run(path: Path, scorer: Scorer) -> None:
