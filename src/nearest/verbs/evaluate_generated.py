@@ -15,7 +15,7 @@ from nearest.retrieval.settings import BASE, Settings, check_methods, method_nam
 from nearest.store.tuned import SettingsFrom
 from nearest.verbs.results import data_frame
 from nearest.verbs.text_metrics import Score, metrics_named, scores_of
-from nearest.verbs.written import Pairs, Written, check_room, read_pairs, write
+from nearest.verbs.written import Pairs, Written, read_pairs, write
 
 DEFAULT_METRICS = ("bleu", "chrf", "exact")
 
@@ -140,8 +140,7 @@ def evaluate_generated(
             )
     model = bare_model(model)
     tokenizer = tokenizer or own_tokenizer(model)
-    pairs = read_pairs(model, tokenizer, documents)
-    check_room(model, pairs, max_new_tokens)
+    pairs = read_pairs(model, tokenizer, documents, max_new_tokens)
     written = [
         write(
             model,

@@ -22,7 +22,7 @@ from nearest.retrieval.settings import (
 )
 from nearest.verbs.text_metrics import metrics_named, scores_of
 from nearest.verbs.tune import store_tuned, tune
-from nearest.verbs.written import check_room, read_pairs, write
+from nearest.verbs.written import read_pairs, write
 
 LAMS = tuple(n / 10 for n in range(1, 10))
 _ROUNDS = 3
@@ -98,8 +98,7 @@ def tune_generated(
     tokenizer = tokenizer or own_tokenizer(model)
     if isinstance(documents, Iterator):  # it is read twice
         documents = list(documents)
-    pairs = read_pairs(model, tokenizer, documents)
-    check_room(model, pairs, max_new_tokens)
+    pairs = read_pairs(model, tokenizer, documents, max_new_tokens)
     options = {"tokenizer": tokenizer, "batch_size": batch_size, "force": force}
     begun = tune(model, memory, documents, method=method, store=False, **options, **fixed).settings
 

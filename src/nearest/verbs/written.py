@@ -16,8 +16,8 @@ from nearest.corpus.documents import encoder_text_of
 from nearest.corpus.incoming import Documents, incoming_documents
 from nearest.corpus.reading import Corpus, read_documents
 from nearest.corpus.tokens import Tokens
-from nearest.encode.identity import input_device, max_positions, reads_sources, token_rules
-from nearest.errors import CorpusError, SettingError
+from nearest.encode.identity import input_device, reads_sources, token_rules
+from nearest.errors import CorpusError
 from nearest.memory import Memory
 from nearest.models.attach import attach
 from nearest.progress import Progress
@@ -57,11 +57,14 @@ class Written:
     settings_from: SettingsFrom | None = None
 
 
-def read_pairs(model: PreTrainedModel, tokenizer: Any, documents: Documents) -> Pairs:
+def read_pairs(
+    model: PreTrainedModel, tokenizer: Any, documents: Documents, max_new_tokens: int
+) -> Pairs:
     """Documents with an `encoder_text`, as what a model goes on from; a causal model continues it.
 
     Raises:
         CorpusError: a document has no such text, or it is too long.
+        SettingError: the model has no room for so many new tokens, or none are asked for.
     """
     if isinstance(documents, Path):
         documents = read_documents(documents)
@@ -75,15 +78,13 @@ def read_pairs(model: PreTrainedModel, tokenizer: Any, documents: Documents) -> 
         if not document.encoder_text:
             encoder_text_of(document) if reads_sources(model) else _refuse(document.origin)
     encoder_texts = [str(document.encoder_text) for document in read]
-    prompts = [
-        np.array(prompt_tokens(model, tokenizer, encoder_text).inputs, dtype=np.int64)
-        for encoder_text in encoder_texts
-    ]
+    prompts = [prompt_tokens(model, tokenizer, text) for text in encoder_texts]
+    max(prompts, key=lambda prompt: len(prompt.text)).check_length(model, max_new_tokens)
     return Pairs(
         [document.id for document in read],
         encoder_texts,
         [document.text for document in read],
-        prompts,
+        [np.array(prompt.inputs, dtype=np.int64) for prompt in prompts],
     )
 
 
@@ -144,19 +145,6 @@ def write(
     if attached is None:
         return Written(texts, tokens, seconds)
     return Written(texts, tokens, seconds, attached.settings, attached.settings_from)
-
-
-def check_room(model: PreTrainedModel, pairs: Pairs, max_new_tokens: int) -> None:
-    """Refuse no new tokens, or more than the model has positions for (SettingError)."""
-    if max_new_tokens < 1:
-        raise SettingError(f"the number of new tokens must be at least 1, got {max_new_tokens}")
-    positions = max_positions(model)
-    longest = 1 if reads_sources(model) else max(map(len, pairs.prompts))
-    if positions is not None and longest + max_new_tokens > positions:
-        raise SettingError(
-            f"a prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{positions} positions: ask for fewer (--max-new-tokens), or give shorter texts"
-        )
 
 
 def _batches(
