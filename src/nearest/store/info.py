@@ -14,8 +14,7 @@ from nearest.store.tuned import changed_since_tuning, settings_from
 def memory_info(memory: Snapshot) -> dict[str, Any]:
     """Contents, index and settings of a memory, as `nearest info` shows them."""
     manifest, keys, clusters = memory.manifest, memory.manifest.keys, memory.manifest.clusters
-    documents = sum(segment.documents - segment.removed for segment in manifest.segments)
-    entries, sizes = sum(segment.entry_count for segment in memory.segments), dict[str, int]()
+    sizes = dict[str, int]()
     for segment in manifest.segments:
         for name, file in segment.files.items():
             kind = "clusters" if name.startswith("cluster_") else name
@@ -29,11 +28,11 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
         "memory": str(memory.path),
         "format": manifest.format,
         "snapshot": manifest.version,
-        "documents": documents,
-        "tokens": entries + documents,
-        "entries": entries,
+        "documents": memory.documents,
+        "tokens": memory.tokens,
+        "entries": memory.entries,
         "bytes": sum(sizes.values()),
-        "bytes_per_entry": round(sum(sizes.values()) / entries, 1),
+        "bytes_per_entry": round(sum(sizes.values()) / memory.entries, 1),
         "files": sizes,
         **_made_with(manifest.model),
         "keys": "none"
