@@ -20,7 +20,7 @@ from nearest.retrieval.candidates import Candidates
 from nearest.retrieval.gates.gate import Examples
 from nearest.retrieval.lookup import Lookup
 from nearest.store.tuned import SELF_TUNED, found_on
-from nearest.verbs.settings_search import Sweep, best_settings, looked_up
+from nearest.verbs.settings_search import Grid, best_settings, looked_up
 
 _PREDICTIONS = 10_000  # of the sample, or a tenth of the memory's, but
 _FEW_PREDICTIONS = 2_000  # if there are so many
@@ -60,10 +60,10 @@ def self_tune(
     if sum(int(kept[block.documents].sum()) for block in read.read) < _LEAST_PREDICTIONS:
         return False
     for method in ("suffix",) if memory.manifest.keys is None else ("knn", "suffix"):
-        sweep = Sweep.of(memory, method, {})
-        narrow = sweep.lookup.settings
+        grid = Grid.of(memory, method, {})
+        narrow = grid.lookup.settings
         most = narrow.k if method == "knn" else narrow.suffix_k
-        wide = _wider(sweep)
+        wide = _wider(grid)
         examples = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
         tuned = best_settings(wide, (_held_out(one, own, kept, most) for one in examples))
         settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
@@ -110,15 +110,15 @@ def _copied(
     return copied & ~copied.all()
 
 
-def _wider(sweep: Sweep) -> Sweep:
+def _wider(grid: Grid) -> Grid:
     """The same grid with more candidates, so that a document's own can be dropped."""
-    lookup, settings = sweep.lookup, sweep.lookup.settings
+    lookup, settings = grid.lookup, grid.lookup.settings
     if "dense" in lookup.kinds:
         k = min(settings.k + _SPARE, lookup.memory.entries)
         settings = replace(settings, k=k, rerank=max(settings.rerank, k))
     else:
         settings = replace(settings, suffix_k=settings.suffix_k + _SPARE)
-    return replace(sweep, lookup=Lookup(lookup.memory, lookup.method, settings))
+    return replace(grid, lookup=Lookup(lookup.memory, lookup.method, settings))
 
 
 def _held_out(

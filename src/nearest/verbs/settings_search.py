@@ -1,4 +1,4 @@
-"""Search a method's λ, temperature and k: look up once, then sweep as array mathematics."""
+"""Search a method's λ, temperature and k: look up once, then compute a grid as arrays."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ _AT_ONCE = 512  # predictions
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best settings, and the sweep that found them; nll in nats a token.
+    """The best settings, and the grid that found them; nll in nats a token.
 
     `variants` are the values tried for one more setting of the method: k, or length_power. `nlls`
     and `lams` are those of the best λ at [temperature, variant]; `curves` are nlls of the best
@@ -55,7 +55,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Grid:
     """A grid search: the lookup with the most candidates, and what varies beside λ and T."""
 
     lookup: Lookup
@@ -63,7 +63,7 @@ class Sweep:
     variants: tuple[float, ...]
 
     @classmethod
-    def of(cls, memory: Memory, method: str, given: dict[str, Any]) -> "Sweep":
+    def of(cls, memory: Memory, method: str, given: dict[str, Any]) -> "Grid":
         """The grid for a method, with the given settings fixed."""
         defaults = Settings(**method_named(method).defaults)
         known = method_named(method).settings
@@ -98,34 +98,34 @@ class Sweep:
         return replace(settings, length_power=value) if self.variant else settings
 
 
-def best_settings(sweep: Sweep, examples: Iterable[Examples]) -> Tuned:
-    """The grid point with the lowest nll on examples that `sweep.lookup` found."""
+def best_settings(grid: Grid, examples: Iterable[Examples]) -> Tuned:
+    """The grid point with the lowest nll on examples that `grid.lookup` found."""
     lm_parts, parts = [], []
     for one in examples:
         lm_parts.append(np.exp(one.lm_log_probs.astype(np.float64)))
-        ways = [sweep.components(value) for value in sweep.variants]
+        ways = [grid.components(value) for value in grid.variants]
         found = [component_probs(one.view.candidates, way, one.targets) for way in ways]
         parts.append(np.stack(found, axis=1).astype(np.float32))
     lm, probs = np.concatenate(lm_parts), np.concatenate(parts)
     points = [_best_on_grid(lm, probs[:, i].astype(np.float64)) for i in range(probs.shape[1])]
     lams, nlls = (np.stack(arrays, axis=1) for arrays in zip(*points, strict=True))
     t, v = np.unravel_index(int(np.nanargmin(nlls)), nlls.shape)
-    grid = torch.tensor(LAMS, dtype=torch.float64)
+    tried = torch.tensor(LAMS, dtype=torch.float64)
     curves = [
-        nll_over_lams(torch.from_numpy(lm), torch.from_numpy(probs[:, v, i]).double(), grid)
+        nll_over_lams(torch.from_numpy(lm), torch.from_numpy(probs[:, v, i]).double(), tried)
         for i in range(len(TEMPERATURES))
     ]
     return Tuned(
-        method=sweep.lookup.method,
-        settings=sweep.settings(TEMPERATURES[t], sweep.variants[v], float(lams[t, v])),
+        method=grid.lookup.method,
+        settings=grid.settings(TEMPERATURES[t], grid.variants[v], float(lams[t, v])),
         nll=float(nlls[t, v]),
         base_nll=float(-np.log(lm).mean()),
         tokens=len(lm),
         nlls=nlls,
         lams=lams,
         curves=torch.stack(curves).numpy(),
-        variant=sweep.variant,
-        variants=sweep.variants,
+        variant=grid.variant,
+        variants=grid.variants,
     )
 
 

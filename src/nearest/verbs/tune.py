@@ -42,7 +42,7 @@ from nearest.retrieval.settings import (
     resolve_settings,
 )
 from nearest.store.tuned import found_on
-from nearest.verbs.settings_search import Sweep, Tuned, best_settings, looked_up
+from nearest.verbs.settings_search import Grid, Tuned, best_settings, looked_up
 
 _FOR_UNIT = 4  # batches of which the distances' unit is taken
 
@@ -133,10 +133,10 @@ def tune(
         given |= passage_settings(passages)
     tuned: Tuned | TunedGate
     if method_named(method).gate is None:
-        sweep = Sweep.of(memory, method, given)
+        grid = Grid.of(memory, method, given)
         blocks, total = reader.blocks(progress, "read"), scorer.text.predictions
-        examples = looked_up(sweep.lookup, blocks, progress, f"tune {method}", total)
-        tuned = best_settings(sweep, examples)
+        examples = looked_up(grid.lookup, blocks, progress, f"tune {method}", total)
+        tuned = best_settings(grid, examples)
     else:
         tuned = _train(reader, memory, method, given, progress, begin)
     if store:
