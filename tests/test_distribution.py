@@ -17,7 +17,6 @@ from nearest.retrieval.distribution import (
     candidate_weights,
     component_probs,
     mixed_log_probs,
-    nll_over_lams,
     vocabulary_log_probs,
     vocabulary_log_probs_in_torch,
 )
@@ -232,10 +231,3 @@ def test_a_token_neither_knows_has_probability_zero_not_nan() -> None:
 def test_shares_that_exceed_one_by_rounding_leave_nothing_not_nan() -> None:
     mixed = mixed_log_probs(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1e-7]))
     assert mixed.tolist() == [0.0]
-
-
-def test_nll_over_lams() -> None:
-    lm, memory = torch.tensor([0.5, 0.1]).double(), torch.tensor([0.0, 0.9]).double()
-    found = nll_over_lams(lm, memory, torch.tensor([0.0, 0.5]).double())
-    expected = [-np.log([0.5, 0.1]).mean(), -np.log([0.25, 0.5]).mean()]
-    np.testing.assert_allclose(found, expected)

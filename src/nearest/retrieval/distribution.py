@@ -186,14 +186,6 @@ def _shared(
     return lm_log_probs + lm_share.to(lm_log_probs.dtype).clamp(min=0).log()
 
 
-def nll_over_lams(
-    lm_probs: Float[Tensor, " n"], memory_probs: Float[Tensor, " n"], lams: Float[Tensor, " lams"]
-) -> Float[Tensor, " lams"]:
-    """Mean negative log-likelihood in nats at each λ; in the dtype of the probabilities."""
-    gain = memory_probs - lm_probs
-    return torch.stack([-(lm_probs + lam * gain).log().mean() for lam in lams])
-
-
 class _Ways(NamedTuple):
     """Ways to weigh candidates, one an element: of which columns, and how."""
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from nearest.memory import Memory
 from nearest.models.scoring import ScoredBlock
 from nearest.progress import Progress
 from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.distribution import Component, component_probs, nll_over_lams
+from nearest.retrieval.distribution import Component, component_probs
 from nearest.retrieval.gates.fitting import KS, TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.lookup import Lookup
@@ -110,11 +109,8 @@ def best_settings(grid: Grid, examples: Iterable[Examples]) -> Tuned:
     points = [_best_on_grid(lm, probs[:, i].astype(np.float64)) for i in range(probs.shape[1])]
     lams, nlls = (np.stack(arrays, axis=1) for arrays in zip(*points, strict=True))
     t, v = np.unravel_index(int(np.nanargmin(nlls)), nlls.shape)
-    tried = torch.tensor(LAMS, dtype=torch.float64)
-    curves = [
-        nll_over_lams(torch.from_numpy(lm), torch.from_numpy(probs[:, v, i]).double(), tried)
-        for i in range(len(TEMPERATURES))
-    ]
+    of_best = probs[:, v].astype(np.float64)
+    curves = [nll(lm, of_best, np.full(len(TEMPERATURES), lam)) / len(lm) for lam in LAMS]
     return Tuned(
         method=grid.lookup.method,
         settings=grid.settings(TEMPERATURES[t], grid.variants[v], float(lams[t, v])),
@@ -123,7 +119,7 @@ def best_settings(grid: Grid, examples: Iterable[Examples]) -> Tuned:
         tokens=len(lm),
         nlls=nlls,
         lams=lams,
-        curves=torch.stack(curves).numpy(),
+        curves=np.stack(curves, axis=1),
         variant=grid.variant,
         variants=grid.variants,
     )
