@@ -62,6 +62,7 @@ class ProductKeys:
         metric: Metric,
     ) -> None:
         self._codes, self._codebooks = np.asarray(codes), codebooks
+        # Centroids in the last axis, so that a table of distances is filled vector by vector.
         self._by_dim = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
         self.metric = metric
         self.dim = codebooks.shape[0] * codebooks.shape[2]
@@ -77,7 +78,8 @@ class ProductKeys:
         ids: Int[np.ndarray, "q k"],
         shard: Shard = WHOLE,
     ) -> Float[np.ndarray, "q k"]:
-        return product_distances(self._codes, self._by_dim, queries, ids, self.metric, shard)
+        stored = self._codes, self._by_dim
+        return measured(_product_distances, stored, queries, ids, self.metric, shard)
 
     def problems(self) -> list[str]:
         return [] if np.isfinite(self._codebooks).all() else ["a centroid of keys is not finite"]
@@ -110,21 +112,6 @@ class ProductFormat:
         quantiser = faiss.ProductQuantizer(parts * part_dim, parts, 8)
         faiss.copy_array_to_vector(self.codebooks.ravel(), quantiser.centroids)
         return quantiser
-
-
-def product_distances(
-    codes: UInt8[np.ndarray, "n parts"],
-    codebooks: Float[np.ndarray, "parts part_dim 256"],
-    queries: Float[np.ndarray, "q dim"],
-    ids: Int[np.ndarray, "q k"],
-    metric: Metric,
-    shard: Shard = WHOLE,
-) -> Float[np.ndarray, "q k"]:
-    """`distances.key_distances` for product-quantised keys.
-
-    The last axis of `codebooks` is that of centroids, so that a table is filled vector by vector.
-    """
-    return measured(_product_distances, (codes, codebooks), queries, ids, metric, shard)
 
 
 @no_type_check  # numba compiles the bare function

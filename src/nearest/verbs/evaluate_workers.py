@@ -6,7 +6,7 @@ goes with the evaluation.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,7 @@ from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained
 from nearest.memory import Memory
 from nearest.models.scoring import ReadText, Scorer, encoder_for
-from nearest.progress import Progress
+from nearest.progress import Progress, no_progress
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.settings import Settings, from_json, to_json
 from nearest.verbs.tally import Tally, read
@@ -194,9 +194,13 @@ def _scratch(memories: Sequence[Memory], ray: str | None) -> AbstractContextMana
         ) from error
 
 
-def _files(folder: Path, count: int, named: Any = str, progress: Progress | None = None) -> Files:
-    told = {} if progress is None else {"progress": progress}
-    return Files([folder / f"{n:06d}.npz" for n in range(count)], named, "evaluate", **told)
+def _files(
+    folder: Path,
+    count: int,
+    named: Callable[[int], str] = str,
+    progress: Progress = no_progress,
+) -> Files:
+    return Files([folder / f"{n:06d}.npz" for n in range(count)], named, "evaluate", progress)
 
 
 def _told(ids: Sequence[str], runs: Sequence[range], number: int) -> str:
