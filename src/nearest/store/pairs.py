@@ -7,7 +7,6 @@ from jaxtyping import Int
 
 from nearest.corpus.tokens import Tokens
 from nearest.index.neighbours import NO_ENTRY
-from nearest.store.parts.corpus import pair_bytes
 from nearest.store.segment import Segment
 
 
@@ -20,11 +19,17 @@ def equal_pairs(
         segments: each with the id of its first entry.
         pairs: token ids of texts and of their sources.
     """
-    wanted = [pair_bytes(*pair) for pair in pairs]
+    wanted = [_bytes_of(*pair) for pair in pairs]
     found = dict.fromkeys(wanted, NO_ENTRY)
     for segment, first in segments:
         for number in segment.numbers.tolist():
-            pair = pair_bytes(segment.tokens_of(number), segment.source_of(number))
+            pair = _bytes_of(segment.tokens_of(number), segment.source_of(number))
             if found.get(pair) == NO_ENTRY:
                 found[pair] = first + int(segment.offsets[number])
     return np.array([found[pair] for pair in wanted], dtype=np.int64)
+
+
+def _bytes_of(text: Tokens, source: Tokens | None) -> tuple[bytes, bytes]:
+    """Equal for the same text and source, whatever the dtypes of their tokens."""
+    read = b"" if source is None else source.astype(np.int64).tobytes()
+    return text.astype(np.int64).tobytes(), read

@@ -206,12 +206,6 @@ def check(segment: "Segment", manifest: Manifest) -> list[str]:
     return problems
 
 
-def pair_bytes(text: Tokens, source: Tokens | None) -> tuple[bytes, bytes]:
-    """Equal for the same text and source, whatever the dtypes of their tokens."""
-    read = b"" if source is None else source.astype(np.int64).tobytes()
-    return text.astype(np.int64).tobytes(), read
-
-
 def valued_entries(offsets: Int[np.ndarray, " documents_plus_1"]) -> Int[np.ndarray, " m"]:
     """Positions in a run of documents that are followed by a token of the same document.
 
