@@ -12,7 +12,7 @@ import torch
 
 from nearest import Memory
 from nearest.errors import FolderError, ModelError, SettingError
-from nearest.index.vectors import VectorIndex
+from nearest.index.vectors import build_vector_index
 from nearest.retro.data import database as database_module
 from nearest.retro.data import stages
 from nearest.retro.data.chunks import Chunks
@@ -121,12 +121,12 @@ def test_sixteen_chunks_with_an_index_that_has_more_lists(tmp_path: Path) -> Non
 def test_an_index_of_lists_reaches_its_recall() -> None:
     random = np.random.default_rng(0)
     vectors = random.normal(size=(2000, 16)).astype(np.float16)
-    index = VectorIndex.build(vectors, "IVF32,SQ8", recall=0.95)
-    assert index.record.recall >= 0.95
-    assert 1 <= index.record.nprobe <= 32
+    index = build_vector_index(vectors, "IVF32,SQ8", recall=0.95)
+    assert index.recall >= 0.95
+    assert 1 <= index.nprobe <= 32
     queries = random.normal(size=(50, 16)).astype(np.float32)
-    exact = VectorIndex.build(vectors, "exact").search(queries, 4)
-    found = index.search(queries, 4)
+    exact = build_vector_index(vectors, "exact").searcher(vectors).search(queries, 4)
+    found = index.searcher(vectors).search(queries, 4)
     assert (
         np.mean([len(np.intersect1d(*rows)) / 4 for rows in zip(found.ids, exact.ids, strict=True)])
         > 0.9
@@ -139,7 +139,7 @@ def test_an_index_of_lists_reaches_its_recall() -> None:
 def test_fewer_vectors_than_an_index_is_trained_on_are_scanned(spec: str) -> None:
     vectors = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float16)
     few = vectors if "IVF" in spec else vectors[:255]
-    assert VectorIndex.build(few, spec).record.spec == "exact"
+    assert build_vector_index(few, spec).spec == "exact"
 
 
 @pytest.mark.parametrize("method", ["bm25", "rerank", "fusion"])

@@ -83,7 +83,7 @@ def index(database: DatabasePath, *, indexing: Indexing, as_json: AsJson = False
     from nearest.retro.data.database import ChunkDatabase
 
     made = ChunkDatabase.open(database).build_index(indexing.index, indexing.recall)
-    report(asdict(made.record), as_json)
+    report(made.to_dict(), as_json)
 
 
 def neighbours(
@@ -168,7 +168,7 @@ def prepare(
             made.build_index(indexing.index, indexing.recall)
         table = _table([made], None, None, options, Part(), sharing, progress)
     counts = {} if table is None else table.record["counts"]
-    report({**counts_of(made), **asdict(made.index.record), **counts}, as_json)
+    report({**counts_of(made), **made.index.to_dict(), **counts}, as_json)
 
 
 def _embed_spec(

@@ -108,7 +108,7 @@ def _described(database: "ChunkDatabase", table: Path | None) -> dict[str, Any]:
     told = counts_of(database)
     parts: dict[str, Callable[[], Any]] = {
         "embedder": lambda: asdict(database.embedder),
-        "index": lambda: asdict(database.index.record),
+        "index": lambda: database.index.to_dict(),
         "neighbours": lambda: stored_table(database, table)[0].record["counts"],
     }
     for name, of in parts.items():

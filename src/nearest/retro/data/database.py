@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -25,14 +26,14 @@ from nearest.corpus.documents import Document
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, write_once
 from nearest.index.neighbours import Neighbours
-from nearest.index.vectors import RECALL, VectorIndexRecord
+from nearest.index.vectors import RECALL
 from nearest.memory import Memory
 from nearest.progress import Progress, no_progress
 from nearest.retro.data.chunks import Chunks, Told, joined
 from nearest.retro.data.embedders import Embedder, EmbedderIdentity
 from nearest.retro.data.folders import joined_arrays, read_record, save_array
 from nearest.store.chunks import ChunkVectors
-from nearest.store.records import ChunksRecord, EmbedderRecord
+from nearest.store.records import ChunkIndexRecord, ChunksRecord, EmbedderRecord
 from nearest.store.segment import Segment
 from nearest.store.shard import share_named
 
@@ -70,11 +71,15 @@ class ChunkIndex:
     """Finds the nearest chunks of a memory; `record` says how, in its largest segment."""
 
     vectors: ChunkVectors
-    record: VectorIndexRecord
+    record: ChunkIndexRecord
 
     def search(self, queries: Float[np.ndarray, "q dim"], k: int) -> Neighbours:
         """The k nearest chunks, squared L2 distances by the stored vectors."""
         return self.vectors.search(queries, k)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return msgspec.structs.asdict(self.record)
 
 
 class ChunkDatabase:
@@ -262,7 +267,7 @@ class ChunkDatabase:
         found = [one for one in made if one is not None]
         largest = found[int(np.argmax(sizes))]
         recall = min(one.recall for one in found)
-        return ChunkIndex(self.vectors, VectorIndexRecord(largest.spec, largest.nprobe, recall))
+        return ChunkIndex(self.vectors, msgspec.structs.replace(largest, recall=recall))
 
     def problems(self) -> list[str]:
         """What a full check of the memory finds wrong."""

@@ -310,7 +310,7 @@ def _table_record(searched: Databases, own: ChunkDatabase, options: TableOptions
         for database in searched.databases:
             own.embedder.check_same(database.embedder, str(database.path))
         record["embedder"] = asdict(own.embedder)
-        record["index"] = [asdict(database.index.record) for database in searched.databases]
+        record["index"] = [database.index.to_dict() for database in searched.databases]
     return record
 
 
@@ -358,7 +358,7 @@ def check_table(table: NeighbourTable, searched: Databases, own: ChunkDatabase) 
     made = EmbedderIdentity(**table.record["embedder"])
     for database in (own, *searched.databases):
         database.embedder.check_same(made, "the table")
-    if table.record["index"] != [asdict(d.index.record) for d in searched.databases]:
+    if table.record["index"] != [d.index.to_dict() for d in searched.databases]:
         raise SettingError(
             "the chunks have been indexed anew since the table was made, and an index may find "
             "others: run `nearest retro neighbours` again"

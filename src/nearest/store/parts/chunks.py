@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from nearest.folder import fsync_file, open_array
 from nearest.index.approximate import ApproximateIndex
-from nearest.index.vectors import VectorIndex
+from nearest.index.vectors import build_vector_index
 from nearest.store.manifest import Manifest, SegmentRecord
 from nearest.store.new_files import NewFiles
 from nearest.store.parts.corpus import Paths
@@ -109,8 +109,8 @@ def write_index(
     asked: ChunkIndexAsked,
 ) -> SegmentRecord:
     """Make the index of a segment's vectors, and write it unless they are searched exactly."""
-    built = VectorIndex.build(vectors, asked.spec, asked.recall)
-    made = ChunkIndexRecord(built.record.spec, built.record.nprobe, built.record.recall)
+    built = build_vector_index(vectors, asked.spec, asked.recall)
+    made = ChunkIndexRecord(built.spec, built.nprobe, built.recall)
     record = _bare(record).with_files({}, chunk_index=made)
     if built.faiss_index is None:
         return record
