@@ -8,7 +8,6 @@ from nearest.store.chunks import ChunkVectors
 from nearest.store.manifest import KeysRecord, ModelRecord
 from nearest.store.records import ChunksRecord
 from nearest.store.snapshot import Snapshot
-from nearest.store.tuned import changed_since_tuning, settings_from
 
 
 def memory_info(memory: Snapshot) -> dict[str, Any]:
@@ -70,13 +69,13 @@ def memory_info(memory: Snapshot) -> dict[str, Any]:
         },
         "chunks": "none" if manifest.chunks is None else _chunks(memory, manifest.chunks),
         **{f"settings_of_{method}": values for method, values in manifest.settings.items()},
-        "settings_found": {method: settings_from(manifest, method) for method in manifest.settings}
+        "settings_found": {method: memory.settings_from(method) for method in manifest.settings}
         or "none: the paper's defaults are in use",
         **{
             f"tuned_before_{what}_changed": [
                 method
                 for method in manifest.tuned_at
-                if what in changed_since_tuning(manifest, method)
+                if what in memory.changed_since_tuning(method)
             ]
             for what in ("documents", "keys")
         },

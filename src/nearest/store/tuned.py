@@ -18,14 +18,10 @@ def what_keys(manifest: Manifest) -> str:
     return f"{keys.format}, {keys.stored_dim} dims, {keys.metric}{', merged' if merged else ''}"
 
 
-def what_index(manifest: Manifest) -> str:
-    """How keys are searched."""
-    return "none" if manifest.keys is None else manifest.keys.index
-
-
 def found_on(manifest: Manifest) -> dict[str, Any]:
     """Stored with settings, so that a later change of keys or index can be detected."""
-    return {"tuned_keys": what_keys(manifest), "tuned_index": what_index(manifest)}
+    index = "none" if manifest.keys is None else manifest.keys.index
+    return {"tuned_keys": what_keys(manifest), "tuned_index": index}
 
 
 def settings_from(manifest: Manifest, method: str) -> SettingsFrom:
@@ -46,12 +42,12 @@ def changed_since_tuning(manifest: Manifest, method: str) -> dict[Changed, str]:
     if found_at is None:
         return {}
     changed: dict[Changed, str] = {}
-    keys, index = what_keys(manifest), what_index(manifest)
-    before = {**found_on(manifest), **manifest.settings.get(method, {})}
-    if before["tuned_keys"] != keys:
-        changed["keys"] = f"keys changed from {before['tuned_keys']} to {keys}"
-    elif before["tuned_index"] != index:
-        changed["keys"] = f"the index changed from {before['tuned_index']} to {index}"
+    now = found_on(manifest)
+    then = {**now, **manifest.settings.get(method, {})}
+    if then["tuned_keys"] != now["tuned_keys"]:
+        changed["keys"] = f"keys changed from {then['tuned_keys']} to {now['tuned_keys']}"
+    elif then["tuned_index"] != now["tuned_index"]:
+        changed["keys"] = f"the index changed from {then['tuned_index']} to {now['tuned_index']}"
     elif found_at < manifest.keys_of:
         changed["keys"] = "keys or index were made anew"
     if found_at < manifest.documents_of:
