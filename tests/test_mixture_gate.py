@@ -410,17 +410,16 @@ def test_the_guard_equals_a_loop_and_costs_at_most_ln_2_a_document(
     numbers = np.repeat(np.arange(documents), rng.integers(1, 9, documents))
     base = torch.from_numpy(np.log(rng.random(len(numbers)))).double()
     mixed = torch.from_numpy(np.log(rng.random(len(numbers)))).double()
-    begun = float(rng.normal())
-    before = gained_before(gained(base, mixed), numbers, begun)
+    before = gained_before(gained(base, mixed), numbers)
     final = guarded(base, mixed, before).numpy()
-    sums = {number: (begun if number == 0 else 0.0) for number in range(documents)}
+    sums = dict.fromkeys(range(documents), 0.0)
     for i, number in enumerate(numbers):
         weight = 1 / (1 + np.exp(-sums[number]))
         both = np.exp([float(mixed[i]), float(base[i])])
         expected = np.log(weight * both[0] + (1 - weight) * both[1])
         assert final[i] == pytest.approx(expected, abs=1e-9)
         sums[number] += float(mixed[i] - base[i])
-    for number in range(1, documents):
+    for number in range(documents):
         own = numbers == number
         best = max(float(base[own].sum()), float(mixed[own].sum()))
         assert final[own].sum() >= best - np.log(2) - 1e-9
@@ -429,7 +428,7 @@ def test_the_guard_equals_a_loop_and_costs_at_most_ln_2_a_document(
 def test_an_impossible_token_does_not_break_the_guard() -> None:
     base = torch.tensor([-1.0, -1.0, -torch.inf, -1.0])
     mixed = torch.tensor([-torch.inf, -0.5, -torch.inf, -0.5])
-    before = gained_before(gained(base, mixed), np.zeros(4, int), 0.0)
+    before = gained_before(gained(base, mixed), np.zeros(4, int))
     final = guarded(base, mixed, before)
     assert not final.isnan().any()
     assert final[0] == pytest.approx(-1 - np.log(2), abs=1e-6)

@@ -307,7 +307,7 @@ def _in_blocks(
         if lookup.settings.guard:
             numbers = sequences[part]
             begun = [totals.get(number, 0.0) for number in numbers.tolist()]
-            before = gained_before(torch.from_numpy(one.gains), numbers, 0.0).numpy() + begun
+            before = gained_before(torch.from_numpy(one.gains), numbers).numpy() + begun
             one.prediction.gained[:] = before  # candidates and weights do not depend on it
             totals |= zip(numbers.tolist(), (before + one.gains).tolist(), strict=True)
         yield one

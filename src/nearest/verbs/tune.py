@@ -275,7 +275,7 @@ def _train_mixture(
     if settings.guard:
         base = torch.cat([block.lm_log_probs for block in blocks])
         sequences = np.concatenate([block.sequences for block in blocks])
-        mixed = guarded(base, mixed, gained_before(gained(base, mixed), sequences, 0.0))
+        mixed = guarded(base, mixed, gained_before(gained(base, mixed), sequences))
     return gate, mixed
 
 

@@ -22,21 +22,18 @@ def gained(
 
 
 def gained_before(
-    gains: Float[Tensor, " n"], documents: Int[np.ndarray, " n"], begun: float
+    gains: Float[Tensor, " n"], documents: Int[np.ndarray, " n"]
 ) -> Float[Tensor, " n"]:
     """Sum of the gains of a document's earlier tokens.
 
     Args:
         gains: of documents one after another.
         documents: the number of each token's document.
-        begun: what the first document had gained before its first token here.
     """
     sums = gains.cumsum(0) - gains
     first = torch.from_numpy(np.unique(documents, return_index=True)[1])
     lengths = torch.diff(first, append=torch.tensor([len(gains)]))
-    start = sums[first]
-    start[0] -= begun
-    return sums - start.repeat_interleave(lengths)
+    return sums - sums[first].repeat_interleave(lengths)
 
 
 def guarded(
