@@ -208,11 +208,8 @@ def resolve_settings(
     Raises:
         SettingError: one is unknown, not of this method or out of range.
     """
+    check_settings([method], given)
     known = method_named(method).settings
-    if unknown := sorted(set(given) - set(known)):
-        raise SettingError(
-            f"{unknown[0]!r} is no setting of {method}: choose among {', '.join(sorted(known))}"
-        )
     defaults = dict(method_named(method).defaults)
     stored = {_RENAMED.get(name, name): v for name, v in memory.settings(method).items()}
     tuned = {n: v for n, v in from_json(stored).items() if n in known}
