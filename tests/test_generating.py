@@ -85,7 +85,13 @@ def test_sampling_is_that_of_transformers(world: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("temperature", 0), ("top-p", 1.5), ("top-k", 0), ("repetition-penalty", 0)],
+    [
+        ("temperature", 0),
+        ("top-p", 1.5),
+        ("top-k", 0),
+        ("repetition-penalty", 0),
+        ("repetition-penalty", float("nan")),
+    ],
 )
 def test_sampling_out_of_range_is_refused(world: SimpleNamespace, flag: str, value: float) -> None:
     assert f"--{flag}" in refused(world, "--prompt", "a", f"--{flag}", value)

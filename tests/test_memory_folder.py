@@ -1,5 +1,6 @@
 """The memory folder: what is written, what is found damaged, and what an interruption leaves."""
 
+import errno
 import io
 import itertools
 import json
@@ -841,6 +842,23 @@ def test_a_file_that_faiss_cannot_read_is_refused(folder: Path, data: bytes) -> 
     memory = Memory.open(folder)
     with pytest.raises(FolderError, match=r"index\.faiss"):
         memory.search(queries_of(memory), 3)
+
+
+@pytest.mark.parametrize("place", [FILES["documents"], FILES["tokens"], INDEX])
+def test_a_file_that_may_not_be_read_is_named(
+    folder: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refused(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file == folder / place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(FolderError) as caught:
+        Memory.open(folder)
+    assert f"{folder / place} cannot be read" in str(caught.value)
 
 
 # --- interruptions --------------------------------------------------------------------------------
