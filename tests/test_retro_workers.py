@@ -95,16 +95,16 @@ def test_parts_that_end_together_are_joined_once(
     others: list[Future[Any]] = []
     path, pool = tmp_path / "d", ThreadPoolExecutor(1)
 
-    def meanwhile(module: Any, other: Callable[[], Any]) -> None:
-        joined = module.joined_arrays
+    def meanwhile(module: Any, name: str, other: Callable[[], Any]) -> None:
+        read = getattr(module, name)
 
-        def joining(*arguments: Any) -> Any:
+        def reading(*arguments: Any) -> Any:
             if not others:
                 others.append(pool.submit(other))
                 time.sleep(0.2)  # in which it would join them, too
-            return joined(*arguments)
+            return read(*arguments)
 
-        monkeypatch.setattr(module, "joined_arrays", joining)
+        monkeypatch.setattr(module, name, reading)
 
     def embed(number: int) -> bool:
         return ChunkDatabase.open(path).embed(embedder(), words, part=Part(number, 2))
@@ -114,14 +114,14 @@ def test_parts_that_end_together_are_joined_once(
 
     database(path, documents(20, longest=20), indexed=False)
     assert not embed(2)
-    meanwhile(database_module, lambda: embed(2))
+    meanwhile(database_module, "joined_arrays", lambda: embed(2))
     assert embed(1)
     assert others.pop().result()
     ChunkDatabase.open(path).build_index()
     assert not (path / "chunks.blocks").exists()
 
     assert table(2) is None
-    meanwhile(stages, lambda: table(2))
+    meanwhile(stages, "read_array", lambda: table(2))
     made = table(1)
     assert (others.pop().result().ids == made.ids).all()
     assert not (tmp_path / "t/blocks").exists()
