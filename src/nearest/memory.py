@@ -249,9 +249,8 @@ class Memory(SearchedSnapshot):
     ) -> "tuple[Memory, Synced]":
         """Make the memory hold exactly these documents, in one snapshot, and open it.
 
-        Files are told by their paths, rows by their ids. What is equal is not touched, what differs
-        is replaced, what is not among the documents is removed, and what is new is added. What may
-        be of a file, or behind a link, that cannot be read is kept.
+        Files are told by paths, rows by ids. What is equal stays, what differs is replaced, what is
+        new is added, and what is gone is removed, unless it may be of a file that cannot be read.
 
         Args:
             model, tokenizer: as in `add`; not needed for a dry run.
