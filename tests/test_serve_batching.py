@@ -18,7 +18,7 @@ from conftest import make_documents, make_model, pass_widths
 from nearest import Memory, attach, evaluate
 from nearest.encode.layers import find_key_layer
 from nearest.models.drafting import Experience
-from nearest.serve import living
+from nearest.serve import living, provenance
 from nearest.serve.app import ServeOptions, make_service
 from nearest.serve.drafts import Drafts
 from nearest.serve.passes import Passes
@@ -367,6 +367,27 @@ def test_verbatim_runs_are_found(server: Running) -> None:
     assert (run["document"], run["licence"], run["tokens"]) == ("copied", "MIT", 20)
     assert answer["text"][run["start"] : run["end"]] == text[7:27]
     assert run["position"] == 8  # of the text's tokens, after the start token
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=40), st.data())
+def test_copies_longer_than_what_is_compared_are_one(text: list[int], data: st.DataObject) -> None:
+    """Beside a scan that compares everything."""
+    begin = data.draw(st.integers(0, len(text) - 2))
+    copy = text[begin : data.draw(st.integers(begin + 2, len(text)))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "MAX_MATCH", 4)
+        whole = [
+            [common_suffix(text[: entry + 2], copy[: n + 1]) for entry in range(len(text) - 1)]
+            for n in range(1, len(copy))
+        ]
+        ids = np.tile(np.arange(len(text) - 1), (len(whole), 1))
+        lengths = np.minimum(np.array(whole), 5)
+        assert provenance.whole_lengths(ids, lengths).tolist() == whole
+
+
+def common_suffix(one: list[int], other: list[int]) -> int:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def test_texts_of_one_request_are_continued_as_if_alone(

@@ -4,8 +4,10 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from jaxtyping import Int
 
 from nearest.index.neighbours import NO_ENTRY
+from nearest.index.suffix import MAX_MATCH
 from nearest.serve.library import Library, Retrieval
 from nearest.serve.passes import Read, ReadPassage
 from nearest.serve.vocabulary import Vocabulary
@@ -16,6 +18,23 @@ _SNIPPET = 12  # tokens at each side
 _CITED = 0.3  # a token is cited when its memory weight is at least this
 _VERBATIM = 8  # tokens in a row that are called a copy
 _MATCHES = 64
+
+
+def whole_lengths(
+    ids: Int[np.ndarray, "tokens c"], lengths: Int[np.ndarray, "tokens c"]
+) -> Int[np.ndarray, "tokens c"]:
+    """Lengths of copies that end at each token, those too that are longer than what is compared.
+
+    Args:
+        ids: entries whose value the token is. lengths: of the copies that end there, at most
+            MAX_MATCH + 1: a copy so long is one token longer where it goes on by one entry.
+    """
+    most, whole = MAX_MATCH + 1, lengths.copy()
+    for n in np.flatnonzero((lengths[1:] == most).any(axis=1)) + 1:
+        longest, before = lengths[n] == most, lengths[n - 1] == most
+        goes_on = (ids[n][:, None] == ids[n - 1] + 1) & longest[:, None] & before
+        whole[n] = np.maximum(whole[n], np.where(goes_on, whole[n - 1] + 1, 0).max(axis=1))
+    return whole
 
 
 class Provenance:
@@ -198,6 +217,7 @@ class Provenance:
             lengths = np.where(right & (found.ids >= 0), found.lengths.astype(np.int64) + 1, 0)
             if not lengths.size:
                 continue
+            lengths = whole_lengths(found.ids, lengths)
             best = lengths.argmax(axis=1)
             length = np.append(lengths[np.arange(len(best)), best], 0)
             for n in np.flatnonzero((length[:-1] >= _VERBATIM) & (length[1:] <= length[:-1])):
