@@ -619,18 +619,37 @@ sys.modules["faiss"] = None
 import numpy as np, torch
 from nearest.index.matches import longest_matches
 from nearest.index.suffix import SuffixArray, sort_suffixes
-from plain_kernels import plain_key_distances
 torch.set_num_threads(2)
 tokens = np.array([0, 1, 2, 1, 2, 3], np.uint16)
 array = SuffixArray(tokens, sort_suffixes(tokens, np.arange(6) < 5))
 found = longest_matches([array], 0, np.array([1, 2] * 64), np.arange(128), 2)
 assert found.lengths[1].tolist() == [2, 2], found.lengths[1]
+
+from nearest.errors import NearestError
+from nearest.index.building import check_spec
+from nearest.index.exact import ExactIndex
+from nearest.index.keys import FloatKeys
+keys = FloatKeys(np.random.default_rng(0).normal(size=(300, 8)).astype(np.float16), "l2")
+index = ExactIndex(keys, np.arange(300))
+queries = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float32)
+whole = index.search(queries, 5)
+for n in range(40):
+    alone = index.search(queries[n:n + 1], 5)
+    assert (alone.ids == whole.ids[n]).all() and (alone.distances == whole.distances[n]).all()
+assert index.search(queries[:0], 5).ids.shape == (0, 5)
+check_spec("auto", 8, None)
+try:
+    check_spec("IVF4,Flat", 8, None)
+except NearestError as error:
+    assert "[cpu]" in str(error)
+else:
+    raise AssertionError
 """
 
 
 @pytest.mark.slow
-def test_suffixes_need_no_faiss() -> None:
-    """Nor do its threads: a memory without keys is used where it is not installed."""
+def test_suffixes_and_small_memories_need_no_faiss() -> None:
+    """Nor do their threads."""
     assert subprocess.run([sys.executable, "-c", WITHOUT_FAISS], timeout=120).returncode == 0
 
 

@@ -30,7 +30,7 @@ from nearest.encode.identity import model_name, token_rules, tokenizer_name
 from nearest.encode.layers import KeyLayer, LanguageModel, find_key_layer
 from nearest.errors import SettingError, warn_caller
 from nearest.index.building import check_spec
-from nearest.index.choice import AUTO, RECALL
+from nearest.index.choice import AUTO, RECALL, resolve_spec
 from nearest.index.keys import key_format
 from nearest.index.neighbours import checked_metric
 from nearest.progress import Progress, no_progress
@@ -129,6 +129,10 @@ def build_memory(
         journal = Journal.of(path, stage)
         rest = tokenise(journal.rest(incoming), tokenizer, rules)
         write_corpora(journal, rest, options.progress)
+        if keys is not None:  # before hours of work, where FAISS is needed and not installed
+            entries = max(corpus.entries for corpus in journal.stage.corpora)
+            index = resolve_spec(options.index, entries, keys.dim, recall=options.recall)
+            check_spec(index, keys.dim, None)
         build = Unfinished(journal, encoder, options.allow_mixed, options.progress)
         finish(build, options, spec)
         if part[1] == 1:

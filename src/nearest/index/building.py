@@ -26,9 +26,8 @@ def check_spec(spec: str, dim: int, nprobe: int | None, entries: int | None = No
     Raises:
         SettingError: FAISS does not know the string, it does not fit the dimension, it needs more
             entries, or nprobe is set for an index without lists.
-        NearestError: FAISS is not installed.
+        NearestError: FAISS is not installed, and the index is not exact.
     """
-    load_faiss()
     if entries is not None:
         spec = resolve_spec(spec, entries, dim)
     ivf = None

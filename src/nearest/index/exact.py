@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from nearest.index.faiss_module import load_faiss
+from nearest.index.faiss_module import has_faiss, load_faiss
 from nearest.index.keys import Keys
 from nearest.index.neighbours import NO_ENTRY, Neighbours, sort_nearest_first, take_nearest
 
@@ -24,7 +24,7 @@ _ROUNDINGS = 8  # that a product of two vectors adds up, at most, times sqrt(dim
 class ExactIndex:
     """The k nearest by the stored keys; ties too are the same for few queries and for many.
 
-    Needs no training, and no file but the keys.
+    Needs no training, no file but the keys, and no FAISS, which makes many queries quicker.
     """
 
     exact = True
@@ -39,7 +39,9 @@ class ExactIndex:
         return self._search(np.ascontiguousarray(queries, np.float32), k, SPARE)
 
     def _search(self, queries: Float[np.ndarray, "q dim"], k: int, spare: int) -> Neighbours:
-        if 0 < len(queries) <= _FEW:
+        if not len(queries):
+            return Neighbours.none(0).padded(k)
+        if len(queries) <= _FEW or not has_faiss():
             each = [self._search_one(query, k) for query in queries]
             ids, distances = (np.concatenate(arrays) for arrays in zip(*each, strict=True))
             return Neighbours(ids, distances)

@@ -2,9 +2,16 @@
 
 import os
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from nearest.errors import require
+
+
+@cache
+def has_faiss() -> bool:
+    """Whether it is installed."""
+    return find_spec("faiss") is not None
 
 
 @cache
