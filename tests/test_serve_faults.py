@@ -28,6 +28,7 @@ from nearest.retrieval.passages import Passages
 from nearest.retro.data.live import MemoryNeighbours
 from nearest.serve import engine as engine_module
 from nearest.serve import sampling
+from nearest.serve.drafts import Drafts
 from nearest.serve.engine import Engine, Limits
 from nearest.serve.guards import SlowClients
 from nearest.serve.passes import PlainBatch
@@ -109,6 +110,26 @@ def test_sources_that_cannot_be_told_are_an_error_of_the_request(
 def test_the_coldest_temperatures_choose_the_likeliest(temperature: float, top_p: float) -> None:
     log_probs = torch.tensor([2.0, 5.0, 1.0, float("-inf"), 4.9]).log_softmax(-1)
     assert sampling.choose(log_probs, temperature, top_p, np.random.default_rng(0)) == 1
+
+
+@pytest.mark.parametrize("at", ["find", "saw"])
+def test_drafts_that_fail_do_not_end_the_server(
+    at: str,
+    model: PreTrainedModel,
+    memory: Memory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise IndexError("of drafts")
+
+    asked = {"model": "tiny", "prompt": "the court", "max_tokens": 4, "temperature": 0}
+    with serving(model, tiny_tokenizer, [memory], draft=True) as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafts, at, broken)
+            failed = running.post("/v1/completions", asked)
+            assert failed.status_code == 500
+        assert running.complete("the court", max_tokens=4)["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("at", ["choose", "add"])

@@ -264,6 +264,14 @@ class Engine:
         running.rows += rows
 
     def _advance(self, running: "_Running") -> None:
+        """Go on with rows, or give them all up where that fails."""
+        try:
+            self._step(running)
+        except Exception as error:
+            self._fail(_works_of([r for r in running.rows if r.finished is None]), error)
+            running.rows = []
+
+    def _step(self, running: "_Running") -> None:
         """One more token for each of the rows, or several where drafts of them prove right."""
         rows, batch = running.rows, running.batch
         joined = batch if isinstance(batch, PlainBatch) and batch.joins else None
@@ -273,16 +281,11 @@ class Engine:
         drafts: list[list[int]] = [one.tokens.tolist() for one in found]
         width = 1 + max(map(len, drafts))
         last = [row.tokens[-1] for row in rows]
-        try:
-            with self._metrics.pass_seconds.time():
-                if joined is not None and width > 1:
-                    passed = joined.verify([[t, *own] for t, own in zip(last, drafts, strict=True)])
-                else:
-                    passed = batch.step(last)
-        except Exception as error:
-            self._fail(_works_of(rows), error)
-            running.rows = []
-            return
+        with self._metrics.pass_seconds.time():
+            if joined is not None and width > 1:
+                passed = joined.verify([[t, *own] for t, own in zip(last, drafts, strict=True)])
+            else:
+                passed = batch.step(last)
         right, going = [0] * len(rows), list(range(len(rows)))
         for place in range(width):
             self._predict_each(rows, going, passed.at(place))
