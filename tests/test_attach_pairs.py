@@ -271,7 +271,7 @@ def test_outputs_of_the_encoder_stand_for_the_source(t5: Any) -> None:
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
         )
         assert torch.equal(output.sequences, expected)
-        with pytest.raises(NearestError, match="encoder_outputs cannot be read again"):
+        with pytest.raises(NearestError, match="encoder_outputs and what a cache"):
             session.sources(0)
 
 

@@ -5,12 +5,15 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from conftest import make_documents
@@ -543,6 +546,21 @@ def test_info_loads_neither_torch_nor_transformers(world: SimpleNamespace) -> No
     loaded = loaded_by("info", str(world.memory))
     assert "torch" not in loaded
     assert "transformers" not in loaded
+
+
+def helps(command: Any) -> Iterator[str]:
+    """Every text of help of a command, and of what belongs to it."""
+    yield command.help or ""
+    yield from (getattr(one, "help", None) or "" for one in command.params)
+    for one in getattr(command, "commands", {}).values():
+        yield from helps(one)
+
+
+def test_square_brackets_in_help_are_no_markup() -> None:
+    texts = list(helps(typer.main.get_command(app)))
+    assert len(texts) > 300
+    shown = [Text.from_markup(text).plain for text in texts]
+    assert shown == [text.replace("\\[", "[") for text in texts]
 
 
 def test_help_names_every_verb() -> None:

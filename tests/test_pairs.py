@@ -362,7 +362,7 @@ def test_models_and_memories_of_the_other_kind(
         evaluate(tiny_model, t5.memory, TEXT, "knn", tokenizer=tokenizer, force=True)
     with pytest.raises(ModelError, match="is a causal language model"):
         t5.memory.add(tiny_model, tokenizer, TEXT, force=True)
-    with pytest.raises(ModelError, match="does not hold the sources"):
+    with pytest.raises(ModelError, match="does not hold the texts that its encoder read"):
         import_store(tmp_path, tmp_path / "m", t5.model, TOKENIZER, ImportOptions())
 
 

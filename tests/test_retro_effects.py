@@ -97,6 +97,7 @@ EFFECTS = {  # setting: another value, the preset and settings that it changes, 
     "encoder_layers": (3, "norlund", {}, weights_of),
     "encoder_heads": (1, "retro-pytorch", {}, logits_of),
     "encoder_attention_dim": (24, "norlund", {}, weights_of),
+    "document_start_id": (2, "norlund", {}, lambda model: model.config.document_start_id),  # told
     "encoder_ffn_dim": (32, "norlund", {}, weights_of),
     "encoder_cross_layers": ([1], "norlund", {}, weights_of),
     "memorizing_layers": ([0, 2], "norlund", MEMORIZING, weights_of),

@@ -29,7 +29,7 @@ def build(
         typer.Argument(
             metavar="MODEL CORPUS...",
             help="A model (folder, or name on the hub), which --tokenizer stands for; then files, "
-            "folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
+            "folders, pipes (- for stdin), or hf://owner/name\\[/config][:split].",
         ),
     ],
     out_path: Annotated[Path, typer.Option("--out", metavar="MEMORY", help="The new folder.")],
@@ -37,7 +37,7 @@ def build(
         Literal["fp16", "int8", "none"] | None,
         typer.Option(
             help="How keys are stored; none: no forward pass, for suffix matching only.  "
-            "[default: int8]"
+            "\\[default: int8]"
         ),
     ] = None,
     tokenizer: Annotated[
@@ -64,8 +64,8 @@ def build(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a segment, the unit of shared work.  [default: about 16 million; fewer "
-            "for wide keys]",
+            help="Tokens of a segment, the unit of shared work.  "
+            "\\[default: about 16 million; fewer for wide keys]",
         ),
     ] = None,
     part: Annotated[

@@ -40,7 +40,7 @@ def search(
     opening: Opening,
     as_json: AsJson = False,
 ) -> None:
-    """Show the passages at whose [next token] the model's state is nearest to that after TEXT."""
+    """Show the passages at whose "next token" the model's state is nearest to that after TEXT."""
     if not text.strip():
         raise SettingError("there is no text to look up: give one")
     quiet_libraries()

@@ -20,25 +20,29 @@ CorpusPaths = Annotated[
     list[str],
     typer.Argument(
         metavar="CORPUS...",
-        help="Files, folders, pipes (- for stdin), or hf://owner/name[/config][:split].",
+        help="Files, folders, pipes (- for stdin), or hf://owner/name\\[/config][:split].",
     ),
 ]
 TextPaths = Annotated[
     list[str],
     typer.Option(
-        "--text", help="Text to score: files, folders, pipes, or hf://owner/name[/config][:split]."
+        "--text",
+        help="Text to score: files, folders, pipes, or hf://owner/name\\[/config][:split].",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Window = Annotated[
     int | None,
     typer.Option(
-        help="Tokens per window [default: the memory's; for build the model's context, up to 512]."
+        help="Tokens per window.  \\[default: the memory's; for build the model's context, up to "
+        "512]"
     ),
 ]
 Stride = Annotated[
     int | None,
-    typer.Option(help="Tokens scored per window [default: the memory's; for build half a window]."),
+    typer.Option(
+        help="Tokens scored per window.  \\[default: the memory's; for build half a window]"
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
 ModelName = Annotated[
@@ -89,7 +93,7 @@ class FileOptions:
         str | None,
         typer.Option(
             help="Field that the encoder of an encoder–decoder reads, in rows without "
-            "encoder_text.  [default: source]"
+            "encoder_text.  \\[default: source]"
         ),
     ] = None
     suffix: Annotated[

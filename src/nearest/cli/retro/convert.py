@@ -10,7 +10,6 @@ from nearest.cli.app import quiet_libraries
 from nearest.cli.options import AsJson
 from nearest.cli.retro.options import report
 from nearest.errors import FolderError, NearestError
-from nearest.folder import disk_errors_explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +43,8 @@ def convert(
 def _save(model: "PreTrainedModel", folder: Path) -> None:
     """Write a model as a folder, whole or not at all."""
     from safetensors import SafetensorError
+
+    from nearest.folder import disk_errors_explained
 
     partial = folder.with_name(f"{folder.name}.partial")
     try:

@@ -49,8 +49,9 @@ class NeighbourOrigin:
         bool | None,
         typer.Option(
             "--start-token/--no-start-token",
-            help="Begin prompts with BOS or CLS, as documents that were cut so.  [default: as the "
-            "database or the service has it; without these, as the model was trained]",
+            help="Begin prompts with BOS or CLS, as documents that were cut so.  "
+            "\\[default: as the database or the service has it; without these, as the model was "
+            "trained]",
             show_default=False,
         ),
     ] = None

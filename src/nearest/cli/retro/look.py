@@ -23,7 +23,6 @@ from nearest.cli.retro.options import (
     stored_table,
 )
 from nearest.errors import NearestError
-from nearest.folder import disk_errors_explained, write_atomically
 
 if TYPE_CHECKING:
     from nearest.retro.data.database import ChunkDatabase
@@ -47,6 +46,7 @@ def show(
     quiet_libraries()
     if html is not None:
         check_place(html)
+    from nearest.folder import disk_errors_explained, write_atomically
     from nearest.retro.data.database import ChunkDatabase
     from nearest.retro.data.opening import decoder, tokenizer_of
     from nearest.retro.data.show import as_html, document_number, shown_chunks

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="SOURCE...", help="A memory; or files, folders, hf://owner/name[/config][:split]."
+        metavar="SOURCE...", help="A memory; or files, folders, hf://owner/name\\[/config][:split]."
     ),
 ]
 DatabasePath = Annotated[

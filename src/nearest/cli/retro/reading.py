@@ -28,7 +28,7 @@ TextTables = Annotated[
     typer.Option(
         "--text",
         help="Table of a text's neighbours (nearest retro neighbours --table); repeat or commas.  "
-        "[default: the database's own]",
+        "\\[default: the database's own]",
     ),
 ]
 Subset = Annotated[
@@ -68,7 +68,7 @@ class Windows:
     ] = 1
     window: Annotated[int, typer.Option(help="Tokens read at once.")] = 512
     stride: Annotated[
-        int | None, typer.Option(help="New tokens a window.  [default: half the window]")
+        int | None, typer.Option(help="New tokens a window.  \\[default: half the window]")
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8
 

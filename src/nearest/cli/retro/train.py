@@ -63,7 +63,7 @@ class Corpus:
     ] = 1
     max_len: Annotated[
         int | None,
-        typer.Option(help="Tokens read at once.  [default: 1024, or the model's positions]"),
+        typer.Option(help="Tokens read at once.  \\[default: 1024, or the model's positions]"),
     ] = None
     first_only: Annotated[
         bool,
@@ -173,7 +173,7 @@ def train(
     *,
     preset: Annotated[
         Literal["norlund", "retro-pytorch", "paper"] | None,
-        typer.Option(help="Kind of model.  [default: norlund]", show_default=False),
+        typer.Option(help="Kind of model.  \\[default: norlund]", show_default=False),
     ] = None,
     changes: Set = None,
     begin: Begin = None,
