@@ -386,6 +386,7 @@ def test_evaluation_sums_what_was_predicted(
     assert abs(knn.nll - found.nll) > 0.01  # else the pointers were not there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["retomaton", "suffix"])
 def test_neither_blocks_nor_batches_nor_company_change_a_document(
     worlds: dict[str, World], tiny_model: Any, monkeypatch: pytest.MonkeyPatch, method: str

@@ -79,6 +79,7 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     operations=OPERATIONS,
     capacity=st.integers(1, 8),

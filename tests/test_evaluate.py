@@ -316,6 +316,7 @@ def test_perplexity_of_the_impossible_is_infinite() -> None:
 # --- all documents as one sequence ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["base", "knn", "retomaton", "suffix"])
 def test_a_stream_is_one_document_of_all(
     model: PreTrainedModel, memory: Memory, method: str, monkeypatch: pytest.MonkeyPatch

@@ -69,6 +69,7 @@ def _rounded(told: Any) -> Any:
     return round(told, 9) if isinstance(told, float) else told
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("workers", "leave_one_out"), [(1, False), (3, True)])
 def test_workers_find_what_one_process_finds(
@@ -92,6 +93,7 @@ def test_workers_find_what_one_process_finds(
     assert (seen[-1][2] or 0) > 2  # so that there was something to share
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 def test_several_memories_and_the_model_alone(model: Model, memory: Memory, tmp_path: Path) -> None:
     other = Memory.build(*model, TEXT[-4:], tmp_path / "o", tune=False, window=16)
@@ -119,6 +121,7 @@ def test_runs_are_of_the_text_alone(model: Model, memory: Memory) -> None:
         np.testing.assert_array_equal(one.queries.keys, other.queries.keys)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced(
     model: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -191,6 +191,7 @@ def test_candidates_and_perplexity_are_those_of_one_memory(
         assert nll[0] == pytest.approx(nll[1], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp16"], indirect=True)
 @pytest.mark.parametrize("compacted", [False, True])
 def test_samples_are_those_of_one_memory(

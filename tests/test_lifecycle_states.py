@@ -146,6 +146,7 @@ class Life(RuleBasedStateMachine):
             assert files(self.path) == live_files(self.path)
 
 
+@pytest.mark.slow
 def test_a_memory_is_a_dictionary_of_documents() -> None:
     run_state_machine_as_test(
         Life,

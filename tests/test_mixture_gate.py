@@ -458,6 +458,7 @@ def tuned_memory(model: PreTrainedModel, build_memory: Callable[..., Memory]) ->
 TEXT = make_documents(6, 40, seed=2)
 
 
+@pytest.mark.slow
 def test_gates_help_and_are_used_by_their_method_alone(
     model: PreTrainedModel, tuned_memory: Memory
 ) -> None:

@@ -414,6 +414,7 @@ def test_prompt_lookup_gives_what_plain_search_gives(model):
     assert torch.equal(drafted, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retro", "gpt2"])
 def test_an_assistant_drafts_without_neighbours(kind):
     """Whatever it drafts, what is accepted is what plain search gives."""

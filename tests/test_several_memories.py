@@ -240,6 +240,7 @@ def test_the_verb_names_documents_of_all_memories(
 TEXT = make_documents(4, 30, seed=7)
 
 
+@pytest.mark.slow
 def test_evaluation_mixes_what_each_memory_predicts(
     tiny_model: PreTrainedModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
