@@ -3,7 +3,7 @@
 The first documents of the test text; a time is the median of the rounds. Run it where nothing else
 runs.
 
-    python benchmarks/added.py --corpus dclaw --work FOLDER --documents 20
+    python benchmarks/added.py --corpus dclaw --work FOLDER --documents 10
 """
 
 import statistics
@@ -13,7 +13,7 @@ from nearest import Memory, evaluate, read_documents, read_text
 
 
 def main() -> None:
-    options = arguments(__doc__, corpus="dclaw", clusters=20_000, documents=20, rounds=5)
+    options = arguments(__doc__, corpus="dclaw", clusters=20_000, documents=10, rounds=5)
     model, tokenizer = model_and_tokenizer()
     whole = Memory.open(options.work / f"{options.corpus}.memory")
     bare = Memory.open(options.work / f"{options.corpus}-bare.memory")
