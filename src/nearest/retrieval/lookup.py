@@ -34,17 +34,25 @@ from nearest.retrieval.settings import Settings, method_named
 
 
 class Ahead(NamedTuple):
-    """Candidates that depend on a query alone, looked up before its pointers are known.
+    """What depends on a query alone, looked up before its pointers are known.
 
-    A kind is None where the method has none of it, or may not need it.
+    Attributes:
+        matched: None where the method has no suffix matches.
+        dense: None where no search was made.
+        searched: which queries get a dense search; None where their pointers decide.
     """
 
-    dense: Part | None
-    matched: Part | None
+    matched: Part | None = None
+    dense: Part | None = None
+    searched: Bool[np.ndarray, " q"] | None = None
 
     def rows(self, rows: slice) -> "Ahead":
         """Those of some queries."""
-        return Ahead(*(None if part is None else part.rows(rows) for part in self))
+        return Ahead(
+            None if self.matched is None else self.matched.rows(rows),
+            None if self.dense is None else self.dense.rows(rows),
+            None if self.searched is None else self.searched[rows],
+        )
 
 
 class Lookup:
@@ -108,7 +116,8 @@ class Lookup:
         """Whether every query gets a dense search, whatever else is found."""
         if self._chooser is not None:
             return self.settings.skip <= 0
-        return "dense" in self.kinds and "pointers" not in self.kinds
+        by_pointers = "pointers" in self.kinds and self.settings.min_knns < np.inf
+        return "dense" in self.kinds and not by_pointers
 
     @property
     def needs_lm(self) -> bool:
@@ -125,10 +134,11 @@ class Lookup:
 
     def ahead(self, queries: Queries) -> Ahead:
         """What `candidates` needs no pointers for; many queries at once cost less each."""
-        return Ahead(
-            self._dense(queries) if self._searches_all else None,
-            self._matched(queries) if "suffix" in self.kinds else None,
-        )
+        matched = self._matched(queries) if "suffix" in self.kinds else None
+        if self._chooser is None and not self._searches_all:
+            return Ahead(matched)
+        searched = self._to_search(queries, matched or no_part(len(queries.keys)))
+        return Ahead(matched, self._dense_of(queries, searched), searched)
 
     def candidates(
         self,
@@ -142,22 +152,21 @@ class Lookup:
         `ahead` is what `ahead` gave for the queries, if it was asked.
         """
         count = len(queries.keys)
-        known = ahead or Ahead(None, None)
+        known = ahead or Ahead()
         none = no_part(count)
         if self.kinds == ("dense",) and not self._asks:
             return self._joined(self._dense(queries), none, none, np.ones(count, dtype=bool))
-        dense = pointed = matched = none
-        left = np.zeros(count, dtype=np.int64)
+        pointed = matched = none
         if pointers is not None and "pointers" in self.kinds:
             pointed = self._pointed(queries, pointers)
-            left = (pointers >= 0).sum(axis=1)
         if "suffix" in self.kinds:
             matched = self._matched(queries) if known.matched is None else known.matched
-        searched = self._to_search(queries, left, pointed, matched)
-        if searched.all():
-            dense = self._dense(queries) if known.dense is None else known.dense
-        elif searched.any():
-            dense = scattered(self._dense(queries.rows(searched)), searched)
+        searched, dense = known.searched, known.dense
+        if searched is None:
+            searched = self._to_search(queries, matched, pointers)
+            dense = self._dense_of(queries, searched)
+        if dense is None or not searched.any():
+            dense = none
         if self.settings.dedup:
             pointed = pointed.without(automaton.without_repeated(pointed.ids, dense.ids) < 0)
         return self._joined(dense, pointed, matched, searched)
@@ -195,11 +204,14 @@ class Lookup:
         return candidate_weights(candidates, self.gate.components, shares)
 
     def _to_search(
-        self, queries: Queries, left: Int[np.ndarray, " q"], pointed: Part, matched: Part
+        self,
+        queries: Queries,
+        matched: Part,
+        pointers: Int[np.ndarray, "q p"] | None = None,
     ) -> Bool[np.ndarray, " q"]:
         """Which queries get a dense search: the gate's choice, or those with few pointers left.
 
-        `left` counts pointers before members of their clusters are added.
+        Pointers are counted before members of their clusters are added; a gate does not see them.
         """
         count = len(queries.keys)
         if "dense" not in self.kinds:
@@ -209,12 +221,21 @@ class Lookup:
         if self._chooser is not None:
             if self.settings.skip >= 1:  # then nothing need be looked at
                 return np.zeros(count, dtype=bool)
-            nothing = no_part(count), np.zeros(count, dtype=bool)
-            found = self._joined(nothing[0], pointed, matched, nothing[1])
+            none = no_part(count)
+            found = self._joined(none, none, matched, np.zeros(count, dtype=bool))
             before = View(queries, found, self.memory)
             return self._chooser.worth_searching(before, self.settings.skip)
+        left = np.zeros(count) if pointers is None else (pointers >= 0).sum(axis=1)
         fewer: Bool[np.ndarray, " q"] = left < self.settings.min_knns
         return fewer
+
+    def _dense_of(self, queries: Queries, searched: Bool[np.ndarray, " q"]) -> Part | None:
+        """The dense candidates of the queries that are searched, None where none is."""
+        if searched.all():
+            return self._dense(queries)
+        if not searched.any():
+            return None
+        return scattered(self._dense(queries.rows(searched)), searched)
 
     def _dense(self, queries: Queries) -> Part:
         settings = self.settings

@@ -68,7 +68,11 @@ class Gate(Protocol):
 
 @runtime_checkable
 class SearchGate(Protocol):
-    """Decides which queries are worth a dense search."""
+    """Decides which queries are worth a dense search.
+
+    It goes by the query, the model's view of it and suffix matches, never by pointers, which are
+    known only when the token before has come: so searches of many positions are made together.
+    """
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Whether to search, such that about `skip` of the tuning text's searches are saved."""
