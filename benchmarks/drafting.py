@@ -1,32 +1,44 @@
 """Generation at batch 1 with drafts of memory and text, without them, and by the base model alone.
 
 The memory is made of law, and `--tuned` names one that was tuned for methods with a gate. Greedy,
-in turns, with transformers' prompt lookup (drafts of ten tokens from the text itself) on the
-attached model as a rival: law that is not in the memory (its own domain), Python's documentation
-(other topics), WikiText-2 (another domain), random tokens, and questions as a chat puts them.
-Equal says how many texts are the same with drafts as without.
+in turns, on five kinds of text: law that is not in the memory (its own domain), Python's
+documentation (other topics), WikiText-2 (another domain), random tokens, and questions as a chat
+puts them. Two rivals draft for the attached model: transformers' prompt lookup (ten tokens from the
+text itself) and, where its package can be imported, the frequency trees of SuffixDecoding
+(arXiv:2411.04975; `suffix_decoding` of arctic-inference, with vLLM's limits), which have read the
+memory's documents. Equal says how many texts are the same with drafts as without.
 
     python benchmarks/drafting.py
+    PYTHONPATH=path/to/arctic-inference python benchmarks/drafting.py
     python benchmarks/drafting.py --model path/to/SmolLM2-135M-Instruct --methods suffix,hybrid
 """
 
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from common import MODEL, arguments, first_documents, is_built, machine, report
 from nearest import Memory, attach, read_documents
 from nearest.encode.identity import start_token
 from nearest.encode.loading import load_model_and_tokenizer
 
+try:
+    from arctic_inference.suffix_decoding import SuffixDecodingCache
+except ImportError:
+    SuffixDecodingCache = None
+
 METHODS: dict[str, dict[str, Any]] = {"retomaton": {"min_knns": 1}, "hybrid": {"skip": 1.0}}
-SIDES = ("base model", "attached", "prompt lookup", "with drafts")
+TREES = "frequency trees"
+TREE_DEPTH = 24  # as in vLLM, for drafts and for what they are matched with
+SIDES = ("base model", "attached", "prompt lookup", TREES, "with drafts")
 TEXTS = "law,python,wikitext2,random,chat"
 QUESTIONS = (
     "What must a landlord tell a tenant before the rent is raised?",
@@ -72,6 +84,62 @@ def asked(tokenizer: Any, start: int, question: str) -> torch.Tensor:
     return torch.tensor([tokenizer(said, add_special_tokens=False)["input_ids"]])
 
 
+class FrequencyTrees(CandidateGenerator):
+    """Drafts by SuffixDecoding for one text."""
+
+    def __init__(self, trees: Any, prompt: list[int]) -> None:
+        self.trees = trees
+        self.known = len(prompt)
+        trees.start_request("text", prompt)
+
+    def get_candidates(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        ids = input_ids[0].tolist()
+        self.trees.add_active_response("text", ids[self.known :])
+        self.known = len(ids)
+        drafted = self.trees.speculate(
+            "text", ids, max_spec_tokens=TREE_DEPTH, max_spec_factor=1.0, min_token_prob=0.1
+        ).token_ids
+        return torch.tensor([ids + drafted]), None
+
+    def update_candidate_strategy(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def by_trees(model: Any, trees: Any) -> Iterator[None]:
+    """Assisted decoding asks the trees for drafts; each text is forgotten with the next."""
+
+    def made(input_ids: torch.Tensor, **_: Any) -> FrequencyTrees:
+        forget(trees)
+        return FrequencyTrees(trees, input_ids[0].tolist())
+
+    model._get_candidate_generator = made
+    try:
+        yield
+    finally:
+        del model._get_candidate_generator
+        forget(trees)
+
+
+def forget(trees: Any) -> None:
+    """End the text that is being written: it is no help for another side."""
+    if "text" in trees.active_requests:
+        trees.stop_request("text")
+        trees.evict_cached_response("text")
+
+
+def trees_of(memory: Memory) -> Any:
+    """The trees of all documents of a memory."""
+    trees = SuffixDecodingCache(TREE_DEPTH)
+    for segment_number, segment in enumerate(memory.segments):
+        for number in range(len(segment.offsets) - 1):
+            one = (segment_number, number)
+            trees.start_request(one, [])
+            trees.add_active_response(one, segment.tokens_of(number).tolist())
+            trees.stop_request(one)
+    return trees
+
+
 def main() -> None:
     options = arguments(
         __doc__,
@@ -93,6 +161,8 @@ def main() -> None:
         Memory.build(model, tokenizer, first_documents(law, tokenizer, options.memory_tokens), path)
     memory = Memory.open(path)
     report(**machine(), entries=memory.entries)
+    sides = [side for side in SIDES if side != TREES or SuffixDecodingCache is not None]
+    trees = trees_of(memory) if TREES in sides else None
     passes = [0]
     model.get_input_embeddings().register_forward_hook(
         lambda *_: passes.__setitem__(0, passes[0] + 1)
@@ -113,15 +183,17 @@ def main() -> None:
 
     for method in options.methods.split(","):
         for text in options.texts.split(","):
-            found: dict[str, list[Any]] = {side: [] for side in SIDES}
+            found: dict[str, list[Any]] = {side: [] for side in sides}
             for number, ids in enumerate(prompts(options, tokenizer, text)):
-                for side in SIDES:
+                for side in sides:
                     here: Any = nullcontext()
                     if side != "base model":
                         drafts, settings = side == "with drafts", METHODS.get(method, {})
                         here = attach(model, memory, method, draft=drafts, **settings)
-                    lookup = {"prompt_lookup_num_tokens": 10} if side == "prompt lookup" else {}
-                    with here:
+                    assisted = side in ("prompt lookup", TREES)
+                    lookup = {"prompt_lookup_num_tokens": 10} if assisted else {}
+                    drafter = by_trees(model, trees) if side == TREES else nullcontext()
+                    with here, drafter:
                         if not number:
                             written(ids, **lookup)  # what is compiled once
                         found[side].append(written(ids, **lookup))
@@ -136,8 +208,10 @@ def main() -> None:
                 tokens_a_second=rates,
                 drafts_of_attached=rates["with drafts"] / rates["attached"],
                 drafts_of_base=rates["with drafts"] / rates["base model"],
-                prompt_lookup_of_attached=rates["prompt lookup"] / rates["attached"],
-                tokens_a_pass=options.new_tokens * len(drafted) / sum(row[2] for row in drafted),
+                tokens_a_pass={
+                    side: options.new_tokens * len(rows) / sum(row[2] for row in rows)
+                    for side, rows in found.items()
+                },
                 equal=sum(a[0] == b[0] for a, b in zip(plain, drafted, strict=True)),
                 texts=len(drafted),
             )

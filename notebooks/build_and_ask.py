@@ -17,7 +17,7 @@ from nearest.verbs.generate import generate
 
 work = Path(os.environ.get("NEAREST_NOTEBOOKS") or tempfile.mkdtemp())
 name = str(Path(nearest.__file__).parent / "demo/general-gpt2-7m")
-model = AutoModelForCausalLM.from_pretrained(name).eval()
+model = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
 tokenizer = AutoTokenizer.from_pretrained(name)
 
 # %% [markdown]

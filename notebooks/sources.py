@@ -18,7 +18,7 @@ from nearest.verbs.records import RecordTable
 
 work = Path(os.environ.get("NEAREST_NOTEBOOKS") or tempfile.mkdtemp())
 name = str(Path(nearest.__file__).parent / "demo/general-gpt2-7m")
-model = AutoModelForCausalLM.from_pretrained(name).eval()
+model = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
 tokenizer = AutoTokenizer.from_pretrained(name)
 split = split_topics(topics)
 memory = Memory.build(model, tokenizer, split.memory[-8:], work / "sources.memory", tune=False)

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from conftest import make_documents, make_model
-from nearest import Memory
+from conftest import make_documents, make_model, make_tokenizer
+from nearest import Memory, attach, evaluate
 from nearest.cli import app
 from nearest.encode import dtype as dtype_module
 from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu, few_bits, quantisation
@@ -52,6 +52,22 @@ def test_auto_is_as_saved_where_that_is_fast(
 def test_a_cpu_that_says_nothing_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert not fast_on_cpu(torch.bfloat16)
+
+
+def test_half_precision_that_a_cpu_emulates_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, documents = make_model().bfloat16(), make_documents(2, 12)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.warns(UserWarning, match=r"bfloat16.*dtype=torch\.float32") as told:
+        memory = Memory.build(model, make_tokenizer(), documents, tmp_path / "m", tune=False)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="bfloat16"), attach(model, memory, lam=0.5):
+        pass
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    recwarn.clear()
+    evaluate(model, memory, documents, "knn", tokenizer=make_tokenizer(), lam=0.5)
+    assert not [one for one in recwarn if "instructions" in str(one.message)]
 
 
 def test_a_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nearest.errors import SettingError
+from nearest.errors import SettingError, warn_caller
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _KINDS = ("cpu", "cuda", "mps", "xpu")
@@ -62,6 +62,22 @@ def fast_on_cpu(dtype: torch.dtype) -> bool:
     """
     found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype == torch.bfloat16 and any(found.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
+
+
+def warn_of_slow_dtype(model: nn.Module) -> None:
+    """Say so where a model computes in half precision on a CPU that emulates it.
+
+    transformers gives a model the dtype that it was saved in, which is meant for GPUs.
+    """
+    weight = next(model.parameters(), None)
+    if weight is None or weight.device.type != "cpu" or quantisation(model) is not None:
+        return
+    if weight.dtype in (torch.bfloat16, torch.float16) and not fast_on_cpu(weight.dtype):
+        warn_caller(
+            f"the model computes in {str(weight.dtype).removeprefix('torch.')}, which this CPU "
+            "has no instructions for: float32 is several times as quick here "
+            "(from_pretrained(…, dtype=torch.float32), or --dtype auto)"
+        )
 
 
 def quantisation(model: nn.Module) -> str | None:

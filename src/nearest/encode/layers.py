@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nearest.encode.dtype import quantisation
+from nearest.encode.dtype import quantisation, warn_of_slow_dtype
 from nearest.encode.hooks import captured_input, of_this_thread
 from nearest.encode.identity import input_device, reads_sources, vocabulary_size
 from nearest.errors import ModelError, SettingError
@@ -61,6 +61,7 @@ def find_key_layer(model: PreTrainedModel, name: str) -> KeyLayer:
         )
     _output_embeddings(model)
     _refuse_compiled_parts(model)
+    warn_of_slow_dtype(model)
     module = _output_embeddings(model) if name == "last_hidden" else _last_ffn_entry(model)
     path = next(path for path, candidate in model.named_modules() if candidate is module)
     with captured_input(module) as seen:
