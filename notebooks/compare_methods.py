@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nearest
-from nearest import Memory, evaluate, plots, sweep, tune
+from nearest import Memory, evaluate, plots, read_text, sweep, tune
 from nearest.demo.corpus import split_topics
 
 work = Path(os.environ.get("NEAREST_NOTEBOOKS") or tempfile.mkdtemp())
@@ -21,22 +21,27 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 
 # %% [markdown]
 # Three parts of Python's language reference: to remember, to tune on, to score. Topics that repeat
-# others are left out, so that nothing that is scored stands in the memory.
+# others are left out, so that nothing that is scored stands in the memory; so are long ones, which
+# take long.
 
 # %%
 split = split_topics(topics)
-remembered, tuning, test = split.memory[-8:], split.tuning[-6:], split.test[-8:]
+remembered = [document for document in split.memory if len(document.text) < 12_000]
+tuning = [document for document in split.tuning if len(document.text) < 3_000]
+test = [document for document in split.test if len(document.text) < 1_500]
 memory = Memory.build(model, tokenizer, remembered, work / "methods.memory", tune=False)
 memory
 
 # %% [markdown]
 # ## Tune
-# λ and the temperature are found on text that is not scored later; `hybrid` has a trained gate.
+# λ and the temperature are found on text that is not scored later; `hybrid` has a trained gate. The
+# model reads that text once for all.
 
 # %%
-tuned = tune(model, memory, tuning, method="knn", tokenizer=tokenizer)
+text = read_text(model, memory, tuning, tokenizer=tokenizer)
+tuned = tune(model, memory, text, method="knn")
 for method in ("retomaton", "suffix", "hybrid"):
-    tune(model, memory, tuning, method=method, tokenizer=tokenizer)
+    tune(model, memory, text, method=method)
 plots.tuning(tuned)
 
 # %% [markdown]

@@ -104,6 +104,37 @@ def test_several_methods_each_take_their_own_settings(world: SimpleNamespace) ->
     assert suffix["delta_nll"] == pytest.approx(suffix["nll"] - base["nll"])
 
 
+def test_several_methods_are_tuned_as_each_alone(world: SimpleNamespace) -> None:
+    where = ["tune", world.memory, "--text", world.text]
+    own = {"knn": ["--k", 12], "suffix": ["--suffix-k", 9], "knn+buckets": ["--k", 12]}
+    options = ["--k", 12, "--suffix-k", 9]
+    together = works(*where, "--method", ",".join(own), *options)
+    assert [one["method"] for one in together] == list(own)
+    for one in together:
+        (alone,) = works(*where, "--method", one["method"], *own[one["method"]])
+        assert one.keys() == alone.keys()
+        for name, value in one.items():
+            assert value == (alone[name] if isinstance(value, str) else pytest.approx(alone[name]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "knn,sufix"], "sufix"),
+        (["--method", "knn,base"], "base"),
+        (["--method", ""], "at least one method"),
+        (["--method", "knn,suffix", "--by", "bleu"], "take one method, and 2 are named"),
+        (["--method", "knn,suffix", "--min-knns", 3], "min_knns"),
+    ],
+)
+def test_methods_that_cannot_be_tuned_are_refused_before_any_is(
+    world: SimpleNamespace, options: list[str], said: str
+) -> None:
+    before = works("info", world.memory)
+    assert said in refused("tune", world.memory, "--text", world.text, *options)
+    assert works("info", world.memory) == before
+
+
 @pytest.mark.parametrize("method", ["retomaton", "suffix"])
 def test_generate_continues_with_sources(world: SimpleNamespace, method: str) -> None:
     settings = RETOMATON if method == "retomaton" else SUFFIX

@@ -28,10 +28,8 @@ nearest eval "$OUT/law.memory" --text "$OUT/dev.jsonl" --score-eos --method base
   --k "$K" --lam 0.9 --knn-temperature "$TEMPERATURE" --min-knns inf
 
 # 4. The curve, with settings found on dev, on test.
-for method in knn retomaton suffix hybrid; do
-  nearest tune "$OUT/law.memory" --text "$OUT/dev.jsonl" --method "$method"
-done
-nearest tune "$OUT/law.memory" --text "$OUT/dev.jsonl" --method knn --gate adaptret
+nearest tune "$OUT/law.memory" --text "$OUT/dev.jsonl" \
+  --method knn,knn+adaptret,retomaton,suffix,hybrid
 nearest sweep "$OUT/law.memory" --text "$OUT/test.jsonl" --score-eos --out "$OUT/figure" \
   --methods knn,knn+adaptret,retomaton,suffix,hybrid --min-knns 1,2,5,20,100,inf --published law-mt
 

@@ -26,10 +26,8 @@ for name in base finetuned; do
   model=$MODEL; [ "$name" = finetuned ] && model=$OUT/finetuned
   memory=$OUT/$name.memory
   [ -e "$memory" ] || nearest build "$model" "$OUT/train.jsonl" --out "$memory" --no-tune
-  for method in knn retomaton suffix hybrid; do
-    nearest tune "$memory" --text "$OUT/valid.jsonl" --method "$method"
-  done
-  nearest tune "$memory" --text "$OUT/valid.jsonl" --method knn --gate adaptret
+  nearest tune "$memory" --text "$OUT/valid.jsonl" \
+    --method knn,knn+adaptret,retomaton,suffix,hybrid
   nearest eval "$memory" --text "$OUT/test.jsonl" --json \
     --method base,knn,knn+adaptret,retomaton,suffix,hybrid | tee "$OUT/$name.json"
 done

@@ -134,12 +134,8 @@ def tune(settings: argparse.Namespace) -> None:
         valid.append(settings.work / "general-valid.jsonl")
     texts = [word for path in valid for word in ("--text", path)]
     near = ("--encoder-texts", settings.encoder_texts) if settings.encoder_texts else ()
-    for name in settings.methods.split(","):
-        method, _, gate = name.partition("+")
-        if method != "base":
-            chosen = ("--method", method, *(("--gate", gate) if gate else ()))
-            searches = () if method == "suffix" else near
-            nearest("tune", settings.work / "statutes.memory", *texts, *chosen, *searches)
+    methods = ",".join(name for name in settings.methods.split(",") if name != "base")
+    nearest("tune", settings.work / "statutes.memory", *texts, "--method", methods, *near)
 
 
 def compare(settings: argparse.Namespace) -> None:

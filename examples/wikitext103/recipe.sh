@@ -31,9 +31,7 @@ nearest eval "$OUT/train.memory" --text "$OUT/validation.jsonl" --stream \
   --method base,knn,retomaton --k "$K" --lam "$LAM" --knn-temperature "$TEMPERATURE" --min-knns inf
 
 # 5. The same with settings found on the validation text, on the test text.
-for method in knn retomaton suffix hybrid; do
-  nearest tune "$OUT/train.memory" --text "$OUT/validation.jsonl" --method "$method"
-done
+nearest tune "$OUT/train.memory" --text "$OUT/validation.jsonl" --method knn,retomaton,suffix,hybrid
 nearest eval "$OUT/train.memory" --text "$OUT/test.jsonl" --stream \
   --method base,knn,retomaton,suffix,hybrid
 

@@ -58,17 +58,11 @@ def tune(
     memory: MemoryPath,
     text: TextPaths,
     method: Annotated[
-        Literal[
-            "knn",
-            "retomaton",
-            "suffix",
-            "hybrid",
-            "in-context+knn",
-            "in-context+retomaton",
-            "in-context+suffix",
-            "in-context+hybrid",
-        ],
-        typer.Option(help="What to tune; in-context+…: with passages before the text."),
+        str,
+        typer.Option(
+            help="knn, retomaton, suffix, hybrid, in-context+knn …, or several with commas, for "
+            "which the text is read once."
+        ),
     ] = "knn",
     gate: Annotated[
         Literal["none", "buckets", "meta-k", "adaptret", "mixture"],
@@ -105,10 +99,19 @@ def tune(
     bleu, chrf … what the model writes for each encoder text decides, not the text's probability.
     """
     quiet_libraries()
+    from nearest.models.scoring import read_text
+    from nearest.retrieval.settings import check_methods, settings_of
+    from nearest.verbs.tune import settings_to_tune
     from nearest.verbs.tune import tune as tune_memory
 
-    name = method if gate == "none" or method.endswith("hybrid") else f"{method}+{gate}"
-    by_text = tuning.by != "nll"
+    names = [
+        one if gate == "none" or one.endswith("hybrid") else f"{one}+{gate}"
+        for one in with_commas(method)
+    ]
+    by_text, options = tuning.by != "nll", given(**vars(settings))
+    check_methods(names, options, has_memory=True)
+    if (by_text or more) and len(names) > 1:
+        raise NearestError(f"--by and --memory take one method, and {len(names)} are named")
     if by_text:
         windows = {"window": reading.window, "stride": reading.stride}
         others = {"leave_one_out": leave_one_out, "memory": more, "start": start, **windows}
@@ -116,8 +119,8 @@ def tune(
     texts = files.corpus(text)
     opened, loaded, tokenizer = open_with_model(memory, opening)
     if by_text:
-        options = {"batch_size": reading.batch_size, "force": reading.force, **vars(settings)}
-        tune_by(tuning, loaded, tokenizer, opened, texts, name, options, as_json=as_json)
+        options |= {"batch_size": reading.batch_size, "force": reading.force}
+        tune_by(tuning, loaded, tokenizer, opened, texts, names[0], options, as_json=as_json)
         say_what_was_read(texts)
         return
     if more:
@@ -127,34 +130,44 @@ def tune(
                 "and leave --gate, --start and --leave-one-out out"
             )
         memories = opened_beside(opened, MoreMemories(more))
-        options = {**vars(reading), **given(**vars(settings))}
-        _tune_weights(loaded, tokenizer, memories, texts, method, options, as_json=as_json)
+        options = {**vars(reading), **options}
+        _tune_weights(loaded, tokenizer, memories, texts, names[0], options, as_json=as_json)
         say_what_was_read(texts)
         return
+    for name in names:
+        settings_to_tune(name, opened, settings_of(name, options))
+    begin = None if start is None else open_memory(start)
+    how = {"tokenizer": tokenizer, "leave_one_out": leave_one_out, **vars(reading)}
     with reports.live_progress(err) as progress:
-        tuning_run = partial(
-            tune_memory,
-            loaded,
-            opened,
-            texts,
-            method=name,
-            tokenizer=tokenizer,
-            leave_one_out=leave_one_out,
-            start=None if start is None else open_memory(start),
-            progress=progress,
-            **vars(reading),
-            **vars(settings),
-        )
-        tuned = tuned_and_stored(opened, tuning_run)
+        plain = [name for name in names if not name.startswith("in-context")]
+        read: Any = texts
+        if len(plain) > 1:
+            read = read_text(loaded, opened, texts, progress=progress, **how)
+        for name in names:
+            tuning_run = partial(
+                tune_memory,
+                loaded,
+                opened,
+                read if name in plain else texts,
+                method=name,
+                start=begin,
+                progress=progress,
+                **how,
+                **settings_of(name, options),
+            )
+            _say_tuned(name, tuned_and_stored(opened, tuning_run), as_json=as_json)
+    say_what_was_read(texts)
+
+
+def _say_tuned(name: str, tuned: Any, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"method": name, **tuned.to_dict()}))
-    else:
-        found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(name).items())
-        out.print(
-            f"{name}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
-            f"with {found}; stored"
-        )
-    say_what_was_read(texts)
+        return
+    found = ", ".join(f"{key} {value}" for key, value in tuned.settings.of(name).items())
+    out.print(
+        f"{name}: nll {tuned.nll:.4f} (base {tuned.base_nll:.4f}) on {tuned.tokens:,} tokens "
+        f"with {found}; stored"
+    )
 
 
 def _tune_weights(

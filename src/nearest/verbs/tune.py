@@ -106,13 +106,8 @@ def tune(
         NotStoredError: the result cannot be stored; the error's `tuned` holds it.
         NearestError: model, memory, text or settings cannot be used.
     """
-    if method in (BASE, IN_CONTEXT):
-        raise SettingError(f"{method} has nothing that tuning finds: name another method")
-    check_method(method)
-    if swept := {"lam", "temperature"} & {n for n, value in fixed.items() if value is not None}:
-        raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
     given = {name: value for name, value in fixed.items() if value is not None}
-    resolved = resolve_settings(method, memory, **given)  # refuses what is unknown or out of range
+    resolved = settings_to_tune(method, memory, given)
     begin = None if start is None else _gate_to_start(start, method)
     if store:
         check_writable(memory.path)
@@ -196,6 +191,21 @@ _PUBLISHED: Mapping[str, _Fit] = {
     "meta-k": fit_meta_k,
     "adaptret": fit_adaptret,
 }
+
+
+def settings_to_tune(method: str, memory: Memory, given: dict[str, Any]) -> Settings:
+    """The settings that tuning a method begins with; what is given is not swept.
+
+    Raises:
+        SettingError: the method has nothing to tune or is none, or a setting is one that is found,
+            unknown or out of range.
+    """
+    if method in (BASE, IN_CONTEXT):
+        raise SettingError(f"{method} has nothing that tuning finds: name another method")
+    check_method(method)
+    if swept := {"lam", "temperature"} & set(given):
+        raise SettingError(f"{min(swept)} is what tuning finds: leave it out")
+    return resolve_settings(method, memory, **given)
 
 
 def _train(
