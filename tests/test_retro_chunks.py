@@ -1,6 +1,7 @@
 """Chunks, the filters of candidates, and lexical search, against plain Python."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +249,23 @@ def test_reciprocal_ranks() -> None:
 def test_chunks_of_a_tokenizer_that_overflows_two_bytes(tmp_path: Path) -> None:
     assert Chunks.of([[70_000, 1]], 2).tokens.dtype == np.uint32
     assert Chunks.of([[65_535, 1]], 2).tokens.dtype == np.uint16
+
+
+def test_joined_corpora_stay_on_disk(tmp_path: Path) -> None:
+    """A corpus larger than RAM is read where it lies, a few chunks at a time."""
+    size = 4_000_000
+    files = [
+        np.memmap(tmp_path / f"{n}", np.uint16, "w+", shape=size) for n in range(3)
+    ]  # without blocks on the disk
+    for number, file in enumerate(files):
+        file[-1] = number + 1
+    parts = [Chunks(file, np.array([0]), np.array([size])) for file in files]
+    last = size // 64 * np.arange(1, 4) - 1
+    tracemalloc.start()
+    both = joined([joined(parts[:2]), parts[2]])
+    assert both.rows(last)[:, -1].tolist() == [1, 2, 3]
+    assert both.rows(np.arange(0, len(both), 500)).sum() == 0
+    assert both.largest == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size  # bytes, of 6 * size

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from nearest.retro.data.database import ChunkDatabase, Part
 from nearest.retro.data.dataset import RetroDataset
 from nearest.retro.data.embedders import Embedder
 from nearest.retro.data.filters import Filters, Judge
+from nearest.retro.data.folders import save_array
 from nearest.retro.data.live import MemoryNeighbours
 from nearest.retro.data.search import valid_neighbours
 from nearest.retro.data.stages import (
@@ -32,6 +34,7 @@ from nearest.retro.data.stages import (
     make_table,
 )
 from nearest.retro.data.table import NeighbourTable
+from nearest.store.chunks import ChunkVectors
 from retro_data import M, database, documents, embedder, stored, tokenizer, words
 
 TEXTS = documents(20, longest=20)
@@ -437,3 +440,39 @@ def test_more_blocks_than_files_that_may_be_open(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(table) == len(made.chunks)
+
+
+def test_neighbours_take_no_memory_that_grows_with_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of several segments are read where they lie, and blocks joined one by one."""
+    made = database(tmp_path / "d", TEXTS, indexed=False)
+    made = ChunkDatabase(made.memory.add(None, tokenizer(), stored(TEXTS[:9], first=50)))
+    assert made.embed(embedder(), words)
+    made.build_index()
+    expected = made.embeddings[: len(made.chunks)].astype(np.float32)
+
+    def everything(_: ChunkVectors) -> None:
+        raise AssertionError("all vectors at once")
+
+    monkeypatch.setattr(ChunkVectors, "vectors", property(everything))
+    ids = np.arange(len(made.chunks))[::-1]
+    np.testing.assert_array_equal(made.vectors_of(ids), expected[ids])
+    options = TableOptions(2)
+    assert make_table(made, None, tmp_path / "t", options) is not None
+
+    folder, rows = tmp_path / "large", 20_000
+    (folder / "blocks").mkdir(parents=True)
+    paths = [folder / "blocks" / f"{number}.npy" for number in range(12)]
+    block = np.zeros(rows, [("ids", "<i8", (2,)), ("distances", "<f4", (2,)), ("struck", "<i8", 4)])
+    for number, path in enumerate(paths):
+        block["ids"], block["struck"] = number, number
+        save_array(path, block)
+    tracemalloc.start()
+    stages._join_blocks(folder, paths, {"chunk_size": M}, options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * block.nbytes
+    table = NeighbourTable.open(folder)
+    np.testing.assert_array_equal(table.ids[:, 1], np.arange(12).repeat(rows))
+    assert table.record["counts"]["struck"]["not_older"] == rows * 66

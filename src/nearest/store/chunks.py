@@ -52,6 +52,10 @@ class ChunkVectors:
         pairs = zip(self._stored, self._left, strict=True)
         return np.concatenate([vectors[left] for vectors, left in pairs])
 
+    def of(self, ids: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
+        """The vectors of some chunks, float32, read where they lie."""
+        return self._keys.rows(self.rows[ids])
+
     @cached_property
     def missing(self) -> Int[np.ndarray, " _"]:
         """The ids of chunks that have no vector yet, ascending."""
@@ -105,21 +109,24 @@ class ChunkVectors:
         return self._searcher.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
     @cached_property
-    def _searcher(self) -> Searcher:
+    def _keys(self) -> Keys:
         parts = [FloatKeys(vectors, "l2") for vectors in self._stored]
-        keys: Keys = parts[0] if len(parts) == 1 else JoinedKeys(parts, self._bounds)
+        return parts[0] if len(parts) == 1 else JoinedKeys(parts, self._bounds)
+
+    @cached_property
+    def _searcher(self) -> Searcher:
         alive = None
         if len(self.rows) < self._bounds[-1]:
             alive = np.zeros(self._bounds[-1], dtype=bool)
             alive[self.rows] = True
         searched = [
-            self._searched(segment, left, first, keys)
+            self._searched(segment, left, first, self._keys)
             for segment, left, first in zip(
                 self._segments, self._left, self._bounds[:-1], strict=True
             )
             if len(left)
         ]
-        return Searcher(searched, keys, alive)
+        return Searcher(searched, self._keys, alive)
 
     def _searched(
         self, segment: Segment, left: Int[np.ndarray, " left"], first: int, keys: Keys

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from jaxtyping import Int, Integer, UInt8
@@ -22,12 +22,37 @@ PADDING = -1
 DIGEST_BYTES = 16
 
 
+class JoinedTokens:
+    """The tokens of several corpora, one after another, where they lie: nothing is copied."""
+
+    def __init__(self, parts: "Sequence[Integer[np.ndarray, '_'] | JoinedTokens]") -> None:
+        self._parts = parts
+        self._first = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        """Tokens of all."""
+        return int(self._first[-1])
+
+    def __getitem__(self, places: Int[np.ndarray, " q"]) -> Int[np.ndarray, " q"]:
+        """The tokens at some places."""
+        found = np.empty(len(places), np.int64)
+        parts = np.searchsorted(self._first, places, side="right") - 1
+        for number in np.unique(parts).tolist():
+            own = parts == number
+            found[own] = self._parts[number][places[own] - self._first[number]]
+        return found
+
+    def max(self, initial: int) -> int:
+        """The largest token; `initial` where there is none."""
+        return max(int(part.max(initial=initial)) for part in self._parts)
+
+
 @dataclass(frozen=True, eq=False)
 class Chunks:
     """The chunks of documents whose tokens stand one after the other in one array.
 
     Attributes:
-        tokens: flat; may be a memory map.
+        tokens: flat; may be a memory map, or several one after another.
         starts, stops: where each document's tokens begin and, its padding left out, would end if
             its chunks stood side by side. What stands between documents is not read.
         size: tokens of a chunk, m.
@@ -38,7 +63,7 @@ class Chunks:
         dates: ISO 8601 of each document, "" where it is unknown; None where no document has one.
     """
 
-    tokens: Integer[np.ndarray, " n"]
+    tokens: Integer[np.ndarray, " n"] | JoinedTokens
     starts: Int[np.ndarray, " documents"]
     stops: Int[np.ndarray, " documents"]
     size: int = 64
@@ -200,10 +225,9 @@ def joined(parts: Sequence[Chunks]) -> Chunks:
                 "to be searched as one"
             )
     bases = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
-    wide: Any = np.result_type(*(part.tokens.dtype for part in parts))
     dated = any(part.dates is not None for part in parts)
     return Chunks(
-        np.concatenate([part.tokens.astype(wide, copy=False) for part in parts]),
+        JoinedTokens([part.tokens for part in parts]),
         np.concatenate([part.starts + base for part, base in zip(parts, bases, strict=False)]),
         np.concatenate([part.stops + base for part, base in zip(parts, bases, strict=False)]),
         first.size,

@@ -134,7 +134,7 @@ class ChunkDatabase:
 
     @cached_property
     def chunks(self) -> Chunks:
-        """Its chunks; the tokens stay on disk where there is one segment."""
+        """Its chunks; the tokens stay on disk."""
         return joined([_chunks(segment, self.cut) for segment in self.memory.segments])
 
     @cached_property
@@ -155,9 +155,14 @@ class ChunkDatabase:
 
     @property
     def embeddings(self) -> Float[np.ndarray, "chunks dim"]:
-        """A vector for each chunk, mapped where there is one segment (FolderError as above)."""
+        """A vector for each chunk, in RAM unless there is one segment (FolderError as above)."""
         _ = self.embedder
         return self.vectors.vectors
+
+    def vectors_of(self, ids: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
+        """The vectors of some chunks, float32, read where they lie (FolderError as above)."""
+        _ = self.embedder
+        return self.vectors.of(ids)
 
     def embed(
         self,

@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,21 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write `.npy` in one rename: a kill leaves the old file or the new."""
     with whole_file(path) as file:
         np.save(file, array, allow_pickle=False)
+
+
+def save_blocks(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], blocks: Iterable[np.ndarray]
+) -> None:
+    """As `save_array`, of an array that comes in blocks of rows."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    with whole_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).data)
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -78,7 +78,7 @@ def shown_chunks(
     stored = table.first(neighbours)
     for number in own.chunks.of_document(document):
         ids = np.array([number])
-        vectors = None if options.method == "bm25" else own.embeddings[ids]
+        vectors = None if options.method == "bm25" else own.vectors_of(ids)
         search = searched.search(options.method, own.chunks.rows(ids), vectors)
         found = search(np.array([0]), neighbours + 16)
         reasons = judge(ids, found.ids)[0]

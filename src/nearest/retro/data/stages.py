@@ -37,7 +37,7 @@ from nearest.retro.data.filters import REASONS, Filters, Judge
 from nearest.retro.data.folders import read_array, read_record, save_array
 from nearest.retro.data.fusion import fused
 from nearest.retro.data.search import Found, Search, valid_neighbours
-from nearest.retro.data.table import FORMAT, NeighbourTable
+from nearest.retro.data.table import FORMAT, NeighbourTable, save_table
 from nearest.store.manifest import MANIFEST
 
 AnyDatabase = Path | str | Memory | ChunkDatabase
@@ -280,7 +280,7 @@ def find_neighbours(
     options: TableOptions,
 ) -> Found:
     """The neighbours of some chunks of a database."""
-    vectors = None if options.method == "bm25" else own.embeddings[ids]
+    vectors = None if options.method == "bm25" else own.vectors_of(ids)
     search = searched.search(options.method, own.chunks.rows(ids), vectors)
     return valid_neighbours(ids, search, judge, options.neighbours)
 
@@ -329,20 +329,15 @@ def _join_blocks(
     """Write the table of all blocks, unless another part has."""
     if (folder / "table.json").exists():
         return shutil.rmtree(folder / "blocks", ignore_errors=True)
-    shape = sum(len(read_array(path)) for path in paths), options.neighbours
-    ids, distances = np.empty(shape, np.int64), np.empty(shape, np.float32)
-    struck, first = np.zeros(len(REASONS), np.int64), 0
+    struck, short, chunks = np.zeros(len(REASONS), np.int64), 0, 0
     for rows in map(read_array, paths):  # one is open at a time
-        own = slice(first, first := first + len(rows))
-        ids[own], distances[own] = rows["ids"], rows["distances"]
         struck += rows["struck"].sum(0)
-    counts = {
-        "chunks": len(ids),
-        "short": int((ids[:, -1] < 0).sum()),
-        "struck": dict(zip(REASONS, struck.tolist(), strict=True)),
-    }
-    table = NeighbourTable(ids, distances, {**record, "counts": counts})
-    table.save(folder)
+        short += int((rows["ids"][:, -1] < 0).sum())
+        chunks += len(rows)
+    reasons = dict(zip(REASONS, struck.tolist(), strict=True))
+    whole = {**record, "counts": {"chunks": chunks, "short": short, "struck": reasons}}
+    shape = chunks, options.neighbours
+    save_table(folder, whole, shape, lambda name: (read_array(path)[name] for path in paths))
     shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """The neighbours of every chunk of a corpus, as a file says them and a data set reads them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, sha256_of, write_atomically
 from nearest.retro.data.chunks import PADDING, Chunks
-from nearest.retro.data.folders import read_array, read_record, save_array
+from nearest.retro.data.folders import read_array, read_record, save_blocks
 
 FORMAT = 1
 _IDS, _DISTANCES, _RECORD = "ids.npy", "distances.npy", "table.json"
@@ -82,20 +82,9 @@ class NeighbourTable:
         Raises:
             FolderError: there is another table already, or the disk fails.
         """
-        folder = Path(folder)
-        if (folder / _RECORD).exists():
-            raise FolderError(
-                f"{folder} holds a table already: delete it, or choose another folder"
-            )
-        with disk_errors_explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_array(folder / _IDS, self.ids)
-            save_array(folder / _DISTANCES, self.distances)
-            sums = {name: sha256_of(folder / name) for name in (_IDS, _DISTANCES)}
-            record = {**self.record, "format": FORMAT, "files": sums}
-            write_atomically(
-                folder / _RECORD, json.dumps(record, indent=1, sort_keys=True).encode()
-            )
+        arrays = {"ids": self.ids, "distances": self.distances}
+        shape = len(self.ids), self.saved
+        save_table(Path(folder), self.record, shape, lambda name: [arrays[name]])
 
     @classmethod
     def open(cls, folder: Path | str) -> "NeighbourTable":
@@ -120,6 +109,28 @@ class NeighbourTable:
         from nearest.retro.data.stages import make_table
 
         return make_table(database, queries, path, **options)
+
+
+def save_table(
+    folder: Path,
+    record: Mapping[str, Any],
+    shape: tuple[int, int],
+    blocks: Callable[[str], Iterable[np.ndarray]],
+) -> None:
+    """Write a table of this record and shape whose "ids" and "distances" come in blocks of rows.
+
+    Raises:
+        FolderError: there is another table already, or the disk fails.
+    """
+    if (folder / _RECORD).exists():
+        raise FolderError(f"{folder} holds a table already: delete it, or choose another folder")
+    with disk_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_blocks(folder / _IDS, np.dtype(np.int64), shape, blocks("ids"))
+        save_blocks(folder / _DISTANCES, np.dtype(np.float32), shape, blocks("distances"))
+        sums = {name: sha256_of(folder / name) for name in (_IDS, _DISTANCES)}
+        whole = {**record, "format": FORMAT, "files": sums}
+        write_atomically(folder / _RECORD, json.dumps(whole, indent=1, sort_keys=True).encode())
 
 
 def check_ids(ids: Int[np.ndarray, "chunks k"], chunks: int, what: str) -> None:
