@@ -174,6 +174,34 @@ def test_documents_behind_a_link_that_leads_nowhere_are_kept(tmp_path: Path) -> 
     assert (counts.equal, counts.removed, counts.kept) == (1, 0, 3)
 
 
+def test_a_folder_that_is_empty_now_takes_nothing_away_unasked(tmp_path: Path) -> None:
+    """Such as a mount point without its drive, be it the corpus or below it."""
+    corpus = tmp_path / "corpus"
+    (corpus / "share" / "sub").mkdir(parents=True)
+    (corpus / "never").mkdir()
+    (corpus / "a.md").write_text("a")
+    (corpus / "share" / "b.md").write_text("b")
+    (corpus / "share" / "sub" / "c.md").write_text("c")
+    (corpus / "share" / "rows.jsonl").write_text('{"text": "d"}\n')
+    memory = Memory.build(None, TOKENIZER, corpus, tmp_path / "m", keys="none")
+    (corpus / "share").rename(tmp_path / "away")
+    (corpus / "share").mkdir()
+    (corpus / "share" / ".hidden").touch()
+    for dry_run in (True, False):
+        with pytest.raises(
+            CorpusError, match=r"folder share is empty, and 3 of the documents .*mount"
+        ):
+            memory.sync(None, TOKENIZER, corpus, dry_run=dry_run)
+    assert memory.refresh() is memory
+    _, counts = memory.sync(None, TOKENIZER, corpus, dry_run=True, allow_empty=True)
+    assert (counts.equal, counts.removed) == (1, 3)
+    assert memory.sync(None, TOKENIZER, corpus, allow_empty=True)[0].documents == 1
+    (corpus / "a.md").unlink()
+    (corpus / "share" / ".hidden").unlink()
+    with pytest.raises(CorpusError, match="holds no file of a kind that is read"):
+        memory.refresh().sync(None, TOKENIZER, corpus, allow_empty=True)
+
+
 def test_rows_that_name_a_path_are_not_taken_for_files(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()

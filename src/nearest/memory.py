@@ -256,19 +256,17 @@ class Memory(SearchedSnapshot):
             model, tokenizer: as in `add`; not needed for a dry run.
             documents: as in `build`; all that the memory is to hold.
             dry_run: only count what would be done.
-            **options: batch_size, force, progress, as in `add`.
+            **options: as in `add`; allow_empty: remove what came from folders that are empty now.
 
         Raises:
             NearestError: something cannot be used, or nothing would be left; nothing is changed.
         """
-        from nearest.build.sync import compare_documents, sync_documents
+        from nearest.build.sync import SyncOptions, compare_documents, sync_documents
 
+        how = options_of(SyncOptions, None, options)
         if dry_run:
-            return self, compare_documents(self.path, documents)
-        from nearest.build.add import AddOptions
-
-        chosen = options_of(AddOptions, None, options)
-        synced = sync_documents(self.path, documents, bare(model), tokenizer, chosen)
+            return self, compare_documents(self.path, documents, how)
+        synced = sync_documents(self.path, documents, bare(model), tokenizer, how)
         return self.refresh(), synced
 
     def update(self, model: Any, tokenizer: Any, documents: Documents, **options: Any) -> "Memory":

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,13 @@ from nearest.store.snapshot import Snapshot
 from nearest.store.stored_ids import Stored, StoredIds
 
 _MADE_ID = re.compile(r"(.*)#[0-9a-f]{16}(#\d+)?", re.DOTALL)  # of a row: its file and a hash
+
+
+@dataclass(frozen=True)
+class SyncOptions(AddOptions):
+    """How documents are added, and what may be removed."""
+
+    allow_empty: bool = False  # what was read from folders in which there is nothing now
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,17 @@ def sync_documents(
     documents: Documents,
     model: LanguageModel | None,
     tokenizer: Any,
-    options: AddOptions,
+    options: SyncOptions,
 ) -> Synced:
     """Make a memory hold exactly these documents; those that are equal are not touched.
 
     Raises:
-        NearestError: model, documents or folder cannot be used, or nothing would be left; the
-            memory stays as it was.
+        NearestError: model, documents or folder cannot be used, nothing would be left, or a folder
+            of the corpus is empty that held documents; the memory stays as it was.
     """
     with changing(path) as change:
         rules = rules_of(change.manifest, model)
-        compared = _Compared(change.snapshot, documents, rules)
+        compared = _Compared(change.snapshot, documents, rules, options)
         encoder = encoder_of(change.snapshot, model, tokenizer, options)
         new, added = _peeked(compared.changed()), []
         if new is not None:
@@ -89,12 +97,12 @@ def sync_documents(
     return synced
 
 
-def compare_documents(path: Path, documents: Documents) -> Synced:
+def compare_documents(path: Path, documents: Documents, options: SyncOptions) -> Synced:
     """Say what `sync_documents` would do, without a model; raises as it does."""
     snapshot = open_snapshot(path)
     model = snapshot.manifest.model
     rules = TokenRules(model.start_token, model.vocab_size, model.source_vocab_size)
-    compared = _Compared(snapshot, documents, rules)
+    compared = _Compared(snapshot, documents, rules, options)
     for _ in compared.changed():
         pass
     return compared.result()
@@ -116,12 +124,14 @@ def _peeked(documents: Iterator[Document]) -> Iterator[Document] | None:
 class _Compared:
     """A memory and a corpus, compared document by document as the corpus is read."""
 
-    def __init__(self, memory: Snapshot, documents: Documents, rules: TokenRules) -> None:
+    def __init__(
+        self, memory: Snapshot, documents: Documents, rules: TokenRules, options: SyncOptions
+    ) -> None:
         self.replaced: list[Stored] = []
         self.gone: list[Stored] = []
         self._memory = memory
         self._documents = read_documents(documents) if isinstance(documents, Path) else documents
-        self._rules = rules
+        self._rules, self._allow_empty = rules, options.allow_empty
         self._ids = StoredIds(memory)
         self._seen = [np.zeros(segment.record.documents, bool) for segment in memory.segments]
         self._early: dict[str, Stored] | None = None
@@ -151,22 +161,31 @@ class _Compared:
         """The counts, when all documents have been read; finds what is gone.
 
         Raises:
-            CorpusError: nothing would be left.
+            CorpusError: nothing would be left, or a folder is empty that held documents.
         """
         given, kept = self._documents, 0
         report = given.report if isinstance(given, Corpus) else CorpusReport()
-        self.gone = []
+        self.gone, emptied = [], Counter[str]()
         for number, segment in enumerate(self._memory.segments):
             for stored in segment.numbers[~self._seen[number][segment.numbers]].tolist():
                 gone = Stored(number, stored)
                 if report.unread and _may_be_of_unread(self._document(gone), report):
                     kept += 1
-                else:
-                    self.gone.append(gone)
+                    continue
+                self.gone.append(gone)
+                if report.empty and not self._allow_empty:
+                    emptied.update(report.empty.intersection(_places(self._document(gone))))
         if not self._equal + self._added + len(self.replaced) + kept:
             raise CorpusError(
                 f"nothing would be left of {self._memory.path}: delete its folder instead, or name "
                 "a corpus with documents"
+            )
+        if emptied:
+            folder, count = min(emptied.items())
+            raise CorpusError(
+                f"the folder {folder} is empty, and {count:,} of the documents of "
+                f"{self._memory.path} came from it: mount it again, if it is a drive or a share; "
+                "if they are to go, delete the folder, or say so (--allow-empty, allow_empty=True)"
             )
         return Synced(self._equal, len(self.replaced), len(self.gone), self._added, kept)
 
@@ -210,10 +229,14 @@ def _as_stored(metadata: Mapping[str, Any]) -> str:
 
 def _may_be_of_unread(document: Document, report: CorpusReport) -> bool:
     """Whether a document may be of a file, or below a folder, that could not be read."""
+    places = _places(document)
+    return not report.unread.isdisjoint(places) if places else report.unread_rows
+
+
+def _places(document: Document) -> list[str]:
+    """The file that a document was read from, and its folders; none of a row with its own id."""
     file = _file_of(document)
-    if file is None:
-        return report.unread_rows
-    return not report.unread.isdisjoint([file, *map(str, PurePosixPath(file).parents)])
+    return [] if file is None else [file, *map(str, PurePosixPath(file).parents)]
 
 
 def _file_of(document: Document) -> str | None:

@@ -78,6 +78,14 @@ def sync(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")
     ] = False,
+    allow_empty: Annotated[
+        bool,
+        typer.Option(
+            "--allow-empty",
+            help="Remove what was read from folders that are empty now, which may be drives or "
+            "shares that are not mounted.",
+        ),
+    ] = False,
     adding: Adding,
     files: FileOptions,
     as_json: AsJson = False,
@@ -98,6 +106,7 @@ def sync(
             tokenizer,
             documents,
             dry_run=dry_run,
+            allow_empty=allow_empty,
             batch_size=adding.batch_size,
             force=adding.force,
             progress=progress,

@@ -104,6 +104,8 @@ class _Walk:
                     f"{shown(str(folder.path))} cannot be read ({error.strerror}): check it, or "
                     "leave it out (--exclude)"
                 ) from error
+            if all(_hidden(entry) for entry in listed):
+                self._report.empty.add(folder.name)
             dataset = dataset_files(folder.path)
             if dataset is not None:
                 files = [Entry(path, (*folder.parts, path.name)) for path in dataset]
@@ -127,7 +129,7 @@ class _Walk:
             is_folder = is_file = False
         if of_dataset and not is_folder:
             return
-        if entry.name.startswith((".", "~$")):  # what Office keeps while a file is open
+        if _hidden(entry):
             self._report.skip("hidden", found.name)
         elif is_folder:
             (self._links if linked else waiting).append(found)
@@ -169,6 +171,10 @@ class _Walk:
             else:
                 read.add(_identity(entry.path))
                 self.found.append(entry)
+
+
+def _hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith((".", "~$"))  # what Office keeps while a file is open
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class CorpusReport:
         unread: files that are there and could not be read as documents, and links that lead
             nowhere.
         unread_rows: whether one of these may hold rows, whose own ids tell of no file.
+        empty: folders in which there is nothing but what is hidden.
         unmatched: patterns of what is to be left out that nothing fits.
     """
 
@@ -37,6 +38,7 @@ class CorpusReport:
     encoder_field: str | None = None
     unread: set[str] = field(default_factory=set)
     unread_rows: bool = False
+    empty: set[str] = field(default_factory=set)
     unmatched: set[str] = field(default_factory=set)
 
     def skip(self, reason: str, place: str) -> None:

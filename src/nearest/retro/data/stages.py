@@ -14,7 +14,7 @@ from jaxtyping import Int
 from nearest.build.chunks import cut_chunks
 from nearest.build.files import Maker, by_one, here
 from nearest.build.match import check_tokenizer
-from nearest.build.sync import compare_documents
+from nearest.build.sync import SyncOptions, compare_documents
 from nearest.corpus.incoming import Documents
 from nearest.corpus.tokens import Tokenizer
 from nearest.errors import FolderError, SettingError
@@ -95,7 +95,7 @@ def chunk_documents(
         Memory.build(None, tokenizer, documents, folder)
         return chunk_memory(folder, size, ends)
     check_tokenizer(Memory.open(folder), tokenizer)
-    if compare_documents(folder, documents).changed:
+    if compare_documents(folder, documents, SyncOptions(allow_empty=True)).changed:
         raise FolderError(
             f"{folder} holds other documents already: delete it, choose another folder, or let "
             "`nearest sync` make it hold these"
