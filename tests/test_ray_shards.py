@@ -20,6 +20,7 @@ from folders import Build
 from nearest import Document, Memory, evaluate
 from nearest.cli.app import open_memory
 from nearest.errors import FolderError, RemoteError, SettingError
+from nearest.index import gpu
 from nearest.remote.servers import Patience
 from nearest.remote.sharded import ShardedMemory
 from test_ray_workers import Ray
@@ -48,9 +49,12 @@ class Actors(Ray):
         self.calls.append(("remote", options))
         return lambda kind: SimpleNamespace(remote=lambda *args: self._begun(kind, *args))
 
-    def _begun(self, kind: Any, path: str, shard: str) -> Any:
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": float(self._cpus), "GPU": 2.0}}]
+
+    def _begun(self, kind: Any, path: str, shard: str, search_on: str) -> Any:
         self.alive.add(shard)
-        actor = kind(path, shard)
+        actor = kind(path, shard, search_on)
 
         async def answer(*request: Any) -> Any:
             if shard in self.lost:
@@ -100,7 +104,7 @@ def test_actors_find_what_one_process_finds(memory: Memory, ray: Actors) -> None
     asked = dict(ray.calls)
     assert asked["init"]["address"] == "auto"
     assert asked["remote"]["num_cpus"] == torch.get_num_threads()
-    assert asked["remote"]["max_restarts"] == -1
+    assert (asked["remote"]["num_gpus"], asked["remote"]["max_restarts"]) == (0, -1)
     assert ray.alive == {"1/3", "2/3", "3/3"}  # one a segment
     queries = memory.keys.rows(memory.keyed_entries()[::9])
     expected, found = memory.search(queries, 9), opened.search(queries, 9)
@@ -116,6 +120,23 @@ def test_actors_find_what_one_process_finds(memory: Memory, ray: Actors) -> None
     gc.collect()
     assert ray.alive == set()
     assert ray.is_initialized()  # other memories may be open
+
+
+def test_actors_search_on_gpus(
+    memory: Memory, ray: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "gpu_device", lambda: torch.device("cpu"))
+    scans: list[Any] = []
+    scan = gpu.GpuScan._scan
+    monkeypatch.setattr(gpu.GpuScan, "_scan", lambda *args: (scans.append(args), scan(*args))[1])
+    opened = Memory.open(memory.path, "gpu", shards="ray://auto", patience=HASTY)
+    asked = dict(ray.calls)
+    assert (asked["remote"]["num_gpus"], ray.alive) == (1, {"1/2", "2/2"})  # one a GPU
+    queries = memory.keys.rows(memory.keyed_entries()[::9])
+    expected, found = memory.search(queries, 9), opened.search(queries, 9)
+    assert scans
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.distances, expected.distances)
 
 
 @pytest.mark.slow
@@ -181,6 +202,8 @@ def test_what_cannot_be_is_said(memory: Memory, ray: Actors, tmp_path: Path) -> 
         Memory.open(memory.path, shards="http://127.0.0.1:1")
     with pytest.raises(FolderError, match="not a memory"):
         Memory.open(tmp_path, shards="ray://auto")
+    with pytest.raises(SettingError, match="'tpu' is unknown: choose cpu or gpu"):
+        Memory.open(memory.path, "tpu", shards="ray://auto", patience=HASTY)
     for actors in (0, 65):
         with pytest.raises(SettingError, match="has room for 1 to"):
             Memory.open(memory.path, shards="ray://auto", actors=actors)

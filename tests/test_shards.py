@@ -22,7 +22,7 @@ from conftest import make_documents
 from folders import Build
 from nearest import Document, Memory, attach, evaluate
 from nearest.build.cluster import KMeans, cluster_memory
-from nearest.cli.app import open_memory
+from nearest.cli.app import open_beside, open_memory
 from nearest.errors import FolderError, RemoteError, SettingError
 from nearest.remote import servers, shards
 from nearest.remote.servers import Patience
@@ -306,6 +306,10 @@ def test_servers_that_make_no_whole_are_refused(two: Memory) -> None:
             open_memory(Path(first) / "test")
         address = f"{first},{second.removeprefix('http://')}/test"
         assert isinstance(open_memory(Path(address)), ShardedMemory)
+        for path, shards in ((two.path, [first, second]), (Path(address), None)):
+            with pytest.raises(SettingError, match=r"on 'gpu'.*start them with `nearest serve"):
+                Memory.open(path, "gpu", shards=shards) if shards else open_memory(path, "gpu")
+        assert isinstance(open_beside(Path(address), "gpu"), ShardedMemory)
         with pytest.raises(FolderError, match="no memory 'other'"):
             Memory.open("other", shards=[first, second], patience=HASTY)
     with pytest.raises(TypeError, match="of shards or addresses"):

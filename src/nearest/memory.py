@@ -74,10 +74,11 @@ class Memory(SearchedSnapshot):
         if isinstance(shards, str):
             from nearest.serve.ray_shards import on_ray
 
-            return on_ray(Path(path), shards, **options)
+            return on_ray(Path(path), shards, search_on=search_on, **options)
         if shards is not None:
-            from nearest.remote.sharded import ShardedMemory
+            from nearest.remote.sharded import ShardedMemory, refuse_to_search_on
 
+            refuse_to_search_on(search_on)
             return ShardedMemory(shards, Path(path).name.removesuffix(".memory"), **options)
         address, place = address_of(path), checked_search_on(search_on)
         if address is not None:

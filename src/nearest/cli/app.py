@@ -180,16 +180,24 @@ def open_memory(path: Path, search_on: str = "cpu", patience: "Patience | None" 
     wait = 30.0 if patience is None else patience.answer
     if scheme == "ray":
         folder = Path("/", name or "")
-        return Memory.open(folder, shards=f"ray://{host}", patience=patience, wait=wait)
+        shards = f"ray://{host}"
+        return Memory.open(folder, search_on, shards=shards, patience=patience, wait=wait)
     from nearest.remote.memory import RemoteMemory
+    from nearest.remote.sharded import ShardedMemory, refuse_to_search_on
 
     urls, key = [f"{scheme}://{one}" for one in host.split(",")], os.environ.get("NEAREST_API_KEY")
     asked: dict[str, Any] = {"api_key": key, "patience": patience}
+    refuse_to_search_on(search_on)
     if len(urls) > 1 and RemoteMemory(urls, name, **asked, one_shard=True).shard is not None:
-        from nearest.remote.sharded import ShardedMemory
-
         return ShardedMemory(urls, name, **asked, wait=wait)
     return RemoteMemory(urls, name, **asked)
+
+
+def open_beside(path: Path, search_on: str, patience: "Patience | None" = None) -> "Memory":
+    """As `open_memory`, beside another; what servers hold is searched where they are told to."""
+    address = _ADDRESS.fullmatch(str(path))
+    held = address is not None and address[1] != "ray"
+    return open_memory(path, "cpu" if held else search_on, patience)
 
 
 def open_with_model(memory: Path, opening: Opening) -> "tuple[Memory, PreTrainedModel, Any]":
@@ -271,7 +279,7 @@ def say_what_was_read(corpus: "Corpus") -> None:
 
 def opened_beside(first: "Memory", beside: MoreMemories) -> "list[Memory]":
     """The first memory, and those that were named beside it."""
-    return [first, *(open_memory(path, first.search_on) for path in beside.more or ())]
+    return [first, *(open_beside(path, first.search_on) for path in beside.more or ())]
 
 
 def say_settings(memories: "Sequence[Memory]", methods: Sequence[str]) -> None:

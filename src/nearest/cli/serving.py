@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nearest.cli.app import err, model_of, open_memory, quiet_libraries
+from nearest.cli.app import err, model_of, open_beside, open_memory, quiet_libraries
 from nearest.cli.options import Force, MethodSettings, Opening, given
 from nearest.errors import NearestError, SettingError, require
 
@@ -156,7 +156,9 @@ def serve(
             raise NearestError(f"{chat_template} cannot be read: {error}") from error
     # While a server elsewhere is waited for, everybody waits.
     patience = Patience(answer=10.0, tries=3, failures=2)
-    opened = [open_memory(path, opening.search_on, patience) for path in memories]
+    first, *others = memories
+    opened = [open_memory(first, opening.search_on, patience)]
+    opened += [open_beside(path, opening.search_on, patience) for path in others]
     by_name(opened)  # says what is wrong before a model is loaded
     search = None
     if retro is None:

@@ -32,6 +32,19 @@ from nearest.store.shard import entry_bounds
 T = TypeVar("T")
 
 
+def refuse_to_search_on(place: str) -> None:
+    """Refuse another place than the CPU for a memory that servers search, where they are told to.
+
+    Raises:
+        SettingError: it is another.
+    """
+    if place != "cpu":
+        raise SettingError(
+            f"searching on {place!r} is asked for, and servers hold this memory: start them with "
+            f"`nearest serve … --search-on {place}`, and leave it out here"
+        )
+
+
 class ShardedMemory(RemoteMemory):
     """A memory over HTTP of which several servers hold parts; `RemoteMemory` in all else.
 

@@ -17,6 +17,7 @@ import torch
 from nearest.build.ray_workers import joined
 from nearest.build.workers import Spec
 from nearest.errors import NearestError, SettingError, require
+from nearest.index.gpu import checked_search_on
 from nearest.memory import Memory
 from nearest.remote.calls import warm_up
 from nearest.remote.servers import Patience, Servers
@@ -39,6 +40,7 @@ def on_ray(
     path: Path,
     address: str | Sequence[str],
     *,
+    search_on: str = "cpu",
     actors: int | None = None,
     patience: Patience | None = None,
     wait: float = 30.0,
@@ -52,6 +54,7 @@ def on_ray(
         path: the folder, which all nodes see under this path.
         address: "ray://auto" for the cluster that this machine belongs to, "ray://HOST:PORT", or
             "ray://local" for one of this machine alone.
+        search_on: "cpu", or "gpu": each actor takes one.
         actors: how many, each with the CPUs that this process has threads; as many as the cluster
             has room for, one a segment at most, when not given.
         patience, wait, partial: as in `ShardedMemory`.
@@ -65,24 +68,30 @@ def on_ray(
         raise SettingError("give a list of addresses, one of each shard, or ray://ADDRESS")
     require("fastapi", "serve")
     require("prometheus_client", "serve")
-    place, spec = path.resolve(), Spec(threads=torch.get_num_threads())
+    place = path.resolve()
+    spec = Spec(threads=torch.get_num_threads(), gpus=int(search_on == "gpu"))
     segments = len(read_manifest(place).segments)
     room = joined(address.removeprefix(_SCHEME), spec)
     count = min(room, max(1, segments)) if actors is None else actors
     if not 1 <= count <= room:
         raise SettingError(
             f"{count} actors are asked for, and the cluster has room for 1 to {room}, with "
-            f"{spec.threads} CPUs each: ask for as many, or for fewer threads (OMP_NUM_THREADS)"
+            f"{spec.threads} CPUs{' and a GPU' * spec.gpus} each: ask for as many, or for fewer "
+            "threads (OMP_NUM_THREADS)"
         )
     ray: Any = importlib.import_module("ray")
     start = ray.remote(
-        num_cpus=spec.threads, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
+        num_cpus=spec.threads,
+        num_gpus=spec.gpus,
+        max_restarts=-1,
+        max_task_retries=0,
+        scheduling_strategy="SPREAD",
     )(ShardActor)
     servers = [
         Servers(
             address,
             patience=patience,
-            transport=_ToActor(start.remote(str(place), f"{number}/{count}")),
+            transport=_ToActor(start.remote(str(place), f"{number}/{count}", search_on)),
         )
         for number in range(1, count + 1)
     ]
@@ -94,8 +103,8 @@ def on_ray(
 class ShardActor:
     """What an actor runs: it opens its shard when it is first asked."""
 
-    def __init__(self, path: str, shard: str) -> None:
-        self._path, self._shard = Path(path), Shard.parse(shard)
+    def __init__(self, path: str, shard: str, search_on: str) -> None:
+        self._path, self._shard, self._search_on = Path(path), Shard.parse(shard), search_on
         self._app: httpx.ASGITransport | None = None
         self._opening = asyncio.Lock()
 
@@ -113,7 +122,8 @@ class ShardActor:
         return answer.status_code, answer.headers.multi_items(), await answer.aread()
 
     def _opened(self) -> httpx.ASGITransport:
-        memory = Memory(open_snapshot(self._path, None, self._shard))
+        place = checked_search_on(self._search_on)
+        memory = Memory(open_snapshot(self._path, None, self._shard), place)
         warm_up(memory)
         return httpx.ASGITransport(create_shard_app(Shelf([memory]), ServeOptions()))
 
