@@ -172,12 +172,17 @@ def test_a_document_that_ends_its_process(
     assert snapshot(memory.path) == snapshot(again.path)
 
 
+@pytest.mark.parametrize("which", ["one", "all"])
 def test_a_worker_without_room(
-    model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: str, model: Model, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sentence, nothing published, and the build goes on when there is room."""
 
     def small() -> None:
+        try:
+            (tmp_path / "first").touch(exist_ok=which == "all")
+        except FileExistsError:  # by the one that is small
+            return slow(0.05)()
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
 
     path = tmp_path / "m"
