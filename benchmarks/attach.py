@@ -22,8 +22,8 @@ import torch
 
 from common import MODEL, arguments, is_built, machine, memory_of_tokens, report
 from nearest import Memory, attach, read_documents
-from nearest.build.build import rebuild_index
 from nearest.build.compress import Compression, compress_memory
+from nearest.build.index import rebuild_index
 from nearest.encode.identity import start_token
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.models.attach import Session

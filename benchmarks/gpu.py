@@ -27,7 +27,7 @@ from common import (
     timed,
 )
 from nearest import Memory, attach, evaluate, read_documents, read_text
-from nearest.build.build import rebuild_index
+from nearest.build.index import rebuild_index
 from nearest.encode.encoder import Encoder
 from nearest.encode.layers import find_key_layer
 from nearest.encode.loading import load_model_and_tokenizer

@@ -10,7 +10,7 @@ from itertools import islice
 
 from common import arguments, machine, memory_of, model_and_tokenizer, report, timed
 from nearest import Memory, evaluate, read_documents, read_text, tune
-from nearest.build.build import rebuild_index
+from nearest.build.index import rebuild_index
 from nearest.store.parts.index import IndexChoice
 
 SPECS = "IVF1024,SQ8;auto;IVF1024,PQ128x4fs;IVF2048,PQ64x4fs"

@@ -32,7 +32,7 @@ from common import (
     timed,
 )
 from nearest import Memory, evaluate, read_documents, tune
-from nearest.build.build import rebuild_index
+from nearest.build.index import rebuild_index
 from nearest.store.parts.index import IndexChoice
 from public_knn import LAM, NPROBE, SPEC, TEMPERATURE, K, their_nll, wrapper_over
 

@@ -23,9 +23,9 @@ from conftest import (
 )
 from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory, evaluate
-from nearest.build.build import rebuild_index
 from nearest.build.cluster import GreedyMerge, cluster_memory
 from nearest.build.compress import Compression, compress_memory
+from nearest.build.index import rebuild_index
 from nearest.errors import FolderError, SettingError
 from nearest.folder import ArrayFile
 from nearest.index.approximate import ApproximateIndex

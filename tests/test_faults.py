@@ -13,9 +13,10 @@ from conftest import random_documents
 from faults import ERRORS, disk
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
-from nearest.build.build import rebuild_index, store_settings
+from nearest.build.build import store_settings
 from nearest.build.cluster import KMeans, cluster_memory
 from nearest.build.compress import Compression, compress_memory
+from nearest.build.index import rebuild_index
 from nearest.errors import FolderError
 from nearest.store.parts.index import IndexChoice
 from nearest.store.verify import verify

@@ -23,8 +23,9 @@ from conftest import (
 )
 from folders import Build, copied, files, flipped, kill_writers, live_files, place_of, replaced
 from nearest import Memory
-from nearest.build.build import rebuild_index, store_settings
+from nearest.build.build import store_settings
 from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
+from nearest.build.index import rebuild_index
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import ArrayFile, writer_lock
 from nearest.index.clusters import kmeans_clusters

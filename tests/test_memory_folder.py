@@ -25,7 +25,8 @@ import nearest.store.opening
 from conftest import FULL, call_fails, edit_manifest, in_two_segments, make_documents, snapshot
 from folders import Build, copied, files, flipped, found_by_verify, kill_writers, place_of, replaced
 from nearest import Document, Memory, NearestError, __version__
-from nearest.build.build import rebuild_index, store_settings
+from nearest.build.build import store_settings
+from nearest.build.index import rebuild_index
 from nearest.corpus.report import CorpusWarning
 from nearest.corpus.windows import windows
 from nearest.encode.fingerprint import model_fingerprint, tokenizer_fingerprint

@@ -12,7 +12,7 @@ from conftest import random_documents
 from folders import Build, copied, files, live_files
 from nearest import Document, Memory
 from nearest.build import add as additions
-from nearest.build.build import rebuild_index
+from nearest.build.index import rebuild_index
 from nearest.index import choice
 from nearest.index.neighbours import sort_nearest_first
 from nearest.retrieval.lookup import Lookup

@@ -12,7 +12,6 @@ import msgspec
 
 from nearest.build.options import bare, options_of
 from nearest.corpus.incoming import Documents
-from nearest.errors import SettingError
 from nearest.index.choice import AUTO, RECALL
 from nearest.index.gpu import SearchOn, checked_search_on
 from nearest.markup import table
@@ -306,25 +305,24 @@ class Memory(SearchedSnapshot):
         greedy_merge: bool = False,
         neighbours: int = 9,
         progress: Progress = no_progress,
+        workers: int | None = None,
+        ray: str | None = None,
     ) -> "Memory":
         """Find which entries share a state, for RetoMaton to follow, and open the new snapshot.
 
         Args:
             clusters, sample, iterations: of k-means: how many clusters, and the entries that it
                 finds centroids in (32 a cluster if not given).
-            greedy_merge, neighbours: join each entry with near ones of its value instead, of so
-                many neighbours (arXiv:2109.04212).
+            greedy_merge, neighbours: join near entries of one value instead (arXiv:2109.04212).
+            workers, ray: who else finds the nearest centroids, as in `BuildOptions`.
 
         Raises:
-            SettingError: the numbers make no clusters, or the memory has no keys.
-            FolderError: the folder cannot be written.
+            NearestError: no clusters can be made so, there are no keys, or it cannot be written.
         """
-        from nearest.build.cluster import GreedyMerge, KMeans, cluster_memory
+        from nearest.build.cluster import cluster_memory, how_to_cluster
 
-        if (clusters is None) != greedy_merge:
-            raise SettingError("give either a number of clusters for k-means, or greedy_merge=True")
-        kmeans = None if clusters is None else KMeans(clusters, sample, iterations)
-        cluster_memory(self.path, kmeans or GreedyMerge(neighbours), progress)
+        how = how_to_cluster(clusters, sample, iterations, neighbours if greedy_merge else None)
+        cluster_memory(self.path, how, progress, workers, ray)
         return self.refresh()
 
     def compress(
@@ -365,6 +363,8 @@ class Memory(SearchedSnapshot):
         recall: float = RECALL,
         nprobe: int | None = None,
         progress: Progress = no_progress,
+        workers: int | None = None,
+        ray: str | None = None,
     ) -> "Memory":
         """Give every segment another index, and open the new snapshot.
 
@@ -372,14 +372,15 @@ class Memory(SearchedSnapshot):
             index: a FAISS factory string, "exact" or "auto".
             recall: recall@1024 that the search is tuned to.
             nprobe: lists to search; tuned to the recall if not given.
+            workers, ray: who else makes indexes, as in `BuildOptions`.
 
         Raises:
             SettingError: the index does not fit the keys, or the memory has none.
             FolderError: the folder cannot be written.
         """
-        from nearest.build.build import rebuild_index
+        from nearest.build.index import rebuild_index
 
-        rebuild_index(self.path, IndexChoice(index, recall, nprobe), progress)
+        rebuild_index(self.path, IndexChoice(index, recall, nprobe), progress, workers, ray)
         return self.refresh()
 
     def verify(self, progress: Progress = no_progress) -> list[str]:

@@ -14,9 +14,9 @@ from conftest import (
     random_documents,
 )
 from nearest import Document, Memory, tune
-from nearest.build.build import rebuild_index
 from nearest.build.cluster import KMeans, cluster_memory
 from nearest.build.compress import Compression, compress_memory
+from nearest.build.index import rebuild_index
 from nearest.store.parts.index import IndexChoice
 
 MODEL = make_model(), make_tokenizer()

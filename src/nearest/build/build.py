@@ -1,4 +1,4 @@
-"""Build a memory, give it another index, and store what was tuned: each as one snapshot."""
+"""Build a memory, and store what was tuned: each as one snapshot."""
 
 import time
 from collections.abc import Mapping
@@ -47,8 +47,7 @@ from nearest.store.manifest import (
 )
 from nearest.store.new_segment import segment_tokens
 from nearest.store.parts.gates import NewGate, write_gate
-from nearest.store.parts.index import IndexChoice, write_all
-from nearest.store.segment import no_keys
+from nearest.store.parts.index import IndexChoice
 
 NO_KEYS = "none"
 _WITHOUT_KEYS = {"keys", "special_tokens", "segment_tokens", "workers"}
@@ -298,19 +297,6 @@ def keys_record(encoder: Encoder, keys: str, metric: str, index: str) -> KeysRec
         index=index,
         dtype=cast(ComputedIn, str(encoder.model.dtype).removeprefix("torch.")),
     )
-
-
-def rebuild_index(path: Path, choice: IndexChoice, progress: Progress = no_progress) -> None:
-    """Give every segment another index; the others' are filled like the largest one's."""
-    with changing(path) as change:
-        keys = change.manifest.keys
-        if keys is None:
-            raise no_keys(path)
-        check_spec(choice.spec, keys.stored_dim, choice.nprobe)
-        opened = [(change.files(segment.record.name), segment) for segment in change.segments]
-        segments = write_all(opened, choice, progress)
-        keys = msgspec.structs.replace(keys, index=choice.spec)
-        change.publish(keys=keys, segments=segments, keys_of=change.number)
 
 
 def check_writable(path: Path) -> None:

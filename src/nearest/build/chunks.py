@@ -1,18 +1,24 @@
 """Cut a memory's documents into chunks, store vectors of these, and index them: a snapshot each."""
 
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import msgspec
 
+from nearest.build.segments import SegmentSpec, Write, write_each
+from nearest.build.workers import reached, threads_of
 from nearest.errors import FolderError, SettingError
 from nearest.index.building import check_spec
 from nearest.index.choice import AUTO, EXACT
+from nearest.progress import Progress, no_progress
 from nearest.store.change import Change, changing
 from nearest.store.chunks import ChunkVectors, Made
-from nearest.store.manifest import read_manifest
+from nearest.store.manifest import SegmentRecord, read_manifest
+from nearest.store.new_files import NewFiles
 from nearest.store.parts.chunks import vectors_of, write_index, write_vectors
 from nearest.store.records import ChunkIndexAsked, ChunksRecord, EmbedderRecord, VectorDtype
+from nearest.store.segment import Segment
 
 
 def cut_chunks(path: Path, size: int, start: int | None = None, end: int | None = None) -> None:
@@ -75,8 +81,27 @@ def store_vectors(
         change.publish(segments=segments, chunks=chunks)
 
 
-def index_chunks(path: Path, spec: str = AUTO, recall: float = 0.95) -> None:
+class ChunkIndexSpec(SegmentSpec, frozen=True, kw_only=True):
+    """What a worker is told that indexes the vectors of chunks: `asked`, which index."""
+
+    asked: ChunkIndexAsked
+
+    def writer(self, folder: Path) -> Write:
+        """Writes the index of a segment."""
+        return partial(_write_index, self.asked)
+
+
+def index_chunks(
+    path: Path,
+    spec: str = AUTO,
+    recall: float = 0.95,
+    progress: Progress = no_progress,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> None:
     """Make an index of the vectors in each segment, in place of those there may be.
+
+    With workers, as in `BuildOptions`, these make them, a segment each.
 
     Raises:
         SettingError: the index or the recall makes no sense.
@@ -84,7 +109,9 @@ def index_chunks(path: Path, spec: str = AUTO, recall: float = 0.95) -> None:
     """
     if not 0 < recall <= 1:
         raise SettingError(f"recall must lie in (0, 1], got {recall}")
-    with changing(path) as change:
+    asked = ChunkIndexAsked(spec, recall)
+    told = ChunkIndexSpec(threads=threads_of(workers, ray), asked=asked)
+    with reached(told, ray), changing(path) as change:
         chunks = change.manifest.chunks
         if chunks is None or chunks.embedder is None or _incomplete(change, chunks):
             raise FolderError(
@@ -92,17 +119,16 @@ def index_chunks(path: Path, spec: str = AUTO, recall: float = 0.95) -> None:
             )
         if spec not in (AUTO, EXACT):
             check_spec(spec, chunks.embedder.dim, None)
-        asked = ChunkIndexAsked(spec, recall)
-        segments = [
-            write_index(
-                change.files(segment.record.name),
-                segment.record,
-                vectors_of(segment, chunks),
-                asked,
-            )
-            for segment in change.segments
-        ]
+        write = partial(_write_index, asked)
+        segments = write_each(
+            change, change.segments, write, lambda _: told, workers, ray, progress
+        )
         change.publish(segments=segments, chunks=msgspec.structs.replace(chunks, index=asked))
+
+
+def _write_index(asked: ChunkIndexAsked, files: NewFiles, segment: Segment) -> SegmentRecord:
+    chunks = cast(ChunksRecord, segment.chunks)  # as the writer has seen
+    return write_index(files, segment.record, vectors_of(segment, chunks), asked)
 
 
 def _incomplete(change: Change, chunks: ChunksRecord) -> bool:

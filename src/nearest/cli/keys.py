@@ -7,7 +7,7 @@ import typer
 from nearest import reports
 from nearest.cli.app import err
 from nearest.cli.memories import show_info
-from nearest.cli.options import AsJson, MemoryPath, Nprobe, Recall, Spec, given
+from nearest.cli.options import AsJson, MemoryPath, Nprobe, Recall, Spec, Workers, given
 from nearest.errors import NearestError
 
 
@@ -16,15 +16,18 @@ def index(
     index: Spec = "auto",
     recall: Recall = 0.95,
     nprobe: Nprobe = None,
+    *,
+    sharing: Workers,
     as_json: AsJson = False,
 ) -> None:
     """Give a memory another index, in a new snapshot."""
-    from nearest.build.build import rebuild_index
+    from nearest.build.index import rebuild_index
     from nearest.memory import Memory
     from nearest.store.parts.index import IndexChoice
 
     with reports.live_progress(err) as progress:
-        rebuild_index(memory, IndexChoice(index, recall, nprobe), progress)
+        choice = IndexChoice(index, recall, nprobe)
+        rebuild_index(memory, choice, progress, sharing.workers, sharing.ray)
     show_info(Memory.open(memory), as_json)
 
 
@@ -41,6 +44,8 @@ def cluster(
     neighbours: Annotated[
         int | None, typer.Option(help="Of each entry, for greedy merge; 9 if not given.")
     ] = None,
+    *,
+    sharing: Workers,
     as_json: AsJson = False,
 ) -> None:
     """Cluster entries that share a state, for RetoMaton to follow, in a new snapshot."""
@@ -57,7 +62,8 @@ def cluster(
     if not greedy_merge and clusters is None:
         raise NearestError("k-means needs a number of clusters: give --clusters")
     with reports.live_progress(err) as progress:
-        cluster_memory(memory, GreedyMerge(**merge) if greedy_merge else KMeans(**kmeans), progress)
+        how = GreedyMerge(**merge) if greedy_merge else KMeans(**kmeans)
+        cluster_memory(memory, how, progress, sharing.workers, sharing.ray)
     show_info(Memory.open(memory), as_json)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from nearest.errors import SettingError
+from nearest.index.approximate import ApproximateIndex
 from nearest.index.faiss_module import load_faiss
 from nearest.index.ids import position_dtype
 from nearest.index.keys import Keys
@@ -93,16 +94,35 @@ def kmeans_clusters(
     iterations: int,
     progress: Progress = no_progress,
 ) -> Clusters:
-    """Cluster entries by k-means on their keys (squared L2).
+    """Cluster entries by k-means on their keys (squared L2); a cluster may be empty.
 
-    Centroids are trained on a sample; then each entry gets the label of its nearest centroid. With
-    more than 4,096 centroids, an entry is compared with those in the eight nearest inverted lists,
-    which finds the nearest for all but a few entries in a thousand. A cluster may be empty.
+    `tokens` is the number of positions; the rest is as in `kmeans_centroids`.
+    """
+    numbers: dict[str, Any] = {"sample": sample, "iterations": iterations, "progress": progress}
+    nearest = kmeans_centroids(keys, entries, clusters, rng, **numbers)
+    labels = np.full(tokens, NO_CLUSTER, np.int32)
+    labels[entries] = nearest_centroids(nearest, keys, entries, progress)
+    return Clusters.from_labels(labels, clusters)
+
+
+def kmeans_centroids(
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    clusters: int,
+    rng: np.random.Generator,
+    *,
+    sample: int,
+    iterations: int,
+    progress: Progress = no_progress,
+) -> ApproximateIndex:
+    """Find centroids in a sample of entries; an index of them, for `nearest_centroids`.
+
+    With more than 4,096, an entry is compared with those in the eight nearest inverted lists, which
+    finds the nearest for all but a few entries in a thousand.
 
     Args:
         keys: one a position.
         entries: ascending ids of the entries to cluster.
-        tokens: number of positions.
         clusters: number of clusters.
         rng: draws the sample and the first centroids.
         sample: number of entries to train centroids on, at least one for each cluster.
@@ -134,9 +154,7 @@ def kmeans_clusters(
     rows = keys.rows(chosen)
     nearest = _centroid_index(rows, clusters)
     training.train(rows, nearest)
-    labels = np.full(tokens, NO_CLUSTER, np.int32)
-    labels[entries] = _assigned(nearest, keys, entries, progress)
-    return Clusters.from_labels(labels, clusters)
+    return ApproximateIndex(nearest, "l2")
 
 
 def assigned_clusters(
@@ -149,16 +167,20 @@ def assigned_clusters(
     rows = np.ascontiguousarray(centroids)
     nearest = _centroid_index(rows, len(rows))
     nearest.add(rows)
-    return _assigned(nearest, keys, entries, progress)
+    return nearest_centroids(ApproximateIndex(nearest, "l2"), keys, entries, progress)
 
 
-def _assigned(
-    nearest: Any, keys: Keys, entries: Int[np.ndarray, " m"], progress: Progress
+def nearest_centroids(
+    nearest: ApproximateIndex,
+    keys: Keys,
+    entries: Int[np.ndarray, " m"],
+    progress: Progress = no_progress,
 ) -> Int[np.ndarray, " m"]:
+    """The nearest centroid of each entry (int32), by an index of the centroids."""
     labels = np.empty(len(entries), np.int32)
     for start in range(0, len(entries), _BLOCK):
         block = entries[start : start + _BLOCK]
-        labels[start : start + len(block)] = nearest.search(keys.rows(block), 1)[1][:, 0]
+        labels[start : start + len(block)] = nearest.search(keys.rows(block), 1).ids[:, 0]
         progress("clusters", start + len(block), len(entries))
     return labels
 

@@ -78,11 +78,17 @@ def embed(
     report({"embedded": whole, "part": part, **asdict(named.identity)}, as_json)
 
 
-def index(database: DatabasePath, *, indexing: Indexing, as_json: AsJson = False) -> None:
+def index(
+    database: DatabasePath, *, indexing: Indexing, sharing: Workers, as_json: AsJson = False
+) -> None:
     """Make an index of the vectors, and measure its recall@4."""
     from nearest.retro.data.database import ChunkDatabase
 
-    made = ChunkDatabase.open(database).build_index(indexing.index, indexing.recall)
+    opened = ChunkDatabase.open(database)
+    with reports.live_progress(err) as progress:
+        made = opened.build_index(
+            indexing.index, indexing.recall, progress=progress, **vars(sharing)
+        )
     report(made.to_dict(), as_json)
 
 
@@ -165,7 +171,7 @@ def prepare(
         maker = by_workers(made.path, spec, **vars(sharing))
         made.embed(named, decode, dtype=embedding.dtype, maker=maker, progress=progress)
         if not made.indexed:
-            made.build_index(indexing.index, indexing.recall)
+            made.build_index(indexing.index, indexing.recall, **vars(sharing))
         table = _table([made], None, None, options, Part(), sharing, progress)
     counts = {} if table is None else table.record["counts"]
     report({**counts_of(made), **made.index.to_dict(), **counts}, as_json)

@@ -245,11 +245,22 @@ class ChunkDatabase:
         """Whether all chunks have vectors."""
         return self.cut.embedder is not None and not len(self.vectors.missing)
 
-    def build_index(self, spec: str = "auto", recall: float = RECALL) -> ChunkIndex:
-        """Make the index of the vectors, and keep it with the recall that was measured."""
+    def build_index(
+        self,
+        spec: str = "auto",
+        recall: float = RECALL,
+        *,
+        workers: int | None = None,
+        ray: str | None = None,
+        progress: Progress = no_progress,
+    ) -> ChunkIndex:
+        """Make the index of the vectors, and keep it with the recall that was measured.
+
+        `workers` and `ray` say who makes it, as in `BuildOptions`.
+        """
         _ = self.embedder  # says what is missing
         with disk_errors_explained(self.path):
-            index_chunks(self.path, spec, recall)
+            index_chunks(self.path, spec, recall, progress, workers, ray)
         self._reopen()
         return self.index
 

@@ -251,20 +251,43 @@ def write_all(
     segments: "Sequence[tuple[NewFiles, Segment]]", choice: IndexChoice, progress: Progress
 ) -> list[SegmentRecord]:
     """Write new indexes for all segments: the largest one's first, and the others' like it."""
-    records = [segment.record for _, segment in segments]
-    done: list[SegmentRecord] = []
-    for number in sorted(range(len(segments)), key=lambda i: -segments[i][1].searched_count):
-        files, segment = segments[number]
-        what, count = (files, segment.keys, segment.searched), segment.searched_count
-        like = to_fill_like(done, replace(choice, nprobe=None), segment.keys.dim, count)
-        if like is None:
-            own = choice.among_others(segment.keys.dim, count) if done else choice
-            index = write_index(*what, own, progress)
-        else:
-            index = fill_like(*what, like, progress, keep=False)
-        records[number] = segment.record.with_files({}, index=index)
-        done.append(records[number])
-    return records
+    first = lead([segment for _, segment in segments])
+    leads = write_lead(*segments[first], choice, progress)
+    return [
+        leads if number == first else write_beside(files, segment, choice, leads, progress)
+        for number, (files, segment) in enumerate(segments)
+    ]
+
+
+def lead(segments: "Sequence[Segment]") -> int:
+    """Which segment is the largest: the others' indexes are filled like its."""
+    return max(range(len(segments)), key=lambda i: (segments[i].searched_count, -i))
+
+
+def write_lead(
+    files: NewFiles, segment: "Segment", choice: IndexChoice, progress: Progress
+) -> SegmentRecord:
+    """Write a new index for the largest segment."""
+    index = write_index(files, segment.keys, segment.searched, choice, progress)
+    return segment.record.with_files({}, index=index)
+
+
+def write_beside(
+    files: NewFiles,
+    segment: "Segment",
+    choice: IndexChoice,
+    leads: SegmentRecord,
+    progress: Progress,
+) -> SegmentRecord:
+    """Write a new index for another segment, like that which the largest one has now."""
+    what, count = (files, segment.keys, segment.searched), segment.searched_count
+    like = to_fill_like([leads], replace(choice, nprobe=None), segment.keys.dim, count)
+    if like is None:
+        own = choice.among_others(segment.keys.dim, count)
+        index = write_index(*what, own, progress)
+    else:
+        index = fill_like(*what, like, progress, keep=False)
+    return segment.record.with_files({}, index=index)
 
 
 def served(segment: "Segment") -> Int[np.ndarray, " _"]:
