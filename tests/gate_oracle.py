@@ -45,7 +45,8 @@ class GateOracle:
             )
             candidates = lookup.candidates(query, pointers)
             shares = lookup.gate.shares(View(query, candidates, self.memory))[0]
-            weights: list[tuple[int, float]] = []
+            weights: list[tuple[int, float]] = []  # of entries
+            left, probs = 1.0, np.zeros(len(lm))
             for component, share in zip(lookup.gate.components, shares.tolist(), strict=True):
                 columns = candidates.of(*component.kinds)
                 of_component = plain_component_weights(
@@ -54,12 +55,17 @@ class GateOracle:
                     component.temperature,
                     component.length_power,
                 )[0]
-                ids = candidates.ids[0, columns].tolist()
-                weights += [(i, share * w) for i, w in zip(ids, of_component, strict=True) if w]
-            left = max(0.0, 1 - sum(weight for _, weight in weights))  # rounding may exceed 1
-            probs = left * np.exp(lm)
-            for entry, weight in weights:
-                probs[int(self.memory.values(np.array([entry]))[0])] += weight
+                ids, values = (
+                    array[0, columns].tolist() for array in (candidates.ids, candidates.values)
+                )
+                for entry, value, weight in zip(ids, values, of_component, strict=True):
+                    if weight:
+                        probs[value] += share * weight
+                        left -= share * weight
+                    if weight and entry >= 0:  # the text's own places are none
+                        assert value == int(self.memory.values(np.array([entry]))[0])
+                        weights.append((entry, share * weight))
+            probs += max(0.0, left) * np.exp(lm)  # rounding may exceed 1
             mixed = probs
             if settings.guard:
                 trust = 1 / (1 + math.exp(-gained))

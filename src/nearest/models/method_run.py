@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nearest.index.neighbours import NO_ENTRY
 from nearest.models.scoring import ScoredBlock
+from nearest.retrieval.candidates import MEMORY_KINDS
 from nearest.retrieval.distribution import token_probs
 from nearest.retrieval.ensemble import Ensemble
 from nearest.retrieval.lookup import Lookup
@@ -20,7 +21,7 @@ class Details(NamedTuple):
     """What the memory contributed to each of n predictions.
 
     Attributes:
-        lams: weight that it was given, after the guard.
+        lams: weight that it was given, with places of the text itself, after the guard.
         distances: of the nearest candidate; +inf without any.
         entries: with the largest weight; -1 where none has weight.
         shares: that weight.
@@ -160,6 +161,7 @@ def heaviest_entries(
 
     An entry may stand in a row several times. Ties go to the lowest id.
     """
+    weights = np.where(ids == NO_ENTRY, 0, weights)  # of places of the text itself
     if not ids.shape[1]:
         return np.full(len(ids), NO_ENTRY, dtype=np.int64), np.zeros(len(ids))
     order = np.argsort(ids, axis=1, kind="stable")
@@ -181,6 +183,7 @@ def _fill(details: Details, one: Step) -> None:
         one.prediction.trust,
     )
     details.lams[one.rows] = (1 - weights.lm) * trust
-    details.distances[one.rows] = candidates.distances.min(axis=1, initial=np.inf)
+    of_memory = candidates.distances[:, candidates.of(*MEMORY_KINDS)]
+    details.distances[one.rows] = of_memory.min(axis=1, initial=np.inf)
     entries, shares = heaviest_entries(candidates.ids, weights.candidates)
     details.entries[one.rows], details.shares[one.rows] = entries, shares * trust

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearest.index.neighbours import NO_ENTRY
 from nearest.markup import table
 from nearest.memory import Memory
 from nearest.retrieval.ensemble import Ensemble
@@ -37,23 +38,29 @@ class TokenSources:
     """A generated token, how much of its probability the memory gave, and which entries did.
 
     The sources' weights sum to 1, or there are none where the memory gave the token nothing.
+    `text_weight` is the part of its probability that earlier places of the text itself gave, which
+    are no entries of a memory.
     """
 
     token: int
     memory_weight: float
     sources: list[Source]
+    text_weight: float = 0.0
 
     def __repr__(self) -> str:
         """Token, the memory's share, and the strongest entries as document@position."""
         named = [f"{one.document_id}@{one.position} {one.weight:.0%}" for one in self.sources]
         more = ", …" if len(named) > _SHOWN else ""
         entries = f": {', '.join(named[:_SHOWN])}{more}" if named else ""
-        return f"TokenSources(token {self.token}, memory {self.memory_weight:.0%}{entries})"
+        text = f", this text {self.text_weight:.0%}" if self.text_weight else ""
+        return f"TokenSources(token {self.token}, memory {self.memory_weight:.0%}{entries}{text})"
 
     def _repr_html_(self) -> str:
         """Its sources as a table, for notebooks."""
         rows = [(f"{one.weight:.0%}", one.document_id, str(one.position)) for one in self.sources]
         told = f"token {self.token}: {self.memory_weight:.0%} from the memory"
+        if self.text_weight:
+            told += f", {self.text_weight:.0%} from this text"
         return table((told, "document", "position"), rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,11 +69,12 @@ class TokenSources:
 
 
 class _Contribution(NamedTuple):
-    """What each entry added to a token's probability (strongest first), and what the model did."""
+    """What each entry added to a token's probability (strongest first), the model and the text."""
 
     token: int
     entries: dict[tuple[int, int], float]  # number of the memory, and entry
     from_lm: float
+    from_text: float
 
 
 def token_sources(
@@ -96,7 +104,8 @@ def token_sources(
         }
         from_lm = sum(w * one.from_lm for one, w in zip(of_token, weights, strict=True))
         strongest = dict(sorted(entries.items(), key=lambda item: -item[1]))
-        contributions.append(_Contribution(token, strongest, from_lm + rest))
+        from_text = sum(w * one.from_text for one, w in zip(of_token, weights, strict=True))
+        contributions.append(_Contribution(token, strongest, from_lm + rest, from_text))
     return _placed([lookup.memory for lookup in ensemble.lookups], contributions)
 
 
@@ -119,8 +128,11 @@ def _contributions(
         from_lm = base * (prediction.weights.lm * trust + 1 - trust)
         for i, row in enumerate(one.rows.tolist()):
             if row >= skip:
-                entries = _totals(number, prediction.candidates.ids[i], right[i])
-                contributions.append(_Contribution(int(targets[row]), entries, float(from_lm[i])))
+                ids = prediction.candidates.ids[i]
+                entries = _totals(number, ids, right[i])
+                from_text = float(right[i, ids == NO_ENTRY].sum())
+                one_token = _Contribution(int(targets[row]), entries, float(from_lm[i]), from_text)
+                contributions.append(one_token)
     return contributions
 
 
@@ -128,7 +140,7 @@ def _totals(
     memory: int, ids: Int[np.ndarray, " c"], weights: Float[np.ndarray, " c"]
 ) -> dict[tuple[int, int], float]:
     """Total weight of each entry; one that is a candidate twice counts twice."""
-    some = weights > 0
+    some = (weights > 0) & (ids != NO_ENTRY)
     entries, at = np.unique(ids[some], return_inverse=True)
     totals = np.bincount(at, weights[some], minlength=len(entries))
     return {
@@ -150,7 +162,7 @@ def _placed(memories: Sequence[Memory], contributions: list[_Contribution]) -> l
     needed = sorted({(memory, place.document) for (memory, _), place in places.items()})
     documents = {(memory, number): memories[memory].document(number) for memory, number in needed}
     result = []
-    for token, entries, from_lm in contributions:
+    for token, entries, from_lm, from_text in contributions:
         total = sum(entries.values())
         sources = [
             Source(
@@ -164,5 +176,7 @@ def _placed(memories: Sequence[Memory], contributions: list[_Contribution]) -> l
             )
             for (memory, entry), weight in entries.items()
         ]
-        result.append(TokenSources(token, total / (total + from_lm) if total else 0.0, sources))
+        whole = total + from_lm + from_text
+        parts = (total / whole, from_text / whole) if whole else (0.0, 0.0)
+        result.append(TokenSources(token, parts[0], sources, parts[1]))
     return result

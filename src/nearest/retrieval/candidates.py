@@ -9,20 +9,22 @@ from jaxtyping import Bool, Float, Int
 
 from nearest.index.neighbours import NO_ENTRY
 
-KINDS = ("dense", "pointers", "suffix")
+MEMORY_KINDS = ("dense", "pointers", "suffix")
+KINDS = (*MEMORY_KINDS, "text")  # and earlier places of the text itself
 
 
 class Candidates(NamedTuple):
     """Candidate entries, one row a query; columns of one kind are contiguous, in KINDS' order.
 
-    A row with fewer entries of a kind is padded: id and value -1, distance +inf, length 0.
+    A row with fewer entries of a kind is padded: id and value -1, distance +inf, length 0. A place
+    of the text itself is no entry: its id is -1, its distance 0.
     """
 
     ids: Int[np.ndarray, "q c"]  # int64
     values: Int[np.ndarray, "q c"]  # int64, the token that follows each entry
     distances: Float[np.ndarray, "q c"]  # float32; all 0 in a memory without keys
     lengths: Int[np.ndarray, "q c"]  # int16, tokens of left context shared with the query
-    columns: tuple[int, int, int]  # how many columns each kind has
+    columns: tuple[int, ...]  # how many columns each kind has; kinds at the end may be left out
     searched: Bool[np.ndarray, " q"]  # whether the dense search was made
     # float32: of how many entries each stands for; None where each stands for itself
     log_counts: Float[np.ndarray, "q c"] | None = None
@@ -51,7 +53,7 @@ class Candidates(NamedTuple):
             wide([part.values for part in parts], NO_ENTRY),
             wide([part.distances for part in parts], np.inf),
             wide([part.lengths for part in parts], 0),
-            (int(columns[0]), int(columns[1]), int(columns[2])),
+            tuple(columns.tolist()),
             np.concatenate([part.searched for part in parts]),
             wide(log_counts, 0) if log_counts else None,
         )
@@ -66,6 +68,24 @@ class Candidates(NamedTuple):
             self.columns,
             self.searched[rows],
             None if self.log_counts is None else self.log_counts[rows],
+        )
+
+    def beside(
+        self, values: Int[np.ndarray, "q places"], lengths: Int[np.ndarray, "q places"]
+    ) -> "Candidates":
+        """With places of the text itself, of which those without a value are none."""
+        distances = np.where(values < 0, np.float32(np.inf), np.float32(0))
+        log_counts = self.log_counts
+        if log_counts is not None:
+            log_counts = np.concatenate([log_counts, np.zeros_like(distances)], axis=1)
+        return Candidates(
+            np.concatenate([self.ids, np.full_like(values, NO_ENTRY)], axis=1),
+            np.concatenate([self.values, values], axis=1),
+            np.concatenate([self.distances, distances], axis=1),
+            np.concatenate([self.lengths, lengths], axis=1),
+            (*self.columns, values.shape[1]),
+            self.searched,
+            log_counts,
         )
 
     def without(self, gone: Bool[np.ndarray, "q c"]) -> "Candidates":
@@ -83,7 +103,7 @@ class Candidates(NamedTuple):
         return found
 
 
-def columns_of(columns: tuple[int, int, int], *kinds: str) -> slice:
+def columns_of(columns: tuple[int, ...], *kinds: str) -> slice:
     """Where candidates of these kinds stand, if there are so many columns of each."""
     first, last = KINDS.index(kinds[0]), KINDS.index(kinds[-1])
     return slice(sum(columns[:first]), sum(columns[: last + 1]))
@@ -91,7 +111,7 @@ def columns_of(columns: tuple[int, int, int], *kinds: str) -> slice:
 
 @lru_cache(maxsize=256)
 def spans_of(
-    columns: tuple[int, int, int], groups: tuple[tuple[str, ...], ...]
+    columns: tuple[int, ...], groups: tuple[tuple[str, ...], ...]
 ) -> Int[np.ndarray, "2 n"]:
     """Where the columns of each group of adjacent kinds begin and end; as `columns_of`."""
     spans = [columns_of(columns, *kinds) for kinds in groups]

@@ -102,7 +102,7 @@ def are_found(
     """Whether each component has a candidate."""
     found = np.zeros((len(candidates.ids), len(components)), dtype=bool)
     ways = _ways(tuple(components), candidates.columns)
-    _find(candidates.ids, ways.begins, ways.stops, found)
+    _find(candidates.distances, ways.begins, ways.stops, found)
     return found
 
 
@@ -196,7 +196,7 @@ class _Ways(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _ways(components: tuple[Component, ...], columns: tuple[int, int, int]) -> _Ways:
+def _ways(components: tuple[Component, ...], columns: tuple[int, ...]) -> _Ways:
     """The components as arrays, for candidates of these columns."""
     spans = []
     for component in components:
@@ -262,11 +262,11 @@ def _weigh(
 
 @no_type_check
 @numba.njit(nogil=True, cache=code_can_be_cached())
-def _find(ids: Any, begins: Any, stops: Any, found: Any) -> None:
-    for i in range(len(ids)):
+def _find(distances: Any, begins: Any, stops: Any, found: Any) -> None:
+    for i in range(len(distances)):
         for n in range(len(begins)):
             for j in range(begins[n], stops[n]):
-                if ids[i, j] >= 0:
+                if distances[i, j] < np.inf:
                     found[i, n] = True
                     break
 

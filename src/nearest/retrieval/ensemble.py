@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearest.errors import SettingError
+from nearest.index.suffix import MAX_MATCH
 from nearest.memory import Memory
 from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.present import REACH
 from nearest.retrieval.settings import Settings, resolve_settings
 from nearest.retrieval.tuned import warn_of_settings
 from nearest.store.tuned import SettingsFrom
@@ -133,6 +135,12 @@ class Ensemble:
     def needs_context(self) -> bool:
         """Whether predictions depend on the tokens before, and not on hidden states alone."""
         return any(lookup.needs_context for lookup, _ in self.used)
+
+    @cached_property
+    def reach(self) -> int:
+        """How many tokens back a method looks, at most."""
+        reads_text = any(lookup.reads_text for lookup, _ in self.used)
+        return REACH + 1 if reads_text else MAX_MATCH + 1
 
     @cached_property
     def keeps_state(self) -> bool:

@@ -28,6 +28,7 @@ from nearest.retrieval.distribution import (
 )
 from nearest.retrieval.gates.gate import FixedGate, Gate, SearchGate, View
 from nearest.retrieval.gates.stored import load_gate
+from nearest.retrieval.present import Places, matching_places
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.search_cache import Search
 from nearest.retrieval.settings import Settings, method_named
@@ -39,12 +40,14 @@ class Ahead(NamedTuple):
     Attributes:
         matched: None where the method has no suffix matches.
         dense: None where no search was made.
+        text: None where no place of the text itself is weighed.
         searched: which queries get a dense search; None where their pointers decide.
     """
 
     matched: Part | None = None
     dense: Part | None = None
     searched: Bool[np.ndarray, " q"] | None = None
+    text: Places | None = None
 
     def rows(self, rows: slice) -> "Ahead":
         """Those of some queries."""
@@ -52,6 +55,7 @@ class Ahead(NamedTuple):
             None if self.matched is None else self.matched.rows(rows),
             None if self.dense is None else self.dense.rows(rows),
             None if self.searched is None else self.searched[rows],
+            None if self.text is None else self.text.rows(rows),
         )
 
 
@@ -91,6 +95,7 @@ class Lookup:
         self._chooser: SearchGate | None = None
         if self._asks and isinstance(self.gate, SearchGate):
             self._chooser = self.gate
+        self.reads_text = any("text" in component.kinds for component in self.gate.components)
         self._measures_matches = any(component.length_power for component in self.gate.components)
 
     @classmethod
@@ -135,10 +140,11 @@ class Lookup:
     def ahead(self, queries: Queries) -> Ahead:
         """What `candidates` needs no pointers for; many queries at once cost less each."""
         matched = self._matched(queries) if "suffix" in self.kinds else None
+        text = self._places(queries)
         if self._chooser is None and not self._searches_all:
-            return Ahead(matched)
-        searched = self._to_search(queries, matched or no_part(len(queries.keys)))
-        return Ahead(matched, self._dense_of(queries, searched), searched)
+            return Ahead(matched, text=text)
+        searched = self._to_search(queries, matched or no_part(len(queries.keys)), text)
+        return Ahead(matched, self._dense_of(queries, searched), searched, text)
 
     def candidates(
         self,
@@ -161,21 +167,27 @@ class Lookup:
             pointed = self._pointed(queries, pointers)
         if "suffix" in self.kinds:
             matched = self._matched(queries) if known.matched is None else known.matched
+        text = self._places(queries) if known.text is None else known.text
         searched, dense = known.searched, known.dense
         if searched is None:
-            searched = self._to_search(queries, matched, pointers)
+            searched = self._to_search(queries, matched, text, pointers)
             dense = self._dense_of(queries, searched)
         if dense is None or not searched.any():
             dense = none
         if self.settings.dedup:
             pointed = pointed.without(automaton.without_repeated(pointed.ids, dense.ids) < 0)
-        return self._joined(dense, pointed, matched, searched)
+        return self._joined(dense, pointed, matched, searched, text)
 
     def _joined(
-        self, dense: Part, pointed: Part, matched: Part, searched: Bool[np.ndarray, " q"]
+        self,
+        dense: Part,
+        pointed: Part,
+        matched: Part,
+        searched: Bool[np.ndarray, " q"],
+        text: Places | None = None,
     ) -> Candidates:
         ids, distances, lengths = side_by_side([dense, pointed, matched])
-        return Candidates(
+        found = Candidates(
             ids,
             self.memory.values(ids),
             distances,
@@ -184,6 +196,14 @@ class Lookup:
             searched,
             self.memory.log_weights(ids) if self.memory.has_weights else None,
         )
+        return found if text is None else found.beside(*text)
+
+    def _places(self, queries: Queries) -> Places | None:
+        """Earlier places of the text itself, where the gate weighs them."""
+        if not self.reads_text:
+            return None
+        start_token = self.memory.manifest.model.start_token
+        return matching_places(queries.context, queries.ends, start_token)
 
     def follow(
         self, candidates: Candidates, tokens: Int[np.ndarray, " q"]
@@ -207,6 +227,7 @@ class Lookup:
         self,
         queries: Queries,
         matched: Part,
+        text: Places | None,
         pointers: Int[np.ndarray, "q p"] | None = None,
     ) -> Bool[np.ndarray, " q"]:
         """Which queries get a dense search: the gate's choice, or those with few pointers left.
@@ -222,7 +243,7 @@ class Lookup:
             if self.settings.skip >= 1:  # then nothing need be looked at
                 return np.zeros(count, dtype=bool)
             none = no_part(count)
-            found = self._joined(none, none, matched, np.zeros(count, dtype=bool))
+            found = self._joined(none, none, matched, np.zeros(count, dtype=bool), text)
             before = View(queries, found, self.memory)
             return self._chooser.worth_searching(before, self.settings.skip)
         left = np.zeros(count) if pointers is None else (pointers >= 0).sum(axis=1)

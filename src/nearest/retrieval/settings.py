@@ -8,7 +8,7 @@ from typing import Any
 
 from nearest.errors import SettingError, warn_caller
 from nearest.memory import Memory
-from nearest.retrieval.candidates import KINDS
+from nearest.retrieval.candidates import MEMORY_KINDS
 from nearest.store.searched import DISTANCES
 
 BASE = "base"
@@ -32,6 +32,7 @@ class Method:
         gate: the kind of trained gate that weighs them; None for a fixed λ.
         asks: whether the gate decides about dense searches.
         defaults: settings whose defaults are not those of `Settings`.
+        text: whether its gate weighs earlier places of the text itself, too.
         in_context: whether the model reads passages of the memory before the text.
     """
 
@@ -39,7 +40,13 @@ class Method:
     gate: str | None = None
     asks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    text: bool = False
     in_context: bool = False
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """The kinds of candidates that a gate trained for it weighs."""
+        return (*self.kinds, "text") if self.text else self.kinds
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -68,7 +75,9 @@ _METHODS = {
     "retomaton+mixture": Method(_RETOMATON, "mixture"),
     "suffix": Method(_SUFFIX, defaults={"lam": 0.5, "temperature": 64.0, "length_power": 4.0}),
     "suffix+mixture": Method(_SUFFIX, "mixture"),
-    "hybrid": Method(KINDS, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}),
+    "hybrid": Method(
+        MEMORY_KINDS, "mixture", asks=True, defaults={"guard": True, "skip": 0.5}, text=True
+    ),
 }
 MEMORY_METHODS = tuple(_METHODS)
 # The model reads passages of the memory before the text (arXiv:2302.00083): alone, or with any of

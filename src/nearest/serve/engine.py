@@ -322,7 +322,7 @@ class Engine:
         with self._metrics.mix_seconds.time():
             prediction = Mixture(
                 ensemble,
-                row_queries(passed.keys[:, -1].numpy(), contexts),
+                row_queries(passed.keys[:, -1].numpy(), contexts, ensemble.reach),
                 [row.state for row in rows],
                 passed.log_probs[:, -1],
                 None if passed.alone is None else passed.alone[:, -1],

@@ -55,8 +55,9 @@ class Source(NamedDocument):
 class Token(_Told):
     """A token of an answer, or with `echo` of the prompt.
 
-    `memory_weight` is the share of its probability that the memories gave, `passage_weight` the
-    share that it would not have had without the passages that the model had read beside the text:
+    `memory_weight` is the share of its probability that the memories gave, `text_weight` the share
+    that earlier places of the text itself gave, which are no sources; `passage_weight` the share
+    that it would not have had without the passages that the model had read beside the text:
     `read` is their number in `reads`. The first of `base_alternatives` is what the model alone
     would have said.
     """
@@ -68,6 +69,7 @@ class Token(_Told):
     logprob: float | None
     base_logprob: float | None
     memory_weight: float = Field(ge=0, le=1)
+    text_weight: float = Field(ge=0, le=1)
     passage_weight: float = Field(ge=0, le=1)
     read: int | None = Field(ge=0)
     alternatives: list[Alternative]

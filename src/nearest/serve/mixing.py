@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearest.encode.view import lm_view
+from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
 from nearest.retrieval.candidates import KINDS
 from nearest.retrieval.ensemble import Ensemble
@@ -108,7 +109,8 @@ class Mixture:
         ):
             candidates = prediction.candidates
             added = prediction.weights.candidates[row] * (weight * prediction.trust[row])
-            columns = np.flatnonzero((candidates.values[row] == token) & (added > 0))
+            of_token = (candidates.values[row] == token) & (added > 0)
+            columns = np.flatnonzero(of_token & (candidates.ids[row] != NO_ENTRY))
             kinds = np.searchsorted(np.cumsum(candidates.columns), columns, side="right")
             found += [
                 Spoke(
@@ -123,18 +125,36 @@ class Mixture:
             ]
         return sorted(found, key=lambda one: -one.weight)
 
+    def of_text(self, row: int, token: int) -> float:
+        """What earlier places of the text itself added to a token's probability."""
+        return float(
+            sum(
+                prediction.weights.candidates[row, spoke].sum() * weight * prediction.trust[row]
+                for weight, prediction in zip(self._weights, self._predictions, strict=True)
+                for spoke in [
+                    (prediction.candidates.values[row] == token)
+                    & (prediction.candidates.ids[row] == NO_ENTRY)
+                ]
+            )
+        )
 
-def row_queries(keys: Float[np.ndarray, "rows dim"], contexts: Sequence[Sequence[int]]) -> Queries:
+
+def row_queries(
+    keys: Float[np.ndarray, "rows dim"],
+    contexts: Sequence[Sequence[int]],
+    reach: int = MAX_MATCH + 1,
+) -> Queries:
     """Different sequences as one batch of queries.
 
     Args:
         keys: float32 hidden states at each row's last position.
-        contexts: the tokens of each row; beyond the last MAX_MATCH nothing is compared.
+        contexts: the tokens of each row.
+        reach: how many tokens back a method looks.
     """
     joined: list[int] = []
     ends = []
     for context in contexts:
-        joined += context[-MAX_MATCH - 1 :]
+        joined += context[-reach:]
         ends.append(len(joined) - 1)
         joined.append(_BETWEEN)
     return Queries(keys, np.array(joined, np.int64), np.array(ends, np.int64))

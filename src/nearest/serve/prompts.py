@@ -120,6 +120,7 @@ def tell(
             top,
             base_top,
             prediction.spoke(number, token) if one.sources else [],
+            prediction.of_text(number, token) if one.sources else 0.0,
             prediction.read[number],
             read_log_prob,
         )

@@ -63,7 +63,10 @@ class Provenance:
         weight = 0.0
         if told.log_prob is not None and told.spoke:
             weight = min(1.0, total / max(float(np.exp(told.log_prob)), 1e-300))
-        of_passages = (1 - weight) * _gained(told)
+        of_text = 0.0
+        if told.log_prob is not None and told.of_text:
+            of_text = min(1.0 - weight, told.of_text / max(float(np.exp(told.log_prob)), 1e-300))
+        of_passages = (1 - weight - of_text) * _gained(told)
         places = self._places(told)
         first = [(one.memory, one.entry) for one in told.spoke[:_SOURCES_A_TOKEN]]
         snippets = self._snippets(first, places)
@@ -92,6 +95,7 @@ class Provenance:
             "logprob": finite(told.log_prob),
             "base_logprob": finite(told.base_log_prob),
             "memory_weight": weight,
+            "text_weight": of_text,
             "passage_weight": of_passages,
             "read": self._number(told.read),
             "alternatives": self._alternatives(told.top),

@@ -50,6 +50,7 @@ class Told(NamedTuple):
         base_log_prob: by the model alone.
         top, base_top: likeliest tokens with their log-probabilities, of both.
         spoke: entries that spoke for it.
+        of_text: what earlier places of the text itself added to its probability.
         read: what the model had read beside the text when it predicted it.
         read_log_prob: by the model that had, and no memory's candidates.
     """
@@ -61,6 +62,7 @@ class Told(NamedTuple):
     top: list[tuple[int, float]]
     base_top: list[tuple[int, float]]
     spoke: list[Spoke]
+    of_text: float = 0.0
     read: Read | None = None
     read_log_prob: float | None = None
     prompt: bool = False

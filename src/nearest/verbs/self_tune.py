@@ -138,7 +138,7 @@ def _held_out(
     ids, values, distances, lengths = (
         np.take_along_axis(array, order, axis=1) for array in found.without(passed)[:4]
     )
-    dense, pointers, suffix = found.columns
+    dense, pointers, suffix = found.columns  # no gate, so no text
     columns = min(most, dense), min(most, pointers), min(most, suffix)  # all are of one kind
     candidates = Candidates(ids, values, distances, lengths, columns, found.searched)
     view = one.view._replace(queries=one.view.queries.rows(rows), candidates=candidates)

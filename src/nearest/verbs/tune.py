@@ -269,7 +269,7 @@ def _train_mixture(
     total = sum(len(block.targets) for block in blocks)
 
     # What is found does not depend on the unit; what the gate makes of it does.
-    everywhere = SearchEverywhere(MixtureConfig.over(chosen.kinds, 1.0))
+    everywhere = SearchEverywhere(MixtureConfig.over(chosen.weighed, 1.0))
     lookup = (_EitherWay if chosen.asks else Lookup)(
         memory, method, replace(settings, guard=False), everywhere
     )
@@ -280,7 +280,7 @@ def _train_mixture(
     ways: Iterator[tuple[Examples, ...]]
     ways = (_ways(one, settings) for one in found) if chosen.asks else ((one,) for one in found)
     skip = settings.skip if chosen.asks else None
-    config = MixtureConfig.over(chosen.kinds, unit)
+    config = MixtureConfig.over(chosen.weighed, unit)
     gate, mixed = fit_mixture(config, ways, skip, progress, begin)
     if settings.guard:
         base = torch.cat([block.lm_log_probs for block in blocks])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nearest.errors import SettingError
 from nearest.progress import Progress, no_progress
+from nearest.retrieval.candidates import MEMORY_KINDS
 from nearest.retrieval.distribution import Component, are_found, component_probs
 from nearest.retrieval.gates.fitting import FLOOR, best_shares
 from nearest.retrieval.gates.gate import LEFT_TO_LM, Examples, View, quantiles_of, reaching
@@ -134,13 +135,14 @@ def _mixed(
 
 
 def distance_unit(examples: Iterable[Examples]) -> float:
-    """How much farther the candidate in the middle is than the nearest: median over queries.
+    """How much farther the entry in the middle is than the nearest: median over queries.
 
-    1 where no query has two candidates, or all are equally near.
+    1 where no query has two entries, or all are equally near.
     """
     gaps = []
     for one in examples:
-        distances = np.sort(one.view.candidates.distances, axis=1)
+        found = one.view.candidates
+        distances = np.sort(found.distances[:, found.of(*MEMORY_KINDS)], axis=1)
         count = np.isfinite(distances).sum(axis=1)
         some = count > 1
         middle = distances[some, count[some] // 2]

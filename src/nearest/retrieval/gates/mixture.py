@@ -1,8 +1,8 @@
 """Our gate: a small network mixes several components from cheap features.
 
 Components are made of dense, pointed and matched candidates, each weighed at several temperatures
-and length powers; the language model is one more. A second network estimates, before the dense
-search, what it would gain.
+and length powers, and of the text's own earlier places; the language model is one more. A second
+network estimates, before the dense search, what it would gain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearest.retrieval.candidates import KINDS
+from nearest.retrieval.candidates import KINDS, MEMORY_KINDS
 from nearest.retrieval.distribution import Component, are_found, component_votes
 from nearest.retrieval.gates.fitting import Temperature
 from nearest.retrieval.gates.gate import (
@@ -33,19 +33,21 @@ _GROUPS: Mapping[tuple[str, ...], Sequence[tuple[float, float]]] = {
     ("dense",): ((0.15, 0.0), (0.3, 0.0), (1.2, 5.0)),
     ("dense", "pointers"): ((0.15, 0.0), (0.3, 0.0), (0.6, 2.0), (1.2, 5.0)),
     ("suffix",): ((0.15, 0.0), (0.6, 0.0), (1.2, 4.0), (2.4, 6.0), (1e4, 8.0)),
-    ("dense", "pointers", "suffix"): ((0.15, 0.0), (1.2, 5.0), (2.4, 6.0)),
+    MEMORY_KINDS: ((0.15, 0.0), (1.2, 5.0), (2.4, 6.0)),
+    ("text",): ((1.0, 2.0), (1.2, 4.0), (1.0, 8.0)),  # at distances of 0
 }
-_VOTED = 1.2  # the gate looks at the votes of components with this multiple, but the last group's
+_FREE = ("suffix", "text")  # known before a search, and whatever was searched before
+_VOTED = 1.2  # the gate looks at the votes of components with this multiple, but not of all kinds'
 _OF_LM, _OF_KIND = 2, 3  # features
 
-_Kind = Literal["dense", "pointers", "suffix"]
+_Kind = Literal["dense", "pointers", "suffix", "text"]
 
 
 class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
     """What a mixture looks at and weighs.
 
     Attributes:
-        kinds: of the method it was trained for.
+        kinds: of candidates, in the order of KINDS.
         components: that are weighed: kinds, temperature, length power.
         voted: the numbers of those whose votes it looks at.
         unit: by which it divides distances, so that they mean the same in other memories and with
@@ -83,7 +85,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
         voted = [
             number
             for number, (group, temperature, _) in enumerate(components)
-            if temperature == _VOTED * unit and len(group) < len(KINDS)
+            if temperature == _VOTED * unit and group != MEMORY_KINDS
         ]
         return cls(tuple(kinds), tuple(components), tuple(voted), unit)  # type: ignore[arg-type]
 
@@ -116,7 +118,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
 
     @property
     def _free_kinds(self) -> list[str]:
-        return [kind for kind in self.kinds if kind == "suffix"]
+        return [kind for kind in self.kinds if kind in _FREE]
 
     @property
     def _voted(self) -> list[Component]:
@@ -124,7 +126,7 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
 
     @property
     def _free_voted(self) -> list[Component]:
-        return [component for component in self._voted if component.kinds == ("suffix",)]
+        return [component for component in self._voted if set(component.kinds) <= set(_FREE)]
 
 
 class MixtureGate(StoredGate):

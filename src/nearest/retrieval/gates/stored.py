@@ -57,7 +57,7 @@ def load_gate(memory: Memory, method: str) -> StoredGate | None:
         if config["method"] != method:
             raise ValueError(f"it was trained for {config['method']}")
         gate = restored(chosen.gate, config, file.arrays())
-        if foreign := {one for c in gate.components for one in c.kinds} - set(chosen.kinds):
+        if foreign := {one for c in gate.components for one in c.kinds} - set(chosen.weighed):
             raise ValueError(f"it weighs {min(foreign)} candidates, which {method} has not")
         if isinstance(gate, AdaptRetGate) and gate.key_dim != memory.keys_record.dim:
             raise ValueError(f"it looks at keys of {gate.key_dim} dims")
