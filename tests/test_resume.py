@@ -160,6 +160,29 @@ def test_an_interrupted_build_goes_on(
     assert snapshot(path) == snapshot(whole[0])
 
 
+def test_a_long_task_is_noted_before_the_next_begins(
+    whole: tuple[Path, list[str]],
+    model: Model,
+    passes: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder as a kill leaves it while the index is trained: all keys are there, and known."""
+    monkeypatch.setattr(unfinished, "_SECONDS", float("inf"))
+    monkeypatch.setattr(unfinished, "_LONG", 0)
+    killed = tmp_path / "killed"
+
+    def copied(stage: str, _done: int, _total: int | None) -> None:
+        if stage.startswith("index") and not killed.exists():
+            shutil.copytree(tmp_path / "m", killed)
+
+    Memory.build(*model, DOCUMENTS, tmp_path / "m", progress=copied, **OPTIONS)
+    passes.clear()
+    Memory.build(*model, DOCUMENTS, killed, **OPTIONS)
+    assert passes == []
+    assert snapshot(killed) == snapshot(whole[0])
+
+
 @pytest.mark.parametrize("moved", [1, 2])
 def test_keys_whose_files_were_being_moved_are_made_anew(
     moved: int,

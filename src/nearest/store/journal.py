@@ -34,6 +34,7 @@ _DONE = "done.json"
 _TASK = re.compile(r"(\d{6})\.(suffix|keys|index|change)(\..+)?")
 _FORMAT = 2
 _SECONDS = 30.0
+_LONG = 1.0  # seconds of a task whose end is noted at once: a note takes hundredths of one
 _Inode = tuple[int, int]  # of a file, and when that was written
 
 
@@ -101,7 +102,7 @@ class Journal:
         self.folder = folder
         self.stage = stage
         self._began = began
-        self._saved = time.monotonic()
+        self._saved = self._finished = time.monotonic()
         self._done: dict[Task, SegmentRecord] = {}
         self._unsaved: list[Task] = []
 
@@ -199,13 +200,19 @@ class Journal:
         return self._done[task]
 
     def finish(self, task: Task, record: SegmentRecord) -> None:
-        """Note that a task is finished; its files must be in their place."""
+        """Note that a task is finished; its files must be in their place.
+
+        Notes of short tasks wait for each other. What a long one made is not left to the next task,
+        which may take long before it notes anything.
+        """
         self._done[task] = record
-        if self._began is None:
-            self._unsaved.append(task)
-            self.save_if_due()
-        else:
+        before, self._finished = self._finished, time.monotonic()
+        if self._began is not None:
             self._write(task)
+            return
+        self._unsaved.append(task)
+        if self.due or self._finished - before >= _LONG:
+            self.save()
 
     def _write(self, task: Task) -> None:
         self.make_durable([task.segment])
