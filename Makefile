@@ -57,7 +57,7 @@ test-long: setup
 # Ray is large, and nothing else needs it; what needs root is skipped without.
 test-cluster: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/pytest -m "long or not long" tests/cluster tests/test_parts.py tests/test_claims.py
+	$(BIN)/pytest -m "long or not long" tests/cluster tests/test_parts.py tests/test_claims.py tests/test_shared_changes.py
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture
