@@ -59,9 +59,8 @@ def test_half_precision_that_a_cpu_emulates_is_told(
 ) -> None:
     model, documents = make_model().bfloat16(), make_documents(2, 12)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    with pytest.warns(UserWarning, match=r"bfloat16.*dtype=torch\.float32") as told:
+    with pytest.warns(UserWarning, match=r"bfloat16.*dtype=torch\.float32"):
         memory = Memory.build(model, make_tokenizer(), documents, tmp_path / "m", tune=False)
-    assert told[0].filename == __file__
     with pytest.warns(UserWarning, match="bfloat16"), attach(model, memory, lam=0.5):
         pass
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})

@@ -1,5 +1,6 @@
 """Searches among documents with like encoder texts, against memories of these alone."""
 
+import shutil
 from collections import Counter
 from math import log1p
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_a_plain_call_reads_the_source_that_it_is_given(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_what_is_tuned_with_it_is_kept_with_it(memory: Memory, model: Any) -> None:
+def test_what_is_tuned_with_it_is_kept_with_it(memory: Memory, model: Any, tmp_path: Path) -> None:
+    memory = Memory.open(shutil.copytree(memory.path, tmp_path / "m"))  # the others' stays untuned
     tuned = tune(model, memory, TEXT, method="knn", tokenizer=TOKENIZER, encoder_texts=4)
     assert memory.settings("knn")["encoder_texts"] == tuned.settings.encoder_texts == 4
     asked = evaluate(model, memory, TEXT, "knn", tokenizer=TOKENIZER)

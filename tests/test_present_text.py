@@ -153,4 +153,6 @@ def test_sources_tell_the_texts_own_part(model: PreTrainedModel, memory: Memory)
     for one in told:
         assert 0 <= one.text_weight <= 1 - one.memory_weight + 1e-6
         assert ("this text" in repr(one)) == (one.text_weight > 0)
-        assert sum(source.weight for source in one.sources) == pytest.approx(1.0 if one.sources else 0.0)
+        assert sum(source.weight for source in one.sources) == pytest.approx(
+            1.0 if one.sources else 0.0
+        )
