@@ -844,9 +844,8 @@ def test_a_limit_on_the_size_of_files(world: SimpleNamespace, out: Path, limit: 
 
 
 @pytest.mark.slow
-def test_an_interruption_from_the_keyboard(
-    tmp_path: Path, world: SimpleNamespace, out: Path
-) -> None:
+def test_an_interruption_from_the_keyboard(tmp_path: Path, world: SimpleNamespace) -> None:
+    out = tmp_path / "new.memory"  # stays, to be gone on with, where a task took a second
     (tmp_path / "long.txt").write_text("the court shall " * 20_000)
     command = [
         NEAREST,
