@@ -40,8 +40,8 @@ def memory(build_memory: Callable[..., Memory], tiny_model: PreTrainedModel) -> 
 def test_what_is_held_out_is_as_in_a_memory_without_the_document(
     build_memory: Callable[..., Memory], tiny_model: PreTrainedModel, memory: Memory
 ) -> None:
-    """The nearest entries of each document are those of a memory built of the others."""
-    without = build_memory(tiny_model, DOCUMENTS[1:])
+    """The nearest entries of each document are those of the memory after it was removed."""
+    without = build_memory(tiny_model, DOCUMENTS).remove([DOCUMENTS[0].id])
     entries = memory.entries_of(0)
     assert entries.start == 0
     np.testing.assert_array_equal(memory.places(np.array(entries))[0], 0)
