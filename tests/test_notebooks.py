@@ -38,7 +38,7 @@ def test_a_notebook_is_well_formed(path: Path) -> None:
         compile(code, f"{path.name}, cell {number}", "exec")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_every_cell_of_a_notebook_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

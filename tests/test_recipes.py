@@ -121,7 +121,7 @@ MADE = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", MADE)
 def test_every_command_of_a_recipe_runs(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +132,7 @@ def test_every_command_of_a_recipe_runs(
         assert (tmp_path / "out" / name).stat().st_size > 0, name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_translation_goes_from_rules_to_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
