@@ -1,5 +1,6 @@
 """How workers are started and replaced, with workers that do next to nothing."""
 
+import itertools
 import os
 import subprocess
 import time
@@ -93,6 +94,47 @@ def test_workers_that_see_another_folder_are_no_endless_loop(
     monkeypatch.setattr(workers, "STALE", -1.0)
     with pytest.raises(NearestError, match="end well, and yet 4 tasks are not done"):
         drive(four(tmp_path), Crew(lambda _: ended(None), 2))
+
+
+def test_it_is_said_what_workers_wait_for_that_do_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_SILENCE", -1.0)
+    work, waiting, asked = four(tmp_path), Future[None](), []
+
+    def why() -> str | None:
+        asked.append(len(asked))
+        if len(asked) == 2:  # they begin as soon as it is said
+            waiting.set_result(None)
+            for path in work.paths:
+                path.touch()
+        return "for a free CPU" if len(asked) == 2 else None
+
+    with pytest.warns(UserWarning, match="for a free CPU"):
+        drive(work, Crew(lambda _: waiting, 1, why))
+    assert len(asked) == 2
+
+
+def test_nothing_is_said_of_waiting_where_a_task_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_SILENCE", -1.0)
+    work, held = four(tmp_path), Watch(owner_here("one"))
+    assert held.take(work.paths[3]) is not None
+    waiting, reports = Future[None](), itertools.count()
+
+    def report() -> None:
+        if next(reports) == 3:
+            waiting.set_result(None)
+            for path in work.paths:
+                path.touch()
+
+    monkeypatch.setattr(work, "report", report)
+
+    def why() -> str:
+        raise AssertionError("one has begun")
+
+    drive(work, Crew(lambda _: waiting, 1, why))
 
 
 def test_a_folder_that_goes_with_the_work_ends_it(tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ from conftest import make_documents, make_model, make_tokenizer
 from nearest import Memory, attach, evaluate
 from nearest.cli import app
 from nearest.encode import dtype as dtype_module
-from nearest.encode.dtype import chosen_device, chosen_dtype, fast_on_cpu, few_bits, quantisation
+from nearest.encode.dtype import (
+    chosen_device,
+    chosen_dtype,
+    fast_on_cpu,
+    few_bits,
+    quantisation,
+    warn_of_slow_dtype,
+)
 from nearest.encode.fingerprint import model_fingerprint
 from nearest.encode.loading import load_model_and_tokenizer, load_tokenizer
 from nearest.errors import ModelError, SettingError
@@ -67,6 +74,22 @@ def test_half_precision_that_a_cpu_emulates_is_told(
     recwarn.clear()
     evaluate(model, memory, documents, "knn", tokenizer=make_tokenizer(), lam=0.5)
     assert not [one for one in recwarn if "instructions" in str(one.message)]
+
+
+def test_training_in_emulated_bfloat16_is_told(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for model, bf16, told in (
+        (make_model(), False, ""),
+        (make_model(), True, "leave bf16 out"),
+        (make_model().bfloat16(), False, "dtype=torch.float32"),
+    ):
+        for cpu_has in ({}, {"avx512_bf16": True}):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=cpu_has: has)
+            recwarn.clear()
+            warn_of_slow_dtype(model, bf16=bf16)
+            expected = bool(told) and not cpu_has
+            assert [told in str(one.message) for one in recwarn] == [True] * expected
 
 
 def test_a_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

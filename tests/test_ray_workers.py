@@ -15,6 +15,8 @@ import torch
 
 from conftest import snapshot
 from nearest import Document, Memory
+from nearest.build.ray_workers import _room, ray_workers
+from nearest.build.workers import Spec
 from nearest.encode import loading
 from nearest.errors import FolderError, NearestError, SettingError
 from segments import DOCUMENTS, OPTIONS, Model, load_one_at_a_time, model, whole  # noqa: F401
@@ -35,6 +37,7 @@ class Ray(ModuleType):
         super().__init__("ray")
         self.__spec__ = ModuleSpec("ray", None)
         self.calls: list[tuple[str, Any]] = []
+        self.free = cpus  # of them, as long as nobody asks
         self._cpus, self._answers, self._up = cpus, answers, False
         self._pool = ThreadPoolExecutor(8)
 
@@ -50,6 +53,12 @@ class Ray(ModuleType):
     def nodes(self) -> list[dict[str, Any]]:
         gone = {"Alive": False, "Resources": {"CPU": 1000.0}}
         return [{"Alive": True, "Resources": {"CPU": float(self._cpus)}}, gone]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(self._cpus)}
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.free)} if self.free else {}
 
     def remote(self, **options: Any) -> Any:
         self.calls.append(("remote", options))
@@ -135,6 +144,30 @@ def test_what_is_said_where_there_is_none(
     with pytest.raises(NearestError, match=r"pip install '\.\[ray\]'"):
         build()
     assert not (tmp_path / "m").exists()
+
+
+def test_it_is_said_what_workers_wait_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ray := Ray(cpus=6))
+    spec = Spec(threads=2)
+    for before, now, told in ((6, 0, False), (0, 6, False), (1, 1, True)):
+        ray.free = before
+        with ray_workers(tmp_path, spec, "auto") as (_, room, waiting):
+            ray.free = now
+            assert room == 3
+            assert bool(said := waiting()) == told
+    assert said is not None
+    assert "of the 6 CPUs of the Ray cluster 1 are free, and a worker takes 2" in said
+
+
+def test_a_gpu_that_no_node_has_is_what_is_missed() -> None:
+    node = {"Alive": True, "Resources": {"CPU": 8.0}}
+    for nodes, threads, message in (
+        ([node], 4, "no node of this cluster has a GPU"),
+        ([node, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}], 4, "has a GPU"),
+        ([node, {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}], 4, "4 CPU and 1 GPU"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            _room(nodes, Spec(threads=threads, gpus=1))
 
 
 def test_errors_of_workers_are_told(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import make_documents
 from nearest import Memory
 from serving import CHAT_TEMPLATE, Running, roomy_model, serving
+from test_present_text import RANDOM, tuned
 from test_serve_beside import chunked, make_fitted, search
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -190,6 +191,28 @@ def test_what_was_read_beside_the_text_is_shown(
         complete(page)
         found = Axe().run(page).response["violations"]
         assert not found, [(one["id"], one["nodes"][0]["html"]) for one in found]
+        page.close()
+
+
+def test_what_earlier_places_of_the_text_gave_is_shown(
+    browser: Any, build_memory: Callable[..., Memory], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of a token, beside what memory and model gave, and of the whole answer."""
+    model = roomy_model()
+    memory = tuned(model, build_memory(model, make_documents(20, 16)))
+    with serving(model, tiny_tokenizer, [memory]) as server:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        page.select_option("#method", "hybrid")
+        ran(page, " ".join([RANDOM[0][:20]] * 3))
+        expect(page.locator(".answer h2").first).to_contain_text("this text")
+        page.locator('.t[title*="this text"]').first.click()
+        shares = page.locator("#token-card .facts dd").all_inner_texts()[2:]
+        names = page.locator("#token-card .facts dt").all_inner_texts()[2:]
+        assert names == ["decided by memory", "decided by this text", "decided by the model"]
+        told = [float(share.removesuffix(" %").replace("<1", "0.5")) for share in shares]
+        assert sum(told) == pytest.approx(100, abs=1.5)  # rounded, each by itself
         page.close()
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -24,8 +24,10 @@ _ANSWER = 10.0  # seconds in which a cluster answers; Ray itself would try for m
 
 
 @contextmanager
-def ray_workers(folder: Path, spec: Spec, address: str) -> Iterator[tuple[Start, int]]:
-    """How workers are started on a cluster, and how many it has room for.
+def ray_workers(
+    folder: Path, spec: Spec, address: str
+) -> Iterator[tuple[Start, int, Callable[[], str | None]]]:
+    """How workers are started on a cluster, how many it has room for, and what they wait for.
 
     What runs when the context ends, is ended; the cluster stays.
 
@@ -58,7 +60,9 @@ def ray_workers(folder: Path, spec: Spec, address: str) -> Iterator[tuple[Start,
             return done
 
         try:
-            yield start, _room(ray.nodes(), spec)
+            # later it is these workers that hold what is taken
+            before = _taken(ray, spec)
+            yield start, _room(ray.nodes(), spec), lambda: before and _taken(ray, spec)
         finally:
             for worker in started:
                 with suppress(Exception):  # of a cluster that is gone, whose error is to be told
@@ -144,21 +148,40 @@ def _join(ray: Any, address: str) -> None:
         ) from error
 
 
+def _needs(spec: Spec) -> dict[str, int]:
+    """What a worker takes, by Ray's names."""
+    return {"CPU": spec.threads, **({"GPU": spec.gpus} if spec.gpus else {})}
+
+
 def _room(nodes: list[dict[str, Any]], spec: Spec) -> int:
     """How many workers so large the nodes that are alive have room for."""
-    needs = {"CPU": spec.threads, **({"GPU": spec.gpus} if spec.gpus else {})}
-    room = sum(
-        min(int(node["Resources"].get(kind, 0)) // count for kind, count in needs.items())
-        for node in nodes
-        if node["Alive"]
-    )
-    if not room:
-        told = " and ".join(f"{count} {kind}" for kind, count in needs.items())
+    needs, alive = _needs(spec), [node["Resources"] for node in nodes if node["Alive"]]
+    room = sum(min(int(one.get(kind, 0)) // needs[kind] for kind in needs) for one in alive)
+    if room:
+        return room
+    if spec.gpus and not any(one.get("GPU", 0) >= spec.gpus for one in alive):
         raise SettingError(
-            f"no node of this cluster has {told}, which a worker takes: give workers fewer threads "
-            "(OMP_NUM_THREADS), or the cluster larger nodes"
+            "no node of this cluster has a GPU, which a worker takes: stay on the CPU (--device "
+            "cpu, --search-on cpu), or give the cluster nodes with GPUs"
         )
-    return room
+    told = " and ".join(f"{count} {kind}" for kind, count in needs.items())
+    raise SettingError(
+        f"no node of this cluster has {told}, which a worker takes: give workers fewer threads "
+        "(OMP_NUM_THREADS), or the cluster larger nodes"
+    )
+
+
+def _taken(ray: Any, spec: Spec) -> str | None:
+    """What keeps workers from beginning: others hold what they take. None where they do not."""
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    for kind, count in _needs(spec).items():
+        if (left := int(free.get(kind, 0))) < count:
+            return (
+                f"no worker has begun: of the {int(whole.get(kind, 0))} {kind}s of the Ray cluster "
+                f"{left} are free, and a worker takes {count}. They wait for others to end; actors "
+                "that hold a memory end with the process that opened it"
+            )
+    return None
 
 
 def _meant(error: BaseException) -> BaseException:

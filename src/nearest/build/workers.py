@@ -21,7 +21,14 @@ import msgspec
 import torch
 
 import nearest
-from nearest.errors import CorpusError, FolderError, ModelError, NearestError, SettingError
+from nearest.errors import (
+    CorpusError,
+    FolderError,
+    ModelError,
+    NearestError,
+    SettingError,
+    warn_caller,
+)
 from nearest.store.claims import (
     HEARTBEAT,
     STALE,
@@ -34,6 +41,7 @@ from nearest.store.claims import (
 
 _TRIES = 2
 _WAIT = 0.2  # seconds between looks at what is done
+_SILENCE = 10.0  # seconds without a task begun, after which is said what workers wait for
 _LEAVE = 5.0  # seconds in which workers see that all is done; one that hangs does not matter then
 _PACKAGES = str(Path(nearest.__file__).parents[1])
 # Modules are looked for neither in the current folder nor before where they are looked for here.
@@ -110,11 +118,19 @@ def ends_each_time(what: str, error: BaseException) -> str:
 Start = Callable[[str], "Future[None]"]  # a worker of this token
 
 
+def _for_nothing() -> None:
+    """What workers of this machine wait for."""
+
+
 class Crew(NamedTuple):
-    """How workers are started, and how many there are to be."""
+    """How workers are started, how many there are to be, and what those wait for that do not begin.
+
+    `waiting` says it in a sentence; None where nothing keeps them.
+    """
 
     start: Start
     size: int
+    waiting: Callable[[], str | None] = _for_nothing
 
 
 class Work(Protocol):
@@ -180,8 +196,8 @@ def crew_of(
     if ray is not None:
         from nearest.build.ray_workers import ray_workers
 
-        with ray_workers(folder, spec, ray) as (start, room):
-            yield Crew(start, workers or room)
+        with ray_workers(folder, spec, ray) as (start, room, waiting):
+            yield Crew(start, workers or room, waiting)
     elif workers is not None:
         with local_workers(folder, spec, workers) as start:
             yield Crew(start, workers)
@@ -193,7 +209,8 @@ def drive(work: Work, crew: Crew) -> None:
     """Keep workers at something until its tasks are done.
 
     A worker that ends unasked is replaced. What it worked on is tried again, once: where another
-    ends at the same place, that is an error that names the place.
+    ends at the same place, that is an error that names the place. Where none begins, a warning says
+    what they wait for.
 
     Raises:
         NearestError: a worker's, or of a task that ends its process.
@@ -201,6 +218,7 @@ def drive(work: Work, crew: Crew) -> None:
     tokens, deaths = (f"w{n}x{os.urandom(4).hex()}" for n in itertools.count()), Counter[object]()
     running: dict[Future[None], str] = {}
     count, idle, since = 0, 0, 0.0  # tasks left; workers that found nothing to do since then
+    looked: float | None = time.monotonic()  # last, for whether any has begun; None: it was said
     while left := work.left():
         if len(left) != count:
             count, idle, since = len(left), 0, time.monotonic()
@@ -221,8 +239,21 @@ def drive(work: Work, crew: Crew) -> None:
             else:
                 _bury(work, token, running.values(), error, deaths)
         work.report()
+        if looked is not None and time.monotonic() - looked > _SILENCE:
+            looked = None if _waits(work, crew) else time.monotonic()
     work.report()
     wait(running, timeout=_LEAVE)
+
+
+def _waits(work: Work, crew: Crew) -> bool:
+    """Warn where no task is begun and something keeps workers from it; returns whether it did."""
+    left = work.left()
+    if not left or any(held_by(work.path(task)) for task in left):
+        return False
+    if (why := crew.waiting()) is None:
+        return False
+    warn_caller(why)
+    return True
 
 
 def _bury(

@@ -64,19 +64,26 @@ def fast_on_cpu(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and any(found.get(kind) for kind in ("avx512_bf16", "amx_bf16"))
 
 
-def warn_of_slow_dtype(model: nn.Module) -> None:
+def warn_of_slow_dtype(model: nn.Module, *, bf16: bool = False) -> None:
     """Say so where a model computes in half precision on a CPU that emulates it.
 
     transformers gives a model the dtype that it was saved in, which is meant for GPUs.
+
+    Args:
+        model: whose weights have the dtype that it computes in.
+        bf16: it computes in bfloat16 whatever they have.
     """
     weight = next(model.parameters(), None)
     if weight is None or weight.device.type != "cpu" or quantisation(model) is not None:
         return
-    if weight.dtype in (torch.bfloat16, torch.float16) and not fast_on_cpu(weight.dtype):
+    dtype = torch.bfloat16 if bf16 else weight.dtype
+    if dtype in (torch.bfloat16, torch.float16) and not fast_on_cpu(dtype):
+        cure = (
+            "leave bf16 out" if bf16 else "from_pretrained(…, dtype=torch.float32), or --dtype auto"
+        )
         warn_caller(
-            f"the model computes in {str(weight.dtype).removeprefix('torch.')}, which this CPU "
-            "has no instructions for: float32 is several times as quick here "
-            "(from_pretrained(…, dtype=torch.float32), or --dtype auto)"
+            f"the model computes in {str(dtype).removeprefix('torch.')}, which this CPU has no "
+            f"instructions for: float32 is several times as quick here ({cure})"
         )
 
 

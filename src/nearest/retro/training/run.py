@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nearest.encode.dtype import warn_of_slow_dtype
 from nearest.encode.fingerprint import model_fingerprint
 from nearest.errors import FolderError, ModelError, SettingError, require
 from nearest.folder import disk_errors_explained, writer_lock
@@ -82,6 +83,7 @@ def train(
             check_fit(model, some)
     if settings.validate_every is not None and validation is None:
         raise SettingError("validate_every is given, but no validation text: give one, or neither")
+    warn_of_slow_dtype(model, bf16=settings.bf16)
     make_folder(run)
     items = settings.max_steps * settings.batch_size * settings.accumulate
     trainer = RetroTrainer(

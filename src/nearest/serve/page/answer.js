@@ -22,6 +22,12 @@ const CITED = 3; // tokens of a passage that gets its document's number
 // The share of a token's probability that entries of the memory, or passages that were read, gave.
 export const decided = (token) => token.memory_weight + token.passage_weight;
 
+// The mean share of tokens that `share` names; 0 of none.
+export const mean = (tokens, share) => tokens.reduce((sum, token) => sum + share(token), 0) / Math.max(1, tokens.length);
+
+// The share of a token's probability that earlier places of the text itself gave.
+export const ofText = (token) => token.text_weight;
+
 const key = (one) => `${one.memory}\u0000${one.document}`;
 
 export class Answer {
@@ -74,7 +80,7 @@ export class Answer {
         style: { "--w": Math.min(1, Math.abs(weight)).toFixed(3) },
         data: { n },
         aria: { role: "option", selected: "false" },
-        title: compared ? surprise(token) : `memory ${percent(decided(token))}`,
+        title: compared ? surprise(token) : shares(decided(token), ofText(token)),
       }, token.text);
       token.node = node;
       this.box.append(node);
@@ -97,10 +103,10 @@ export class Answer {
       this.#cite(generated[last], number, span, generated.slice(span.first_token, last + 1));
     }
     if (generated.length) {
-      const mean = generated.reduce((sum, t) => sum + decided(t), 0) / generated.length;
+      const [memory, text] = [mean(generated, decided), mean(generated, ofText)];
       this.name.append(element("span", { className: "tag" }, `${generated.length} tokens`));
       if (summary && summary.method !== "base") {
-        this.name.append(element("span", { className: "tag strong" }, mean ? `memory ${percent(mean)}` : "the model alone: no memory was used"));
+        this.name.append(element("span", { className: "tag strong" }, memory || text ? shares(memory, text) : "the model alone: no memory was used"));
       }
     }
   }
@@ -176,6 +182,9 @@ export class Answer {
     this.choose(to);
   }
 }
+
+// What the memory gave, and earlier places of the text itself where they gave something.
+const shares = (memory, text) => `memory ${percent(memory)}${text ? `, this text ${percent(text)}` : ""}`;
 
 // How much better (or worse, below 0) the memory predicted a token, −1 to 1: ±1 is ±3 nats.
 export function difference(token) {

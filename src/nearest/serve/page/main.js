@@ -1,7 +1,7 @@
 // The page's state: what is asked, how, and what came back.
 
 import { Failure, get, send, stream } from "./api.js";
-import { Answer, decided, difference, element, percent } from "./answer.js";
+import { Answer, decided, difference, element, mean, ofText, percent } from "./answer.js";
 import { openDocument, openRead, showDocuments, showReads, showToken, showVerbatim } from "./panels.js";
 import { startLibrary } from "./library.js";
 import { decoded, encoded, save, savePage } from "./keeping.js";
@@ -130,19 +130,19 @@ function finished(answers, previous) {
 // In a sentence: how much the memory decided, where most of it stands, and what it changed.
 function tellStory(answer) {
   const generated = answer.tokens.filter((token) => !token.prompt);
-  const mean = generated.reduce((sum, token) => sum + decided(token), 0) / Math.max(1, generated.length);
+  const [memory, text] = [mean(generated, decided), mean(generated, ofText)];
   const story = $("story");
   story.hidden = answer.summary?.method === "base" || !generated.length;
   if (story.hidden) return;
-  if (!mean) {
-    story.replaceChildren("The memory had no part in this answer: the model wrote it alone.");
+  if (!memory) {
+    story.replaceChildren("The memory had no part in this answer: ", text ? `the model wrote it, helped by earlier places of this text (${percent(text)}).` : "the model wrote it alone.");
     return;
   }
   const other = generated.filter((token) => token.base_alternatives[0] && token.base_alternatives[0].id !== token.id).length;
   const first = answer.summary.documents[0];
   story.replaceChildren(
-    element("b", { className: "key" }, `The memory decided ${percent(mean)}`), " of this answer, most of it from ",
-    element("b", {}, first.title), `. At ${other} of ${generated.length} tokens the model alone would have said something else.`);
+    element("b", { className: "key" }, `The memory decided ${percent(memory)}`), " of this answer, most of it from ",
+    element("b", {}, first.title), text ? `; earlier places of this text decided ${percent(text)}. ` : ". ", `At ${other} of ${generated.length} tokens the model alone would have said something else.`);
   if (answer.chosen < 0 && document.activeElement !== answer.box) answer.choose(answer.telling, false);
 }
 

@@ -1,7 +1,7 @@
 // The side of the page: the chosen token, the documents, copied passages, and a document's text.
 
 import { get } from "./api.js";
-import { decided, element, percent, shown, word } from "./answer.js";
+import { decided, element, ofText, percent, shown, word } from "./answer.js";
 
 const SHOWN = 6; // documents, before the rest is folded away
 const $ = (id) => document.getElementById(id);
@@ -44,7 +44,7 @@ export function showToken(token, actions) {
   } else if (decided(token) > 0) {
     verdict.append("The model alone would have said the same.");
   } else {
-    verdict.append("The memory had no part in this token.");
+    verdict.append(ofText(token) ? "The memory had no part in this token; earlier places of this text had." : "The memory had no part in this token.");
   }
   const sources = token.sources.map((source) =>
     element("li", {},
@@ -62,7 +62,9 @@ export function showToken(token, actions) {
       ...fact("with memory", probability(token.logprob), true),
       ...fact("model alone", probability(token.base_logprob), false),
       ...fact("decided by memory", decided(token), true),
-      ...(token.passage_weight ? fact("… by what it read", token.passage_weight, true) : [])),
+      ...(token.passage_weight ? fact("… by what it read", token.passage_weight, true) : []),
+      ...(ofText(token) ? fact("decided by this text", ofText(token), false) : []),
+      ...fact("decided by the model", Math.max(0, 1 - decided(token) - ofText(token)), false)),
     element("div", { className: "pairs" },
       candidates("With memory", token.alternatives, token.id, true),
       candidates("Model alone", token.base_alternatives, token.id, false)),
