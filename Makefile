@@ -49,8 +49,8 @@ test: lint
 test-slow: setup
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal $(if $(CHECK_ALL),$(CHECK_OPTION))
 
-# Minutes each: notebooks, recipes, the whole demo, a large corpus, trainings that are killed twenty times,
-# workers that are killed, several hosts.
+# Minutes each: the whole demo, a large corpus, trainings that are killed twenty times, workers that are
+# killed, several hosts.
 test-long: setup
 	$(BIN)/pytest -m long --numprocesses 2 --dist worksteal
 

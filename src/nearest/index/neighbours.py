@@ -113,6 +113,26 @@ def take_nearest(found: Neighbours, k: int) -> Neighbours:
     return nearest
 
 
+def without_last_tie(
+    found: Neighbours, codes: Float[np.ndarray, "q found"], asked: int
+) -> tuple[Neighbours, Int[np.ndarray, " q"]]:
+    """Leave out the farthest entries by the codes: of as many as these tie with, none may be there.
+
+    Returns what is left, and how many of each row; -1 for rows with less than `asked` entries,
+    which are all there are, and stay.
+    """
+    ids, distances = np.empty_like(found.ids), np.empty_like(found.distances)
+    left = np.empty(len(ids), np.int64)
+
+    def leave_out(some: slice) -> None:
+        _without_last_tie(
+            *(a[some] for a in (*found, codes)), asked, ids[some], distances[some], left[some]
+        )
+
+    in_threads(leave_out, len(ids))
+    return Neighbours(ids, distances), left
+
+
 # Distance and id are sorted as one 64-bit number, far quicker than an argsort: the high half is the
 # distance's bits, made monotonic, the low half the id plus 1. Runs of equal distances, which are
 # rare, are then put in the random order.
@@ -160,6 +180,26 @@ def _unpack(packed: Any, ids: Any, distances: Any) -> None:
             bits = np.uint32(packed[i, j] >> np.uint64(32))
             distances[i, j] = bits & ~_SIGN if bits & _SIGN else ~bits
             ids[i, j] = np.int64(packed[i, j] & np.uint64(0xFFFFFFFF)) - 1
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=code_can_be_cached())
+def _without_last_tie(
+    ids: Any, distances: Any, codes: Any, asked: Any, to_ids: Any, to_distances: Any, left: Any
+) -> None:
+    for i in range(len(ids)):
+        held, last = 0, -np.inf
+        for j in range(ids.shape[1]):
+            if ids[i, j] >= 0:
+                held += 1
+                last = max(last, codes[i, j])
+        left[i] = 0 if held >= asked else -1
+        for j in range(ids.shape[1]):
+            stays = ids[i, j] >= 0 and (held < asked or codes[i, j] < last)
+            to_ids[i, j] = ids[i, j] if stays else NO_ENTRY
+            to_distances[i, j] = distances[i, j] if stays else np.inf
+            if held >= asked:
+                left[i] += stays
 
 
 @no_type_check

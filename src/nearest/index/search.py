@@ -27,6 +27,7 @@ from nearest.index.neighbours import (
     VectorIndex,
     sort_nearest_first,
     take_nearest,
+    without_last_tie,
 )
 
 MOST_TIED = 1 << 16  # entries fetched for a query whose last place is tied
@@ -245,19 +246,12 @@ def found_nearest(
     ]
     parts, unsure = [], np.zeros(len(queries), dtype=bool)
     for one, many, asked, found in zip(groups, rough, wanted, fetch(queries, wanted), strict=True):
-        taken = found.ids >= 0
+        part = Neighbours(found.ids, found.distances)
         if not one.exact and asked < min(one.entries, one.most, MOST_TIED):
-            full = np.asarray(taken.sum(axis=1) >= asked)
-            last = np.where(taken, found.codes, np.float32(-np.inf)).max(axis=1, initial=-np.inf)
-            taken &= (found.codes < last[:, None]) | ~full[:, None]
+            part, left = without_last_tie(part, found.codes, asked)
             # Half of the margin may be lost to ties.
-            unsure |= full & (taken.sum(axis=1) < min(k + (many - k) // 2, one.entries))
-        parts.append(
-            Neighbours(
-                np.where(taken, found.ids, NO_ENTRY),
-                np.where(taken, found.distances, np.float32(np.inf)),
-            )
-        )
+            unsure |= (left >= 0) & (left < min(k + (many - k) // 2, one.entries))
+        parts.append(part)
     every = parts[0]
     if len(parts) > 1:
         every = Neighbours(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
