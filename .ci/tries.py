@@ -66,7 +66,7 @@ TRIES = {
         python -c 'import fsspec, nearest.store.objects; fsspec.get_filesystem_class("s3")'
         """,
     "serve": """
-        nearest serve m --port 8765 &
+        python -m nearest serve m --port 8765 &  # not the function: that would be a shell to kill
         trap "kill $!" EXIT
         python - <<'END'
         import json, time, urllib.error, urllib.request

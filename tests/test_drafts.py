@@ -154,13 +154,16 @@ def test_a_batch_is_written_without_drafts(
     assert len(seen) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "draws",
+    [pytest.param(400, marks=pytest.mark.slow), pytest.param(20_000, marks=pytest.mark.long)],
+)
 def test_sampling_keeps_the_distribution(
-    tiny_model: PreTrainedModel, tiny_memory: Memory, monkeypatch: pytest.MonkeyPatch
+    draws: int, tiny_model: PreTrainedModel, tiny_memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frequencies of the eight texts of three tokens, beside their exact probabilities (χ²)."""
     monkeypatch.setattr("nearest.models.drafting.worth", lambda rates, *_: len(rates))
-    draws, ids = 400, prompt(tiny_memory)
+    ids = prompt(tiny_memory)
     options = {"do_sample": True, "top_k": 2, "pad_token_id": 1, "eos_token_id": -1}
     settings = {"lam": 0.5, "temperature": 1000.0}
     expected: dict[tuple[int, ...], float] = {(): 1.0}
