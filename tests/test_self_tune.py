@@ -1,5 +1,6 @@
 """Self-tuning: a memory's own text, predicted as if it were not in the memory."""
 
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import make_documents
+from conftest import make_documents, random_documents
 from nearest import Memory, attach, evaluate, tune
 from nearest.build.build import store_settings
 from nearest.build.compress import Compression, compress_memory
@@ -20,8 +22,11 @@ from nearest.corpus.documents import Document
 from nearest.errors import FolderError, NotStoredError, SettingError, SettingsWarning
 from nearest.folder import writer_lock
 from nearest.models.scoring import read_text
+from nearest.retrieval.gates.mixture import MixtureConfig
+from nearest.retrieval.gates.shipped import read_gate, shipped_gate, write_gate
+from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.settings import Settings
+from nearest.retrieval.settings import Settings, method_named
 from nearest.verbs import self_tune as module
 from nearest.verbs.self_tune import self_tune
 from nearest.verbs.settings_search import looked_up
@@ -56,8 +61,8 @@ def test_what_is_held_out_is_as_in_a_memory_without_the_document(
 
     _, wide = found(memory, settings.k + len(entries))
     _, expected = found(without, settings.k)
-    own = np.array([[entries.start, entries.stop]])
-    held_out = module._held_out(wide, own, np.array([True]), settings.k)
+    own = np.repeat([[entries.start, entries.stop]], len(wide.rows), axis=0)
+    held_out = module._held_out(wide, own, np.ones(len(own), dtype=bool), settings.k)
     left = held_out.view.candidates
     assert not ((left.ids >= entries.start) & (left.ids < entries.stop)).any()
     wanted = expected.view.candidates
@@ -96,10 +101,13 @@ def test_self_tuned_settings_are_near_those_of_held_out_text(
     assert memory.settings_from("knn") == "defaults"
     assert self_tune(tiny_model, memory, tiny_tokenizer)
     options = {"tokenizer": tiny_tokenizer}
-    assert {memory.settings_from(method) for method in ("knn", "suffix")} == {"self-tuned"}
+    methods = ("knn", "suffix", "hybrid")
+    assert {memory.settings_from(method) for method in methods} == {"self-tuned"}
     assert memory.settings_from("retomaton") == "defaults"
     assert Memory.open(memory.path).settings("knn") == memory.settings("knn")
-    base, *own = evaluate(tiny_model, memory, HELD_OUT, ["base", "knn", "suffix"], **options)
+    base, *own, hybrid = evaluate(tiny_model, memory, HELD_OUT, ["base", *methods], **options)
+    assert hybrid.settings_from == "self-tuned"
+    assert hybrid.nll < base.nll
     for method, result in zip(("knn", "suffix"), own, strict=True):
         tuned = tune(tiny_model, memory, HELD_OUT, method=method, store=False, **options)
         assert result.nll < tuned.nll + np.log(1.05)
@@ -111,13 +119,42 @@ def test_self_tuned_settings_are_near_those_of_held_out_text(
     assert memory.settings_from("suffix") == "self-tuned"
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS[:4], [*make_documents(6, 3)]])
-def test_too_little_text_is_left_untuned(
-    documents: list[Document], build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+@pytest.mark.parametrize(
+    "documents", [DOCUMENTS[:1], DOCUMENTS[:4], make_documents(6, 3), [Document("a", "short")]]
+)
+def test_little_text_tells_only_what_distances_mean_to_hybrid(
+    documents: list[Document],
+    build_memory: Callable[..., Memory],
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     memory = build_memory(tiny_model, documents)
+    assert self_tune(tiny_model, memory)
+    assert {m: memory.settings_from(m) for m in ("knn", "suffix", "hybrid")} == {
+        "knn": "defaults", "suffix": "defaults", "hybrid": "self-tuned",
+    }  # fmt: skip
+    evaluate(tiny_model, memory, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer)
+
+
+def test_without_keys_little_text_tells_nothing(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+) -> None:
+    memory = build_memory(tiny_model, DOCUMENTS[:4], keys="none")
     assert not self_tune(tiny_model, memory)
-    assert memory.settings_from("knn") == "defaults"
+    assert memory.manifest.settings == {}
+
+
+def test_the_own_entries_of_predictions_are_where_their_tokens_stand(
+    memory: Memory, tiny_model: PreTrainedModel
+) -> None:
+    read, own = module._sample(tiny_model, memory, None, lambda *_: None)
+    lookup = Lookup(memory, "knn", Settings(k=4))
+    for one in looked_up(lookup, read.read, lambda *_: None, "", 1):
+        entries = module._own_entry(one, own, read)
+        np.testing.assert_array_equal(entries[:, 1], entries[:, 0] + 1)
+        np.testing.assert_array_equal(memory.values(entries[:, 0]), one.targets)
+        nearest = memory.key_distances(one.view.queries.keys, entries[:, :1])
+        assert nearest.max() < 1e-2  # the key is the query itself
 
 
 def test_copies_do_not_count_as_text(
@@ -127,20 +164,93 @@ def test_copies_do_not_count_as_text(
     copied, other = (bytes(rng.integers(33, 127, n).tolist()).decode() for n in (60, 20))
     documents = [Document(f"copy-{i}", copied) for i in range(10)]
     memory = build_memory(tiny_model, [*documents, Document("other", other)])
-    assert not self_tune(tiny_model, memory)
+    self_tune(tiny_model, memory)
     assert memory.settings_from("knn") == "defaults"
 
 
 @pytest.mark.slow
 def test_building_ends_with_it_unless_told_not_to(
-    monkeypatch: pytest.MonkeyPatch, build_memory: Callable[..., Memory], tiny_model: Any
+    monkeypatch: pytest.MonkeyPatch,
+    build_memory: Callable[..., Memory],
+    tiny_model: Any,
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     monkeypatch.setattr(module, "self_tune", self_tune)
-    assert build_memory(tiny_model, DOCUMENTS, tune=False).settings_from("knn") == "defaults"
-    for keys, methods in (("fp16", {"knn", "suffix"}), ("none", {"suffix"})):
+    untuned = build_memory(tiny_model, DOCUMENTS, tune=False)
+    assert untuned.manifest.settings == {}
+    with pytest.raises(SettingError, match=r"no gate for hybrid: train it.*--method hybrid"):
+        evaluate(tiny_model, untuned, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer)
+    for keys, methods in (("fp16", {"knn", "suffix", "hybrid"}), ("none", {"suffix"})):
         memory = build_memory(tiny_model, DOCUMENTS, keys=keys)
         assert set(memory.manifest.settings) == methods
         assert memory.settings_from("suffix") == "self-tuned"
+
+
+# The gate that ships, and hybrid with it.
+
+
+def test_a_gate_in_a_file_of_its_own_is_the_gate(tmp_path: Path) -> None:
+    gate = shipped_gate()
+    write_gate(tmp_path / "gate.safetensors", gate)
+    again = read_gate(tmp_path / "gate.safetensors")
+    assert again.config == gate.config
+    for name, array in gate.state_dict().items():
+        assert torch.equal(again.state_dict()[name], array)
+
+
+def test_the_gate_that_ships_is_for_hybrid_as_it_is() -> None:
+    gate, hybrid = shipped_gate(), method_named("hybrid")
+    assert gate.config == MixtureConfig.over(hybrid.weighed, 1.0)
+    assert (gate.search is not None) == hybrid.asks
+
+
+@pytest.mark.slow
+def test_the_gate_of_a_memory_that_tuned_itself_differs_in_what_its_own_text_says(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its networks do not; and bytes do not depend on threads."""
+    again = Memory.open(shutil.copytree(memory.path, memory.path.with_name("again")))
+    threads = torch.get_num_threads()
+    for one, count in ((memory, 1), (again, 2)):
+        torch.set_num_threads(count)
+        try:
+            self_tune(tiny_model, one, tiny_tokenizer)
+        finally:
+            torch.set_num_threads(threads)
+    files = [one.gate("hybrid") for one in (memory, again)]
+    assert files[0] is not None
+    assert files[0] == files[1]
+    own, ships = load_gate(memory, "hybrid"), shipped_gate()
+    assert own is not None
+    assert own.config.unit != 1
+    assert own.config.alike(ships.config)
+    arrays = own.state_dict()
+    assert not torch.equal(arrays.pop("quantiles"), ships.quantiles)
+    for name, array in arrays.items():
+        assert torch.equal(array, ships.state_dict()[name])
+    result = evaluate(tiny_model, memory, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer)
+    assert 0.2 < result.foss < 0.8  # half of the searches, more or less, on text like its own
+
+
+@pytest.mark.slow
+def test_a_memory_that_tuned_itself_does_no_harm_and_is_attached_as_it_is_evaluated(
+    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    self_tune(tiny_model, memory, tiny_tokenizer)
+    strange = random_documents()
+    base, hybrid = evaluate(
+        tiny_model, memory, strange, ["base", "hybrid"], tokenizer=tiny_tokenizer
+    )
+    most = np.log(2) + 1e-3  # nats a document, by the guard
+    assert (hybrid.document_nll <= base.document_nll + most).all()
+    ids = tiny_tokenizer(HELD_OUT[0].text, return_tensors="pt")["input_ids"]
+    ids = torch.cat([torch.tensor([[tiny_tokenizer.bos_token_id]]), ids[:, :15]], dim=1)
+    result = evaluate(tiny_model, memory, [ids[0].numpy()], "hybrid")
+    with torch.inference_mode(), attach(tiny_model, memory, method="hybrid") as session:
+        assert session.settings_from == "self-tuned"
+        log_probs = tiny_model(input_ids=ids).logits[0].log_softmax(-1)
+    nll = -log_probs[:-1].gather(1, ids[0, 1:, None]).mean()
+    assert float(nll) == pytest.approx(result.nll, abs=1e-4)
 
 
 # What is said of settings.

@@ -78,7 +78,9 @@ def build(
     sharing: Sharing,
     tune: Annotated[
         bool,
-        typer.Option(help="End with λ, temperature and k tuned on a sample of the documents."),
+        typer.Option(
+            help="End with settings of knn, suffix and hybrid found on a sample of the documents."
+        ),
     ] = True,
     plan: Annotated[
         bool,

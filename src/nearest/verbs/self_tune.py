@@ -3,8 +3,13 @@
 A sample of its documents is predicted as if they were not in it: without any of their own entries.
 A document that stands in the memory nearly word for word a second time says nothing about text that
 the memory has not seen, and is not in the sample.
+
+Hybrid gets the gate that ships, which the sample tells what distances and estimates mean here. Its
+networks stay as they are, so that little text does, be it of one document: then each prediction is
+made as if its own entry, not its document, were not there.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +22,14 @@ from nearest.memory import Memory
 from nearest.models.scoring import ReadText, read_text
 from nearest.progress import Progress, no_progress
 from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.gates.gate import Examples
+from nearest.retrieval.gates.fit_mixture import distance_unit
+from nearest.retrieval.gates.gate import Examples, View
+from nearest.retrieval.gates.mixture import MixtureGate
+from nearest.retrieval.gates.shipped import adapted, shipped_gate
+from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
+from nearest.retrieval.present import matching_places
+from nearest.retrieval.settings import Settings, as_stored, method_named
 from nearest.store.tuned import SELF_TUNED, found_on
 from nearest.verbs.settings_search import Grid, best_settings, looked_up
 
@@ -32,46 +43,95 @@ _SPARE = 512  # candidates of a document's own that may be left out
 _SPAN = 24
 _COPIED = 0.5
 _MATCHES = 64  # that are looked at to tell
+# Batches that hybrid's gate is adapted to: some for the unit of distances, all for its estimates.
+_KEPT = {"knn": 4, "suffix": None}
 
 
 def self_tune(
-    model: AnyModel, memory: Memory, tokenizer: Any = None, progress: Progress = no_progress
+    model: AnyModel,
+    memory: Memory,
+    tokenizer: Any = None,
+    progress: Progress = no_progress,
+    gate: MixtureGate | None = None,
 ) -> bool:
-    """Store settings of "knn" and "suffix" found on the memory's own text.
+    """Store settings of "knn" and "suffix" found on the memory's own text, and a gate of "hybrid".
 
-    `memory` takes them over. Returns whether that was done: not where the memory has too little
-    text, or where entries were merged and so cannot be left out.
+    `memory` takes them over. Returns whether anything was stored: nothing where entries were merged
+    and so cannot be left out. A memory with little text has "hybrid" alone, one without keys
+    "suffix" alone.
 
     Args:
         model, tokenizer: those that built the memory.
         memory: it has no settings that are to be kept.
         progress: told (stage, done, total).
+        gate: that hybrid gets, trained for other memories; the one that ships if not given.
 
     Raises:
         NearestError: the model does not fit, or the folder cannot be written.
     """
-    if memory.documents < _LEAST_DOCUMENTS or memory.has_weights:
+    if memory.has_weights:
         return False
     read, own = _sample(model, memory, tokenizer, progress)
-    kept = ~_copied(memory, read, own)
     total = read.text.predictions
-    if total < _LEAST_PREDICTIONS:
+    kept = ~_copied(memory, read, own)
+    enough = (
+        memory.documents >= _LEAST_DOCUMENTS
+        and sum(int(kept[block.documents].sum()) for block in read.read) >= _LEAST_PREDICTIONS
+    )
+    has_keys = memory.manifest.keys is not None
+    if total == 0 or not (enough or has_keys):
         return False
-    if sum(int(kept[block.documents].sum()) for block in read.read) < _LEAST_PREDICTIONS:
-        return False
-    for method in ("suffix",) if memory.manifest.keys is None else ("knn", "suffix"):
+    seen: dict[str, list[Examples]] = {}
+    for method in ("knn", "suffix") if has_keys else ("suffix",):
         grid = Grid.of(memory, method, {})
         narrow = grid.lookup.settings
         most = narrow.k if method == "knn" else narrow.suffix_k
         wide = _wider(grid)
-        examples = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
-        tuned = best_settings(wide, (_held_out(one, own, kept, most) for one in examples))
-        settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
-        stored = replace(tuned, settings=settings).to_dict()
-        stored = {**stored, **found_on(memory.manifest), SELF_TUNED: True}
-        store_settings(memory.path, method, stored, found_in=memory.manifest)
+        found = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
+        seen[method] = []
+        if enough:
+            held_out = (
+                _held_out(one, own[one.documents], kept[one.documents], most) for one in found
+            )
+            tuned = best_settings(wide, _seen(held_out, seen[method], _KEPT[method]))
+            settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
+            _store(memory, method, replace(tuned, settings=settings).to_dict())
+        else:
+            for one in found:
+                everything = np.ones(len(one.rows), dtype=bool)
+                seen[method].append(_held_out(one, _own_entry(one, own, read), everything, most))
+    if has_keys:
+        views = [_with_text(one.view, memory) for one in seen["suffix"]]
+        own_gate = adapted(gate or shipped_gate(), distance_unit(seen["knn"]), views)
+        defaults = Settings(**method_named("hybrid").defaults)
+        _store(memory, "hybrid", as_stored(defaults, "hybrid"), own_gate)
     memory.take_over_settings()
     return True
+
+
+def _store(
+    memory: Memory, method: str, settings: dict[str, Any], gate: MixtureGate | None = None
+) -> None:
+    stored = {**settings, **found_on(memory.manifest), SELF_TUNED: True}
+    new_gate = None if gate is None else to_store(gate, memory, method)
+    store_settings(memory.path, method, stored, new_gate, found_in=memory.manifest)
+
+
+def _seen(
+    examples: Iterable[Examples], seen: list[Examples], most: int | None
+) -> Iterator[Examples]:
+    """The examples as they come; the first `most` batches, or all, are kept in `seen`."""
+    for one in examples:
+        if most is None or len(seen) < most:
+            seen.append(one)
+        yield one
+
+
+def _with_text(matched: View, memory: Memory) -> View:
+    """What hybrid sees before a search: suffix matches, and earlier places of the text itself."""
+    queries, start_token = matched.queries, memory.manifest.model.start_token
+    places = matching_places(queries.context, queries.ends, start_token)
+    return matched._replace(candidates=matched.candidates.beside(*places))
 
 
 def _sample(
@@ -123,17 +183,16 @@ def _wider(grid: Grid) -> Grid:
 
 def _held_out(
     one: Examples,
-    own: Int[np.ndarray, "documents 2"],
-    kept: Bool[np.ndarray, " documents"],
+    own: Int[np.ndarray, "q 2"],
+    kept: Bool[np.ndarray, " q"],
     most: int,
 ) -> Examples:
-    """As if the documents were not in the memory: their own entries are left out.
+    """As if each prediction's `own` entries, from one on and below another, were not there.
 
-    So are predictions of documents that are not `kept`. `most` candidates are left, at most.
+    Only predictions that are `kept` are left, and of their candidates `most`, at most.
     """
-    rows = kept[one.documents]
-    found = one.view.candidates.rows(rows)
-    passed = _of_own(found.ids, own[one.documents[rows]])
+    found = one.view.candidates.rows(kept)
+    passed = _of_own(found.ids, own[kept])
     order = np.argsort(passed, axis=1, kind="stable")[:, :most]
     ids, values, distances, lengths = (
         np.take_along_axis(array, order, axis=1) for array in found.without(passed)[:4]
@@ -141,10 +200,20 @@ def _held_out(
     dense, pointers, suffix = found.columns  # no gate, so no text
     columns = min(most, dense), min(most, pointers), min(most, suffix)  # all are of one kind
     candidates = Candidates(ids, values, distances, lengths, columns, found.searched)
-    view = one.view._replace(queries=one.view.queries.rows(rows), candidates=candidates)
+    view = one.view._replace(queries=one.view.queries.rows(kept), candidates=candidates)
     return Examples(
-        one.rows[rows], view, one.targets[rows], one.lm_log_probs[rows], one.documents[rows]
+        one.rows[kept], view, one.targets[kept], one.lm_log_probs[kept], one.documents[kept]
     )
+
+
+def _own_entry(
+    one: Examples, own: Int[np.ndarray, "documents 2"], read: ReadText
+) -> Int[np.ndarray, "q 2"]:
+    """The entry that each prediction is itself, as the one from it on and below the next."""
+    predictions = [len(tokens) - 1 for tokens in read.text.documents]
+    first = np.cumsum([0, *predictions])[one.documents]
+    entries = own[one.documents, 0] + one.rows - first
+    return np.stack([entries, entries + 1], axis=1)
 
 
 def _of_own(ids: Int[np.ndarray, "q c"], own: Int[np.ndarray, "q 2"]) -> Bool[np.ndarray, "q c"]:

@@ -28,6 +28,7 @@ from nearest.retrieval.gates.gate import Examples, FixedGate, Gate, StoredGate
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.meta_k import fit_meta_k
 from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
+from nearest.retrieval.gates.shipped import shipped_gate
 from nearest.retrieval.gates.stored import load_gate, to_store
 from nearest.retrieval.lookup import Ahead, Lookup
 from nearest.retrieval.queries import Queries
@@ -96,7 +97,8 @@ def tune(
             progress: as in `evaluate`.
         method: one that uses the memory.
         start: a memory whose gate for this method is learned on from, so that a few thousand tokens
-            of one's own do; of any corpus and model. Only for gates of the kind "mixture".
+            of one's own do; of any corpus and model. Only for gates of the kind "mixture". "hybrid"
+            learns on from the gate that ships if no other is given.
         store: write the result into the memory's folder, where `attach` and `evaluate` find it.
             `memory` itself takes it over.
         **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup,
@@ -108,7 +110,7 @@ def tune(
     """
     given = {name: value for name, value in fixed.items() if value is not None}
     resolved = settings_to_tune(method, memory, given)
-    begin = None if start is None else _gate_to_start(start, method)
+    begin = _shipped_for(method) if start is None else _gate_to_start(start, method)
     if store:
         check_writable(memory.path)
     scorer = Scorer.prepare(
@@ -169,6 +171,16 @@ def store_tuned(memory: Memory, tuned: Found) -> None:
             tuned,
         ) from error
     memory.take_over_settings()
+
+
+def _shipped_for(method: str) -> MixtureGate | None:
+    """The gate that ships, where it looks at what the method's does."""
+    chosen = method_named(method)
+    if chosen.gate != "mixture":
+        return None
+    shipped = shipped_gate()
+    alike = shipped.config.alike(MixtureConfig.over(chosen.weighed, 1.0))
+    return shipped if alike and (shipped.search is not None) == chosen.asks else None
 
 
 def _gate_to_start(memory: Memory, method: str) -> MixtureGate:
@@ -265,9 +277,31 @@ def _train_mixture(
     Where the gate decides about searches, it is trained, and judged, at states to which random
     decisions have led.
     """
+    unit, ways = mixture_examples(memory, method, settings, blocks, progress)
+    config = MixtureConfig.over(method_named(method).weighed, unit)
+    skip = settings.skip if method_named(method).asks else None
+    gate, mixed = fit_mixture(config, ways, skip, progress, begin)
+    if settings.guard:
+        base = torch.cat([block.lm_log_probs for block in blocks])
+        sequences = np.concatenate([block.sequences for block in blocks])
+        mixed = guarded(base, mixed, gained_before(gained(base, mixed), sequences))
+    return gate, mixed
+
+
+def mixture_examples(
+    memory: Memory,
+    method: str,
+    settings: Settings,
+    blocks: Sequence[ScoredBlock],
+    progress: Progress = no_progress,
+) -> tuple[float, Iterator[tuple[Examples, ...]]]:
+    """What a mixture gate is trained on: the distances' unit, and a text's predictions.
+
+    These are looked up in each way that there is: with and without the dense search where the gate
+    decides about searches.
+    """
     chosen = method_named(method)
     total = sum(len(block.targets) for block in blocks)
-
     # What is found does not depend on the unit; what the gate makes of it does.
     everywhere = SearchEverywhere(MixtureConfig.over(chosen.weighed, 1.0))
     lookup = (_EitherWay if chosen.asks else Lookup)(
@@ -275,18 +309,10 @@ def _train_mixture(
     )
     found = looked_up(lookup, blocks, progress, f"tune {method}", total)
     some = list(itertools.islice(found, _FOR_UNIT))
-    unit = distance_unit(some)
     found = itertools.chain(some, found)
-    ways: Iterator[tuple[Examples, ...]]
-    ways = (_ways(one, settings) for one in found) if chosen.asks else ((one,) for one in found)
-    skip = settings.skip if chosen.asks else None
-    config = MixtureConfig.over(chosen.weighed, unit)
-    gate, mixed = fit_mixture(config, ways, skip, progress, begin)
-    if settings.guard:
-        base = torch.cat([block.lm_log_probs for block in blocks])
-        sequences = np.concatenate([block.sequences for block in blocks])
-        mixed = guarded(base, mixed, gained_before(gained(base, mixed), sequences))
-    return gate, mixed
+    if chosen.asks:
+        return distance_unit(some), (_ways(one, settings) for one in found)
+    return distance_unit(some), ((one,) for one in found)
 
 
 class _EitherWay(Lookup):

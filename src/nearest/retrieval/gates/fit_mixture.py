@@ -39,8 +39,8 @@ class SearchEverywhere:
         return np.ones(len(before.candidates.ids), dtype=bool)
 
 
-class _Data(NamedTuple):
-    """Everything about n predictions that fitting needs.
+class MixtureData(NamedTuple):
+    """Everything about n predictions, looked up in one way, that fitting needs.
 
     `log_probs` are of the token that came, by the language model and by each component with what
     the gate leaves to the model; −inf where a component has no candidate.
@@ -81,9 +81,19 @@ def fit_mixture(
             "the gate to start from looks at other things: tune it anew with this version, for "
             "the same method"
         )
-    ways = [_joined(parts) for parts in zip(*(_collect(config, e) for e in examples), strict=True)]
+    return fit_mixture_to(config, mixture_data(config, examples), skip, progress, begin)
+
+
+def fit_mixture_to(
+    config: MixtureConfig,
+    ways: Sequence[MixtureData],
+    skip: float | None = None,
+    progress: Progress = no_progress,
+    begin: MixtureGate | None = None,
+) -> tuple[MixtureGate, Float[Tensor, " n"]]:
+    """`fit_mixture` to what `mixture_data` made of a text, or `one_after_another` of several."""
     first = ways[0]
-    check_enough(len(first.rows))
+    check_enough(len(first.rows), learned=begin is not None)
     folds = folds_of(first.documents)
     log_probs = torch.from_numpy(np.concatenate([way.log_probs for way in ways]))
 
@@ -151,7 +161,31 @@ def distance_unit(examples: Iterable[Examples]) -> float:
     return unit if unit > 0 else 1.0
 
 
-def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
+def mixture_data(
+    config: MixtureConfig, examples: Iterable[tuple[Examples, ...]]
+) -> list[MixtureData]:
+    """What a mixture sees of a text, in the order of the text: one for each way it is looked up."""
+    collected = (_collect(config, ways) for ways in examples)
+    return [_in_order(parts) for parts in zip(*collected, strict=True)]
+
+
+def one_after_another(texts: Sequence[Sequence[MixtureData]]) -> list[MixtureData]:
+    """Several texts, each looked up in a memory and measured in a unit of its own, as one text."""
+    shifted: list[list[MixtureData]] = []
+    rows = documents = 0
+    for ways in texts:
+        shifted.append(
+            [
+                way._replace(rows=way.rows + rows, documents=way.documents + documents)
+                for way in ways
+            ]
+        )
+        rows += len(ways[0].rows)
+        documents += int(ways[0].documents.max()) + 1
+    return [_in_order(parts) for parts in zip(*shifted, strict=True)]
+
+
+def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[MixtureData]:
     collected = []
     for one in ways:
         probs = component_probs(one.view.candidates, config.weighed, one.targets)
@@ -160,7 +194,7 @@ def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
         log_probs = np.log(np.concatenate([lm, probs], axis=1))
         log_probs[:, 1:][~are_found(one.view.candidates, config.weighed)] = -np.inf
         collected.append(
-            _Data(
+            MixtureData(
                 one.rows,
                 one.documents,
                 config.features(one.view),
@@ -171,8 +205,8 @@ def _collect(config: MixtureConfig, ways: tuple[Examples, ...]) -> list[_Data]:
     return collected
 
 
-def _joined(parts: Sequence[_Data]) -> _Data:
+def _in_order(parts: Sequence[MixtureData]) -> MixtureData:
     """Concatenate the parts in the order of the text."""
-    whole = _Data(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    whole = MixtureData(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     order = np.argsort(whole.rows, kind="stable")
-    return _Data(*(array[order] for array in whole))
+    return MixtureData(*(array[order] for array in whole))

@@ -20,6 +20,7 @@ from nearest.progress import Progress, no_progress
 
 FOLDS = 5
 LEAST_TOKENS = 200
+_LEAST_TO_LEARN_ON = 20  # tokens, from a gate that has learned already
 STEPS = 600
 _SEED = 0  # of weights and batches
 _ROWS = 3_072  # predictions a step, of all copies together
@@ -123,12 +124,16 @@ def _outputs(inputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return hidden
 
 
-def check_enough(tokens: int) -> None:
-    """Refuse a text that is too short to fit anything (SettingError)."""
-    if tokens < LEAST_TOKENS:
+def check_enough(tokens: int, *, learned: bool = False) -> None:
+    """Refuse a text that is too short to fit anything (SettingError).
+
+    `learned`: the gate is learned on from another, which needs less.
+    """
+    least = _LEAST_TO_LEARN_ON if learned else LEAST_TOKENS
+    if tokens < least:
         raise SettingError(
             f"the tuning text has {tokens:,} tokens, too few to train a gate: give it at least "
-            f"{LEAST_TOKENS}"
+            f"{least}"
         )
 
 
