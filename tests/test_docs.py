@@ -21,6 +21,7 @@ import nearest
 import nearest.retro
 from doc_pages import PAGES, ROOT, Block, blocks, is_slow, make_world
 from nearest.cli import app
+from nearest.retrieval.gates import network
 from nearest.verbs.self_tune import self_tune
 from serving import free_port
 from shell import shell
@@ -70,7 +71,8 @@ def served(command: str, folder: Path, port: int) -> Iterator[None]:
 def test_the_blocks_of_a_page_run(
     page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nearest.verbs.self_tune.self_tune", self_tune)  # as builds of readers do
+    monkeypatch.setattr("nearest.verbs.self_tune.self_tune", self_tune)  # as builds of readers do,
+    monkeypatch.setattr(network, "STEPS", 20)  # but briefly
     tools, folders, names, port = tmp_path / "tools", 0, {}, str(free_port())
     tools.mkdir()
     with ExitStack() as servers:

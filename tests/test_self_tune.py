@@ -28,6 +28,7 @@ from nearest.retrieval.gates.stored import load_gate
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.settings import Settings, method_named
 from nearest.verbs import self_tune as module
+from nearest.verbs.mixture_examples import mixture_examples
 from nearest.verbs.self_tune import self_tune
 from nearest.verbs.settings_search import looked_up
 from nearest.verbs.sweep import sweep
@@ -62,7 +63,7 @@ def test_what_is_held_out_is_as_in_a_memory_without_the_document(
     _, wide = found(memory, settings.k + len(entries))
     _, expected = found(without, settings.k)
     own = np.repeat([[entries.start, entries.stop]], len(wide.rows), axis=0)
-    held_out = module._held_out(wide, own, np.ones(len(own), dtype=bool), settings.k)
+    held_out = module._held_out(wide, own, np.ones(len(own), dtype=bool), settings)
     left = held_out.view.candidates
     assert not ((left.ids >= entries.start) & (left.ids < entries.stop)).any()
     wanted = expected.view.candidates
@@ -205,31 +206,55 @@ def test_the_gate_that_ships_is_for_hybrid_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_the_gate_of_a_memory_that_tuned_itself_differs_in_what_its_own_text_says(
-    memory: Memory, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+def test_a_gate_learns_on_from_the_one_that_ships_where_there_is_text(
+    build_memory: Callable[..., Memory],
+    memory: Memory,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Its networks do not; and bytes do not depend on threads."""
-    again = Memory.open(shutil.copytree(memory.path, memory.path.with_name("again")))
-    threads = torch.get_num_threads()
-    for one, count in ((memory, 1), (again, 2)):
-        torch.set_num_threads(count)
-        try:
-            self_tune(tiny_model, one, tiny_tokenizer)
-        finally:
-            torch.set_num_threads(threads)
-    files = [one.gate("hybrid") for one in (memory, again)]
-    assert files[0] is not None
-    assert files[0] == files[1]
-    own, ships = load_gate(memory, "hybrid"), shipped_gate()
-    assert own is not None
-    assert own.config.unit != 1
-    assert own.config.alike(ships.config)
-    arrays = own.state_dict()
-    assert not torch.equal(arrays.pop("quantiles"), ships.quantiles)
-    for name, array in arrays.items():
-        assert torch.equal(array, ships.state_dict()[name])
-    result = evaluate(tiny_model, memory, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer)
-    assert 0.2 < result.foss < 0.8  # half of the searches, more or less, on text like its own
+    """With little text its networks stay as they are; either way the same text gives the same."""
+    little, ships = build_memory(tiny_model, DOCUMENTS[:2]), shipped_gate()
+    for one, learns in ((memory, True), (little, False)):
+        again = Memory.open(shutil.copytree(one.path, one.path.with_name("again")))
+        for each in (one, again):
+            self_tune(tiny_model, each, tiny_tokenizer)
+        file = one.gate("hybrid")
+        assert file is not None
+        assert again.gate("hybrid") == file
+        own = load_gate(one, "hybrid")
+        assert own is not None
+        assert own.config.alike(ships.config)
+        assert own.config.unit != 1
+        arrays = own.state_dict()
+        assert not torch.equal(arrays.pop("quantiles"), ships.quantiles)
+        same = [torch.equal(array, ships.state_dict()[name]) for name, array in arrays.items()]
+        assert all(same) != learns
+        result = evaluate(tiny_model, one, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer)
+        assert 0 < result.foss < 1
+    assert (
+        0.2 < evaluate(tiny_model, memory, HELD_OUT, "hybrid", tokenizer=tiny_tokenizer).foss < 0.8
+    )
+
+
+def test_what_is_held_out_of_every_kind_is_not_left(memory: Memory, tiny_model: Any) -> None:
+    """Of hybrid's candidates: neighbours, pointers, matches and places of the text."""
+    read, own = module._sample(tiny_model, memory, None, lambda *_: None)
+    settings = Settings(k=8, suffix_k=4, max_knns=6)
+    wide = module._wider(settings, memory, ("dense", "pointers", "suffix"))
+    kept = np.ones(len(own), dtype=bool)
+    kept[1] = False
+
+    def left(one: Any) -> Any:
+        return module._held_out(one, own[one.documents], kept[one.documents], settings)
+
+    _, ways = mixture_examples(memory, "hybrid", wide, read.read, left=left)
+    for searched, before in ways:
+        found = searched.view.candidates
+        assert not module._of_own(found.ids, own[searched.documents]).any()
+        assert not (searched.documents == 1).any()
+        assert all(n <= most for n, most in zip(found.columns, (8, 6, 4, 10**6), strict=True))
+        assert before.view.candidates.columns == (0, *found.columns[1:])
+        assert found.has("dense").all()
 
 
 @pytest.mark.slow

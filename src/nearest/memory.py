@@ -110,7 +110,7 @@ class Memory(SearchedSnapshot):
             path: the folder, which must not exist or be empty.
             options: how; the defaults of `BuildOptions` if not given.
             tune: find λ, temperature and k on a sample of the documents, each predicted as if it
-                were not in the memory, and set hybrid's gate to the memory's distances;
+                were not in the memory, and let hybrid's gate learn on from the one that ships;
                 `nearest.tune` on held-out text finds better ones.
             **fields: of `BuildOptions`, instead of those in `options`.
 

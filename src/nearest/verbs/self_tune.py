@@ -4,12 +4,12 @@ A sample of its documents is predicted as if they were not in it: without any of
 A document that stands in the memory nearly word for word a second time says nothing about text that
 the memory has not seen, and is not in the sample.
 
-Hybrid gets the gate that ships, which the sample tells what distances and estimates mean here. Its
-networks stay as they are, so that little text does, be it of one document: then each prediction is
-made as if its own entry, not its document, were not there.
+Hybrid's gate learns on from the one that ships. Where there is too little text for that, its
+networks stay as they are and the text tells them what distances mean here, be it of one document:
+then each prediction is made as if its own entry, not its document, were not there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +21,16 @@ from nearest.encode.identity import AnyModel
 from nearest.memory import Memory
 from nearest.models.scoring import ReadText, read_text
 from nearest.progress import Progress, no_progress
-from nearest.retrieval.candidates import Candidates
-from nearest.retrieval.gates.fit_mixture import distance_unit
-from nearest.retrieval.gates.gate import Examples, View
-from nearest.retrieval.gates.mixture import MixtureGate
+from nearest.retrieval.candidates import KINDS, Candidates
+from nearest.retrieval.gates.fit_mixture import fit_mixture
+from nearest.retrieval.gates.gate import Examples
+from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.shipped import adapted, shipped_gate
 from nearest.retrieval.gates.stored import to_store
 from nearest.retrieval.lookup import Lookup
-from nearest.retrieval.present import matching_places
 from nearest.retrieval.settings import Settings, as_stored, method_named
 from nearest.store.tuned import SELF_TUNED, found_on
+from nearest.verbs.mixture_examples import mixture_examples
 from nearest.verbs.settings_search import Grid, best_settings, looked_up
 
 _PREDICTIONS = 10_000  # of the sample, or a tenth of the memory's, but
@@ -43,8 +43,7 @@ _SPARE = 512  # candidates of a document's own that may be left out
 _SPAN = 24
 _COPIED = 0.5
 _MATCHES = 64  # that are looked at to tell
-# Batches that hybrid's gate is adapted to: some for the unit of distances, all for its estimates.
-_KEPT = {"knn": 4, "suffix": None}
+_WITH_KEYS = ("knn", "suffix")
 
 
 def self_tune(
@@ -81,30 +80,38 @@ def self_tune(
     has_keys = memory.manifest.keys is not None
     if total == 0 or not (enough or has_keys):
         return False
-    seen: dict[str, list[Examples]] = {}
-    for method in ("knn", "suffix") if has_keys else ("suffix",):
+
+    def left(one: Examples, settings: Settings) -> Examples:
+        if enough:
+            return _held_out(one, own[one.documents], kept[one.documents], settings)
+        everything = np.ones(len(one.rows), dtype=bool)
+        return _held_out(one, _own_entry(one, own, read), everything, settings)
+
+    for method in _WITH_KEYS if has_keys else ("suffix",):
+        if not enough:
+            break
         grid = Grid.of(memory, method, {})
         narrow = grid.lookup.settings
-        most = narrow.k if method == "knn" else narrow.suffix_k
-        wide = _wider(grid)
+        wide = replace(
+            grid, lookup=Lookup(memory, method, _wider(narrow, memory, grid.lookup.kinds))
+        )
         found = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
-        seen[method] = []
-        if enough:
-            held_out = (
-                _held_out(one, own[one.documents], kept[one.documents], most) for one in found
-            )
-            tuned = best_settings(wide, _seen(held_out, seen[method], _KEPT[method]))
-            settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
-            _store(memory, method, replace(tuned, settings=settings).to_dict())
-        else:
-            for one in found:
-                everything = np.ones(len(one.rows), dtype=bool)
-                seen[method].append(_held_out(one, _own_entry(one, own, read), everything, most))
+        tuned = best_settings(wide, (left(one, narrow) for one in found))
+        settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
+        _store(memory, method, replace(tuned, settings=settings).to_dict())
     if has_keys:
-        views = [_with_text(one.view, memory) for one in seen["suffix"]]
-        own_gate = adapted(gate or shipped_gate(), distance_unit(seen["knn"]), views)
-        defaults = Settings(**method_named("hybrid").defaults)
-        _store(memory, "hybrid", as_stored(defaults, "hybrid"), own_gate)
+        begin = shipped_gate() if gate is None else gate
+        settings = Settings(**method_named("hybrid").defaults)
+        wider = _wider(settings, memory, method_named("hybrid").kinds)
+        unit, ways = mixture_examples(
+            memory, "hybrid", wider, read.read, progress, lambda one: left(one, settings)
+        )
+        if enough:
+            config = MixtureConfig.over(begin.config.kinds, unit)
+            own_gate = fit_mixture(config, ways, settings.skip, progress, begin)[0]
+        else:
+            own_gate = adapted(begin, unit, (before.view for _, before in ways))
+        _store(memory, "hybrid", as_stored(settings, "hybrid"), own_gate)
     memory.take_over_settings()
     return True
 
@@ -115,23 +122,6 @@ def _store(
     stored = {**settings, **found_on(memory.manifest), SELF_TUNED: True}
     new_gate = None if gate is None else to_store(gate, memory, method)
     store_settings(memory.path, method, stored, new_gate, found_in=memory.manifest)
-
-
-def _seen(
-    examples: Iterable[Examples], seen: list[Examples], most: int | None
-) -> Iterator[Examples]:
-    """The examples as they come; the first `most` batches, or all, are kept in `seen`."""
-    for one in examples:
-        if most is None or len(seen) < most:
-            seen.append(one)
-        yield one
-
-
-def _with_text(matched: View, memory: Memory) -> View:
-    """What hybrid sees before a search: suffix matches, and earlier places of the text itself."""
-    queries, start_token = matched.queries, memory.manifest.model.start_token
-    places = matching_places(queries.context, queries.ends, start_token)
-    return matched._replace(candidates=matched.candidates.beside(*places))
 
 
 def _sample(
@@ -170,36 +160,40 @@ def _copied(
     return copied & ~copied.all()
 
 
-def _wider(grid: Grid) -> Grid:
-    """The same grid with more candidates, so that a document's own can be dropped."""
-    lookup, settings = grid.lookup, grid.lookup.settings
-    if "dense" in lookup.kinds:
-        k = min(settings.k + _SPARE, lookup.memory.entries)
+def _wider(settings: Settings, memory: Memory, kinds: Sequence[str]) -> Settings:
+    """The same settings with more candidates, so that a document's own can be dropped."""
+    if "dense" in kinds:
+        k = min(settings.k + _SPARE, memory.entries)
         settings = replace(settings, k=k, rerank=max(settings.rerank, k))
-    else:
+    if "suffix" in kinds:
         settings = replace(settings, suffix_k=settings.suffix_k + _SPARE)
-    return replace(grid, lookup=Lookup(lookup.memory, lookup.method, settings))
+    return settings
 
 
 def _held_out(
     one: Examples,
     own: Int[np.ndarray, "q 2"],
     kept: Bool[np.ndarray, " q"],
-    most: int,
+    settings: Settings,
 ) -> Examples:
     """As if each prediction's `own` entries, from one on and below another, were not there.
 
-    Only predictions that are `kept` are left, and of their candidates `most`, at most.
+    Only predictions that are `kept` are left, and of their candidates as many as `settings` say.
     """
     found = one.view.candidates.rows(kept)
     passed = _of_own(found.ids, own[kept])
-    order = np.argsort(passed, axis=1, kind="stable")[:, :most]
+    most = {"dense": settings.k, "pointers": settings.max_knns, "suffix": settings.suffix_k}
+    orders = []
+    for kind in KINDS[: len(found.columns)]:
+        columns = found.of(kind)
+        order = np.argsort(passed[:, columns], axis=1, kind="stable")[:, : most.get(kind)]
+        orders.append(order + columns.start)
+    every = np.concatenate(orders, axis=1)
     ids, values, distances, lengths = (
-        np.take_along_axis(array, order, axis=1) for array in found.without(passed)[:4]
+        np.take_along_axis(array, every, axis=1) for array in found.without(passed)[:4]
     )
-    dense, pointers, suffix = found.columns  # no gate, so no text
-    columns = min(most, dense), min(most, pointers), min(most, suffix)  # all are of one kind
-    candidates = Candidates(ids, values, distances, lengths, columns, found.searched)
+    columns_left = tuple(order.shape[1] for order in orders)
+    candidates = Candidates(ids, values, distances, lengths, columns_left, found.searched)
     view = one.view._replace(queries=one.view.queries.rows(kept), candidates=candidates)
     return Examples(
         one.rows[kept], view, one.targets[kept], one.lm_log_probs[kept], one.documents[kept]
