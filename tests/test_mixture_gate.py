@@ -40,6 +40,7 @@ from nearest.retrieval.gates.gate import Examples, View
 from nearest.retrieval.gates.guard import gained, gained_before, guarded
 from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
 from nearest.retrieval.gates.network import train_network
+from nearest.retrieval.gates.shipped import shipped_gate
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.votes import kind_figures
@@ -571,3 +572,23 @@ def test_a_gate_of_another_kind_or_shape_is_refused(
         edit_manifest(copy, change)
         with pytest.raises(SettingError, match=message):
             evaluate(model, Memory.open(copy), TEXT, "hybrid", tokenizer=TOKENIZER)
+
+
+def test_hybrid_starts_from_the_gate_that_ships(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, build_memory: Callable[..., Memory]
+) -> None:
+    """Of a long text it learns as much without; and other methods have no such gate."""
+    memory = build_memory(model, make_documents(10, 40, seed=5))
+    short = [document.text for document in make_documents(1, 30, seed=6)]
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "k": 16}
+    ships = shipped_gate().mix.state_dict()["0.weight"]
+    with gates_trained_at_once(0):
+        tune(model, memory, short, method="hybrid", **options)
+        assert np.array_equal(stored_gate(memory, "hybrid").arrays()["mix.0.weight"], ships)
+        with pytest.raises(SettingError, match="too few to train a gate"):
+            tune(model, memory, short, method="knn+mixture", **options)
+        with pytest.raises(SettingError, match="too few to train a gate"):
+            tune(model, memory, ["ab"], method="hybrid", **options)
+        monkeypatch.setattr("nearest.verbs.tune._MUCH", 200)
+        tune(model, memory, TEXT, method="hybrid", **options)
+        assert not np.array_equal(stored_gate(memory, "hybrid").arrays()["mix.0.weight"], ships)

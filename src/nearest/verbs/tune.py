@@ -42,6 +42,8 @@ from nearest.store.tuned import found_on
 from nearest.verbs.mixture_examples import mixture_examples
 from nearest.verbs.settings_search import Grid, Tuned, best_settings, looked_up
 
+_MUCH = 20_000  # tokens, from which a gate learns as much with no other to start from
+
 
 @dataclass(frozen=True)
 class TunedGate:
@@ -93,7 +95,8 @@ def tune(
         method: one that uses the memory.
         start: a memory whose gate for this method is learned on from, so that a few thousand tokens
             of one's own do; of any corpus and model. Only for gates of the kind "mixture". "hybrid"
-            learns on from the gate that ships if no other is given.
+            learns on from the gate that ships if no other is given and the text has fewer than
+            20,000 tokens, which say enough themselves.
         store: write the result into the memory's folder, where `attach` and `evaluate` find it.
             `memory` itself takes it over.
         **fixed: settings that are not swept, such as distances, min_knns, max_knns, dedup,
@@ -105,7 +108,7 @@ def tune(
     """
     given = {name: value for name, value in fixed.items() if value is not None}
     resolved = settings_to_tune(method, memory, given)
-    begin = _shipped_for(method) if start is None else _gate_to_start(start, method)
+    begin = None if start is None else _gate_to_start(start, method)
     if store:
         check_writable(memory.path)
     scorer = Scorer.prepare(
@@ -232,6 +235,8 @@ def _train(
     if chosen.gate in _PUBLISHED:
         gate, log_probs = _train_published(memory, method, settings, blocks, progress)
     else:
+        if begin is None and sum(len(block.targets) for block in blocks) < _MUCH:
+            begin = _shipped_for(method)
         gate, log_probs = _train_mixture(memory, method, settings, blocks, progress, begin)
     base = torch.cat([block.lm_log_probs for block in blocks])
     nlls = -log_probs.double().mean(), -base.double().mean()
