@@ -4,6 +4,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def test_without_keys_little_text_tells_nothing(
 def test_the_own_entries_of_predictions_are_where_their_tokens_stand(
     memory: Memory, tiny_model: PreTrainedModel
 ) -> None:
-    read, own = module._sample(tiny_model, memory, None, lambda *_: None)
+    sample = module._Sample.of(tiny_model, memory, None, lambda *_: None)
+    read, own = sample.read, sample.own
     lookup = Lookup(memory, "knn", Settings(k=4))
     for one in looked_up(lookup, read.read, lambda *_: None, "", 1):
         entries = module._own_entry(one, own, read)
@@ -238,19 +240,15 @@ def test_a_gate_learns_on_from_the_one_that_ships_where_there_is_text(
 
 def test_what_is_held_out_of_every_kind_is_not_left(memory: Memory, tiny_model: Any) -> None:
     """Of hybrid's candidates: neighbours, pointers, matches and places of the text."""
-    read, own = module._sample(tiny_model, memory, None, lambda *_: None)
+    sample = module._Sample.of(tiny_model, memory, None, lambda *_: None)
     settings = Settings(k=8, suffix_k=4, max_knns=6)
     wide = module._wider(settings, memory, ("dense", "pointers", "suffix"))
-    kept = np.ones(len(own), dtype=bool)
-    kept[1] = False
-
-    def left(one: Any) -> Any:
-        return module._held_out(one, own[one.documents], kept[one.documents], settings)
-
-    _, ways = mixture_examples(memory, "hybrid", wide, read.read, left=left)
+    sample.kept[1] = False
+    left = partial(sample.left, settings=settings)
+    _, ways = mixture_examples(memory, "hybrid", wide, sample.read.read, left=left)
     for searched, before in ways:
         found = searched.view.candidates
-        assert not module._of_own(found.ids, own[searched.documents]).any()
+        assert not module._of_own(found.ids, sample.own[searched.documents]).any()
         assert not (searched.documents == 1).any()
         assert all(n <= most for n, most in zip(found.columns, (8, 6, 4, 10**6), strict=True))
         assert before.view.candidates.columns == (0, *found.columns[1:])

@@ -10,7 +10,8 @@ then each prediction is made as if its own entry, not its document, were not the
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,6 @@ _SPARE = 512  # candidates of a document's own that may be left out
 _SPAN = 24
 _COPIED = 0.5
 _MATCHES = 64  # that are looked at to tell
-_WITH_KEYS = ("knn", "suffix")
 
 
 def self_tune(
@@ -70,48 +70,17 @@ def self_tune(
     """
     if memory.has_weights:
         return False
-    read, own = _sample(model, memory, tokenizer, progress)
-    total = read.text.predictions
-    kept = ~_copied(memory, read, own)
-    enough = (
-        memory.documents >= _LEAST_DOCUMENTS
-        and sum(int(kept[block.documents].sum()) for block in read.read) >= _LEAST_PREDICTIONS
-    )
+    sample = _Sample.of(model, memory, tokenizer, progress)
     has_keys = memory.manifest.keys is not None
-    if total == 0 or not (enough or has_keys):
-        return False
-
-    def left(one: Examples, settings: Settings) -> Examples:
-        if enough:
-            return _held_out(one, own[one.documents], kept[one.documents], settings)
-        everything = np.ones(len(one.rows), dtype=bool)
-        return _held_out(one, _own_entry(one, own, read), everything, settings)
-
-    for method in _WITH_KEYS if has_keys else ("suffix",):
-        if not enough:
-            break
-        grid = Grid.of(memory, method, {})
-        narrow = grid.lookup.settings
-        wide = replace(
-            grid, lookup=Lookup(memory, method, _wider(narrow, memory, grid.lookup.kinds))
-        )
-        found = looked_up(wide.lookup, read.read, progress, f"self-tune {method}", total)
-        tuned = best_settings(wide, (left(one, narrow) for one in found))
-        settings = replace(tuned.settings, suffix_k=narrow.suffix_k)
-        _store(memory, method, replace(tuned, settings=settings).to_dict())
-    if has_keys:
-        begin = shipped_gate() if gate is None else gate
+    if sample.enough:
+        for method in ("knn", "suffix") if has_keys else ("suffix",):
+            _store(memory, method, _constants(memory, method, sample, progress))
+    if has_keys and sample.read.text.predictions:
         settings = Settings(**method_named("hybrid").defaults)
-        wider = _wider(settings, memory, method_named("hybrid").kinds)
-        unit, ways = mixture_examples(
-            memory, "hybrid", wider, read.read, progress, lambda one: left(one, settings)
-        )
-        if enough:
-            config = MixtureConfig.over(begin.config.kinds, unit)
-            own_gate = fit_mixture(config, ways, settings.skip, progress, begin)[0]
-        else:
-            own_gate = adapted(begin, unit, (before.view for _, before in ways))
+        own_gate = _gate(memory, settings, sample, gate or shipped_gate(), progress)
         _store(memory, "hybrid", as_stored(settings, "hybrid"), own_gate)
+    elif not sample.enough:
+        return False
     memory.take_over_settings()
     return True
 
@@ -124,25 +93,79 @@ def _store(
     store_settings(memory.path, method, stored, new_gate, found_in=memory.manifest)
 
 
-def _sample(
-    model: AnyModel, memory: Memory, tokenizer: Any, progress: Progress
-) -> tuple[ReadText, Int[np.ndarray, "documents 2"]]:
-    """Some documents as the model reads them, and which entries are each one's own."""
-    most = min(_PREDICTIONS, max(_FEW_PREDICTIONS, memory.entries // 10))
-    texts: list[Any] = []
-    own, predictions = [], 0
-    for number in np.random.default_rng(0).permutation(memory.documents).tolist():
-        entries = memory.entries_of(number)
-        if memory.manifest.model.reads_sources:
-            texts.append(memory.document(number))
-        else:
-            texts.append(memory.document_tokens(number)[:_LONGEST].astype(np.int64))
-        own.append((entries.start, entries.stop))
-        predictions += min(len(entries), _LONGEST)
-        if predictions >= most:
-            break
-    read = read_text(model, memory, texts, tokenizer=tokenizer, progress=progress)
-    return read, np.array(own)
+@dataclass(frozen=True)
+class _Sample:
+    """Some documents as the model reads them.
+
+    Attributes:
+        read: their text.
+        own: which entries are each one's own, from one on and below another.
+        kept: which are no copies.
+        enough: whether they tell how text is predicted that the memory does not hold.
+    """
+
+    read: ReadText
+    own: Int[np.ndarray, "documents 2"]
+    kept: Bool[np.ndarray, " documents"]
+    enough: bool
+
+    @classmethod
+    def of(cls, model: AnyModel, memory: Memory, tokenizer: Any, progress: Progress) -> "_Sample":
+        """The first documents in a random order, until there are predictions enough."""
+        most = min(_PREDICTIONS, max(_FEW_PREDICTIONS, memory.entries // 10))
+        texts: list[Any] = []
+        own, predictions = [], 0
+        for number in np.random.default_rng(0).permutation(memory.documents).tolist():
+            entries = memory.entries_of(number)
+            if memory.manifest.model.reads_sources:
+                texts.append(memory.document(number))
+            else:
+                texts.append(memory.document_tokens(number)[:_LONGEST].astype(np.int64))
+            own.append((entries.start, entries.stop))
+            predictions += min(len(entries), _LONGEST)
+            if predictions >= most:
+                break
+        read = read_text(model, memory, texts, tokenizer=tokenizer, progress=progress)
+        kept = ~_copied(memory, read, np.array(own))
+        left = sum(int(kept[block.documents].sum()) for block in read.read)
+        enough = memory.documents >= _LEAST_DOCUMENTS and left >= _LEAST_PREDICTIONS
+        return cls(read, np.array(own), kept, enough)
+
+    def left(self, one: Examples, settings: Settings) -> Examples:
+        """Predictions as if the memory did not hold them, with candidates as `settings` say.
+
+        As if it did not hold their documents; where these are too few, their own entries.
+        """
+        if self.enough:
+            kept = self.kept[one.documents]
+            return _held_out(one, self.own[one.documents], kept, settings)
+        entries = _own_entry(one, self.own, self.read)
+        return _held_out(one, entries, np.ones(len(entries), dtype=bool), settings)
+
+
+def _constants(memory: Memory, method: str, sample: _Sample, progress: Progress) -> dict[str, Any]:
+    """λ, temperature and what else is the same for all predictions."""
+    grid = Grid.of(memory, method, {})
+    narrow = grid.lookup.settings
+    lookup = Lookup(memory, method, _wider(narrow, memory, grid.lookup.kinds))
+    total = sample.read.text.predictions
+    found = looked_up(lookup, sample.read.read, progress, f"self-tune {method}", total)
+    tuned = best_settings(replace(grid, lookup=lookup), (sample.left(one, narrow) for one in found))
+    return replace(tuned, settings=replace(tuned.settings, suffix_k=narrow.suffix_k)).to_dict()
+
+
+def _gate(
+    memory: Memory, settings: Settings, sample: _Sample, begin: MixtureGate, progress: Progress
+) -> MixtureGate:
+    """A gate for hybrid that learns on from another where there is text enough."""
+    wider = _wider(settings, memory, method_named("hybrid").kinds)
+    unit, ways = mixture_examples(
+        memory, "hybrid", wider, sample.read.read, progress, partial(sample.left, settings=settings)
+    )
+    if not sample.enough:
+        return adapted(begin, unit, (before.view for _, before in ways))
+    config = MixtureConfig.over(begin.config.kinds, unit)
+    return fit_mixture(config, ways, settings.skip, progress, begin)[0]
 
 
 def _copied(
