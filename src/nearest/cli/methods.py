@@ -87,7 +87,8 @@ def tune(
         Path | None,
         typer.Option(
             metavar="MEMORY",
-            help="Learn on from this memory's gate for the method: it needs less text then.",
+            help="Learn on from this memory's gate for the method: it needs less text then. "
+            "hybrid has one that ships.",
         ),
     ] = None,
     as_json: AsJson = False,
