@@ -66,6 +66,15 @@ def start_of(model: RetroForCausalLM) -> tuple[float, float]:
     return fresh.embed_tokens.weight.std().item(), 0 if layer is None else layer.gate[0].item()
 
 
+def effect_of_new(model: RetroForCausalLM) -> bool:
+    """Whether neighbours change what a new model predicts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = RetroForCausalLM(model.config).eval()
+    off, on = fresh(tokens(1, 14)), fresh(tokens(1, 14), neighbour_ids=neighbours(fresh, 1, 14))
+    return not torch.equal(on.logits, off.logits)
+
+
 def caches_of(model: RetroForCausalLM) -> tuple[bool, list[int]]:
     """Whether there is one of keys and values; lengths of a memory."""
     memory = None
@@ -128,6 +137,7 @@ EFFECTS = {  # setting: another value, the preset and settings that it changes, 
     "head_bias": (True, "norlund", {}, weights_of),
     "tie_word_embeddings": (True, "norlund", {}, weights_of),
     "project_encoder_output": (True, "norlund", {}, weights_of),
+    "zero_init_retrieval": (True, "norlund", {}, effect_of_new),
     "null_neighbour": (True, "norlund", {}, weights_of),
     "mask_encoder_context": (False, "norlund", {}, logits_of),
     "mask_input_pads": (False, "norlund", {}, logits_of),

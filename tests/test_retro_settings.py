@@ -1,6 +1,7 @@
 """Every setting of a RETRO model does what it says: against closed forms and plain loops."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,6 +373,26 @@ def test_initial_weights():
     assert null.std().item() == pytest.approx(1, rel=0.3)
     uniform = other.layers[0].feed_forward.body.up.weight
     assert uniform.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)  # PyTorch's default
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_retrieval_that_begins_at_zero(preset: str, tmp_path: Path):
+    config = tiny_config(preset, zero_init_retrieval=True, project_encoder_output=False)
+    model = RetroForCausalLM(config).eval()
+    ids = neighbours(model, 1, 14)
+    off, on = model(tokens(1, 14)).logits, model(tokens(1, 14), neighbour_ids=ids).logits
+    assert torch.equal(on, off)
+    x = torch.randn(1, 3, 2, 6, config.encoder_dim)
+    encoded = model.encoder(
+        x, torch.ones(x.shape[:-1], dtype=torch.bool), torch.randn(1, 3, 4, 32), None
+    )
+    torch.testing.assert_close(encoded, x.flatten(2, 3))
+    assert all(layer.feed_forward.body.down.weight.abs().max() > 0 for layer in model.layers)
+    stir(model)  # weights that were learned are read as they are
+    model.save_pretrained(tmp_path)
+    again = RetroForCausalLM.from_pretrained(tmp_path)
+    expected = model(tokens(1, 14), neighbour_ids=ids).logits
+    assert torch.equal(again(tokens(1, 14), neighbour_ids=ids).logits, expected)
 
 
 def test_deepnet_s_initial_weights():

@@ -63,6 +63,9 @@ class RetroConfig(PreTrainedConfig):
         embedding_std: initial standard deviation of the decoder's table.
         head_bias, tie_word_embeddings: of the output head.
         project_encoder_output: norm and projection to decoder_dim after the encoder.
+        zero_init_retrieval: the output projections of chunked cross-attention, and of the encoder's
+            layers, begin at zero: until they learn, neighbours change nothing (but for the norms
+            that DeepNet has after each sum).
         null_neighbour: a learned key and value that chunked cross-attention always sees; without
             it, a chunk whose neighbours are all padding adds exactly nothing.
         mask_encoder_context: hide padding of the chunk from the encoder's cross-attention.
@@ -143,6 +146,7 @@ class RetroConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     project_encoder_output: bool = False
+    zero_init_retrieval: bool = False
     null_neighbour: bool = False
     mask_encoder_context: bool = True
     mask_input_pads: bool = True

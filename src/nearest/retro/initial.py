@@ -1,5 +1,7 @@
 """The weights a model starts from."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization
@@ -47,6 +49,10 @@ class RetroPreTrainedModel(PreTrainedModel):
         if self.config.deepnet:
             for module in self.modules():
                 self._init_deepnet(module)
+        if self.config.zero_init_retrieval:
+            for module in self.modules():
+                for weight in _adding(module):
+                    initialization.zeros_(weight)
 
     def _init_deepnet(self, module: nn.Module) -> None:
         """Xavier by depth; matrices that hold several are drawn part by part."""
@@ -66,3 +72,12 @@ class RetroPreTrainedModel(PreTrainedModel):
                 nn.init.xavier_normal_(part, gain)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+
+
+def _adding(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What makes the output of a layer that reads neighbours."""
+    encoding = getattr(module, "side", None) == "encoder"
+    if isinstance(module, ChunkedCrossAttention) or (encoding and isinstance(module, Attention)):
+        yield from module.out.parameters()
+    elif encoding and isinstance(module, FeedForward):
+        yield from module.down.parameters()

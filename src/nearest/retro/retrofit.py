@@ -39,6 +39,7 @@ _OF_THE_BASE = {
     *("decoder_ffn_dim", "decoder_buckets", "absolute_positions", "max_position_embeddings"),
     *("memorizing_layers", "memorizing_k", "memorizing_capacity", "memorizing_initial_gate"),
     *("share_embeddings", "embedding_std", "head_bias", "tie_word_embeddings"),
+    "zero_init_retrieval",
     *("mask_input_pads", "shift_labels", "ignore_pad_labels"),
 }  # settings of RetroConfig without effect on an adapter
 

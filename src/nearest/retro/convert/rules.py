@@ -88,6 +88,7 @@ def save(model: RetroForCausalLM, rules: Iterable[Rule]) -> dict[str, Tensor]:
 
 def check_family(config: RetroConfig, family: RetroConfig, free: set[str]) -> None:
     """Refuse a model whose settings, but for sizes and `free` ones, are not a family's."""
+    free = {*free, "zero_init_retrieval"}  # of new weights alone
     for name in RetroConfig.__annotations__:
         setting = getattr(family, name)
         structural = isinstance(setting, bool | str) or name in (
