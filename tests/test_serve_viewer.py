@@ -204,6 +204,7 @@ def test_what_earlier_places_of_the_text_gave_is_shown(
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(60_000)
         page.goto(server.url)
+        page.click("#more summary")
         page.select_option("#method", "hybrid")
         ran(page, " ".join([RANDOM[0][:20]] * 3))
         expect(page.locator(".answer h2").first).to_contain_text("this text")
