@@ -42,8 +42,8 @@ TEMPERATURE = 1.0
 NEW_TOKENS = 60
 YOUR_TURN = (
     ("nearest", "build", "openai-community/gpt2", "my-documents/", "--out", "my.memory"),
-    ("nearest", "tune", "my.memory", "--text", "held-out.txt"),
-    ("nearest", "generate", "my.memory", "--prompt", "…", "--sources"),
+    ("nearest", "eval", "my.memory", "--text", "test.txt", "--method", "base,hybrid"),
+    ("nearest", "generate", "my.memory", "--prompt", "…", "--method", "hybrid", "--sources"),
 )
 
 
