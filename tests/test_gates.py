@@ -44,7 +44,7 @@ from nearest.retrieval.gates.stored import GATES, restored
 from nearest.retrieval.lookup import Lookup
 from nearest.retrieval.queries import Queries
 from nearest.retrieval.settings import Settings
-from nearest.verbs.tune import _ways
+from nearest.verbs.mixture_examples import _ways
 
 TOKENIZER = make_tokenizer()
 COLUMNS = 8
