@@ -109,9 +109,8 @@ class Memory(SearchedSnapshot):
                 An encoder–decoder needs documents with an `encoder_text`.
             path: the folder, which must not exist or be empty.
             options: how; the defaults of `BuildOptions` if not given.
-            tune: find λ, temperature and k on a sample of the documents, each predicted as if it
-                were not in the memory, and let hybrid's gate learn on from the one that ships;
-                `nearest.tune` on held-out text finds better ones.
+            tune: find settings of knn, suffix and hybrid on a sample of the documents, each as if
+                it were not in the memory. `nearest.tune` on held-out text finds better ones.
             **fields: of `BuildOptions`, instead of those in `options`.
 
         Raises:

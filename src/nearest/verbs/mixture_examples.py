@@ -33,8 +33,14 @@ def mixture_examples(
 ) -> tuple[float, Iterator[tuple[Examples, ...]]]:
     """What a mixture gate is trained on: the distances' unit, and a text's predictions.
 
-    These are looked up in each way that there is: with and without the dense search where the gate
-    decides about searches. `left` is what to leave of what was found.
+    Each is looked up in every way that the gate may meet: with and without the dense search where
+    the gate decides about searches, else in one.
+
+    Args:
+        memory, method, settings: what is looked up, and how.
+        blocks: the text, as the model reads it.
+        progress: told (stage, done, total).
+        left: takes what was found of a batch, and returns what training may see of it.
     """
     chosen = method_named(method)
     total = sum(len(block.targets) for block in blocks)
