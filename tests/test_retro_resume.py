@@ -234,7 +234,7 @@ def test_a_run_that_goes_on_is_read_where_it_stands(read: Passages, tmp_path: Pa
 def test_checkpointing_computes_the_base_twice() -> None:
     """Nearly all activations are the base's: those after the first new layer are to go."""
     base = make_base("gpt2")
-    model = retrofit(base, [1], chunk_size=CHUNK, **QUIET)
+    model = retrofit(base, [1], chunk_size=CHUNK, encoder="own", **QUIET)
     stir(model.adapter)
     calls: list[int] = []
     base.get_submodule("transformer.h.3.attn").register_forward_pre_hook(lambda *_: calls.append(1))

@@ -2,14 +2,18 @@
 
 import copy
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, T5Config
 from transformers.models.t5 import T5ForConditionalGeneration
 
+from nearest.encode.hooks import captured_input
+from nearest.encode.layers import find_key_layer
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.retro import RetrofitForCausalLM, RetroForCausalLM, load_retrofit, retrofit
 from retro_models import CHUNK, VOCAB, found, rounding, stir, tiny_config, tokens
@@ -58,9 +62,10 @@ def read(model: RetrofitForCausalLM, sequence: Tensor) -> Tensor:
         return model(sequence[None], neighbour_ids=ids, use_cache=False).logits[0]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*((kind, "base") for kind in KINDS), ("gpt2", "own")])
 def fitted(request: pytest.FixtureRequest) -> RetrofitForCausalLM:
-    return make_fitted(request.param)
+    kind, encoder = request.param
+    return make_fitted(kind, encoder=encoder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,6 +89,115 @@ def test_at_first_neighbours_change_nothing(kind):
     with torch.no_grad():
         on, off = model(tokens(2, 8), neighbour_ids=ids).logits, model(tokens(2, 8)).logits
     assert torch.equal(on, off)
+
+
+def test_the_base_reads_neighbours_as_texts_and_what_follows_is_found():
+    """Beside a plain re-computation, token by token, in layers one after the other."""
+    model = make_fitted("gpt2")
+    sequence, whole = tokens(1, 14)[0], 14 // CHUNK
+    ids = found(sequence[: whole * CHUNK].reshape(whole, CHUNK))
+    states: dict[int, list[Tensor]] = {}
+    with torch.no_grad(), ExitStack() as hooks:
+        blocks = model.base.transformer.h
+        for number in (1, 4):
+            states[number] = []
+            hook = blocks[number].register_forward_hook(
+                lambda _, __, out, n=number: states[n].append(out[0] if len(out) == 2 else out)
+            )
+            hooks.callback(hook.remove)
+        texts = [text[text >= 0] for text in ids.flatten(0, 1)]
+        for text in texts:
+            model.base(text[None])
+
+    def adding(number: int):
+        layer, norm = model.adapter.layers[str(number)].body, model.adapter.layers[str(number)].norm
+        keys, values = layer.kv.weight.chunk(2)
+        read = [
+            state.reshape(len(text), -1) for state, text in zip(states[number], texts, strict=True)
+        ]
+
+        def hook(_, __, output):
+            x = (output[0] if isinstance(output, tuple) else output)[0].clone()
+            for place in range(CHUNK - 1, len(x)):
+                block, row = divmod(place + 1, CHUNK)
+                query = (layer.q.weight @ norm(x[place])).reshape(layer.heads, -1)
+                scores, tokens_after = [], []
+                for which in (2 * (block - 1), 2 * block - 1):
+                    bias = layer.bias(CHUNK, ids.shape[-1], CHUNK - 1)[:, row]
+                    for i, state in enumerate(read[which][:-1]):
+                        key = (keys @ layer.state_norm(state)).reshape(layer.heads, -1)
+                        scores.append((query * key).sum(-1) * layer.scale + bias[:, i])
+                        after = model.base.transformer.wte.weight[texts[which][i + 1]]
+                        tokens_after.append(
+                            (values @ layer.token_norm(after)).reshape(layer.heads, -1)
+                        )
+                weights = torch.stack(scores).softmax(0)[..., None]
+                x[place] += (
+                    layer.out.weight @ (weights * torch.stack(tokens_after)).sum(0).flatten()
+                )
+            return (x[None], *output[1:]) if isinstance(output, tuple) else x[None]
+
+        return hook
+
+    expected_from = read(model, sequence)
+    with torch.no_grad(), ExitStack() as hooks:
+        for number in (1, 4):
+            hooks.callback(blocks[number].register_forward_hook(adding(number)).remove)
+        expected = model.base(sequence[None]).logits[0]
+    torch.testing.assert_close(expected_from, expected, rtol=0, atol=rounding(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_attention_copies_what_followed_the_same_text(kind):
+    """A neighbour that goes on as the text does tells its next tokens; another one does not."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = retrofit(make_base(kind), [6], chunk_size=CHUNK)
+    nn.init.eye_(model.adapter.layers["6"].body.out.weight)
+    table = model.base.get_input_embeddings().weight
+    model.base.get_output_embeddings().weight = table  # what is found is a token
+    sequence = tokens(1, 3 * CHUNK)
+    losses = []
+    for text in (sequence, tokens(1, 3 * CHUNK, seed=5)):
+        ids = text[:, None, None].expand(-1, 3, 1, -1)
+        with torch.no_grad():
+            logits = model(sequence, neighbour_ids=ids).logits
+        losses.append(F.cross_entropy(logits[0, CHUNK - 1 : -1], sequence[0, CHUNK:]))
+    assert losses[0] < losses[1] - 0.5
+
+
+def test_padding_and_repeated_neighbours_of_the_base():
+    """A neighbour of padding alone is none, and one that two chunks share is read once."""
+    model = make_fitted("gpt2")
+    text, passage = tokens(1, 2 * CHUNK + 1), tokens(1, 6, seed=3)
+    once = passage.expand(2, 1, 6)[None]
+    padded = torch.full((1, 2, 3, 8), -1)
+    padded[:, :, 1, :6] = passage
+    passes: list[Tensor] = []
+    hook = model.base.transformer.h[0].register_forward_pre_hook(lambda _, x: passes.append(x[0]))
+    with torch.no_grad():
+        plain, beside = (model(text, neighbour_ids=ids).logits for ids in (once, padded))
+    hook.remove()
+    torch.testing.assert_close(beside, plain)
+    assert [len(states) for states in passes] == [1, 1, 2, 1]  # neighbours, the text; with padding
+
+
+def test_who_looks_at_the_model_sees_its_own_pass_alone():
+    model = make_fitted("gpt2")
+    layer = find_key_layer(model, "last_ffn_input")
+    text = tokens(1, 2 * CHUNK)
+    with captured_input(layer.module) as seen, torch.no_grad():
+        model(text, neighbour_ids=found(text.reshape(-1, CHUNK))[None])
+    assert [states.shape[:2] for states in seen] == [text.shape]
+
+
+def test_neighbours_that_the_base_cannot_read(fitted):
+    ids = torch.ones(1, 2, 1, 65, dtype=torch.int64)
+    if fitted.adapter.encoder is not None:
+        fitted(tokens(1, 8), neighbour_ids=ids)
+        return
+    with pytest.raises(SettingError, match="64 positions"):
+        fitted(tokens(1, 8), neighbour_ids=ids)
 
 
 def test_neighbours_act_from_the_last_token_of_their_chunk_on(fitted):
@@ -209,7 +323,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path):
     config.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(FolderError, match="newer"):
         load_retrofit(make_base("gpt2"), tmp_path)
-    content["retro"]["encoder_dim"] = 8
+    content["retro"]["cca_bucket_count"] = 8
     config.write_text(json.dumps(content))
     with pytest.raises(FolderError, match="does not fit"):
         load_retrofit(make_base("gpt2"), tmp_path)
@@ -229,7 +343,13 @@ def test_layers_by_default_are_every_third_from_the_sixth():
 
 def test_settings_are_those_of_the_new_layers():
     model = retrofit(
-        make_base("llama"), [0], encoder_layers=1, encoder_dim=12, positions="rotary", rotary_dim=2
+        make_base("llama"),
+        [0],
+        encoder="own",
+        encoder_layers=1,
+        encoder_dim=12,
+        positions="rotary",
+        rotary_dim=2,
     )
     assert len(model.adapter.encoder.layers) == 1
     assert model.adapter.layers["0"].body.bias is None
@@ -244,6 +364,10 @@ def test_models_and_layers_that_do_not_fit_are_refused():
     for unused in ({"deepnet": True}, {"decoder_dim": 8}, {"memorizing_layers": [0]}):
         with pytest.raises(SettingError, match=f"{next(iter(unused))} is of the model itself"):
             retrofit(base, [1], **unused)
+    with pytest.raises(SettingError, match="encoder_layers is of an encoder of its own"):
+        retrofit(base, [1], encoder_layers=1)
+    with pytest.raises(SettingError, match="from scratch"):
+        RetroForCausalLM(tiny_config(encoder="base"))
     with pytest.raises(ModelError, match="already"):
         retrofit(retrofit(base, [1]), [1])
     t5 = T5ForConditionalGeneration(

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from nearest.errors import SettingError
 from nearest.retro import RetroConfig, RetroForCausalLM
 from nearest.retro.blocks import FeedForward, Residual
-from nearest.retro.chunked import ChunkedCrossAttention, Retrieved
+from nearest.retro.chunked import ChunkedCrossAttention, Encoded, Retrieved
 from nearest.retro.layout import ChunkLayout
 from nearest.retro.norms import make_norm
 from nearest.retro.positions import linear_buckets, log_buckets
@@ -111,7 +111,8 @@ def test_chunked_cross_attention_equals_plain_loops(preset, settings):
     layout = ChunkLayout(m, length, 0, (0,))
     hidden = torch.zeros(stack.shape, dtype=torch.float64).masked_fill(~stack, -1e9)
     silent = None if config.null_neighbour else ~stack.any(-1)[None, :, None, None]
-    retrieved = Retrieved(layout, 5, encoded[None], hidden[:, None, None], silent, None)
+    read = Encoded({1: encoded[None]}, None, seen.flatten(1)[None])
+    retrieved = Retrieved(layout, 5, read, hidden[:, None, None], silent, None)
     with torch.no_grad():
         expected = naive_cca(layer, x, encoded, seen)
         torch.testing.assert_close(layer(x[None], retrieved)[0], expected, rtol=0, atol=1e-6)

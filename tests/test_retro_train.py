@@ -29,6 +29,7 @@ from retro_training import QUIET, dataset, fresh_model, in_processes, passages
 from test_retro_retrofit import make_base
 
 DROPOUT = dict.fromkeys(QUIET, 0.2)
+OF_THE_FITTED = {"attention_dropout": 0.2, "residual_dropout": 0.2}
 SHORT = TrainingSettings(max_steps=6, batch_size=2, save_every=2, schedule="cosine", warmup=2)
 
 
@@ -401,7 +402,7 @@ def test_a_retrofit_trains_and_resumes_its_new_weights_alone(
     def model() -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            made = retrofit(make_base("gpt2"), [1, 4], chunk_size=CHUNK, **DROPOUT)
+            made = retrofit(make_base("gpt2"), [1, 4], chunk_size=CHUNK, **OF_THE_FITTED)
         stir(made.adapter)
         return made
 
@@ -417,7 +418,7 @@ def test_a_retrofit_trains_and_resumes_its_new_weights_alone(
         assert torch.equal(weights(again)[name], weight)
     for name, weight in base.state_dict().items():
         assert torch.equal(whole.base.state_dict()[name], weight)
-    other = retrofit(make_base("llama"), [1, 4], chunk_size=CHUNK, **DROPOUT)
+    other = retrofit(make_base("llama"), [1, 4], chunk_size=CHUNK, **OF_THE_FITTED)
     with pytest.raises(SettingError, match=r"model\.base was .*, is "):
         train(other, long_enough, tmp_path / "run", settings)
     names = {p.name for p in (tmp_path / "run/model").iterdir()}

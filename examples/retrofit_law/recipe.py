@@ -62,8 +62,7 @@ def fit(settings: argparse.Namespace) -> None:
         *("fit", settings.model, database, "--layers", settings.layers, *READ),
         *("--max-len", "512", "--batch-size", "4", "--lr", "1e-3", "--clip", "1"),
         *("--weight-decay", "0.01", "--set", "residual_dropout=0.0"),
-        *("--set", "attention_dropout=0.0", "--set", "feed_forward_dropout=0.0"),
-        *("--neighbour-dropout", "0.1"),
+        *("--set", "attention_dropout=0.0", "--neighbour-dropout", "0.1"),
     )
     plan = settings.work / "steps.json"
     if not plan.exists():

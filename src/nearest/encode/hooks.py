@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 _changing = threading.Lock()  # held while a hook is looked for, added or removed
+_passing = threading.local()  # whether this thread's calls are shown
 
 
 class InputHook:
@@ -32,7 +33,7 @@ class InputHook:
         # Without its keyword arguments only where the hook is just being added or removed by
         # another thread; this one then listens to nothing.
         listeners = self.listeners()
-        if listeners:
+        if listeners and not getattr(_passing, "unseen", False):
             states = args[0] if args else next(iter((kwargs or {}).values()))
             for see in listeners:
                 see(states.detach())
@@ -92,6 +93,17 @@ def inputs_shown(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
             yield
         finally:
             listeners.remove(see)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Show no calls of this thread: for a pass that a model makes while it is asked for another."""
+    before = getattr(_passing, "unseen", False)
+    _passing.unseen = True
+    try:
+        yield
+    finally:
+        _passing.unseen = before
 
 
 @contextmanager

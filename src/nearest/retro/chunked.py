@@ -1,5 +1,6 @@
 """Chunked cross-attention: from a sequence to the neighbours of its chunks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,27 @@ from nearest.retro.positions import Rotation, rotate, rotation
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What an encoder makes of the neighbours of the chunks that end in a pass.
+
+    Attributes:
+        states: of each token, by the number of the layer that attends to them.
+        following: vectors of the tokens that come next; None where values are made of the states.
+        seen: which tokens there are to attend to.
+    """
+
+    states: Mapping[int, Float[Tensor, "batch chunks tokens dim"]]
+    following: Float[Tensor, "batch chunks tokens next_dim"] | None
+    seen: Bool[Tensor, "batch chunks tokens"]
+
+
+@dataclass(frozen=True)
 class Retrieved:
     """What the neighbours of one forward pass give to every layer that attends to them."""
 
     layout: ChunkLayout
     length: int  # tokens of a neighbour
-    encoded: Float[Tensor, "batch chunks tokens dim"] | None  # None: no chunk ends in this pass
+    encoded: Encoded | None  # None: no chunk ends in this pass
     hidden: Float[Tensor, "sequences 1 1 keys"] | None  # added to scores; None: all are seen
     silent: Bool[Tensor, "batch blocks 1 1"] | None  # blocks to which nothing is added
     state: ChunkState | None  # of generation; taken from and left for the next pass
@@ -58,7 +74,7 @@ class ChunkedCrossAttention(Attention):
         """Of what each block attends to, (batch, blocks, heads, keys, dim); updates the state."""
         new: list[Tensor | None] = [None, None]
         if retrieved.encoded is not None:
-            k, v = self.keys_values(retrieved.encoded)
+            k, v = self._of(retrieved.encoded)
             if self.bias is None:
                 places = torch.arange(k.shape[-2]) % retrieved.length
                 k = rotate(k, rotation(places, self.config.rotary_dim, k))
@@ -71,6 +87,10 @@ class ChunkedCrossAttention(Attention):
             if retrieved.state:
                 retrieved.state.keep_current(name, stack, current)
         return stacks[0], stacks[1]
+
+    def _of(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Keys and values of neighbours, (batch, chunks, heads, tokens, dim)."""
+        return self.keys_values(encoded.states[self.layer])
 
     def _with_null(self, x: Float[Tensor, "b c h n d"], which: int) -> Float[Tensor, "b c h k d"]:
         if self.null is None:

@@ -10,6 +10,7 @@ from nearest.errors import SettingError
 from nearest.retro.presets import PRESETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "encoder": ("own", "base"),
     "norm": ("rms", "rms_clamped", "layer"),
     "feed_forward": ("geglu", "mlp"),
     "activation": ("gelu_tanh", "gelu"),
@@ -33,6 +34,8 @@ class RetroConfig(PreTrainedConfig):
             the attention dim is that of all heads together.
         cca_layers: decoder layers with chunked cross-attention, counted from 0. The encoder reads
             the hidden states of the first of them, after its self-attention.
+        encoder: of neighbours. "own" layers read them in both directions and in the light of their
+            chunk; "base" is the frozen model that a RETROfit was made of, which has no others.
         encoder_dim, encoder_layers, encoder_heads, encoder_attention_dim, encoder_ffn_dim: sizes.
         encoder_cross_layers: encoder layers that attend to the chunk being answered, from 0.
         memorizing_layers: decoder layers whose self-attention also reads a `memory` of the segments
@@ -107,6 +110,7 @@ class RetroConfig(PreTrainedConfig):
     decoder_ffn_dim: int = 6144
     cca_layers: list[int] = field(default_factory=lambda: [5, 8, 11])
 
+    encoder: str = "own"
     encoder_dim: int = 896
     encoder_layers: int = 2
     encoder_heads: int = 14
@@ -198,7 +202,8 @@ class RetroConfig(PreTrainedConfig):
     @property
     def encoder_output_dim(self) -> int:
         """Dims of what chunked cross-attention attends to."""
-        return self.decoder_dim if self.project_encoder_output else self.encoder_dim
+        as_wide = self.project_encoder_output or self.encoder == "base"
+        return self.decoder_dim if as_wide else self.encoder_dim
 
     def chunks(self, length: int) -> int:
         """How many chunks' neighbours an input of so many tokens comes with."""

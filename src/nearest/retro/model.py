@@ -31,6 +31,7 @@ from nearest.retro.reading import (
     check_call,
     check_ids,
     chunks_seen,
+    encoding,
     layout_of,
 )
 
@@ -84,6 +85,11 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
             if config.share_embeddings or not config.cca_layers
             else nn.Embedding(config.vocab_size, config.encoder_dim)
         )
+        if config.encoder == "base":
+            raise SettingError(
+                "encoder 'base' is the model that a RETROfit was made of: a model that is trained "
+                "from scratch has an encoder of its own, so leave it out"
+            )
         self.encoder = Encoder(config) if config.cca_layers else None
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
         self.norm = (
@@ -200,8 +206,7 @@ class RetroForCausalLM(RetroGenerationMixin, RetroPreTrainedModel):
         if neighbour_ids is not None and self.encoder is not None:
             read = NeighbourReader(
                 self.config,
-                self.encoder,
-                self.embed_neighbours or self.embed_tokens,
+                encoding(self.config, self.encoder, self.embed_neighbours or self.embed_tokens),
                 layout,
                 neighbour_ids,
                 chunks_seen(mask, layout),

@@ -10,7 +10,7 @@ from transformers import Cache
 from nearest.errors import SettingError
 from nearest.retro.attention import hidden_keys, holds
 from nearest.retro.cache import ChunkState, RetroCache
-from nearest.retro.chunked import Retrieved
+from nearest.retro.chunked import Encoded, Retrieved
 from nearest.retro.config import RetroConfig
 from nearest.retro.encoder import Encoder
 from nearest.retro.layout import ChunkLayout
@@ -98,14 +98,33 @@ def chunks_seen(
     return mask.gather(1, columns.flatten(1)).reshape(columns.shape)
 
 
+Encode = Callable[[Tensor, Tensor, Tensor, Tensor | None], Encoded]
+"""Ids of neighbours, which of them are no padding, the states of their chunks, and which of these
+are none → what layers attend to."""
+
+
+def encoding(config: RetroConfig, encoder: Encoder, embed: Callable[[Tensor], Tensor]) -> Encode:
+    """How an encoder of the model's own reads neighbours; embed: ids → vectors."""
+
+    def encode(ids: Tensor, seen: Tensor, context: Tensor, context_seen: Tensor | None) -> Encoded:
+        states = encoder(embed(ids.clamp(min=0)), seen, context, context_seen)
+        return Encoded(dict.fromkeys(config.cca_layers, states), None, seen.flatten(2))
+
+    return encode
+
+
+def no_padding(config: RetroConfig, ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which ids of neighbours are tokens."""
+    return (ids != config.pad_token_id) & (ids >= 0)
+
+
 class NeighbourReader:
     """Encodes a pass's neighbours when the first layer asks, and tells the others the same."""
 
     def __init__(
         self,
         config: RetroConfig,
-        encoder: Encoder,
-        embed: Callable[[Tensor], Tensor],
+        encode: Encode,
         layout: ChunkLayout,
         ids: Int[Tensor, "batch _ neighbours length"],
         context_seen: Bool[Tensor, "batch chunks m"] | None,
@@ -114,15 +133,13 @@ class NeighbourReader:
         """Of one pass.
 
         Args:
-            config: the model's. encoder: reads neighbours. embed: makes ids vectors.
-            layout: the pass.
+            config: the model's. encode: reads neighbours. layout: the pass.
             ids: neighbours of at least the finished chunks; −1 and pad_token_id are padding.
             context_seen: which tokens of the finished chunks are no padding; None where all are.
             state: what generation keeps between passes, updated; None without a cache.
         """
         self.config = config
-        self.encoder = encoder
-        self.embed = embed
+        self.encode = encode
         self.layout = layout
         self.ids = ids[:, : layout.chunks]
         self.context_seen = context_seen
@@ -141,14 +158,13 @@ class NeighbourReader:
         if state:
             state.begin(layout, x)
             state.keep("carry", carry)
-        seen = (self.ids != self.config.pad_token_id) & (self.ids >= 0)
+        seen = no_padding(self.config, self.ids)
         shape = (seen.shape[2], seen.shape[3])
         encoded = new = None
         if layout.chunks:
-            embedded = self.embed(self.ids.clamp(min=0))
-            encoded = self.encoder(embedded, seen, chunks, self.context_seen)
+            encoded = self.encode(self.ids, seen, chunks, self.context_seen)
             nulls = int(self.config.null_neighbour)
-            new = nn.functional.pad(seen.flatten(2), (nulls, 0), value=True)
+            new = nn.functional.pad(encoded.seen, (nulls, 0), value=True)
             if state:
                 state.set_shape(shape)
         elif state and state.shape:

@@ -23,13 +23,23 @@ from nearest.encode.identity import model_name, vocabulary_size
 from nearest.encode.layers import blocks_of
 from nearest.errors import FolderError, ModelError, SettingError
 from nearest.folder import disk_errors_explained, write_atomically
+from nearest.retro.base_encoder import NextTokenAttention, read_as_texts
 from nearest.retro.blocks import Residual
 from nearest.retro.cache import RetroCache
-from nearest.retro.chunked import ChunkedCrossAttention
+from nearest.retro.chunked import ChunkedCrossAttention, Encoded
 from nearest.retro.config import RetroConfig
 from nearest.retro.encoder import Encoder
 from nearest.retro.generation import RetroGenerationMixin
-from nearest.retro.reading import NeighbourReader, check_call, chunks_seen, layout_of
+from nearest.retro.layout import ChunkLayout
+from nearest.retro.reading import (
+    Encode,
+    NeighbourReader,
+    check_call,
+    chunks_seen,
+    encoding,
+    layout_of,
+    no_padding,
+)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -42,6 +52,12 @@ _OF_THE_BASE = {
     "zero_init_retrieval",
     *("mask_input_pads", "shift_labels", "ignore_pad_labels"),
 }  # settings of RetroConfig without effect on an adapter
+_OF_ITS_ENCODER = {
+    *("encoder_dim", "encoder_layers", "encoder_heads", "encoder_attention_dim"),
+    *("encoder_ffn_dim", "encoder_cross_layers", "encoder_buckets", "encoder_cross_buckets"),
+    *("feed_forward", "activation", "feed_forward_dropout"),
+    *("project_encoder_output", "mask_encoder_context"),
+}  # and without effect where the base is the encoder
 
 
 class Adapter(nn.Module):
@@ -49,11 +65,15 @@ class Adapter(nn.Module):
 
     def __init__(self, config: RetroConfig, embedding_dim: int) -> None:
         super().__init__()
-        self.embed = nn.Linear(embedding_dim, config.encoder_dim)
-        self.encoder = Encoder(config)
+        own = config.encoder == "own"
+        dim = config.encoder_dim if own else config.decoder_dim
+        self.embed: nn.Module = nn.Identity()
+        if own or embedding_dim != dim:
+            self.embed = nn.Linear(embedding_dim, dim)
+        self.encoder = Encoder(config) if own else None
         self.layers = nn.ModuleDict()
         for number in config.cca_layers:
-            layer = ChunkedCrossAttention(config, number)
+            layer = (ChunkedCrossAttention if own else NextTokenAttention)(config, number)
             for weight in layer.out.parameters():  # training starts from the base's predictions
                 nn.init.zeros_(weight)
             self.layers[str(number)] = Residual(config, "decoder", layer)
@@ -138,8 +158,7 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         mask = None if attention_mask is None else attention_mask.bool()
         read = NeighbourReader(
             config,
-            self.adapter.encoder,
-            self._embed,
+            self._encoding(layout, neighbour_ids),
             layout,
             neighbour_ids,
             chunks_seen(mask, layout),
@@ -148,6 +167,18 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
         repeated = self.training and self.is_activation_checkpointing and past_key_values is None
         with self._attending(read), _checkpointed(self._blocks if repeated else []):
             return self.base(input_ids, **inputs)
+
+    def _encoding(self, layout: ChunkLayout, ids: Tensor) -> Encode:
+        """How neighbours are read: by the base here and now, before it reads what they are for."""
+        config = self.retro_config
+        if self.adapter.encoder is not None:
+            return encoding(config, self.adapter.encoder, self._embed)
+        encoded = None
+        if layout.chunks:
+            blocks = {number: self._blocks[number] for number in config.cca_layers}
+            ids = ids[:, : layout.chunks]
+            encoded = read_as_texts(self.base, blocks, self._embed, ids, no_padding(config, ids))
+        return lambda *_: cast(Encoded, encoded)  # asked for where a chunk ends
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.adapter.embed(self.get_input_embeddings()(ids))
@@ -200,18 +231,19 @@ class RetrofitForCausalLM(RetroGenerationMixin, PreTrainedModel):
 def retrofit(
     model: PreTrainedModel, layers: Sequence[int] | None = None, **settings: Any
 ) -> RetrofitForCausalLM:
-    """Give a Hugging Face decoder an encoder of neighbours and layers that attend to it.
+    """Give a Hugging Face decoder layers that attend to neighbours.
 
     The model's own weights are frozen. The new layers add nothing at first: training starts from
-    its predictions.
+    its predictions. It reads the neighbours itself (`base_encoder`), or an encoder of its own does.
 
     Args:
         model: any causal language model.
         layers: the new ones come after these, counted from 0; by default every third from the
             sixth on, as in the paper.
         **settings: of the encoder, of positions and of chunks, as in `RetroConfig`, whose `paper`
-            preset holds but for sizes: the encoder has half the model's dims. Settings of the
-            decoder, its embeddings, head and loss have no effect here and are refused.
+            preset holds but for two: `encoder` is "base", and one of its "own" has half the model's
+            dims. Settings of the decoder, its embeddings, head and loss have no effect here and are
+            refused; so are those of an encoder's layers where the model itself reads neighbours.
 
     Raises:
         ModelError: the model is not a decoder, or has been retrofitted.
@@ -231,6 +263,12 @@ def retrofit(
         layers = range(5, depth, 3)
     if not layers:
         raise SettingError(f"a model of {depth} layers has no sixth: name layers, such as [0]")
+    encoder = settings.setdefault("encoder", "base")
+    if encoder == "base" and (unused := sorted(set(settings) & _OF_ITS_ENCODER)):
+        raise SettingError(
+            f"{unused[0]} is of an encoder of its own, and the model itself reads the neighbours: "
+            "leave it out, or give encoder='own' too"
+        )
     half = max(dim // 2 // heads, 2) // 2 * 2 * heads
     config = RetroConfig.preset(
         "paper",
