@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearest.retrieval.fast_exp import fast_exp
+from nearest.fast_exp import fast_exp
 
 
 @given(st.floats(-86.5, 0, width=32))

@@ -346,7 +346,7 @@ class Prefixes:
                 prediction, i, place = found
                 token = these.tokens[row][end : end + 1]
                 lm = self._base[place, int(token[0])].reshape(1).cpu()
-                states[row] = advance(prediction.rows(slice(i, i + 1)), token, lm)
+                states[row] = advance(prediction.row(i), token, lm)
         return states
 
     def _parent(

@@ -113,8 +113,15 @@ class Lookup:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a prediction depends on those before it, and not on its context alone."""
-        return "pointers" in self.kinds
+        """Whether a prediction depends on those before it, and not on its context alone.
+
+        Pointers go on from what dense searches found: without any there are none.
+        """
+        return "pointers" in self.kinds and not self._never_searches
+
+    @property
+    def _never_searches(self) -> bool:
+        return self._chooser is not None and self.settings.skip >= 1
 
     @property
     def _searches_all(self) -> bool:
@@ -163,7 +170,7 @@ class Lookup:
         if self.kinds == ("dense",) and not self._asks:
             return self._joined(self._dense(queries), none, none, np.ones(count, dtype=bool))
         pointed = matched = none
-        if pointers is not None and "pointers" in self.kinds:
+        if pointers is not None and pointers.shape[1] and "pointers" in self.kinds:
             pointed = self._pointed(queries, pointers)
         if "suffix" in self.kinds:
             matched = self._matched(queries) if known.matched is None else known.matched
@@ -240,7 +247,7 @@ class Lookup:
         if self._searches_all:
             return np.ones(count, dtype=bool)
         if self._chooser is not None:
-            if self.settings.skip >= 1:  # then nothing need be looked at
+            if self._never_searches:  # then nothing need be looked at
                 return np.zeros(count, dtype=bool)
             none = no_part(count)
             found = self._joined(none, none, matched, np.zeros(count, dtype=bool), text)

@@ -31,7 +31,7 @@ from nearest.retrieval.distribution import (
     token_probs,
     vocabulary_log_probs,
 )
-from nearest.retrieval.gates.guard import gained, gained_before, guarded
+from nearest.retrieval.gates.guard import gained_before, gains_of, guarded
 from nearest.retrieval.lookup import Ahead, Lookup
 from nearest.retrieval.queries import Queries
 
@@ -101,17 +101,20 @@ class Prediction:
         """The guard's weight of the mixture with the memory; 1 without a guard (float64)."""
         if not self.lookup.settings.guard:
             return np.ones(len(self.gained))
-        trust: Float[np.ndarray, " q"] = torch.from_numpy(self.gained).sigmoid().numpy()
-        return trust
+        return _sigmoid(self.gained)
 
     def log_probs(self, lm_log_probs: Float[Tensor, "q vocab"]) -> Float[Tensor, "q vocab"]:
         """Log-probabilities of every token in nats, on the device of the model's own."""
         weights = self.weights
         if self.lookup.settings.guard:  # what it does not trust goes to the model
-            distrust = torch.from_numpy(-self.gained).sigmoid().numpy()
+            distrust = _sigmoid(-self.gained)
             trusted = weights.candidates * self.trust[:, None].astype(np.float32)
             weights = Weights(trusted, self.trust * weights.lm + distrust)
         return vocabulary_log_probs(lm_log_probs, weights, self.candidates.values)
+
+    def row(self, number: int) -> "Prediction":
+        """One of the predictions."""
+        return self if len(self.gained) == 1 else self.rows(slice(number, number + 1))
 
     def rows(self, rows: slice | Int[np.ndarray, " r"]) -> "Prediction":
         """Some of the predictions."""
@@ -152,7 +155,7 @@ class Step:
     @cached_property
     def gains(self) -> Float[np.ndarray, " r"]:
         """Nats by which the memory predicts each target better than the base model (float64)."""
-        return gained(self.lm_log_probs, self._unguarded).numpy()
+        return gains_of(self.lm_log_probs, self.right, self.prediction.weights.lm)
 
     @property
     def log_probs(self) -> Float[Tensor, " r"]:
@@ -171,6 +174,13 @@ class Step:
         if not prediction.lookup.keeps_state:
             return State.start(len(total))._replace(gained=total)
         return State(prediction.lookup.follow(prediction.candidates, self.targets), total)
+
+
+def _sigmoid(x: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
+    """1 / (1 + exp(−x)); |x| is no larger than some thousands, where exp gives 0 or infinity."""
+    with np.errstate(over="ignore"):
+        sigmoid: Float[np.ndarray, " q"] = 1 / (1 + np.exp(-x))
+    return sigmoid
 
 
 def step(lookup: Lookup, queries: Queries, state: State, ahead: Ahead | None = None) -> Prediction:

@@ -6,13 +6,15 @@ network estimates, before the dense search, what it would gain.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, no_type_check
 
 import msgspec
+import numba
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nearest.machine import code_can_be_cached
 from nearest.retrieval.candidates import KINDS, MEMORY_KINDS
 from nearest.retrieval.distribution import Component, are_found, component_votes
 from nearest.retrieval.gates.fitting import Temperature
@@ -102,31 +104,67 @@ class MixtureConfig(msgspec.Struct, frozen=True, rename={"kinds": "sources"}):
 
     def features(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the mixing network."""
-        return _features(view, self.kinds, self._voted, self.unit)
+        return self.inputs.of(view)
 
     def features_before(self, view: View) -> Float[np.ndarray, "q features"]:
         """Inputs of the search network: nothing that depends on earlier searches."""
-        return _features(view, self._free_kinds, self._free_voted, self.unit)
+        return self.inputs_before.of(view)
+
+    @property
+    def inputs(self) -> "_Inputs":
+        """What the mixing network looks at."""
+        return _Inputs(self.kinds, self._voted, self.unit)
+
+    @property
+    def inputs_before(self) -> "_Inputs":
+        """What the search network looks at."""
+        return _Inputs(self._free_kinds, self._free_voted, self.unit)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """How many features there are, and how many before the search."""
-        return (
-            _OF_LM + _OF_KIND * len(self.kinds) + len(VOTES) * len(self.voted),
-            _OF_LM + _OF_KIND * len(self._free_kinds) + len(VOTES) * len(self._free_voted),
-        )
+        return self.inputs.size, self.inputs_before.size
 
     @property
-    def _free_kinds(self) -> list[str]:
-        return [kind for kind in self.kinds if kind in _FREE]
+    def _free_kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.kinds if kind in _FREE)
 
     @property
-    def _voted(self) -> list[Component]:
-        return [Component(*self.components[number]) for number in self.voted]
+    def _voted(self) -> tuple[Component, ...]:
+        return tuple(Component(*self.components[number]) for number in self.voted)
 
     @property
-    def _free_voted(self) -> list[Component]:
-        return [component for component in self._voted if set(component.kinds) <= set(_FREE)]
+    def _free_voted(self) -> tuple[Component, ...]:
+        return tuple(one for one in self._voted if set(one.kinds) <= set(_FREE))
+
+
+class _Inputs(NamedTuple):
+    """What a network looks at: kinds of candidates, votes of components, distances in units."""
+
+    kinds: tuple[str, ...]
+    voted: tuple[Component, ...]
+    unit: float
+
+    @property
+    def size(self) -> int:
+        """How many features there are."""
+        return _OF_LM + _OF_KIND * len(self.kinds) + len(VOTES) * len(self.voted)
+
+    def of(self, view: View) -> Float[np.ndarray, "q features"]:
+        """Figures of the model, of each kind, and of the votes of some components, float32.
+
+        The model's entropy and largest log-probability; of each kind the log of the number of its
+        candidates, of the nearest's distance in units and of the longest match (logs of 1 + x, 0
+        where it has nothing); of each voted component as in `votes.VOTES`.
+        """
+        lm = view.queries.lm
+        if lm is None:
+            raise ValueError("this gate needs the language model's view of the queries")
+        figures = kind_figures(view.candidates, self.kinds)
+        counted = component_votes(view.candidates, self.voted)
+        features = np.empty((len(figures), self.size), dtype=np.float32)
+        _put_together(lm.entropy, lm.max_log_prob, figures, counted, self.unit, features)
+        return features
 
 
 class MixtureGate(StoredGate):
@@ -144,6 +182,7 @@ class MixtureGate(StoredGate):
     def __init__(self, config: MixtureConfig, state: Mapping[str, Tensor]) -> None:
         super().__init__(config, state)
         self._components = config.weighed
+        self._inputs, self._inputs_before = config.inputs, config.inputs_before
         inputs, before = config.sizes
         self.mix = Network.of(state, "mix", inputs, 1 + len(config.components))
         self.search = None
@@ -157,12 +196,10 @@ class MixtureGate(StoredGate):
 
     def shares(self, view: View) -> Float[np.ndarray, "q components"]:
         """Softmax over the model and the components that have candidates, a rest for the model."""
-        logits = self.mix(self.config.features(view)).astype(np.float64)
-        logits[:, 1:][~are_found(view.candidates, self.components)] = -np.inf
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-        shares: Float[np.ndarray, "q components"] = (1 - LEFT_TO_LM) * weights[:, 1:]
-        return shares
+        logits, found = self.mix(self._inputs.of(view)), are_found(view.candidates, self.components)
+        shares = np.empty(found.shape)
+        _softmax(logits, found, shares)
+        return np.multiply(shares, 1 - LEFT_TO_LM, out=shares)
 
     def worth_searching(self, before: View, skip: float) -> Bool[np.ndarray, " q"]:
         """Where the estimated gain reaches the quantile that saves as many searches."""
@@ -171,31 +208,49 @@ class MixtureGate(StoredGate):
             return np.ones(len(before.candidates.ids), dtype=bool)
         return worth_searching(
             before,
-            lambda view: search(self.config.features_before(view))[:, 0],
+            lambda view: search(self._inputs_before.of(view))[:, 0],
             self.quantiles,
             skip,
         )
 
 
-def _features(
-    view: View, kinds: Sequence[str], voted: Sequence[Component], unit: float
-) -> Float[np.ndarray, "q features"]:
-    """Figures of the model, of each kind, and of the votes of some components, float32.
+# fmt: off
+@no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
+def _put_together(
+    entropy: Any, max_log_prob: Any, figures: Any, counted: Any, unit: Any, features: Any
+) -> None:
+    for i in range(len(features)):
+        features[i, 0], features[i, 1] = entropy[i], max_log_prob[i]
+        at = 2
+        for kind in range(figures.shape[1]):
+            for j in range(figures.shape[2]):
+                one = figures[i, kind, j]
+                if j == 1:
+                    one = np.float32(one / np.float32(unit))
+                # An inner product, negated as a distance, may be below 0.
+                log = np.log1p(abs(one))
+                features[i, at] = log if one >= 0 else -log
+                at += 1
+        for component in range(counted.shape[1]):
+            for j in range(counted.shape[2]):
+                features[i, at] = counted[i, component, j]
+                at += 1
 
-    The model's entropy and largest log-probability; of each kind the log of the number of its
-    candidates, of the nearest's distance in units and of the longest match (logs of 1 + x, 0 where
-    it has nothing); of each voted component as in `votes.VOTES`.
-    """
-    lm = view.queries.lm
-    if lm is None:
-        raise ValueError("this gate needs the language model's view of the queries")
-    figures = kind_figures(view.candidates, kinds)
-    figures[..., 1] /= np.float32(unit)
-    # An inner product, negated as a distance, may be below 0.
-    logs = np.sign(figures) * np.log1p(np.abs(figures))
-    counted = component_votes(view.candidates, voted)
-    flat = [array.reshape(len(logs), -1) for array in (logs, counted)]
-    features: Float[np.ndarray, "q features"] = np.concatenate(
-        [lm.entropy[:, None], lm.max_log_prob[:, None], *flat], axis=1, dtype=np.float32
-    )
-    return features
+
+@no_type_check
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy")
+def _softmax(logits: Any, found: Any, shares: Any) -> None:
+    """Of the model, which comes first, and the components that are found; of these their parts."""
+    for i in range(len(shares)):
+        most = np.float64(logits[i, 0])
+        for j in range(shares.shape[1]):
+            if found[i, j]:
+                most = max(most, np.float64(logits[i, 1 + j]))
+        total = np.exp(np.float64(logits[i, 0]) - most)
+        for j in range(shares.shape[1]):
+            shares[i, j] = np.exp(np.float64(logits[i, 1 + j]) - most) if found[i, j] else 0.0
+            total += shares[i, j]
+        for j in range(shares.shape[1]):
+            shares[i, j] /= total
+# fmt: on

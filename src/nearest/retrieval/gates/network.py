@@ -8,7 +8,9 @@ fifth says enough: then there are two copies, and each sees more of it in as man
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, no_type_check
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nearest.errors import SettingError
+from nearest.fast_exp import fast_exp
+from nearest.machine import code_can_be_cached
 from nearest.progress import Progress, no_progress
 
 FOLDS = 5
@@ -33,6 +37,7 @@ _GENTLE_RATE = 1e-3  # from a network that has learned already
 _CONSTANT = 1e-3  # spread of an input that says nothing
 _WARM_UP = 20  # steps
 _WEIGHT_DECAY = 1e-2
+_PER_GELU, _CUBED = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
 _AVERAGING = 0.95  # of the weights, from step to step: takes the place of a falling learning rate
 
 # Numbers of predictions, and the network's outputs for them → mean loss of each copy.
@@ -93,17 +98,44 @@ class Network(nn.Module):
             )
         return network
 
-    @torch.inference_mode()
     def forward(self, inputs: Float[np.ndarray, "q inputs"]) -> Float[np.ndarray, "q outputs"]:
-        """The last layer's outputs."""
-        standard = (torch.from_numpy(inputs) - self.mean) / self.scale
-        outputs: np.ndarray = _outputs(standard, self._layers).numpy()
+        """The last layer's outputs, of each row the same whatever the others are."""
+        arrays = [one.numpy() for one in self._layers]
+        outputs = (inputs - self.mean.numpy()) / self.scale.numpy()
+        for layer in range(0, len(arrays), 2):
+            weight, bias = arrays[layer : layer + 2]
+            hidden, outputs = outputs, np.empty((len(inputs), len(bias)), dtype=np.float32)
+            _of_layer(hidden, weight, bias, layer + 2 < len(arrays), outputs)
         return outputs
 
     def copies(self, count: int) -> list[Tensor]:
         """Weights and biases in turn, to be trained, with a dimension of copies in front."""
         alike = [one if one.ndim == 2 else one[None] for one in self._layers]
         return [one.repeat(count, 1, 1).requires_grad_() for one in alike]
+
+
+# fmt: off
+@no_type_check  # numba compiles the bare functions
+@numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy",
+            fastmath={"reassoc", "contract", "nsz"})
+def _of_layer(inputs: Any, weight: Any, bias: Any, hidden: Any, outputs: Any) -> None:
+    """inputs · weight + bias, and GELU of it (approximated by tanh) in a hidden layer."""
+    for i in range(len(inputs)):
+        row = outputs[i]
+        for j in range(len(row)):
+            row[j] = bias[j]
+        for k in range(inputs.shape[1]):
+            one, weights = inputs[i, k], weight[k]
+            for j in range(len(row)):
+                row[j] += one * weights[j]
+        if hidden:
+            for j in range(len(row)):
+                x = row[j]
+                bent = _PER_GELU * (x + _CUBED * x * x * x)
+                small = fast_exp(np.float32(-2) * abs(bent))  # tanh, of numbers that are not large
+                tanh = (np.float32(1) - small) / (np.float32(1) + small)
+                row[j] = np.float32(0.5) * x * (np.float32(1) + np.copysign(tanh, bent))
+# fmt: on
 
 
 class _Layer(nn.Module):
