@@ -24,11 +24,17 @@ from nearest.retrieval.drafts import NO_DRAFT, Acceptance, Draft, draft, worth
 _STEP = 0.5  # of a pass, that a draft is taken to cost before any was measured
 _RATHER = 0.05  # and each of its tokens
 _HELD = 0.1  # tokens²: how firmly `_RATHER` is held on to where drafts are of about one length
+# Tokens of a draft at least; a shorter one is filled up. A product with two or three rows takes up
+# to twice as long as one with one row, and one with five no longer than that or less, where CPUs
+# have kernels for one row and for many; elsewhere a few rows more cost nothing.
+LEAST = 4
 _FORGET = 0.95  # what a measured pass keeps of its weight with each later one
 _OUTLIER = 4.0  # times what was expected: the machine was at something else
 # Passes that drafts may cost: at first, more with each pass, when one is tried that seems not to
 # pay, and at most.
-_BEGUN_WITH, _ALLOWED, _ENOUGH, _AT_MOST = 1.0, 0.01, 1.5, 4.0
+_BEGUN_WITH, _ALLOWED, _ENOUGH, _AT_MOST = 0.75, 0.01, 1.5, 4.0
+_RISKED = 0.05  # passes that a draft may be expected to lose whatever the account
+_LOOKED = 0.5  # of what is allowed, that goes into looking where the account is overdrawn
 _TRIAL = 4  # tokens of a draft that is tried
 # Options of generate() under which a text is written otherwise than token by token, or ends by
 # what a pass over several tokens would see too late.
@@ -56,6 +62,7 @@ class PassTimes:
     times what a further one does, where a product with one row is read quicker than with a few.
     """
 
+    least: int = 1  # drafted tokens, to which a draft is filled up
     _alone: np.ndarray = field(default_factory=lambda: np.zeros(2))  # 1, s
     _wide: np.ndarray = field(default_factory=lambda: np.zeros(5))  # 1, n, n², s, n·s
 
@@ -69,6 +76,7 @@ class PassTimes:
         if (self._wide if tokens else self._alone)[0] > 2:
             seconds = min(seconds, _OUTLIER * float(self.seconds(tokens)[-1]))
         if tokens:
+            tokens = max(tokens, self.least)
             of_this = np.array([1.0, tokens, tokens**2, seconds, tokens * seconds])
             self._wide = _FORGET * self._wide + of_this
         else:
@@ -78,7 +86,7 @@ class PassTimes:
         """Of passes that verify 0 … `most` drafted tokens."""
         alone = self._alone[1] / self._alone[0] if self.known else 1.0
         count, total, squares, seconds, products = self._wide
-        tokens, a_token = np.arange(most + 1), _RATHER * alone
+        tokens, a_token = np.maximum(np.arange(most + 1), self.least), _RATHER * alone
         wide = alone * (1 + _STEP) + a_token * tokens
         if count:
             spread, held = count * squares - total**2, _HELD * count**2
@@ -94,13 +102,17 @@ class Experience:
     """What generating has taught so far; one a thread.
 
     Whatever the text, drafts cost little: an account says how many passes they may cost yet. It
-    begins with one, each pass adds a little, and what drafts bring and cost is entered.
+    begins with less than one, each pass adds a little, and what drafts bring and cost is entered.
+    Where it is overdrawn, drafts are looked for now and then, and made where they are nearly sure
+    to be right.
     """
 
     acceptance: Acceptance = field(default_factory=Acceptance.start)
-    times: PassTimes = field(default_factory=PassTimes)
+    times: PassTimes = field(default_factory=lambda: PassTimes(LEAST))
     account: float = _BEGUN_WITH
     resting: bool = False  # not even looking for a draft
+    _rested: int = 0  # passes since one was looked for
+    _looking: float = 0.0  # passes that it took the last time
 
     def length(self, rates: Float[np.ndarray, " n"]) -> int:
         """How many tokens of a draft are to be verified, whose rates of acceptance are these."""
@@ -108,7 +120,8 @@ class Experience:
             return 0
         seconds = self.times.seconds(len(rates))
         lost = seconds[1:] / seconds[0] - 1  # passes, where nothing is accepted
-        affordable = int(np.searchsorted(lost, self.account, side="right"))
+        risked = max(0.0, 1 - rates[0]) * lost if len(rates) else lost
+        affordable = int(np.searchsorted(risked, max(self.account, _RISKED), side="right"))
         count = worth(rates[:affordable], seconds[: affordable + 1])
         if not count and self.account >= _ENOUGH:  # what seems not to pay is tried now and then
             count = min(_TRIAL, affordable)
@@ -134,10 +147,15 @@ class Experience:
         if first:  # what opens files and compiles kernels is no measure of what follows
             return
         expected = self.times.seconds(tokens)
-        cost = (expected[-1] - expected[0] + min(looking, expected[0])) / expected[0]
-        gain = sum(accepted) / len(found) - float(cost)
+        looked = min(1.0, looking / float(expected[0]))
+        cost = float(expected[-1] / expected[0]) - 1 + looked
+        gain = sum(accepted) / len(found) - cost
         self.account = min(_AT_MOST, self.account + _ALLOWED + gain)
-        self.resting = self.account < (_ENOUGH if self.resting else 0.0)
+        if not self.resting:
+            self._rested, self._looking = 0, looked
+        self._rested += 1
+        every = self._looking / (_LOOKED * _ALLOWED)  # passes
+        self.resting = self.account < 0 and self._rested < every
         for one, right in zip(found, accepted, strict=True):
             if len(one.tokens):
                 self.acceptance = self.acceptance.after(one.classes, right)
@@ -171,8 +189,10 @@ class Drafter:
             self._draft = found.first(self._experience.length(rates))
         self._began = time.perf_counter()
         self._looking = self._began - began
-        drafted = input_ids.new_tensor(self._draft.tokens)
-        return torch.cat([input_ids, drafted[None]], dim=1), None
+        drafted = self._draft.tokens.tolist()
+        if drafted:
+            drafted += [drafted[-1]] * (min(self._experience.times.least, room) - len(drafted))
+        return torch.cat([input_ids, input_ids.new_tensor([drafted])], dim=1), None
 
     def update_candidate_strategy(
         self, input_ids: Tensor, scores: Tensor, num_matches: int

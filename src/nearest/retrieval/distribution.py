@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearest.errors import ModelError
+from nearest.fast_exp import fast_exp
 from nearest.index.neighbours import NO_ENTRY
 from nearest.index.suffix import MAX_MATCH
 from nearest.index.threads import in_threads
 from nearest.machine import code_can_be_cached
 from nearest.retrieval.candidates import Candidates, columns_of
-from nearest.fast_exp import fast_exp
 from nearest.retrieval.votes import VOTES, count_row, new_table
 
 # Sums may be reordered, so that they are made of vectors; infinities and NaN stay what they are.

@@ -19,7 +19,7 @@ from nearest.index.neighbours import NO_ENTRY
 from nearest.machine import code_can_be_cached
 from nearest.memory import Memory
 
-LONGEST = 16  # tokens of a draft
+LONGEST = 32  # tokens of a draft
 _MATCHES = 64  # entries of each memory that vote
 _OWN_MATCHES = 16  # places of the text itself
 _POWER = 3.0  # a vote weighs (1 + length of its match) to this power
@@ -29,8 +29,19 @@ CLASSES = (len(_LENGTHS) + 1) * (len(_SHARES) + 1)
 _FORGET = 0.98  # what an observation keeps of its weight with each later one of its class
 _MARGIN = 0.03  # by which a draft must be better than none
 _PRIOR = 4.0  # observations that the expected rate of a class counts for
-# Rates expected of each class before any is tried: of long matches that agree high ones.
-_EXPECTED = np.outer((0.25, 0.4, 0.6, 0.75, 0.85), (0.4, 0.65, 0.85, 1.0)).ravel()
+# Rates expected of each class before any is tried, by length (rows) and agreement: about what was
+# measured of a small model and SmolLM2 (`benchmarks/draft_trees.py`).
+_EXPECTED = np.array(
+    [
+        [0.25, 0.30, 0.35, 0.45],
+        [0.30, 0.45, 0.55, 0.60],
+        [0.50, 0.70, 0.80, 0.85],
+        [0.60, 0.80, 0.90, 0.97],
+        [0.70, 0.85, 0.95, 0.99],
+    ]
+).ravel()
+_CAUTION = 0.5  # accepted tokens of one that was expected, before anything is known of a text
+_LEAST = 0.01  # of them, so that a quotient is a number
 
 
 class Draft(NamedTuple):
@@ -55,7 +66,20 @@ def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
         context: int64 token ids of the text so far, at least one.
         most: number of tokens; at most LONGEST are drafted.
     """
-    most = min(most, LONGEST)
+    continuations, lengths = continuations_of(memories, context, min(most, LONGEST))
+    start_token = memories[0].manifest.model.start_token
+    tokens, shares, matched = _vote(continuations, lengths, start_token, _POWER)
+    classes = np.digitize(matched, _LENGTHS) * (len(_SHARES) + 1) + np.digitize(shares, _SHARES)
+    return Draft(tokens, classes)
+
+
+def continuations_of(
+    memories: Sequence[Memory], context: Tokens, most: int
+) -> tuple[Int[np.ndarray, "n most"], Int[np.ndarray, " n"]]:
+    """How memories and the text itself went on, and how long each place matches the context.
+
+    A continuation that ends before `most` tokens is filled up with -1.
+    """
     start_token, last = memories[0].manifest.model.start_token, len(context) - 1
     ends = np.array([last])
     lengths, continuations = [], []
@@ -71,11 +95,7 @@ def draft(memories: Sequence[Memory], context: Tokens, most: int) -> Draft:
     lengths.append(own[chosen].astype(np.int64))
     after = places[chosen][:, None] + 1 + np.arange(most)
     continuations.append(np.where(after <= last, context[np.minimum(after, last)], NO_ENTRY))
-    tokens, shares, matched = _vote(
-        np.concatenate(continuations), np.concatenate(lengths), start_token, _POWER
-    )
-    classes = np.digitize(matched, _LENGTHS) * (len(_SHARES) + 1) + np.digitize(shares, _SHARES)
-    return Draft(tokens, classes)
+    return np.concatenate(continuations), np.concatenate(lengths)
 
 
 # fmt: off
@@ -97,7 +117,7 @@ def _vote(continuations: Any, lengths: Any, start_token: Any, power: Any) -> Any
             total += weights[i]
         for i in range(count):
             token = continuations[i, j]
-            if weights[i] == 0 or token < 0 or token == start_token:
+            if weights[i] == 0 or token < 0 or token in (start_token, best):
                 continue
             weight = 0.0
             for other in range(count):
@@ -131,15 +151,15 @@ class Acceptance:
 
     @classmethod
     def start(cls) -> "Acceptance":
-        """Before any draft: as expected, which a few drafts outweigh."""
+        """Before any draft: rather less than expected, which a few drafts outweigh."""
         tried = np.zeros(CLASSES + 1)
         tried[-1] = 1.0
-        return cls(tried.copy(), tried)
+        return cls(_CAUTION * tried, tried)
 
     def rates(self, classes: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The probability that a token of each class is accepted where those before it were."""
-        overall = self.accepted[-1] / self.tried[-1]
-        expected = np.minimum(_EXPECTED[classes] * overall, 1.0)
+        # What is nearly sure stays so where little is accepted.
+        expected = _EXPECTED[classes] ** (self.tried[-1] / max(self.accepted[-1], _LEAST))
         rates: Float[np.ndarray, " n"] = (self.accepted[classes] + _PRIOR * expected) / (
             self.tried[classes] + _PRIOR
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nearest.models.drafting import Experience
+from nearest.models.drafting import LEAST, Experience, PassTimes
 from nearest.retrieval.drafts import LONGEST, NO_DRAFT, Draft, draft, pooled
 from nearest.serve.work import Row
 
@@ -28,7 +28,7 @@ class Drafts:
     def find(self, rows: Sequence[Row]) -> list[Draft]:
         """A draft for each row, which may be empty."""
         began = time.perf_counter()
-        experience = self._known.setdefault(len(rows), Experience())
+        experience = self._of(len(rows))
         found = [NO_DRAFT] * len(rows)
         if experience.times.known and not experience.resting:
             most = min(LONGEST, _MOST_LOGITS // (len(rows) * self._vocabulary) - 1)
@@ -39,6 +39,16 @@ class Drafts:
         self._began = time.perf_counter()
         self._looking = self._began - began
         return found
+
+    def least(self, rows: int) -> int:
+        """Tokens to which the drafts of so many rows are filled up."""
+        return self._of(rows).times.least
+
+    def _of(self, rows: int) -> Experience:
+        if rows not in self._known:
+            least = max(1, -(-(1 + LEAST) // rows) - 1)  # as many numbers to multiply in all
+            self._known[rows] = Experience(times=PassTimes(least))
+        return self._known[rows]
 
     def saw(self, found: Sequence[Draft], accepted: Sequence[int]) -> None:
         """So many tokens of each draft were what the row wrote."""

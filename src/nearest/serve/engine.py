@@ -280,10 +280,13 @@ class Engine:
             found = self._drafts.find(rows)
         drafts: list[list[int]] = [one.tokens.tolist() for one in found]
         width = 1 + max(map(len, drafts))
+        if width > 1 and self._drafts is not None:
+            width = max(width, 1 + self._drafts.least(len(rows)))
         last = [row.tokens[-1] for row in rows]
         with self._metrics.pass_seconds.time():
             if joined is not None and width > 1:
-                passed = joined.verify([[t, *own] for t, own in zip(last, drafts, strict=True)])
+                read = [[t, *own] for t, own in zip(last, drafts, strict=True)]
+                passed = joined.verify(read, width)
             else:
                 passed = batch.step(last)
         right, going = [0] * len(rows), list(range(len(rows)))

@@ -168,13 +168,14 @@ class PlainBatch:
         return self._pass(ids, 1)
 
     @torch.inference_mode()
-    def verify(self, tokens: Sequence[Sequence[int]]) -> Passed:
+    def verify(self, tokens: Sequence[Sequence[int]], least: int = 1) -> Passed:
         """Go on with a token and a draft in each row, of which `take_back` is to tell the false.
 
-        Shorter ones are filled up with tokens that are false, too. For rows of a shared cache.
+        Shorter ones, and all to a width of `least`, are filled up with tokens that are false, too.
+        For rows of a shared cache.
         """
         lengths = np.array([len(own) for own in tokens])
-        width = int(lengths.max())
+        width = max(int(lengths.max()), least)
         ids = [[*own, *[own[-1]] * (width - len(own))] for own in tokens]
         own = np.minimum(np.arange(width), lengths[:, None] - 1)
         return self._pass(torch.tensor(ids, device=self._passes.model.device), width, own)

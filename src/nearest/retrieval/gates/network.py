@@ -101,7 +101,7 @@ class Network(nn.Module):
     def forward(self, inputs: Float[np.ndarray, "q inputs"]) -> Float[np.ndarray, "q outputs"]:
         """The last layer's outputs, of each row the same whatever the others are."""
         arrays = [one.numpy() for one in self._layers]
-        outputs = (inputs - self.mean.numpy()) / self.scale.numpy()
+        outputs: np.ndarray = (inputs - self.mean.numpy()) / self.scale.numpy()
         for layer in range(0, len(arrays), 2):
             weight, bias = arrays[layer : layer + 2]
             hidden, outputs = outputs, np.empty((len(inputs), len(bias)), dtype=np.float32)
@@ -119,7 +119,7 @@ class Network(nn.Module):
 @numba.njit(nogil=True, cache=code_can_be_cached(), error_model="numpy",
             fastmath={"reassoc", "contract", "nsz"})
 def _of_layer(inputs: Any, weight: Any, bias: Any, hidden: Any, outputs: Any) -> None:
-    """inputs · weight + bias, and GELU of it (approximated by tanh) in a hidden layer."""
+    """Inputs · weight + bias, and GELU of it (approximated by tanh) in a hidden layer."""
     for i in range(len(inputs)):
         row = outputs[i]
         for j in range(len(row)):
