@@ -283,6 +283,15 @@ def test_times_are_those_that_were_measured() -> None:
     assert times.seconds(3) == pytest.approx([5.0, 7.25, 7.5, 7.75], rel=2e-3)
 
 
+def test_a_pass_is_filled_up_to_what_costs_least() -> None:
+    times = PassTimes(4)
+    for _ in range(5):
+        times.saw(0, 5.0)
+        times.saw(2, 7.0)  # of four
+        times.saw(8, 8.0)
+    assert times.seconds(6) == pytest.approx([5.0, 7.0, 7.0, 7.0, 7.0, 7.25, 7.5], rel=5e-3)
+
+
 def test_one_slow_pass_says_little() -> None:
     times = PassTimes()
     for _ in range(8):
@@ -324,6 +333,21 @@ def test_drafts_that_never_fit_cost_little(step: float, looking: float) -> None:
     for passes in (50, 500, 5000):
         # The account, its last draft, and what it is allowed; a draft may cost more than is known.
         assert lost(step, passes, 0, looking)[0] < 1 + (step + 0.8) + 0.011 * passes
+
+
+def test_what_is_nearly_sure_is_drafted_where_the_account_is_overdrawn() -> None:
+    experience = Experience()
+    for _ in range(3):
+        experience.saw([Draft(*np.empty((2, 0), np.int64))], [0], 1.0)
+    experience.account = -1.0
+    assert experience.length(np.full(8, 0.99)) == 8
+    assert experience.length(np.full(8, 0.8)) == 0
+    looked = 0
+    for _ in range(100):
+        looked += not experience.resting
+        looking = 0.0 if experience.resting else 0.05
+        experience.saw([Draft(*np.empty((2, 0), np.int64))], [0], 1.0, looking)
+    assert 5 <= looked <= 15  # one in ten: half of the hundredth that each pass allows
 
 
 def test_drafts_that_fit_are_made_at_once_and_come_back() -> None:

@@ -1,6 +1,7 @@
 """The mixture gate, its network, the votes it looks at, and the guard, against plain loops."""
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,9 +38,9 @@ from nearest.retrieval.distribution import (
 from nearest.retrieval.gates.fit_mixture import distance_unit, fit_mixture
 from nearest.retrieval.gates.fitting import TEMPERATURES, best_lams, nll
 from nearest.retrieval.gates.gate import Examples, View
-from nearest.retrieval.gates.guard import gained, gained_before, guarded
+from nearest.retrieval.gates.guard import gained, gained_before, gains_of, guarded
 from nearest.retrieval.gates.mixture import MixtureConfig, MixtureGate
-from nearest.retrieval.gates.network import train_network
+from nearest.retrieval.gates.network import Network, train_network
 from nearest.retrieval.gates.shipped import shipped_gate
 from nearest.retrieval.gates.stored import restored
 from nearest.retrieval.queries import Queries
@@ -400,7 +401,39 @@ def test_the_view_of_a_model_closed_form() -> None:
     np.testing.assert_allclose(view.max_log_prob, -np.log([2, 3]), rtol=1e-5)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 4))
+def test_a_network_gives_each_row_what_torch_does_whatever_the_others(seed: int, rows: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    sizes = 7, 16, 16, 5
+    state = {"mean": torch.randn(7, generator=rng), "scale": torch.rand(7, generator=rng) + 0.5}
+    for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
+        state[f"{layer}.weight"] = torch.randn(before, after, generator=rng)
+        state[f"{layer}.bias"] = torch.randn(after, generator=rng)
+    network = Network(state)
+    inputs = 3 * torch.randn(rows, 7, generator=rng)
+    hidden = (inputs.double() - state["mean"]) / state["scale"]
+    for layer in range(3):
+        hidden = hidden @ state[f"{layer}.weight"].double() + state[f"{layer}.bias"]
+        if layer < 2:
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    found = network(inputs.numpy())
+    np.testing.assert_allclose(found, hidden.numpy(), rtol=1e-4, atol=1e-3)
+    for row in range(rows):
+        np.testing.assert_array_equal(network(inputs[row : row + 1].numpy())[0], found[row])
+
+
 # The guard.
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), min_size=1, max_size=8))
+def test_gains_of_memory_and_model_together_closed_form(
+    probs: list[tuple[float, float, float]],
+) -> None:
+    base, memory, share = np.array(probs).T
+    with np.errstate(divide="ignore"):
+        logs = torch.from_numpy(np.log(base)), torch.from_numpy(np.log(share * base + memory))
+        found = gains_of(torch.from_numpy(np.log(base).astype(np.float32)), memory, share)
+    np.testing.assert_allclose(found, gained(*logs).numpy(), rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 6))
