@@ -156,6 +156,8 @@ def scored(one: World, data: dict[str, Data], every: Sequence[World]) -> None:
     report(self_tuned=one.name, seconds=seconds)
     methods = ("base", "knn", "suffix", "hybrid")
     rows = {method: evaluate(one.model, memory, one.test, method) for method in methods}
+    for method in ("knn", "suffix"):
+        rows[f"{method}, untuned"] = evaluate(one.model, one.memory, one.test, method)
     config, ways = data[one.name]
     assert gate.search is not None
     quantiles = quantiles_of(gate.search(ways[0].before)[:, 0])
