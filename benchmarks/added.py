@@ -1,30 +1,52 @@
-"""What each method adds to a token that is scored: memories of methods.py, in turns, in one run.
+"""What each method adds to a token that is scored, in turns, in one run.
 
-The first documents of the test text; a time is the median of the rounds. Run it where nothing else
-runs.
+The memories are those of methods.py, or one that `--memory` names, of the model that `--model`
+names. Scored are the first documents of the test text; a time is the median of the rounds. Run it
+where nothing else runs.
 
     python benchmarks/added.py --corpus dclaw --work FOLDER --documents 10
+    python benchmarks/added.py --memory FOLDER --model path/to/SmolLM2-135M-Instruct
 """
 
 import statistics
+from typing import Any
 
-from common import arguments, machine, model_and_tokenizer, report
+from common import MODEL, arguments, machine, report
 from nearest import Memory, evaluate, read_documents, read_text
+from nearest.encode.loading import load_model_and_tokenizer
+
+Row = tuple[Memory, str, dict[str, Any]]
+
+
+def rows_of(options: Any) -> dict[str, Row]:
+    """Memory, method and settings by name."""
+    path = options.memory or options.work / f"{options.corpus}.memory"
+    whole = clustered = Memory.open(path)
+    rows: dict[str, Row] = {"knn": (whole, "knn", {}), "suffix": (whole, "suffix", {})}
+    if not options.memory:
+        bare = Memory.open(options.work / f"{options.corpus}-bare.memory")
+        rows["suffix counts"] = (bare, "suffix", {})
+        name = f"{options.corpus}-{options.clusters}-clusters.memory"
+        clustered = Memory.open(options.work / name)
+    rows["retomaton"] = (clustered, "retomaton", {})
+    for skip in (1.0, 0.5, 0.0):
+        rows[f"hybrid {skip:g}"] = (whole, "hybrid", {"skip": skip})
+    return rows
 
 
 def main() -> None:
-    options = arguments(__doc__, corpus="dclaw", clusters=20_000, documents=10, rounds=5)
-    model, tokenizer = model_and_tokenizer()
-    whole = Memory.open(options.work / f"{options.corpus}.memory")
-    bare = Memory.open(options.work / f"{options.corpus}-bare.memory")
-    clustered = Memory.open(options.work / f"{options.corpus}-{options.clusters}-clusters.memory")
-    rows = {
-        "knn": (whole, "knn", {}),
-        "retomaton with clusters": (clustered, "retomaton", {}),
-        "suffix": (whole, "suffix", {}),
-        "suffix counts": (bare, "suffix", {}),
-        **{f"hybrid {skip:g}": (whole, "hybrid", {"skip": skip}) for skip in (1.0, 0.5, 0.0)},
-    }
+    options = arguments(
+        __doc__,
+        corpus="dclaw",
+        clusters=20_000,
+        documents=10,
+        rounds=5,
+        memory="",
+        model=str(MODEL),
+    )
+    model, tokenizer = load_model_and_tokenizer(options.model, "float32", "cpu")
+    rows = rows_of(options)
+    whole = rows["knn"][0]
     documents = list(read_documents([options.corpora / options.corpus / "test.jsonl"]))
     read = read_text(model, whole, documents[: options.documents], tokenizer=tokenizer)
     report(**machine())
