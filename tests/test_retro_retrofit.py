@@ -300,6 +300,18 @@ def test_an_adapter_folder_holds_the_new_weights_only(kind, tmp_path: Path):
     assert again.retro_config.cca_layers == [1, 4]
 
 
+def test_adapters_of_before_have_an_encoder_of_their_own(tmp_path: Path):
+    """Their settings do not name it."""
+    model = make_fitted("gpt2", encoder="own")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["retro"]["encoder"]
+    path.write_text(json.dumps(config))
+    again, sequence = load_retrofit(make_base("gpt2"), tmp_path), tokens(1, 14)[0]
+    assert torch.equal(read(again, sequence), read(model, sequence))
+
+
 def test_an_adapter_of_other_weights_is_refused(tmp_path: Path):
     make_fitted("gpt2").save_pretrained(tmp_path)
     other = make_base("gpt2")

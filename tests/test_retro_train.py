@@ -173,6 +173,22 @@ def test_a_finished_run_stays_and_a_constant_one_can_go_on(
         train(fresh_model(), read, tmp_path / "falling", replace(SHORT, max_steps=7))
 
 
+def test_a_run_of_before_a_setting_came_goes_on_where_it_has_its_default(
+    read: Passages, tmp_path: Path
+) -> None:
+    train(fresh_model(), read, tmp_path, replace(SHORT, schedule="constant", max_steps=2))
+    path = tmp_path / "settings.json"
+    record = json.loads(path.read_text())
+    assert record["model"]["config"].pop("encoder") == "own"
+    path.write_text(json.dumps(record))
+    train(fresh_model(), read, tmp_path, replace(SHORT, schedule="constant", max_steps=4))
+    assert len(losses(tmp_path)) == 4
+    del record["model"]["config"]["decoder_dim"]  # which has not its default
+    path.write_text(json.dumps(record))
+    with pytest.raises(SettingError, match=r"model\.config\.decoder_dim was None"):
+        train(fresh_model(), read, tmp_path, replace(SHORT, schedule="constant", max_steps=4))
+
+
 def test_a_resume_with_other_settings_names_all_differences(read: Passages, tmp_path: Path) -> None:
     train(fresh_model(), read, tmp_path / "run", replace(SHORT, max_steps=2))
     changed = replace(SHORT, max_steps=2, batch_size=3, learning_rate=0.5)

@@ -60,7 +60,7 @@ def fit(settings: argparse.Namespace) -> None:
     database = settings.work / "train.retro"
     words = (
         *("fit", settings.model, database, "--layers", settings.layers, *READ),
-        *("--max-len", "512", "--batch-size", "4", "--lr", "1e-3", "--clip", "1"),
+        *("--max-len", "512", "--batch-size", "4", "--lr", "3e-3", "--clip", "1"),
         *("--weight-decay", "0.01", "--set", "residual_dropout=0.0"),
         *("--set", "attention_dropout=0.0", "--neighbour-dropout", "0.1"),
     )

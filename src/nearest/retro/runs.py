@@ -15,6 +15,7 @@ from typing import Any
 
 from nearest.errors import FolderError, SettingError
 from nearest.folder import disk_errors_explained, fsync_file, write_atomically
+from nearest.retro.config import RetroConfig
 
 MODEL, PARTIAL = "model", "partial"
 _SETTINGS, _CURVE, _PREFIX = "settings.json", "curve.jsonl", "checkpoint-"
@@ -75,8 +76,10 @@ def check_record(run: Path, record: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that was begun otherwise."""
     try:
         there = json.loads((run / _SETTINGS).read_text(encoding="utf-8"))
+        config = there["model"]["config"]
+        there["model"]["config"] = _settings_since(config, record["model"]["config"]) | config
         differing = differences(there, json.loads(json.dumps(record)))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise FolderError(
             f"{run} exists and is no training run that can be read ({error}): give --out a new "
             "folder"
@@ -86,6 +89,16 @@ def check_record(run: Path, record: Mapping[str, Any]) -> None:
             f"{run} was begun with other settings: {'; '.join(differing)}. Go on with those, or "
             "give --out a new folder"
         )
+
+
+def _settings_since(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that have come since a run was begun, where they have their default."""
+    default = RetroConfig()
+    return {
+        name: value
+        for name, value in now.items()
+        if name not in there and value == getattr(default, name, None)
+    }
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
