@@ -18,13 +18,14 @@ import random
 import statistics
 import time
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 from urllib.parse import urlparse
 
 import httpx
 import torch
 
-from nearest import Memory, attach
+from nearest import Memory, attach, read_documents
 from nearest.encode.loading import load_model_and_tokenizer
 
 
@@ -76,6 +77,12 @@ async def prompts_of(client: httpx.AsyncClient, count: int) -> list[str]:
         start = (number * 997) % max(1, len(text) - 400)
         prompts.append(text[start : start + 100 + 37 * (number % 8)])
     return prompts
+
+
+def beginnings(path: str, count: int) -> list[str]:
+    """Beginnings of a corpus's documents, as long as those of `prompts_of`."""
+    texts = (document.text for document in read_documents([path]) if len(document.text) > 400)
+    return [text[: 100 + 37 * (n % 8)] for n, text in enumerate(islice(texts, count))]
 
 
 def generated(
@@ -137,8 +144,16 @@ async def load(options: argparse.Namespace) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=limits) as client:
         model = options.model or (await client.get("/v1/models")).json()["data"][0]["id"]
         base = model.partition("@")[0] + "@base"
-        prompts = await prompts_of(client, options.prompts)
-        common = {"temperature": 0, "logprobs": 2, "stream": True, "max_tokens": options.tokens}
+        if options.texts:
+            prompts = beginnings(options.texts, options.prompts)
+        else:
+            prompts = await prompts_of(client, options.prompts)
+        common = {
+            "temperature": options.temperature,
+            "logprobs": 2,
+            "stream": True,
+            "max_tokens": options.tokens,
+        }
         bodies = [{**common, "model": model, "prompt": p} for p in prompts]
         await streamed(client, bodies[0])
         alone, by_base = [], []
@@ -164,6 +179,8 @@ async def load(options: argparse.Namespace) -> dict[str, Any]:
                     wrong.append(repr(error))
                     continue
                 done.append(answer)
+                if options.temperature:  # then each answer is another
+                    continue
                 if (problem := differs(alone[which], answer)) is not None:
                     wrong.append(f"prompt {which}: {problem}")
 
@@ -210,6 +227,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--texts", help="a corpus that prompts begin, not the memory's documents")
+    parser.add_argument("--temperature", type=float, default=0, help="above 0 nothing is compared")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--leaving", type=int, default=0, help="clients that leave in the middle")
     parser.add_argument(

@@ -205,7 +205,7 @@ class LookupSpans:
         with_view: bool,
     ) -> tuple[Float[Tensor, " n"], LmView | None]:
         """The model's log-probability of each target, and the view; nothing larger is kept."""
-        if (targets == UNKNOWN).all() and np.array_equal(returned, np.arange(len(log_probs))):
+        if (targets == UNKNOWN).all() and _counts_up(returned, len(log_probs)):
             return torch.zeros(len(rows)), lm_view(log_probs) if with_view else None
         targeted = torch.zeros(len(rows))
         view = LmView(*np.empty((2, len(rows)), dtype=np.float32)) if with_view else None
@@ -252,6 +252,16 @@ def _laid_out(ids: Any, starts: Any, offset: Any, begins: Any, stops: Any) -> An
         context[place] = UNKNOWN
         place += 1
     return rows, columns, ends, context, at
+
+
+@no_type_check
+@numba.njit(nogil=True, cache=code_can_be_cached())
+def _counts_up(numbers: Any, to: Any) -> Any:
+    """Whether they are 0, 1, 2 … up to below `to`."""
+    wrong = len(numbers) != to
+    for i in range(len(numbers)):
+        wrong = wrong or numbers[i] != i
+    return not wrong
 # fmt: on
 
 
@@ -273,7 +283,7 @@ def rows_of(
     log_probs: Float[Tensor, "n vocab"], rows: Int[np.ndarray, " m"]
 ) -> Float[Tensor, "m vocab"]:
     """Some rows; the same tensor, not a copy, where these are all of them in their order."""
-    if np.array_equal(rows, np.arange(len(log_probs))):
+    if _counts_up(rows, len(log_probs)):
         return log_probs
     return log_probs[torch.from_numpy(rows).to(log_probs.device)]
 
@@ -329,7 +339,7 @@ class Prefixes:
         if follow:
             self._tokens, self._encoded = these.tokens, these.encoded
             self._reached, self._base = reached, base.detach()
-        if len(mixed) == 1 and (np.diff(ranks[0]) > 0).all():
+        if len(mixed) == 1 and _counts_up(ranks[0], len(shown)):
             return mixed[0]
         order = torch.from_numpy(np.argsort(np.concatenate(ranks)))
         return torch.cat(mixed)[order.to(base.device)]
@@ -339,8 +349,11 @@ class Prefixes:
         states: dict[int, State] = {}
         if self._base is None:
             return states
-        for first in np.flatnonzero(np.diff(these.rows, prepend=-1)).tolist():
-            row, end = int(these.rows[first]), int(these.ends[first])
+        firsts = np.searchsorted(these.rows, np.arange(len(these.tokens)))
+        for row, first in enumerate(firsts.tolist()):
+            if first == len(these.rows) or these.rows[first] != row:
+                continue  # nothing of it is looked up
+            end = int(these.ends[first])
             found = self._parent(row, these.tokens[row][:end], these.encoded[row])
             if found is not None:
                 prediction, i, place = found
