@@ -65,7 +65,7 @@ def memory_of(model: Any, tokenizer: Any, settings: argparse.Namespace, name: st
 
 def rows(settings: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, summed nll of each test document and its predicted tokens; the base first."""
-    test = list(read_documents([settings.corpus / "test.jsonl"]))
+    test = list(read_documents([settings.corpus / "test.jsonl"]))[: settings.documents]
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     options = {"tokenizer": tokenizer, **WINDOWS}
     base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval()
@@ -82,8 +82,8 @@ def rows(settings: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, np.nda
     texts = [open_text([database])]
     texts += [open_text([database], settings.work / f"{n}.neighbours") for n in ("valid", "test")]
     readings = ["on", "off", "base", "shuffled", "no-continuation"]
-    read = evaluate_retro(fitted, texts[-1].dataset(), texts[-1].table, readings, **READ, **WINDOWS)
-    for result in read:
+    data = texts[-1].dataset(subset=range(len(test)))
+    for result in evaluate_retro(fitted, data, texts[-1].table, readings, **READ, **WINDOWS):
         yield f"RETROfit, {result.reading}", result.document_nll, result.document_tokens
     with looking_up(fitted, TableNeighbours(texts)) if settings.together else nullcontext():
         if settings.together:
@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--train", type=Path, help="in place of FOLDER/train.jsonl")
+    parser.add_argument(
+        "--documents", type=int, help="of the test text, the first; all if not given"
+    )
     parser.add_argument("--together", action="store_true", help="RETROfit with memories, too")
     settings = parser.parse_args()
     settings.train = settings.train or settings.corpus / "train.jsonl"
