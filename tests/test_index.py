@@ -421,7 +421,7 @@ def test_recall_of_known_rows() -> None:
     [
         ("auto", 49_999, 256, "exact"),
         ("auto", 1_000_000, 256, "IVF1024,PQ128x4fs"),
-        ("auto", 50_000, 768, "IVF256,PQ192x4fs"),
+        ("auto", 50_000, 768, "RR768,IVF256,PQ384x4fs"),
         ("auto", 50_000, 10, "IVF256,PQ5x4fs"),
         ("auto", 50_000, 35, "IVF256,PQ7x4fs"),
         ("auto", 50_000, 13, "IVF256,PQ1x4fs"),
@@ -465,8 +465,26 @@ def test_rows_are_read_a_bounded_block_at_a_time(
 def test_little_memory_gives_smaller_codes() -> None:
     entries, dim = 10**7, 768
     specs = [resolve_spec("auto", entries, dim, gigabytes << 30) for gigabytes in (64, 2, 1)]
-    assert specs == ["IVF4096,PQ192x4fs", "IVF4096,PQ192x4fs", "IVF4096,PQ64x4fs"]
-    assert resolve_spec("auto", 10**9, dim, 1 << 30) == "IVF32768,PQ48x4fs"
+    assert specs == [f"RR768,IVF4096,PQ{parts}x4fs" for parts in (384, 192, 64)]
+    assert resolve_spec("auto", 10**9, dim, 1 << 30) == "RR768,IVF32768,PQ48x4fs"
+
+
+def test_rotation_keeps_a_few_large_tokens_from_hiding_the_others() -> None:
+    """As the first tokens that a language model reads: fast scan rounds a query's table as one."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((500, 264))
+    keys = centres[rng.integers(0, 500, 30_000)] + 0.5 * rng.standard_normal((30_000, 264))
+    keys[::1000, 7] += 100
+    keys = keys.astype(np.float32)
+    told_apart = {}
+    for spec in ("IVF64,PQ132x4fs", "RR264,IVF64,PQ132x4fs"):
+        index = faiss.index_factory(264, spec)
+        index.train(keys[::3])
+        index.add(keys)
+        found = ApproximateIndex(index, "l2", 16).search(keys[1:50], 512)
+        told_apart[spec] = np.mean([len(np.unique(row)) for row in found.distances])
+    plain, rotated = told_apart.values()
+    assert rotated > 10 * plain
 
 
 def test_the_recall_that_is_wanted_decides() -> None:
@@ -497,6 +515,13 @@ def test_the_recall_that_is_wanted_decides() -> None:
             "1024 lists for 1,000,000 entries; 4 bits for 2 dims",
         ),
         ("auto", "IVF1024,PQ16x4fs", 10**6, 256, "4 bits for 16 dims (not 2, for"),
+        (
+            "auto",
+            "RR768,IVF1024,PQ384x4fs",
+            10**6,
+            768,
+            "1024 lists for 1,000,000 entries; of keys that are rotated",
+        ),
         ("auto", "IVF1024,SQ8", 10**6, 257, "257 dims cannot be cut into parts of up to 16"),
     ],
 )

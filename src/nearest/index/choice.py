@@ -10,7 +10,7 @@ EXACT_BELOW = 50_000  # entries; fewer are scanned as quickly as an index is sea
 RECALL = 0.95  # of the 1,024 nearest after re-ranking, to which an index is tuned
 _SHARE = 0.5  # of the machine's RAM, for the codes of one index
 _ID_BYTES = 8
-_FEW_DIMS = 256
+_ROTATED_ABOVE, _COARSER_ABOVE = 256, 1_024  # dims
 _ROUGH = 0.97  # recall that 4-bit codes reach with a margin that is still quick to re-rank
 _BYTES = "SQ8"
 
@@ -20,9 +20,12 @@ def resolve_spec(
 ) -> str:
     """Turn "auto" into exact search for small memories, else into inverted lists.
 
-    The default codes are product codes: 4 bits for every two dims (four if there are more than 256
-    dims), which FAISS compares in registers ("fast scan"), far quicker than 8-bit codes and
-    smaller. Their order is rough, so more candidates are fetched and re-ranked by the stored keys.
+    The default codes are product codes: 4 bits for every two dims (four above 1,024 dims), which
+    FAISS compares in registers ("fast scan"), far quicker than 8-bit codes and smaller. Their order
+    is rough, so more candidates are fetched and re-ranked by the stored keys. Keys of more than 256
+    dims are rotated at random first. Models of this size have dims and tokens far larger than the
+    rest; fast scan rounds all of a query's table by one scale, and such a dim would leave nothing
+    of the others.
     If such codes need more than half of the machine's RAM, up to sixteen dims share a code. 8-bit
     codes are chosen if the dims cannot be divided so, and if rough codes do not reach the recall
     and there is room. Only exact search has a recall of 1.
@@ -42,7 +45,8 @@ def resolve_spec(
     fitting = [n for n in parts if entries * (n / 2 + _ID_BYTES) <= room]
     fine = recall > _ROUGH and entries * (dim + _ID_BYTES) <= room
     codes = _BYTES if fine or not parts else f"PQ{(fitting or parts[-1:])[0]}x4fs"
-    return f"IVF{fitting_lists(entries)},{codes}"
+    rotation = f"RR{dim}," if codes != _BYTES and dim > _ROTATED_ABOVE else ""
+    return f"{rotation}IVF{fitting_lists(entries)},{codes}"
 
 
 def fitting_lists(entries: int) -> int:
@@ -71,15 +75,18 @@ def explained(asked: str, spec: str, entries: int, dim: int, recall: float = REC
     if not spec.endswith("fs"):
         return f"{dim} dims cannot be cut into parts of up to 16, so each is a byte"
     dims = dim // int(spec.partition("PQ")[2].removesuffix("x4fs"))
-    lists = spec.partition(",")[0].removeprefix("IVF")
+    lists = spec.partition("IVF")[2].partition(",")[0]
     finest = _dims_a_code(dim)[0]
     small = "" if dims == finest else f" (not {finest}, for the sake of this machine's memory)"
+    rotated = "of keys that are rotated, lest a few dims outweigh the rest; " * spec.startswith(
+        "RR"
+    )
     return (
-        f"{lists} lists for {entries:,} entries; 4 bits for {dims} dims{small}: quick to compare "
-        "and rough, so that the stored keys re-rank what is found"
+        f"{lists} lists for {entries:,} entries; {rotated}4 bits for {dims} dims{small}: quick to "
+        "compare and rough, so that the stored keys re-rank what is found"
     )
 
 
 def _dims_a_code(dim: int) -> list[int]:
     """Numbers of dims that may share a code, ascending."""
-    return [n for n in range(2 if dim <= _FEW_DIMS else 4, 17) if dim % n == 0]
+    return [n for n in range(2 if dim <= _COARSER_ABOVE else 4, 17) if dim % n == 0]

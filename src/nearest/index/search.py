@@ -240,10 +240,7 @@ def found_nearest(
     if k == 0:
         return Neighbours.none(len(queries))
     rough = [k if by == "index" else max(k + one.margin, rerank) for one in groups]
-    wanted = [
-        min(k, one.entries) if one.exact else min(times * many + _SPARE, one.entries, one.most)
-        for one, many in zip(groups, rough, strict=True)
-    ]
+    wanted = [_asked(one, many, k, times) for one, many in zip(groups, rough, strict=True)]
     parts, unsure = [], np.zeros(len(queries), dtype=bool)
     for one, many, asked, found in zip(groups, rough, wanted, fetch(queries, wanted), strict=True):
         part = Neighbours(found.ids, found.distances)
@@ -262,3 +259,12 @@ def found_nearest(
             groups, fetch, queries[rows], k, by, rerank, ordered=ordered, times=wider_by
         )
     return nearest
+
+
+def _asked(group: Group, many: int, k: int, times: int) -> int:
+    """How many entries are fetched of a group, so that `many` are left without those of a tie."""
+    if group.exact:
+        return min(k, group.entries)
+    # Some tens of rough codes tie, and where there is no margin nothing else makes up for them.
+    spare = _SPARE if many > k else max(_SPARE, k // 16)
+    return min(times * many + spare, group.entries, group.most)
