@@ -41,7 +41,8 @@ def can_be_imported(module: str, name: str) -> bool:
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            targets = [one for target in node.targets for one in ast.walk(target)]
-            names |= {one.id for one in targets if isinstance(one, ast.Name)}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            every = [one for target in targets for one in ast.walk(target)]
+            names |= {one.id for one in every if isinstance(one, ast.Name)}
     return name in names
