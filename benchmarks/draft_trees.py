@@ -21,9 +21,8 @@ import torch
 from transformers import DynamicCache
 
 from common import MODEL, arguments, machine, report
-from drafting import METHODS, TEXTS, prompts
+from drafting import METHODS, TEXTS, greedy, prompts
 from nearest import Memory, attach
-from nearest.encode.identity import start_token
 from nearest.encode.loading import load_model_and_tokenizer
 from nearest.retrieval.drafts import CLASSES, LONGEST, continuations_of, draft
 
@@ -107,14 +106,7 @@ def main() -> None:
             counts: Counter[Any] = Counter()
             with attach(model, memory, method, draft=True, **METHODS.get(method, {})):
                 for ids in prompts(options, tokenizer, kind):
-                    text = model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=options.new_tokens,
-                        min_new_tokens=options.new_tokens,
-                        do_sample=False,
-                        pad_token_id=start_token(tokenizer),
-                    )
+                    text = greedy(model, tokenizer, ids, options.new_tokens)
                     gone_through(memory, text[0].numpy(), ids.shape[1], counts)
             a_pass = counts["tokens"] / counts["passes"]
             shown = {name: count for name, count in counts.items() if isinstance(name, str)}

@@ -74,6 +74,20 @@ def prompts(options: Any, tokenizer: Any, text: str) -> list[torch.Tensor]:
     return [torch.tensor([[start, *row[:length]]]) for row in long]
 
 
+def greedy(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, **more: int) -> torch.Tensor:
+    """A text that goes on by so many tokens, whatever they are."""
+    text: torch.Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=start_token(tokenizer),
+        **more,
+    )
+    return text
+
+
 def asked(tokenizer: Any, start: int, question: str) -> torch.Tensor:
     """A question as the model's chat template puts it, or as plain text where it has none."""
     if tokenizer.chat_template is None:
@@ -170,15 +184,7 @@ def main() -> None:
 
     def written(ids: torch.Tensor, **lookup: int) -> tuple[list[int], float, int]:
         started, before = time.perf_counter(), passes[0]
-        text = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=options.new_tokens,
-            min_new_tokens=options.new_tokens,
-            do_sample=False,
-            pad_token_id=start_token(tokenizer),
-            **lookup,
-        )
+        text = greedy(model, tokenizer, ids, options.new_tokens, **lookup)
         return text[0].tolist(), time.perf_counter() - started, passes[0] - before
 
     warm: set[tuple[str, str]] = set()  # methods and sides for which all is compiled

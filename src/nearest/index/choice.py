@@ -78,9 +78,8 @@ def explained(asked: str, spec: str, entries: int, dim: int, recall: float = REC
     lists = spec.partition("IVF")[2].partition(",")[0]
     finest = _dims_a_code(dim)[0]
     small = "" if dims == finest else f" (not {finest}, for the sake of this machine's memory)"
-    rotated = "of keys that are rotated, lest a few dims outweigh the rest; " * spec.startswith(
-        "RR"
-    )
+    why = "of keys that are rotated, lest a few dims outweigh the rest; "
+    rotated = why if spec.startswith("RR") else ""
     return (
         f"{lists} lists for {entries:,} entries; {rotated}4 bits for {dims} dims{small}: quick to "
         "compare and rough, so that the stored keys re-rank what is found"
